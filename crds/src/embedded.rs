@@ -1,0 +1,138 @@
+//! Kubernetes' own types inside ours: a chosen part of each, with every string and list bounded.
+//!
+//! Their full schemas would make the manifest larger than client-side apply allows, and offer fields (node
+//! directories) that a pool must not have.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{
+    Affinity, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde_json::{Map, Value, json};
+
+const QUANTITY: &str = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$";
+
+pub(crate) fn quantity(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "x-kubernetes-int-or-string": true, "maxLength": 32, "pattern": QUANTITY })
+}
+
+pub(crate) fn quantities(generator: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "object", "maxProperties": 16, "additionalProperties": quantity(generator) })
+}
+
+pub(crate) fn count_or_percent(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "x-kubernetes-int-or-string": true,
+        "minimum": 0,
+        "maxLength": 5,
+        "pattern": "^([0-9]{1,5}|[0-9]{1,2}%|100%)$",
+    })
+}
+
+pub(crate) fn strings(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "maxProperties": 64,
+        "additionalProperties": { "type": "string", "maxLength": 4096 },
+    })
+}
+
+pub(crate) fn conditions(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = bounded::<Vec<Condition>>(generator);
+    schema.insert("x-kubernetes-list-type".to_owned(), "map".into());
+    schema.insert("x-kubernetes-list-map-keys".to_owned(), json!(["type"]));
+    schema
+}
+
+pub(crate) fn image_pull_secrets(generator: &mut SchemaGenerator) -> Schema {
+    bounded::<Vec<LocalObjectReference>>(generator)
+}
+
+pub(crate) fn env(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = bounded::<Vec<EnvVar>>(generator);
+    keep(
+        &mut schema,
+        "/items/properties/valueFrom/properties",
+        &["configMapKeyRef", "fieldRef", "resourceFieldRef", "secretKeyRef"],
+    );
+    schema
+}
+
+pub(crate) fn tolerations(generator: &mut SchemaGenerator) -> Schema {
+    bounded::<Vec<Toleration>>(generator)
+}
+
+pub(crate) fn affinity(generator: &mut SchemaGenerator) -> Schema {
+    bounded::<Affinity>(generator)
+}
+
+pub(crate) fn topology_spread_constraints(generator: &mut SchemaGenerator) -> Schema {
+    bounded::<Vec<TopologySpreadConstraint>>(generator)
+}
+
+/// The sources that the Pod Security level `restricted` allows and that workers have a use for.
+pub(crate) fn volumes(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = bounded::<Vec<Volume>>(generator);
+    keep(
+        &mut schema,
+        "/items/properties",
+        &["name", "configMap", "csi", "emptyDir", "persistentVolumeClaim", "projected", "secret"],
+    );
+    keep(
+        &mut schema,
+        "/items/properties/projected/properties/sources/items/properties",
+        &["configMap", "downwardAPI", "secret", "serviceAccountToken"],
+    );
+    schema
+}
+
+pub(crate) fn volume_mounts(generator: &mut SchemaGenerator) -> Schema {
+    bounded::<Vec<VolumeMount>>(generator)
+}
+
+fn bounded<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = T::json_schema(generator);
+    bound(schema.ensure_object());
+    schema
+}
+
+/// Gives every string, list and map a size limit, and keeps the first sentence of every description.
+fn bound(schema: &mut Map<String, Value>) {
+    if let Some(Value::String(description)) = schema.get_mut("description")
+        && let Some(end) = description.find(". ")
+    {
+        description.truncate(end + 1);
+    }
+    if schema.contains_key("x-kubernetes-int-or-string") {
+        schema.insert("maxLength".to_owned(), 64.into());
+    }
+    let limit = match schema.get("type").and_then(Value::as_str) {
+        Some("string") => Some(("maxLength", 4096)),
+        Some("array") => Some(("maxItems", 64)),
+        Some("object") if schema.contains_key("additionalProperties") => Some(("maxProperties", 64)),
+        _ => None,
+    };
+    if let Some((keyword, limit)) = limit {
+        schema.entry(keyword).or_insert_with(|| limit.into());
+    }
+    for child in schema.values_mut() {
+        bound_inside(child);
+    }
+}
+
+fn bound_inside(value: &mut Value) {
+    match value {
+        Value::Object(schema) => bound(schema),
+        Value::Array(values) => values.iter_mut().for_each(bound_inside),
+        _ => {}
+    }
+}
+
+fn keep(schema: &mut Schema, pointer: &str, names: &[&str]) {
+    if let Some(Value::Object(properties)) = schema.pointer_mut(pointer) {
+        let mut all: BTreeMap<String, Value> = std::mem::take(properties).into_iter().collect();
+        properties.extend(names.iter().filter_map(|name| all.remove_entry(*name)));
+    }
+}

@@ -1,0 +1,92 @@
+//! The committed manifest is what the types say, and what an API server can live with.
+
+use std::path::Path;
+
+use kube::CustomResourceExt;
+use serde_json::Value;
+
+use crate::WorkerPool;
+
+/// Client-side apply keeps the whole object in an annotation, which holds no more.
+const LARGEST_ANNOTATION: usize = 262_144;
+
+/// `UPDATE=1 cargo test -p beamline-crds` rewrites the file; without it a stale file fails the build.
+#[test]
+fn committed_manifest_matches_the_types() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("workerpools.yaml");
+    let fresh = serde_saphyr::to_string(&WorkerPool::crd()).expect("a manifest is plain data");
+    if std::env::vars().any(|(name, _)| name == "UPDATE") {
+        std::fs::write(&path, &fresh).expect("the crate directory is writable");
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(committed == fresh, "stale CRD: run `UPDATE=1 cargo test -p beamline-crds` and commit {path:?}");
+    assert!(fresh.len() < LARGEST_ANNOTATION, "the manifest has {} bytes", fresh.len());
+}
+
+#[test]
+fn the_file_reads_back_as_the_same_object() {
+    let text = serde_saphyr::to_string(&WorkerPool::crd()).expect("a manifest is plain data");
+    let read: Value = serde_saphyr::from_str(&text).expect("YAML");
+    assert_eq!(read, manifest());
+}
+
+#[test]
+fn nothing_is_unsigned_and_nothing_unknown_is_kept() {
+    each_schema(|path, schema| {
+        let format = schema.get("format").and_then(Value::as_str).unwrap_or_default();
+        assert!(!format.starts_with("uint"), "{path}: the API server knows no unsigned formats");
+        assert!(!schema.contains_key("x-kubernetes-preserve-unknown-fields"), "{path} keeps unknown fields");
+    });
+}
+
+#[test]
+fn every_string_list_and_map_is_bounded() {
+    each_schema(|path, schema| {
+        let missing = match schema.get("type").and_then(Value::as_str) {
+            Some("string") if schema.contains_key("enum") || schema.get("format") == Some(&"date-time".into()) => None,
+            Some("string") => Some("maxLength"),
+            Some("array") => Some("maxItems"),
+            Some("object") if schema.contains_key("additionalProperties") => Some("maxProperties"),
+            None if schema.contains_key("x-kubernetes-int-or-string") => Some("maxLength"),
+            _ => None,
+        };
+        if let Some(keyword) = missing {
+            assert!(schema.contains_key(keyword), "{path} has no {keyword}");
+        }
+    });
+}
+
+#[test]
+fn every_field_of_ours_is_explained() {
+    each_schema(|path, schema| {
+        let is_item = path.ends_with("[]") || path.ends_with("{}");
+        assert!(is_item || schema.contains_key("description"), "{path} has no description");
+    });
+}
+
+fn manifest() -> Value {
+    serde_json::to_value(WorkerPool::crd()).expect("a manifest is plain data")
+}
+
+fn each_schema(check: impl Fn(&str, &serde_json::Map<String, Value>)) {
+    let manifest = manifest();
+    let root = &manifest["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    for part in ["spec", "status"] {
+        walk(part, &root["properties"][part], &check);
+    }
+}
+
+fn walk(path: &str, schema: &Value, check: &impl Fn(&str, &serde_json::Map<String, Value>)) {
+    let Value::Object(schema) = schema else { return };
+    check(path, schema);
+    if let Some(Value::Object(properties)) = schema.get("properties") {
+        for (name, property) in properties {
+            walk(&format!("{path}.{name}"), property, check);
+        }
+    }
+    for (keyword, suffix) in [("items", "[]"), ("additionalProperties", "{}")] {
+        if let Some(inner) = schema.get(keyword) {
+            walk(&format!("{path}{suffix}"), inner, check);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What the operator reports. Every field is filled by it; nothing here is a wish.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::embedded;
+
+/// What the operator last saw and did.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct WorkerPoolStatus {
+    /// The metadata.generation that this status answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+
+    /// Pods that exist.
+    pub replicas: i32,
+
+    /// Pods that take work.
+    pub ready_replicas: i32,
+
+    /// Pods that the operator asks for.
+    pub desired_replicas: i32,
+
+    /// Label selector of the pods, for autoscalers and kubectl.
+    #[schemars(length(max = 256))]
+    pub selector: String,
+
+    /// The queue when it was last readable. Absent until it was read once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue: Option<Queue>,
+
+    /// Why there are as many replicas as there are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<Scaling>,
+
+    /// Ready, Progressing, QueueReadable, StreamsReady.
+    #[schemars(schema_with = "embedded::conditions")]
+    pub conditions: Vec<Condition>,
+}
+
+/// The queue of assignments.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Queue {
+    /// Assignments waiting and running: pending plus inFlight.
+    pub depth: i64,
+
+    /// Assignments that no worker has taken yet.
+    pub pending: i64,
+
+    /// Assignments that workers hold.
+    pub in_flight: i64,
+
+    /// When the oldest unfinished assignment arrived. Absent while there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest_since: Option<Time>,
+
+    /// Dead letters kept, of all pools that share the broker.
+    pub dead_letters: i64,
+}
+
+/// Why there are as many replicas as there are.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Scaling {
+    /// Who decides the number of replicas.
+    pub mode: Mode,
+
+    /// The number decided.
+    pub desired: i32,
+
+    /// The decision in words.
+    #[schemars(length(max = 512))]
+    pub reason: String,
+}
+
+/// Who decides the number of replicas.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// spec.replicas, written by a person or through /scale.
+    Manual,
+}

@@ -1,0 +1,94 @@
+//! The object itself: its name, its columns, its `/scale`.
+
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use crate::{Disruption, Nats, Observability, Rollout, Worker, WorkerPoolStatus};
+
+/// A pool of identical workers that execute flow blocks assigned over NATS.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[kube(
+    group = "beamline.dev",
+    version = "v1alpha1",
+    kind = "WorkerPool",
+    plural = "workerpools",
+    shortname = "wp",
+    category = "all",
+    category = "beamline",
+    namespaced,
+    status = "WorkerPoolStatus",
+    derive = "PartialEq",
+    doc = "A WorkerPool runs identical workers that execute flow blocks assigned over NATS.",
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".status.desiredReplicas"),
+    printcolumn(
+        name = "Depth",
+        type_ = "integer",
+        json_path = ".status.queue.depth",
+        description = "Assignments waiting and running"
+    ),
+    printcolumn(
+        name = "In-Flight",
+        type_ = "integer",
+        json_path = ".status.queue.inFlight",
+        description = "Assignments that workers hold"
+    ),
+    printcolumn(
+        name = "Oldest",
+        type_ = "date",
+        json_path = ".status.queue.oldestSince",
+        description = "Age of the oldest unfinished assignment"
+    ),
+    printcolumn(
+        name = "DLQ",
+        type_ = "integer",
+        json_path = ".status.queue.deadLetters",
+        description = "Dead letters kept"
+    ),
+    printcolumn(name = "Mode", type_ = "string", json_path = ".status.scaling.mode"),
+    printcolumn(
+        name = "Status",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Ready")].reason"#
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new("self.metadata.name.matches('^[a-z]([a-z0-9-]{0,54}[a-z0-9])?$')")
+        .message("metadata.name: use at most 56 of a-z, 0-9 and '-', starting with a letter and ending with a letter or digit (it also names a Service, and <name>-worker a ServiceAccount)"),
+    validation = Rule::new("!self.metadata.name.endsWith('-gpu')")
+        .message("metadata.name: must not end in '-gpu': <name>-gpu is the GPU Deployment of the pool <name>")
+)]
+pub struct WorkerPoolSpec {
+    /// How many workers to run. Also what `kubectl scale` and the `/scale` subresource write.
+    /// The API server fills in 1.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 10000))]
+    pub replicas: i32,
+
+    /// The NATS system that hands out the work and keeps the results.
+    pub nats: Nats,
+
+    /// What one worker pod looks like and may do.
+    pub worker: Worker,
+
+    /// How pods are replaced when the pool changes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+
+    /// How many workers a node drain may take away at once. Default: one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disruption: Option<Disruption>,
+
+    /// Where traces are sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observability: Option<Observability>,
+}
+
+const fn one() -> i32 {
+    1
+}
