@@ -1,1 +1,161 @@
-fn main() {}
+//! `beamline_worker`: puts the parts together and takes them down again.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use beamline_worker::admin::{self, Concern, Health};
+use beamline_worker::assignment::Pool;
+use beamline_worker::blocks::{self, Blocks, egress, http};
+use beamline_worker::broker::streams::{self, Keeper};
+use beamline_worker::broker::{Address, Broker};
+use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
+use beamline_worker::execute::Engine;
+use beamline_worker::intake;
+use beamline_worker::metrics::Metrics;
+use beamline_worker::pipeline::{self, Pipeline};
+use beamline_worker::report::dead_letter::{self, DeadLetters};
+use beamline_worker::schedule::{Schedule, Sizes};
+use beamline_worker::{shutdown, telemetry};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Chunks of deliveries between the socket and the look-up.
+const CHUNKS: usize = 4;
+
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the answer to a command line belongs on the terminal")]
+fn main() -> ExitCode {
+    let config = match Invocation::from_process() {
+        Ok(Invocation::Run(config)) => config,
+        Ok(Invocation::Print(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(problems) => {
+            eprint!("{problems}");
+            return ExitCode::from(EXIT_BAD_CONFIG);
+        }
+    };
+    match start(*config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("beamline_worker: {reason:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(config: Config) -> anyhow::Result<()> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let metrics = Arc::new(Metrics::new());
+    let telemetry = telemetry::init(&config, &metrics)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(work(config, metrics));
+    if let Err(error) = &ended {
+        tracing::error!(error = format!("{error:#}"), "the worker ends");
+    }
+    // Blocking work that was cut off may still sit in a system call; nobody waits for it.
+    runtime.shutdown_background();
+    telemetry.shutdown();
+    ended
+}
+
+/// From the first connect to the last flush.
+async fn work(config: Config, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+    let (health, ended) = (Health::new(), CancellationToken::new());
+    let listener = TcpListener::bind(config.prometheus_endpoint)
+        .await
+        .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
+    tokio::spawn(admin::serve(listener, health.clone(), Arc::clone(&metrics), ended.clone()));
+    let mut told_to_stop = std::pin::pin!(shutdown::signalled());
+    let prepared = tokio::select! {
+        prepared = prepare(&config, &health, metrics) => prepared?,
+        signalled = &mut told_to_stop => return signalled.map_err(Into::into),
+    };
+    let Prepared { pipeline, keeper } = prepared;
+    tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
+    let intake = CancellationToken::new();
+    let (chunks, waiting) = mpsc::channel(CHUNKS);
+    let streams = keeper.watch();
+    tokio::spawn(keeper.run(health.clone()));
+    tokio::spawn(intake::take(Arc::clone(&pipeline), streams, chunks, intake.clone()));
+    let processing = tokio::spawn({
+        let pipeline = Arc::clone(&pipeline);
+        async move { pipeline.run(waiting).await }
+    });
+    health.clear(Concern::Starting);
+    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, "taking assignments");
+    let signalled = told_to_stop.await;
+    tracing::info!("told to stop");
+    shutdown::drain(&pipeline, &intake, processing, config.drain_timeout).await;
+    ended.cancel();
+    signalled.map_err(Into::into)
+}
+
+/// What stands when the broker has been found as it must be.
+struct Prepared {
+    pipeline: Arc<Pipeline>,
+    keeper: Keeper,
+}
+
+async fn prepare(config: &Config, health: &Health, metrics: Arc<Metrics>) -> anyhow::Result<Prepared> {
+    let engine = engine(config).map_err(anyhow::Error::msg)?;
+    let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
+    let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
+    let settings = pipeline_settings(config, &intake);
+    let keeper = Keeper::start(broker.clone(), intake, config.nats_create_streams, health).await?;
+    let dead_letters = DeadLetters::new(broker.clone(), dead_letter_settings(config));
+    let pipeline = Pipeline::new(settings, broker, dead_letters, schedule(config), engine, metrics, health.clone());
+    Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
+}
+
+fn engine(config: &Config) -> Result<Engine, String> {
+    if config.sandbox_mode {
+        return Ok(Engine::Sandbox);
+    }
+    let broker = config.nats_servers.hosts().into_iter().map(|(host, port)| egress::Target::parse(&host, port));
+    Blocks::new(blocks::Settings {
+        egress: egress::Policy {
+            mode: config.egress_policy,
+            allow: config.egress_allow.clone(),
+            deny: config.egress_deny.clone(),
+            broker: broker.collect::<Result<_, _>>()?,
+        },
+        http: http::Settings { connect_timeout: config.http_connect_timeout, ca_file: config.http_ca_file.clone() },
+        fs_roots: config.fs_roots.clone(),
+    })
+    .map(Engine::Real)
+}
+
+fn address(config: &Config) -> Address {
+    Address {
+        servers: config.nats_servers.addresses().to_vec(),
+        creds: config.nats_creds.clone(),
+        tls_ca: config.nats_tls_ca.clone(),
+        tls_identity: config.nats_tls_identity.clone().map(|identity| (identity.cert, identity.key)),
+        name: config.worker_id.clone(),
+    }
+}
+
+fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Settings {
+    pipeline::Settings {
+        worker_id: config.worker_id.clone(),
+        verdict_subject: intake.verdict_subject(),
+        max_memory_bytes: config.max_memory_bytes,
+        max_cpu_time: config.max_cpu_time,
+        dlq_exhausted: config.dlq_exhausted,
+    }
+}
+
+fn dead_letter_settings(config: &Config) -> dead_letter::Settings {
+    dead_letter::Settings {
+        redact: config.dlq_redact,
+        worker_id: config.worker_id.clone(),
+        pool: config.pool.as_ref().map(ToString::to_string),
+    }
+}
+
+fn schedule(config: &Config) -> Schedule {
+    Schedule::new(Sizes { cpu: config.slots(Pool::Cpu), gpu: config.slots(Pool::Gpu), io: config.slots(Pool::Io) })
+}

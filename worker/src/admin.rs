@@ -1,0 +1,383 @@
+//! The HTTP side door for probes and scrapes. It reports what others found out and decides nothing about work.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use jiff::{Timestamp, Unit};
+use serde::Serialize;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::metrics::Metrics;
+
+/// Probes and scrapes need a handful; whoever holds more open keeps the rest waiting, not the worker.
+const MAX_CONNECTIONS: usize = 64;
+/// How long a client may take to send its request's header, and how long a connection may idle between requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest that one connection lives, so that a client that reads nothing gives its place back.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long open answers may take after the stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// After the operating system refused a connection (no file descriptors): it will not be better at once.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Something that keeps the worker from being well. Each is raised and cleared by the one module that can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Concern {
+    /// Not everything is set up yet.
+    Starting,
+    /// The broker is away.
+    NatsDisconnected,
+    /// A stream or consumer is missing or not as it must be.
+    StreamsUnavailable,
+    /// The broker does not store what is published: its disk or an account limit.
+    StorageRefused,
+    /// A pool's queue is at its limit.
+    PoolOverloaded,
+    /// Payloads and results fill the memory that may be held.
+    MemoryFull,
+    /// Told to stop.
+    Draining,
+    /// The program itself does not make progress.
+    RuntimeStalled,
+}
+
+impl Concern {
+    /// The start of a reason, for a person.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::NatsDisconnected => "NATS disconnected",
+            Self::StreamsUnavailable => "streams unavailable",
+            Self::StorageRefused => "storage refused",
+            Self::PoolOverloaded => "pool overloaded",
+            Self::MemoryFull => "memory full",
+            Self::Draining => "draining",
+            Self::RuntimeStalled => "runtime stalled",
+        }
+    }
+
+    /// Whether a restart would help. A broker that is away is no reason: restarts would only add to its load.
+    const fn fails_livez(self) -> bool {
+        matches!(self, Self::RuntimeStalled)
+    }
+
+    /// Whether the pod should not count as available. Being full of work is what a worker is for.
+    const fn fails_readyz(self) -> bool {
+        match self {
+            Self::Starting
+            | Self::NatsDisconnected
+            | Self::StreamsUnavailable
+            | Self::StorageRefused
+            | Self::Draining
+            | Self::RuntimeStalled => true,
+            Self::PoolOverloaded | Self::MemoryFull => false,
+        }
+    }
+
+    /// The public health indicators: connection, pools, critical errors.
+    const fn fails_health(self) -> bool {
+        match self {
+            Self::NatsDisconnected
+            | Self::StreamsUnavailable
+            | Self::StorageRefused
+            | Self::PoolOverloaded
+            | Self::RuntimeStalled => true,
+            Self::Starting | Self::MemoryFull | Self::Draining => false,
+        }
+    }
+}
+
+/// What is wrong at the moment. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<Mutex<BTreeMap<Concern, String>>>);
+
+impl Health {
+    /// A worker that is starting.
+    #[expect(clippy::new_without_default, reason = "a health that begins with a concern is no default")]
+    pub fn new() -> Self {
+        let starting = BTreeMap::from([(Concern::Starting, "not everything is set up yet".to_owned())]);
+        Self(Arc::new(Mutex::new(starting)))
+    }
+
+    /// Notes a concern, or its newer detail. The detail is public on the admin port: no credential belongs in it.
+    pub fn raise(&self, concern: Concern, detail: impl Into<String>) {
+        self.concerns().insert(concern, detail.into());
+    }
+
+    /// Forgets a concern.
+    pub fn clear(&self, concern: Concern) {
+        self.concerns().remove(&concern);
+    }
+
+    /// Whether the concern stands.
+    pub fn is_raised(&self, concern: Concern) -> bool {
+        self.concerns().contains_key(&concern)
+    }
+
+    fn reasons(&self, counts: fn(Concern) -> bool) -> Vec<String> {
+        let concerns = self.concerns();
+        let counted = concerns.iter().filter(|(concern, _)| counts(**concern));
+        counted
+            .map(|(concern, detail)| match detail.as_str() {
+                "" => concern.as_str().to_owned(),
+                // One reason is one line, whatever an error said.
+                detail => format!("{}: {}", concern.as_str(), detail.replace(char::is_control, " ")),
+            })
+            .collect()
+    }
+
+    /// A panic elsewhere cannot leave the map half changed, so a poisoned lock is as good as any.
+    fn concerns(&self) -> MutexGuard<'_, BTreeMap<Concern, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers `/_health`, `/livez`, `/readyz` and `/metrics` until the stop.
+pub async fn serve(listener: TcpListener, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
+    let router = router(health, metrics);
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = TaskTracker::new();
+    loop {
+        let accept = async {
+            // The place comes before the connection: what waits, waits in the kernel's queue.
+            let place = Arc::clone(&places).acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = accept => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let answer = answer(stream, router.clone(), stop.clone());
+                connections.spawn(async move {
+                    answer.await;
+                    drop(place);
+                });
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
+        }
+    }
+    connections.close();
+    let _ = tokio::time::timeout(STOP_TIMEOUT, connections.wait()).await;
+}
+
+/// Serves one connection. Its errors are the client's: a probe that hung up is nothing to log.
+async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_headers(64)
+        .max_buf_size(16 * 1024)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
+    let served = async {
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    };
+    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, served).await;
+}
+
+fn router(health: Health, metrics: Arc<Metrics>) -> Router {
+    Router::new()
+        .route("/_health", get(overall))
+        .route("/livez", get(|State(health): State<Health>| async move { probe(&health, Concern::fails_livez) }))
+        .route("/readyz", get(|State(health): State<Health>| async move { probe(&health, Concern::fails_readyz) }))
+        .with_state(health)
+        .route("/metrics", get(move || async move { scrape(&metrics) }))
+}
+
+/// The body of `/_health`.
+#[derive(Serialize)]
+struct Overall {
+    status: &'static str,
+    timestamp: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    reasons: Vec<String>,
+}
+
+async fn overall(State(health): State<Health>) -> Response {
+    let reasons = health.reasons(Concern::fails_health);
+    let (code, status) = match reasons.is_empty() {
+        true => (StatusCode::OK, "healthy"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy"),
+    };
+    let now = Timestamp::now();
+    let timestamp = now.round(Unit::Second).unwrap_or(now).to_string();
+    match serde_json::to_string(&Overall { status, timestamp, reasons }) {
+        Ok(body) => (code, [(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+fn probe(health: &Health, counts: fn(Concern) -> bool) -> Response {
+    let reasons = health.reasons(counts);
+    match reasons.is_empty() {
+        true => "ok\n".into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
+    }
+}
+
+fn scrape(metrics: &Metrics) -> Response {
+    ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], metrics.encode()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A real server on a port of its own.
+    struct Server {
+        address: SocketAddr,
+        health: Health,
+        stop: CancellationToken,
+        task: tokio::task::JoinHandle<()>,
+    }
+
+    impl Server {
+        async fn start() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (health, stop) = (Health::new(), CancellationToken::new());
+            let task = tokio::spawn(serve(listener, health.clone(), Arc::new(Metrics::new()), stop.clone()));
+            Self { address, health, stop, task }
+        }
+
+        async fn connect(&self) -> TcpStream {
+            TcpStream::connect(self.address).await.unwrap()
+        }
+
+        /// The answer to one request: its head and its body.
+        async fn ask(&self, method: &str, path: &str) -> (String, String) {
+            let mut stream = self.connect().await;
+            let request = format!("{method} {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+            (head.to_ascii_lowercase(), body.to_owned())
+        }
+
+        #[track_caller]
+        async fn code(&self, path: &str) -> u16 {
+            let (head, _) = self.ask("GET", path).await;
+            head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status line has a code")
+        }
+    }
+
+    #[tokio::test]
+    async fn health_has_the_public_shape() {
+        let server = Server::start().await;
+        let (head, body) = server.ask("GET", "/_health").await;
+        assert!(head.starts_with("http/1.1 200") && head.contains("content-type: application/json"), "{head}");
+        let timestamp =
+            body.strip_prefix(r#"{"status":"healthy","timestamp":""#).and_then(|rest| rest.strip_suffix("\"}"));
+        let timestamp = timestamp.unwrap_or_else(|| panic!("{body}"));
+        assert_eq!((timestamp.len(), timestamp.ends_with('Z')), ("2025-01-27T12:00:00Z".len(), true), "{timestamp}");
+        timestamp.parse::<Timestamp>().unwrap();
+
+        server.health.raise(Concern::NatsDisconnected, "connection\nrefused");
+        let (head, body) = server.ask("GET", "/_health").await;
+        assert!(head.starts_with("http/1.1 503"), "{head}");
+        assert!(body.starts_with(r#"{"status":"unhealthy","timestamp":""#), "{body}");
+        assert!(body.ends_with(r#","reasons":["NATS disconnected: connection refused"]}"#), "{body}");
+
+        server.health.clear(Concern::NatsDisconnected);
+        assert_eq!(server.code("/_health").await, 200);
+    }
+
+    #[tokio::test]
+    async fn each_concern_fails_its_own_endpoints() {
+        let server = Server::start().await;
+        assert_eq!(server.ask("GET", "/readyz").await.1, "starting: not everything is set up yet\n");
+        server.health.clear(Concern::Starting);
+        assert_eq!(server.ask("GET", "/readyz").await.1, "ok\n");
+
+        for (concern, expected) in [
+            (Concern::Starting, [200, 503, 200]),
+            (Concern::NatsDisconnected, [200, 503, 503]),
+            (Concern::StreamsUnavailable, [200, 503, 503]),
+            (Concern::StorageRefused, [200, 503, 503]),
+            (Concern::PoolOverloaded, [200, 200, 503]),
+            (Concern::MemoryFull, [200, 200, 200]),
+            (Concern::Draining, [200, 503, 200]),
+            (Concern::RuntimeStalled, [503, 503, 503]),
+        ] {
+            server.health.raise(concern, "");
+            let codes = [server.code("/livez").await, server.code("/readyz").await, server.code("/_health").await];
+            assert_eq!(codes, expected, "{concern:?}");
+            server.health.clear(concern);
+        }
+    }
+
+    #[tokio::test]
+    async fn readiness_names_every_reason_on_its_own_line() {
+        let server = Server::start().await;
+        server.health.raise(Concern::Draining, "SIGTERM");
+        let (_, body) = server.ask("GET", "/readyz").await;
+        assert_eq!(body, "starting: not everything is set up yet\ndraining: SIGTERM\n");
+    }
+
+    #[tokio::test]
+    async fn metrics_are_prometheus_text() {
+        let server = Server::start().await;
+        let (head, body) = server.ask("GET", "/metrics").await;
+        assert!(head.contains("content-type: text/plain; version=0.0.4"), "{head}");
+        assert!(body.contains("# TYPE worker_tasks_total counter"), "{body}");
+    }
+
+    #[tokio::test]
+    async fn nothing_else_is_served() {
+        let server = Server::start().await;
+        for path in ["/", "/health", "/metrics/", "/_health/x"] {
+            assert_eq!(server.code(path).await, 404, "{path}");
+        }
+        for method in ["POST", "PUT", "DELETE"] {
+            for path in ["/_health", "/livez", "/readyz", "/metrics"] {
+                let (head, _) = server.ask(method, path).await;
+                assert!(head.starts_with("http/1.1 405"), "{method} {path}: {head}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn clients_that_send_nothing_cannot_lock_others_out_for_long() {
+        let server = Server::start().await;
+        let mut idle = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            let mut stream = server.connect().await;
+            stream.write_all(b"GET /_health HTTP/1.1\r\nX-Slow: ").await.unwrap();
+            idle.push(stream);
+        }
+        let started = std::time::Instant::now();
+        assert_eq!(server.code("/_health").await, 200);
+        assert!(started.elapsed() < HEADER_TIMEOUT * 2, "{:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_the_server_even_when_clients_stay() {
+        let server = Server::start().await;
+        let _idle = server.connect().await;
+        assert_eq!(server.code("/livez").await, 200);
+        server.stop.cancel();
+        tokio::time::timeout(STOP_TIMEOUT * 3, server.task).await.expect("it ended").unwrap();
+    }
+}

@@ -1,0 +1,343 @@
+//! What this worker is willing to run: a payload that has proved itself, part by part. Nothing behind it checks again.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::value::RawValue;
+
+use crate::blocks::{Block, BlockKind};
+use crate::contract::{self, ExecAssignment, Job, RetryConfig, SandboxJob};
+use crate::execute::backoff::Backoff;
+use crate::fault::Invalid;
+
+/// The longest id, in bytes.
+const MAX_ID_BYTES: usize = 256;
+/// `job.timeout_ms` where none is given.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest `timeout_ms`, so that no sum of times overflows.
+const MAX_TIMEOUT_MS: i64 = 30 * 24 * 3_600_000;
+/// The most attempts that can be asked for.
+const MAX_ATTEMPTS: i64 = 100;
+/// The longest delay between attempts that can be asked for.
+const MAX_DELAY_MS: i64 = 3_600_000;
+/// Of an assignment that names none and whose tenant has none.
+const DEFAULT_PRIORITY: u8 = 4;
+
+/// Whose work it is. Cheap to clone: it goes wherever something is kept per tenant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TenantId(Arc<str>);
+
+impl TenantId {
+    /// A non-empty id of at most 256 bytes without control characters.
+    pub fn parse(text: &str) -> Option<Self> {
+        is_id(text).then(|| Self(text.into()))
+    }
+
+    /// As the Router writes it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A tenant and an assignment id: what a record is kept for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct AssignmentKey {
+    /// Whose work it is.
+    pub tenant: TenantId,
+    /// The Router's id, unique within the tenant.
+    pub assignment_id: Arc<str>,
+}
+
+impl AssignmentKey {
+    /// `<tenant>.<assignment_id>`, each escaped into one token.
+    pub fn token(&self) -> String {
+        format!("{}.{}", contract::escape(self.tenant.as_str()), contract::escape(&self.assignment_id))
+    }
+}
+
+/// The pools of slots that work runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pool {
+    /// Work that computes.
+    Cpu,
+    /// Work for an accelerator.
+    Gpu,
+    /// Work that waits for others: the default.
+    Io,
+}
+
+impl Pool {
+    /// Every pool.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Gpu, Self::Io];
+
+    /// The public name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Gpu => "gpu",
+            Self::Io => "io",
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|pool| pool.as_str() == name)
+    }
+}
+
+/// The Router's names for one piece of work, carried through to everything that is published about it.
+#[derive(Clone, Debug)]
+pub struct Correlation {
+    /// The Router's id of the request.
+    pub request_id: String,
+    /// Who the Router decided should do it.
+    pub provider_id: String,
+    /// The Router's trace id.
+    pub trace_id: Option<String>,
+    /// Which run of the flow.
+    pub run_id: Option<String>,
+    /// Which flow.
+    pub flow_id: Option<String>,
+    /// Which step of it.
+    pub step_id: Option<String>,
+}
+
+/// An assignment that this worker is able to execute.
+#[derive(Debug)]
+pub struct Assignment {
+    /// What its record is kept for.
+    pub key: AssignmentKey,
+    /// The Router's other names for it.
+    pub correlation: Correlation,
+    /// 0 to 9, higher first.
+    pub priority: u8,
+    /// Where it waits for a slot.
+    pub pool: Pool,
+    /// Megabytes that it says it needs.
+    pub memory_mb: Option<u64>,
+    /// The deadline of the block over all attempts.
+    pub timeout: Duration,
+    /// When it is tried again.
+    pub backoff: Backoff,
+    /// What the sandbox should do with it.
+    pub sandbox: SandboxJob,
+    /// The work.
+    pub block: Block,
+}
+
+/// The ids that could be read from a payload, valid or not: what a refusal can be addressed with.
+#[derive(Clone, Debug, Default)]
+pub struct Addressee {
+    /// Where readable and well-formed.
+    pub assignment_id: Option<String>,
+    /// Where readable and well-formed.
+    pub request_id: Option<String>,
+    /// Where readable and well-formed.
+    pub tenant_id: Option<String>,
+    /// Where readable and well-formed.
+    pub trace_id: Option<String>,
+    /// Where readable and well-formed.
+    pub run_id: Option<String>,
+}
+
+/// A payload that is not run, and whom to tell.
+#[derive(Debug)]
+pub struct Undecodable {
+    /// Whom to tell.
+    pub addressee: Addressee,
+    /// Why.
+    pub invalid: Invalid,
+}
+
+impl Assignment {
+    /// Decodes and validates a payload, once, at the door.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule, with all ids that could be read.
+    pub fn decode(payload: &[u8]) -> Result<Self, Undecodable> {
+        let nobody = |invalid| Undecodable { addressee: Addressee::default(), invalid };
+        let Ok(json) = std::str::from_utf8(payload) else {
+            return Err(nobody(Invalid::input("", "is not JSON: it is not UTF-8")));
+        };
+        if contract::is_too_deep(json) {
+            return Err(nobody(Invalid::input("", "nests deeper than 128 levels")));
+        }
+        let wire = contract::read::<ExecAssignment>(json, "")
+            .map_err(|invalid| Undecodable { addressee: Addressee::salvage(json), invalid })?;
+        Self::validate(&wire).map_err(|invalid| Undecodable { addressee: Addressee::of(&wire), invalid })
+    }
+
+    /// Whom a word about it is addressed to.
+    pub fn addressee(&self) -> Addressee {
+        Addressee {
+            assignment_id: Some(self.key.assignment_id.to_string()),
+            request_id: Some(self.correlation.request_id.clone()),
+            tenant_id: Some(self.key.tenant.as_str().to_owned()),
+            trace_id: self.correlation.trace_id.clone(),
+            run_id: self.correlation.run_id.clone(),
+        }
+    }
+
+    fn validate(wire: &ExecAssignment<'_>) -> Result<Self, Invalid> {
+        version(wire.version.as_deref())?;
+        let assignment_id = required_id(wire.assignment_id.as_deref(), "/assignment_id")?;
+        let request_id = required_id(wire.request_id.as_deref(), "/request_id")?;
+        let tenant_id = required_id(wire.tenant_id.as_deref(), "/tenant_id")?;
+        let provider = wire.executor.as_ref().and_then(|executor| executor.provider_id.as_deref());
+        let correlation = Correlation {
+            request_id: request_id.to_owned(),
+            provider_id: required_id(provider, "/executor/provider_id")?.to_owned(),
+            trace_id: optional_id(wire.trace_id.as_deref(), "/trace_id")?,
+            run_id: optional_id(wire.run_id.as_deref(), "/run_id")?,
+            flow_id: optional_id(wire.flow_id.as_deref(), "/flow_id")?,
+            step_id: optional_id(wire.step_id.as_deref(), "/step_id")?,
+        };
+        let raw_job = wire.job.ok_or_else(|| Invalid::missing("/job"))?;
+        let job = contract::read::<Job>(raw_job.get(), "/job")?;
+        let (retry, retry_at) = match (&job.retry_config, &wire.retry_config) {
+            (Some(retry), _) => (retry.clone(), "/job/retry_config"),
+            (None, Some(retry)) => (retry.clone(), "/retry_config"),
+            (None, None) => (RetryConfig::default(), ""),
+        };
+        let resources = wire.resources.as_ref();
+        Ok(Self {
+            key: AssignmentKey { tenant: TenantId(tenant_id.into()), assignment_id: assignment_id.into() },
+            correlation,
+            priority: priority(wire.priority)?,
+            pool: pool(resources.and_then(|resources| resources.pool.as_deref()))?,
+            memory_mb: memory_mb(resources.and_then(|resources| resources.memory_mb))?,
+            timeout: timeout(job.timeout_ms)?,
+            backoff: backoff(&retry, retry_at)?,
+            sandbox: job.sandbox.clone().unwrap_or_default(),
+            block: Block::parse(kind(&job)?, raw_job)?,
+        })
+    }
+}
+
+impl Addressee {
+    fn of(wire: &ExecAssignment<'_>) -> Self {
+        let id = |text: &Option<Cow<'_, str>>| text.as_deref().filter(|text| is_id(text)).map(str::to_owned);
+        Self {
+            assignment_id: id(&wire.assignment_id),
+            request_id: id(&wire.request_id),
+            tenant_id: id(&wire.tenant_id),
+            trace_id: id(&wire.trace_id),
+            run_id: id(&wire.run_id),
+        }
+    }
+
+    /// Reads what ids there are in a payload whose types are wrong somewhere.
+    fn salvage(json: &str) -> Self {
+        let value: serde_json::Value = serde_json::from_str(json).unwrap_or_default();
+        let id = |field: &str| value.get(field)?.as_str().filter(|text| is_id(text)).map(str::to_owned);
+        Self {
+            assignment_id: id("assignment_id"),
+            request_id: id("request_id"),
+            tenant_id: id("tenant_id"),
+            trace_id: id("trace_id"),
+            run_id: id("run_id"),
+        }
+    }
+}
+
+fn version(version: Option<&str>) -> Result<(), Invalid> {
+    match version {
+        None | Some("") => Err(Invalid::missing("/version")),
+        Some(contract::VERSION) => Ok(()),
+        Some(_) => Err(Invalid::format("/version", "is not understood: only \"1\" is")),
+    }
+}
+
+fn is_id(text: &str) -> bool {
+    !text.is_empty() && text.len() <= MAX_ID_BYTES && !text.chars().any(char::is_control)
+}
+
+fn required_id<'a>(text: Option<&'a str>, pointer: &str) -> Result<&'a str, Invalid> {
+    let text = text.filter(|text| !text.is_empty()).ok_or_else(|| Invalid::missing(pointer))?;
+    if is_id(text) { Ok(text) } else { Err(bad_id(pointer)) }
+}
+
+fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<String>, Invalid> {
+    match text {
+        None | Some("") => Ok(None),
+        Some(text) if is_id(text) => Ok(Some(text.to_owned())),
+        Some(_) => Err(bad_id(pointer)),
+    }
+}
+
+fn bad_id(pointer: &str) -> Invalid {
+    Invalid::format(pointer, "is no id: at most 256 bytes and no control characters")
+}
+
+fn kind(job: &Job<'_>) -> Result<BlockKind, Invalid> {
+    let name = job.r#type.as_deref().filter(|name| !name.is_empty()).ok_or_else(|| Invalid::missing("/job/type"))?;
+    BlockKind::parse(name).ok_or_else(|| {
+        let known = BlockKind::ALL.map(BlockKind::as_str).join(", ");
+        Invalid::input("/job/type", format!("is an unknown block type: this worker knows {known}"))
+    })
+}
+
+fn priority(priority: Option<i64>) -> Result<u8, Invalid> {
+    match priority {
+        None => Ok(DEFAULT_PRIORITY),
+        Some(priority) => within(priority, 0, 9, "/priority"),
+    }
+}
+
+fn pool(name: Option<&str>) -> Result<Pool, Invalid> {
+    match name {
+        None => Ok(Pool::Io),
+        Some(name) => Pool::parse(name).ok_or_else(|| Invalid::format("/resources/pool", "is not one of cpu, gpu, io")),
+    }
+}
+
+fn memory_mb(memory_mb: Option<i64>) -> Result<Option<u64>, Invalid> {
+    memory_mb.map(|memory_mb| within(memory_mb, 0, i64::from(u32::MAX), "/resources/memory_mb")).transpose()
+}
+
+fn timeout(timeout_ms: Option<i64>) -> Result<Duration, Invalid> {
+    match timeout_ms {
+        None => Ok(DEFAULT_TIMEOUT),
+        Some(timeout_ms) => within(timeout_ms, 1, MAX_TIMEOUT_MS, "/job/timeout_ms").map(Duration::from_millis),
+    }
+}
+
+fn backoff(retry: &RetryConfig, at: &str) -> Result<Backoff, Invalid> {
+    let default = Backoff::default();
+    let millis = |value: Option<i64>, default: Duration, field: &str| match value {
+        None => Ok(default),
+        Some(value) => within(value, 0, MAX_DELAY_MS, &format!("{at}/{field}")).map(Duration::from_millis),
+    };
+    let factor = |value: Option<f64>, default: f64, low: f64, high: f64, field: &str| match value {
+        None => Ok(default),
+        Some(value) if (low..=high).contains(&value) => Ok(value),
+        Some(_) => Err(Invalid::format(format!("{at}/{field}"), format!("is not between {low} and {high}"))),
+    };
+    Ok(Backoff {
+        max_attempts: match retry.max_attempts {
+            None => default.max_attempts,
+            Some(attempts) => within(attempts, 1, MAX_ATTEMPTS, &format!("{at}/max_attempts"))?,
+        },
+        base_delay: millis(retry.base_delay_ms, default.base_delay, "base_delay_ms")?,
+        multiplier: factor(retry.multiplier, default.multiplier, 1.0, 100.0, "multiplier")?,
+        max_delay: millis(retry.max_delay_ms, default.max_delay, "max_delay_ms")?,
+        jitter: factor(retry.jitter, default.jitter, 0.0, 1.0, "jitter")?,
+    })
+}
+
+fn within<T: TryFrom<i64>>(value: i64, low: i64, high: i64, pointer: &str) -> Result<T, Invalid> {
+    let refuse = || Invalid::format(pointer, format!("is not between {low} and {high}"));
+    if !(low..=high).contains(&value) {
+        return Err(refuse());
+    }
+    T::try_from(value).map_err(|_| refuse())
+}
+
+/// The payload as the JSON object that a dead letter embeds, where it is one.
+pub fn as_object(payload: &[u8]) -> Option<&RawValue> {
+    let json = std::str::from_utf8(payload).ok()?;
+    if contract::is_too_deep(json) {
+        return None;
+    }
+    serde_json::from_str::<&RawValue>(json).ok().filter(|value| value.get().starts_with('{'))
+}

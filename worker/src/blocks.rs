@@ -1,0 +1,174 @@
+//! What an assignment can ask for. Each block has its parameters, `parse` (at the door) and `run` (in a slot).
+
+pub mod egress; // which addresses a block may reach
+pub mod fs; // fs.put, fs.get
+pub mod http; // http.request
+pub mod sandbox; // canned results, nothing outside touched
+pub mod sql; // sql.query
+pub mod tenant_dir; // the only way to a file
+
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::assignment::TenantId;
+use crate::fault::{Fault, Invalid};
+
+/// The kinds of work, as the public `job.type` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BlockKind {
+    /// `http.request`
+    Http,
+    /// `fs.put`
+    FsPut,
+    /// `fs.get`
+    FsGet,
+    /// `sql.query`
+    Sql,
+}
+
+impl BlockKind {
+    /// Every kind.
+    pub const ALL: [Self; 4] = [Self::Http, Self::FsPut, Self::FsGet, Self::Sql];
+
+    /// The public name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http.request",
+            Self::FsPut => "fs.put",
+            Self::FsGet => "fs.get",
+            Self::Sql => "sql.query",
+        }
+    }
+
+    /// The kind that `job.type` names.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
+}
+
+/// One piece of work whose parameters have proved themselves.
+#[derive(Debug)]
+pub enum Block {
+    /// `http.request`
+    Http(http::Request),
+    /// `fs.put`
+    FsPut(fs::Put),
+    /// `fs.get`
+    FsGet(fs::Get),
+    /// `sql.query`
+    Sql(sql::Query),
+}
+
+impl Block {
+    /// Reads the parameters of `kind` from the assignment's `job` object.
+    pub fn parse(kind: BlockKind, job: &RawValue) -> Result<Self, Invalid> {
+        Ok(match kind {
+            BlockKind::Http => Self::Http(http::Request::parse(job)?),
+            BlockKind::FsPut => Self::FsPut(fs::Put::parse(job)?),
+            BlockKind::FsGet => Self::FsGet(fs::Get::parse(job)?),
+            BlockKind::Sql => Self::Sql(sql::Query::parse(job)?),
+        })
+    }
+
+    /// What it is called in public.
+    pub const fn kind(&self) -> BlockKind {
+        match self {
+            Self::Http(_) => BlockKind::Http,
+            Self::FsPut(_) => BlockKind::FsPut,
+            Self::FsGet(_) => BlockKind::FsGet,
+            Self::Sql(_) => BlockKind::Sql,
+        }
+    }
+}
+
+/// What a block may know of the assignment that it executes, and the bounds that it must keep.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Whose work it is: everything that a block keeps between runs is kept per tenant.
+    pub tenant: TenantId,
+    /// `<tenant>.<assignment_id>`, escaped: the same for every attempt and redelivery.
+    pub idempotency_key: String,
+    /// The Router's trace id, passed on to peers.
+    pub trace_id: Option<String>,
+    /// When the block must have ended. The caller drops an async block then; work on a thread stops itself.
+    pub deadline: Instant,
+    /// The most bytes that the block's output may have as JSON, for the broker to take the result.
+    pub max_output_bytes: usize,
+}
+
+/// What a block produced, already JSON: a successful result's `result`.
+#[derive(Debug)]
+pub struct Output(pub Box<RawValue>);
+
+impl Output {
+    /// Encodes a block's result, and refuses what the broker would not take.
+    pub fn encode<T: Serialize>(result: &T, scope: &Scope) -> Result<Self, Fault> {
+        use crate::fault::Cause;
+        let json = serde_json::value::to_raw_value(result)
+            .map_err(|error| Fault::new(Cause::Internal, format!("the result cannot be encoded: {error}")))?;
+        if json.get().len() > scope.max_output_bytes {
+            return Err(Fault::new(
+                Cause::OverCap,
+                format!("the result has {} bytes, the broker takes {}", json.get().len(), scope.max_output_bytes),
+            ));
+        }
+        Ok(Self(json))
+    }
+}
+
+/// Executes blocks. Holds what outlives one assignment: connections, directories.
+#[derive(Debug)]
+pub struct Blocks {
+    http: http::Http,
+    fs: fs::Fs,
+    sql: sql::Sql,
+}
+
+/// What an administrator decides about blocks.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Which addresses may be reached.
+    pub egress: egress::Policy,
+    /// How HTTP peers are called.
+    pub http: http::Settings,
+    /// The safe roots, absolute; the first is where relative SQLite paths start.
+    pub fs_roots: Vec<std::path::PathBuf>,
+}
+
+impl Blocks {
+    /// Opens what the blocks need.
+    ///
+    /// # Errors
+    /// A CA file that cannot be read; what is wrong with it, for a person.
+    pub fn new(settings: Settings) -> Result<Self, String> {
+        let dirs = tenant_dir::TenantDirs::new(settings.fs_roots);
+        Ok(Self {
+            http: http::Http::new(settings.http, settings.egress)?,
+            fs: fs::Fs::new(dirs.clone()),
+            sql: sql::Sql::new(dirs),
+        })
+    }
+
+    /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
+    pub fn refuses(&self, block: &Block) -> Option<Invalid> {
+        match block {
+            Block::Http(request) => self.http.refuses(request),
+            Block::FsPut(_) | Block::FsGet(_) | Block::Sql(_) => None,
+        }
+    }
+
+    /// One attempt. A new kind of block fails to compile here, in `Block::parse` and in `Block::kind`, nowhere else.
+    ///
+    /// # Errors
+    /// The fault of this attempt.
+    pub async fn run(&self, block: &Block, scope: &Scope) -> Result<Output, Fault> {
+        match block {
+            Block::Http(request) => self.http.run(request, scope).await,
+            Block::FsPut(put) => self.fs.put(put, scope).await,
+            Block::FsGet(get) => self.fs.get(get, scope).await,
+            Block::Sql(query) => self.sql.run(query, scope).await,
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! One pooled client for each tenant, so that no connection, TLS session or look-up is shared.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use rustls::client::Resumption;
+use rustls::crypto::ring;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
+
+use super::{Request, Settings, failure};
+use crate::assignment::TenantId;
+use crate::blocks::egress::{Guard, Policy, Target};
+use crate::fault::{Cause, Fault};
+
+/// The most tenants whose connections are kept. Above it, the one that has been quiet the longest pays a handshake.
+const MAX_TENANTS: usize = 256;
+/// How long a quiet tenant's client is kept.
+const MAX_QUIET: Duration = Duration::from_secs(600);
+/// Below the keep-alive of most servers, or a request meets a connection that is just being closed.
+const MAX_IDLE_CONNECTION: Duration = Duration::from_secs(15);
+const USER_AGENT: &str = concat!("beamline/", env!("CARGO_PKG_VERSION"));
+
+tokio::task_local! {
+    /// Whom the request of this task is for: the resolver hook is told a name, but the guard judges ports too.
+    static TARGET: Target;
+}
+
+/// The tenants' clients.
+pub(super) struct Clients {
+    policy: Arc<Policy>,
+    tls: ClientConfig,
+    connect_timeout: Duration,
+    kept: Mutex<HashMap<TenantId, Kept>>,
+}
+
+struct Kept {
+    client: Client,
+    used: Instant,
+}
+
+/// One tenant's connections, and the guard that watches over them.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    guard: Guard,
+}
+
+impl Clients {
+    pub(super) fn new(settings: &Settings, policy: Policy) -> Result<Self, String> {
+        Ok(Self {
+            policy: Arc::new(policy),
+            tls: tls(settings.ca_file.as_deref())?,
+            connect_timeout: settings.connect_timeout,
+            kept: Mutex::default(),
+        })
+    }
+
+    pub(super) fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The tenant's client, made at its first request.
+    pub(super) fn of(&self, tenant: &TenantId, now: Instant) -> Result<Client, Fault> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = kept.get_mut(tenant) {
+            kept.used = now;
+            return Ok(kept.client.clone());
+        }
+        make_room(&mut kept, now);
+        let client = self.build().map_err(|reason| Fault::new(Cause::Internal, reason))?;
+        kept.insert(tenant.clone(), Kept { client: client.clone(), used: now });
+        Ok(client)
+    }
+
+    fn build(&self) -> Result<Client, String> {
+        // The connect timeout covers the look-up: half of it is left to connect and to shake hands.
+        let guard = Guard::new(Arc::clone(&self.policy), self.connect_timeout / 2)?;
+        let mut tls = self.tls.clone();
+        tls.resumption = Resumption::in_memory_sessions(64);
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .dns_resolver(Arc::new(Hook(guard.clone())))
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .user_agent(USER_AGENT)
+            .connect_timeout(self.connect_timeout)
+            .pool_idle_timeout(MAX_IDLE_CONNECTION)
+            .build()
+            .map_err(|error| format!("cannot set up an HTTP client: {}", failure::root(&error)))?;
+        Ok(Client { http, guard })
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.kept.lock().unwrap().len()
+    }
+}
+
+impl fmt::Debug for Clients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Clients").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+/// Drops the quiet, and the quietest where that leaves no room for one more.
+fn make_room(kept: &mut HashMap<TenantId, Kept>, now: Instant) {
+    kept.retain(|_, kept| now.saturating_duration_since(kept.used) < MAX_QUIET);
+    if kept.len() >= MAX_TENANTS
+        && let Some(quietest) = kept.iter().min_by_key(|(_, kept)| kept.used).map(|(tenant, _)| tenant.clone())
+    {
+        kept.remove(&quietest);
+    }
+}
+
+impl Client {
+    /// Sends one hop, and checks whom it reached.
+    pub(super) async fn send(&self, hop: &Request) -> Result<reqwest::Response, Fault> {
+        let target = Target::of(&hop.url).ok_or_else(|| Fault::new(Cause::NotAllowed, "the URL has no host"))?;
+        if target.literal().is_some() {
+            // The hook below is not asked for a literal.
+            self.guard.resolve(&target).await?;
+        }
+        let mut request = reqwest::Request::new(hop.method.clone(), hop.url.clone());
+        *request.headers_mut() = hop.headers.clone();
+        if !hop.body.is_empty() {
+            *request.body_mut() = Some(hop.body.clone().into());
+        }
+        let sent = TARGET.scope(target.clone(), self.http.execute(request)).await;
+        let response = sent.map_err(|error| failure::fault(&error))?;
+        if let Some(peer) = response.remote_addr() {
+            self.guard.policy().check(&target, peer.ip())?;
+        }
+        Ok(response)
+    }
+}
+
+/// Gives the client addresses that the guard has checked, and no others.
+struct Hook(Guard);
+
+impl Resolve for Hook {
+    fn resolve(&self, name: Name) -> Resolving {
+        let guard = self.0.clone();
+        let target = TARGET.try_with(Target::clone);
+        Box::pin(async move {
+            let target = target?;
+            if target.host.to_string() != name.as_str() {
+                return Err("the client asks for another host than the request's".into());
+            }
+            let addresses = guard.resolve(&target).await?;
+            Ok(Box::new(addresses.into_iter()) as Addrs)
+        })
+    }
+}
+
+/// The system's authorities and the private ones. A system without any is fine for plain HTTP.
+fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    let system = rustls_native_certs::load_native_certs();
+    for error in &system.errors {
+        tracing::warn!(%error, "cannot read some of the system's certificate authorities");
+    }
+    roots.add_parsable_certificates(system.certs);
+    if let Some(path) = ca_file {
+        add_private(&mut roots, path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
+    }
+    if roots.is_empty() {
+        tracing::warn!("no certificate authority is known: every https request will fail");
+    }
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("cannot set up TLS: {error}"))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn add_private(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
+    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
+    let mut is_empty = true;
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        let certificate = certificate.map_err(|error| format!("is no PEM: {error:?}"))?;
+        roots.add(certificate).map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
+        is_empty = false;
+    }
+    if is_empty { Err("holds no PEM certificate".to_owned()) } else { Ok(()) }
+}

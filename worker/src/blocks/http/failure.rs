@@ -1,0 +1,42 @@
+//! What went wrong below HTTP, as a row of the table. The client's own texts quote URLs with their queries: they are
+//! never repeated.
+
+use std::error::Error;
+use std::io;
+
+use crate::blocks::egress::Refusal;
+use crate::fault::{Cause, Fault};
+
+/// The fault that an error of the client is.
+pub(super) fn fault(error: &reqwest::Error) -> Fault {
+    if let Some(refusal) = causes(error).find_map(|cause| cause.downcast_ref::<Refusal>()) {
+        return refusal.clone().into();
+    }
+    if let Some(tls) = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
+        return Fault::new(Cause::Tls, format!("TLS failed: {tls}"));
+    }
+    if error.is_connect() && error.is_timeout() {
+        return Fault::new(Cause::ConnectTimeout, "the peer did not accept the connection in time");
+    }
+    let stage = if error.is_connect() { "cannot connect" } else { "the connection broke" };
+    Fault::new(Cause::Network, format!("{stage}: {}", root(error)))
+}
+
+/// The innermost cause, which knows no URL.
+pub(super) fn root(error: &reqwest::Error) -> String {
+    let known = causes(error).filter(|cause| !cause.is::<reqwest::Error>()).last();
+    known.map_or_else(|| "the request failed".to_owned(), ToString::to_string)
+}
+
+/// The causes of an error, without itself.
+fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(error.source(), |cause| inner(*cause))
+}
+
+/// An IO error tells its cause's cause only, so the cause itself is looked up inside.
+fn inner<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+    match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(inner) => Some(inner),
+        None => cause.source(),
+    }
+}

@@ -1,0 +1,164 @@
+//! What the peer answered: a result, or the fault that its status is. Counted while it is read.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822::DateTimeParser;
+use reqwest::Response;
+use serde::Serialize;
+
+use super::failure;
+use crate::blocks::{Output, Scope};
+use crate::fault::{Cause, Details, Fault};
+
+/// The most bytes of a decompressed body, where the broker would take more.
+const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
+/// What an error repeats of a body.
+const EXCERPT_BYTES: usize = 2048;
+/// How long an error's body may take: its status is what matters, and must not be lost to a stalling peer.
+const EXCERPT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The longest `Retry-After` that is believed.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+
+#[derive(Serialize)]
+struct Success<'a> {
+    status_code: u16,
+    #[serde(flatten)]
+    body: Body<'a>,
+    headers: BTreeMap<String, String>,
+    latency_ms: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Body<'a> {
+    Body(&'a str),
+    BodyBase64(String),
+}
+
+/// Reads an answer that is no error.
+pub(super) async fn success(response: Response, started: Instant, scope: &Scope) -> Result<Output, Fault> {
+    let status_code = response.status().as_u16();
+    let headers = public_headers(response.headers());
+    let bytes = read_capped(response, MAX_BODY_BYTES.min(scope.max_output_bytes)).await?;
+    let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let body = match std::str::from_utf8(&bytes) {
+        Ok(text) => Body::Body(text),
+        Err(_) => Body::BodyBase64(STANDARD.encode(&bytes)),
+    };
+    Output::encode(&Success { status_code, body, headers, latency_ms }, scope)
+}
+
+/// The fault that a status of 400 or above is.
+pub(super) async fn failure(response: Response) -> Fault {
+    let status = response.status();
+    let retry_after = response.headers().get(header::RETRY_AFTER);
+    let retry_after = retry_after.and_then(|value| self::retry_after(value, Timestamp::now()));
+    let details =
+        Details { http_status: Some(status.as_u16()), body: Some(excerpt(response).await), ..Details::default() };
+    let message = format!("the peer answered {status}");
+    Fault { retry_after, ..Fault::new(Cause::HttpStatus(status.as_u16()), message).with(details) }
+}
+
+async fn read_capped(mut response: Response, cap: usize) -> Result<Vec<u8>, Fault> {
+    let over_cap = || Fault::new(Cause::OverCap, format!("the response has more than {cap} bytes"));
+    let announced = response.content_length().unwrap_or(0);
+    if usize::try_from(announced).map_or(true, |announced| announced > cap) {
+        return Err(over_cap());
+    }
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| failure::fault(&error))? {
+        if chunk.len() > cap - body.len() {
+            return Err(over_cap());
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// The start of a body, as far as it came in time.
+async fn excerpt(mut response: Response) -> String {
+    let mut start = Vec::new();
+    let read = async {
+        while start.len() < EXCERPT_BYTES
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            start.extend_from_slice(&chunk);
+        }
+    };
+    // What was read before the time was up is kept.
+    let _ = tokio::time::timeout(EXCERPT_TIMEOUT, read).await;
+    start.truncate(EXCERPT_BYTES);
+    // A character that the cut went through is left out, not replaced.
+    let whole = match std::str::from_utf8(&start) {
+        Err(error) if error.error_len().is_none() => error.valid_up_to(),
+        _ => start.len(),
+    };
+    start.truncate(whole);
+    String::from_utf8_lossy(&start).into_owned()
+}
+
+/// Seconds or an HTTP date; a date in the past is no delay.
+fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
+    let text = value.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+    }
+    let at = DateTimeParser::new().parse_timestamp(text).ok()?;
+    Some(Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO).min(MAX_RETRY_AFTER))
+}
+
+/// One string for each name: several values are joined as HTTP allows, but for cookies, which stand one a line.
+fn public_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
+    let text = |value: &HeaderValue| value.as_bytes().iter().copied().map(char::from).collect::<String>();
+    let joined = |name: &HeaderName| {
+        let values: Vec<_> = headers.get_all(name).iter().map(text).collect();
+        values.join(if name == header::SET_COOKIE { "\n" } else { ", " })
+    };
+    headers.keys().map(|name| (canonical(name), joined(name))).collect()
+}
+
+/// `Content-Type`, whatever the peer and its version of HTTP wrote: names compare without case, JSON keys do not.
+fn canonical(name: &HeaderName) -> String {
+    let mut starts_word = true;
+    let in_case = |letter: char| {
+        let letter = if starts_word { letter.to_ascii_uppercase() } else { letter };
+        starts_word = letter == '-';
+        letter
+    };
+    name.as_str().chars().map(in_case).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now: Timestamp = "2015-10-21T07:28:00Z".parse().unwrap();
+        let read = |text: &'static str| retry_after(&HeaderValue::from_static(text), now);
+        assert_eq!(read("120"), Some(Duration::from_secs(120)));
+        assert_eq!(read("Wed, 21 Oct 2015 07:28:30 GMT"), Some(Duration::from_secs(30)));
+        assert_eq!(read("Wed, 21 Oct 2015 07:00:00 GMT"), Some(Duration::ZERO));
+        assert_eq!(read("18446744073709551615"), Some(MAX_RETRY_AFTER));
+        for nonsense in ["", "-1", "soon", "1.5", "18446744073709551616"] {
+            assert_eq!(read(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_header_has_one_spelling_and_one_value() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in
+            [("content-type", "a"), ("vary", "x"), ("vary", "y"), ("set-cookie", "p"), ("set-cookie", "q")]
+        {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let expected = [("Content-Type", "a"), ("Set-Cookie", "p\nq"), ("Vary", "x, y")];
+        assert_eq!(public_headers(&headers), expected.map(|(name, value)| (name.into(), value.into())).into());
+    }
+}

@@ -1,0 +1,268 @@
+//! The connection to NATS: the only place that knows how to reach it and what its answers mean.
+
+pub mod streams; // what the worker needs there, and how it must be set
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::{self, ErrorCode};
+use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, RequestErrorKind, ServerAddr, Subject};
+use bytes::Bytes;
+use serde::Deserialize;
+use tokio::sync::watch;
+
+use crate::admin::{Concern, Health};
+
+/// Two missed pings end a connection, so a silent broker is noticed within three of these.
+const PING_INTERVAL: Duration = Duration::from_secs(3);
+/// How long one request to the broker may take before its outcome counts as unknown.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Messages that may wait between the socket and their reader. A full channel loses messages, so it is larger than
+/// everything that is ever asked for at once: 1 000 look-ahead and 65 535 slots of each pool.
+const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
+
+/// How to reach the broker.
+#[derive(Clone, Debug)]
+pub struct Address {
+    /// Any of these.
+    pub servers: Vec<ServerAddr>,
+    /// A credentials file, read again on each connect.
+    pub creds: Option<PathBuf>,
+    /// A private CA; requires TLS.
+    pub tls_ca: Option<PathBuf>,
+    /// The client's certificate and key.
+    pub tls_identity: Option<(PathBuf, PathBuf)>,
+    /// How the broker names this connection.
+    pub name: String,
+}
+
+/// A connection that comes back by itself, and a second one for look-ups: a large answer never delays a delivery.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    client: Client,
+    lookups: Client,
+    jetstream: jetstream::Context,
+    connects: watch::Receiver<u64>,
+}
+
+/// What became of a message that a stream was asked to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// Kept, with this sequence.
+    At(u64),
+    /// The subject's last sequence was not the expected one.
+    Refused,
+}
+
+/// Why it is not known, or not so, that a message is kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The broker said no: storage full, stream missing, not permitted.
+    #[error("the broker refused to store on {subject}: {reason}")]
+    Refused {
+        /// Where it should have been stored.
+        subject: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// It may or may not be kept: ask again, with the same precondition.
+    #[error("no answer from the broker for {subject}: {reason}")]
+    Unknown {
+        /// Where it should have been stored.
+        subject: String,
+        /// What happened.
+        reason: String,
+    },
+}
+
+impl Broker {
+    /// Connects, and waits for as long as it takes; `health` says so meanwhile, and at every later loss.
+    ///
+    /// # Errors
+    /// What is wrong with the address or its files, for a person.
+    pub async fn connect(address: &Address, health: &Health) -> Result<Self, String> {
+        let (connected, connects) = watch::channel(0);
+        let connected = Arc::new(connected);
+        let client = open(options(address, "work")?, address, health, Some(connected)).await;
+        let lookups = open(options(address, "look-ups")?, address, health, None).await;
+        let mut jetstream = jetstream::new(client.clone());
+        jetstream.set_timeout(REQUEST_TIMEOUT);
+        Ok(Self { client, lookups, jetstream, connects })
+    }
+
+    /// The connection that everything but look-ups uses.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The connection for look-ups.
+    pub fn lookups(&self) -> &Client {
+        &self.lookups
+    }
+
+    /// JetStream's management API.
+    pub fn jetstream(&self) -> &jetstream::Context {
+        &self.jetstream
+    }
+
+    /// Counts connects: whoever holds state in the broker's session makes it anew when this changes.
+    pub fn connects(&self) -> watch::Receiver<u64> {
+        self.connects.clone()
+    }
+
+    /// Which session the commands of this moment go to. Unchanged between two looks: no reconnect in between.
+    pub fn session(&self) -> (String, u64) {
+        let info = self.client.server_info();
+        (info.server_id, info.client_id)
+    }
+
+    /// The largest message that the broker takes, in bytes, headers included.
+    pub fn max_payload(&self) -> usize {
+        self.client.max_payload()
+    }
+
+    /// Asks a stream to keep a message, once.
+    ///
+    /// # Errors
+    /// Refused for another reason than the precondition, or unknown; see [`StoreError`].
+    pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
+        let answer = self.client.request_with_headers(subject.clone(), headers, payload).await;
+        let answer = answer.map_err(|error| match error.kind() {
+            RequestErrorKind::NoResponders => {
+                StoreError::Refused { subject: subject.clone(), reason: "no stream listens there".to_owned() }
+            }
+            RequestErrorKind::MaxPayloadExceeded | RequestErrorKind::InvalidSubject => {
+                StoreError::Refused { subject: subject.clone(), reason: error.to_string() }
+            }
+            RequestErrorKind::TimedOut | RequestErrorKind::Other => {
+                StoreError::Unknown { subject: subject.clone(), reason: error.to_string() }
+            }
+        })?;
+        match serde_json::from_slice(&answer.payload) {
+            Ok(PubAck { seq: Some(sequence), error: None }) => Ok(Stored::At(sequence)),
+            Ok(PubAck { error: Some(error), .. }) if error.error_code() == ErrorCode::STREAM_WRONG_LAST_SEQUENCE => {
+                Ok(Stored::Refused)
+            }
+            Ok(PubAck { error: Some(error), .. }) => Err(StoreError::Refused { subject, reason: error.to_string() }),
+            _ => Err(StoreError::Unknown { subject, reason: "the answer is no PubAck".to_owned() }),
+        }
+    }
+
+    /// Publishes to whoever listens. Waits only while the connection's own queue is full.
+    pub async fn say(&self, subject: impl Into<Subject>, payload: Bytes) {
+        if let Err(error) = self.client.publish(subject.into(), payload).await {
+            tracing::warn!(%error, "cannot publish");
+        }
+    }
+
+    /// Sends what is buffered; gives up after a second.
+    pub async fn flush(&self) {
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;
+    }
+}
+
+#[derive(Deserialize)]
+struct PubAck {
+    seq: Option<u64>,
+    error: Option<jetstream::Error>,
+}
+
+fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
+    let mut options = match address.creds.clone() {
+        None => ConnectOptions::new(),
+        Some(path) => {
+            read_creds(&path)?;
+            ConnectOptions::with_auth_callback(move |nonce| {
+                let path = path.clone();
+                async move { sign(&path, &nonce).map_err(AuthError::new) }
+            })
+        }
+    };
+    if let Some(ca) = &address.tls_ca {
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    if let Some((cert, key)) = &address.tls_identity {
+        options = options.add_client_certificate(cert.clone(), key.clone());
+    }
+    Ok(options
+        .name(format!("{} {purpose}", address.name))
+        .ping_interval(PING_INTERVAL)
+        .request_timeout(Some(REQUEST_TIMEOUT))
+        .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .reconnect_delay_callback(reconnect_delay))
+}
+
+/// Doubles from 50 ms to 2 s, half of it at random, so that workers do not come back in step.
+fn reconnect_delay(attempt: usize) -> Duration {
+    let ceiling = Duration::from_millis(50).saturating_mul(1 << attempt.min(6)).min(Duration::from_secs(2));
+    ceiling.mul_f64(0.5 + 0.5 * crate::execute::random())
+}
+
+async fn open(
+    options: ConnectOptions,
+    address: &Address,
+    health: &Health,
+    connected: Option<Arc<watch::Sender<u64>>>,
+) -> Client {
+    let watched = health.clone();
+    let options = options.event_callback(move |event| {
+        let (watched, connected) = (watched.clone(), connected.clone());
+        async move { note(&event, &watched, connected.as_deref()) }
+    });
+    let mut attempt = 0;
+    loop {
+        match options.clone().connect(address.servers.as_slice()).await {
+            Ok(client) => return client,
+            Err(error) => {
+                health.raise(Concern::NatsDisconnected, error.to_string());
+                tracing::warn!(%error, attempt, "cannot reach NATS yet");
+            }
+        }
+        tokio::time::sleep(reconnect_delay(attempt)).await;
+        attempt += 1;
+    }
+}
+
+fn note(event: &Event, health: &Health, connected: Option<&watch::Sender<u64>>) {
+    // The connection for look-ups comes and goes with the other one: one of them speaks.
+    let Some(connected) = connected else { return };
+    match event {
+        Event::Connected => {
+            tracing::info!("connected to NATS");
+            health.clear(Concern::NatsDisconnected);
+            connected.send_modify(|count| *count += 1);
+        }
+        Event::Disconnected | Event::Closed => {
+            tracing::warn!("lost the connection to NATS");
+            health.raise(Concern::NatsDisconnected, "the connection was lost");
+        }
+        Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {
+            tracing::warn!(event = %event, "NATS reports a problem");
+        }
+        Event::LameDuckMode | Event::Draining => tracing::info!(event = %event, "NATS is going away"),
+    }
+}
+
+/// The two parts of a credentials file: the user's token and the seed that signs for it.
+fn read_creds(path: &PathBuf) -> Result<(String, nkeys::KeyPair), String> {
+    let failed = |reason: String| format!("--nats-creds: {}: {reason}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let part = |name: &str| {
+        let begins = |line: &&str| line.starts_with("-----BEGIN") && line.contains(name);
+        let mut lines = text.lines().skip_while(|line| !begins(line)).skip(1);
+        lines.find(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned())
+    };
+    let token = part("JWT").ok_or_else(|| failed("has no user JWT".to_owned()))?;
+    let seed = part("SEED").ok_or_else(|| failed("has no NKEY seed".to_owned()))?;
+    let key = nkeys::KeyPair::from_seed(&seed).map_err(|error| failed(error.to_string()))?;
+    Ok((token, key))
+}
+
+fn sign(path: &PathBuf, nonce: &[u8]) -> Result<Auth, String> {
+    let (token, key) = read_creds(path)?;
+    let mut auth = Auth::new();
+    auth.signature = Some(key.sign(nonce).map_err(|error| error.to_string())?);
+    auth.jwt = Some(token);
+    Ok(auth)
+}

@@ -1,0 +1,355 @@
+//! The streams and the consumer that the contract needs. Creates what is missing; never alters or deletes.
+//!
+//! The operator decides the same in a pool's name; a test holds the two together.
+
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, GetStreamErrorKind};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
+use async_nats::jetstream::{self, ErrorCode};
+
+use tokio::sync::watch;
+
+use super::Broker;
+use crate::admin::{Concern, Health};
+use crate::contract;
+
+/// Holds results and stored refusals.
+pub const RESULT_STREAM: &str = "CAF_EXEC_RESULT";
+/// Holds dead letters.
+pub const DLQ_STREAM: &str = "CAF_EXEC_DLQ";
+/// Holds assignments that came in on [`contract::ASSIGN`].
+pub const ASSIGN_STREAM: &str = "CAF_EXEC_ASSIGN";
+
+/// A hold on a delivery lasts this long from its last progress ack.
+pub const ACK_WAIT: Duration = Duration::from_secs(10);
+/// How many deliveries may be unsettled over all workers, where no operator sizes it to its pool.
+const MAX_ACK_PENDING: i64 = 50_000;
+/// Between two looks at streams that are missing or cannot be asked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Between two looks when nothing seems wrong: a few requests for each worker.
+const LOOK_ANYWAY: Duration = Duration::from_secs(30);
+const RESULT_RETENTION: Duration = Duration::from_secs(3600);
+const RESULT_MAX_MESSAGES: i64 = 2_000_000;
+const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Where this worker's assignments wait.
+#[derive(Clone, Debug)]
+pub struct Intake {
+    /// The subject that the Router publishes on.
+    pub subject: String,
+    /// The durable consumer that all workers of a pool share.
+    pub queue_group: String,
+}
+
+/// Where assignments are pulled from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// The stream that they wait in.
+    pub stream: String,
+    /// When that stream was made, RFC 3339: with a sequence it names a publication for ever.
+    pub created: String,
+    /// The durable consumer that hands them out.
+    pub consumer: String,
+}
+
+/// Looks after the streams for as long as the worker runs: they may vanish, or be made anew by somebody else.
+#[derive(Debug)]
+pub struct Keeper {
+    broker: Broker,
+    intake: Intake,
+    create: bool,
+    ready: watch::Sender<Ready>,
+}
+
+impl Keeper {
+    /// Finds or makes the streams; waits for those that are missing, and says so in `health`.
+    ///
+    /// # Errors
+    /// A mismatch: it never heals by waiting.
+    pub async fn start(broker: Broker, intake: Intake, create: bool, health: &Health) -> Result<Self, StreamsError> {
+        loop {
+            match ensure(broker.jetstream(), &intake, create).await {
+                Ok(ready) => {
+                    health.clear(Concern::StreamsUnavailable);
+                    return Ok(Self { broker, intake, create, ready: watch::Sender::new(ready) });
+                }
+                Err(mismatch @ StreamsError::Mismatch { .. }) => return Err(mismatch),
+                Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// What was found last.
+    pub fn watch(&self) -> watch::Receiver<Ready> {
+        self.ready.subscribe()
+    }
+
+    /// Looks again from time to time, and at once when something else has noticed that a stream is missing.
+    pub async fn run(self, health: Health) {
+        let mut last = Instant::now();
+        loop {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            let is_urgent =
+                [Concern::StreamsUnavailable, Concern::StorageRefused].map(|concern| health.is_raised(concern));
+            if !is_urgent.contains(&true) && last.elapsed() < LOOK_ANYWAY {
+                continue;
+            }
+            last = Instant::now();
+            match ensure(self.broker.jetstream(), &self.intake, self.create).await {
+                Ok(ready) => {
+                    health.clear(Concern::StreamsUnavailable);
+                    self.ready.send_if_modified(|known| std::mem::replace(known, ready.clone()) != ready);
+                }
+                Err(StreamsError::Unavailable { .. }) if health.is_raised(Concern::NatsDisconnected) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the streams are not as they must be");
+                    health.raise(Concern::StreamsUnavailable, error.to_string());
+                }
+            }
+        }
+    }
+}
+
+/// Why the worker cannot use what is there.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamsError {
+    /// It exists with a setting that breaks the contract; nothing was changed.
+    #[error("{what} has {field} {found}, but the contract needs {wanted}: change it, or let another name be used")]
+    Mismatch {
+        /// `stream X` or `consumer Y of stream X`.
+        what: String,
+        /// The setting.
+        field: &'static str,
+        /// As it is.
+        found: String,
+        /// As it must be.
+        wanted: String,
+    },
+    /// It is missing and this worker was told not to create it.
+    #[error("{0} does not exist (yet)")]
+    Missing(String),
+    /// The broker could not be asked; it may work later.
+    #[error("cannot look at {what}: {reason}")]
+    Unavailable {
+        /// What was asked for.
+        what: String,
+        /// What the broker or the network said.
+        reason: String,
+    },
+}
+
+impl Intake {
+    /// The stream that captures the subject.
+    pub fn stream(&self) -> String {
+        if self.subject == contract::ASSIGN {
+            ASSIGN_STREAM.to_owned()
+        } else {
+            format!("CAF_POOL_{}", contract::escape(&self.subject))
+        }
+    }
+
+    /// Where verdicts about it are published.
+    pub fn verdict_subject(&self) -> String {
+        format!("{}.ack", self.subject)
+    }
+
+    fn routes(&self) -> String {
+        if self.subject == contract::ASSIGN {
+            "caf.exec.route.*.v1".to_owned()
+        } else {
+            format!("{}.route.*", self.subject)
+        }
+    }
+}
+
+/// Finds or, where `create` says so, makes everything that this worker needs.
+///
+/// # Errors
+/// See [`StreamsError`]; a mismatch never heals by waiting.
+async fn ensure(js: &jetstream::Context, intake: &Intake, create: bool) -> Result<Ready, StreamsError> {
+    for wanted in [results(), dead_letters()] {
+        ensure_stream(js, wanted, create).await?;
+    }
+    let stream = ensure_stream(js, assignments(intake), create).await?;
+    ensure_consumer(&stream, consumer(intake), create).await?;
+    let info = stream.cached_info();
+    Ok(Ready {
+        stream: info.config.name.clone(),
+        created: rfc3339(info.created.unix_timestamp_nanos()),
+        consumer: intake.queue_group.clone(),
+    })
+}
+
+fn assignments(intake: &Intake) -> Config {
+    Config {
+        name: intake.stream(),
+        subjects: vec![intake.subject.clone(), intake.routes()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        ..unlimited()
+    }
+}
+
+fn results() -> Config {
+    Config {
+        name: RESULT_STREAM.to_owned(),
+        subjects: vec![format!("{}.*.*", contract::LEDGER), format!("{}.*.*", contract::REFUSED)],
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::Old,
+        storage: StorageType::File,
+        max_messages_per_subject: 1,
+        max_messages: RESULT_MAX_MESSAGES,
+        max_age: RESULT_RETENTION,
+        allow_direct: true,
+        ..unlimited()
+    }
+}
+
+fn dead_letters() -> Config {
+    Config {
+        name: DLQ_STREAM.to_owned(),
+        subjects: vec![contract::DLQ.to_owned(), contract::DLQ_RAW.to_owned()],
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        max_age: DEAD_LETTER_RETENTION,
+        allow_direct: true,
+        ..unlimited()
+    }
+}
+
+fn unlimited() -> Config {
+    Config {
+        max_bytes: -1,
+        max_messages: -1,
+        max_messages_per_subject: -1,
+        max_consumers: -1,
+        num_replicas: 1,
+        ..Config::default()
+    }
+}
+
+fn consumer(intake: &Intake) -> pull::Config {
+    pull::Config {
+        durable_name: Some(intake.queue_group.clone()),
+        filter_subject: intake.subject.clone(),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_deliver: -1,
+        max_ack_pending: MAX_ACK_PENDING,
+        ..pull::Config::default()
+    }
+}
+
+async fn ensure_stream(js: &jetstream::Context, wanted: Config, create: bool) -> Result<Stream, StreamsError> {
+    let what = format!("stream {}", wanted.name);
+    match js.get_stream(&wanted.name).await {
+        Ok(stream) => {
+            compare_stream(&what, &stream.cached_info().config, &wanted)?;
+            Ok(stream)
+        }
+        Err(error) if is_missing(&error.kind()) && create => {
+            tracing::info!(stream = wanted.name, "creating a stream");
+            let made = js.create_stream(wanted.clone()).await;
+            made.map_err(|error| explain(&what, &error))?;
+            js.get_stream(&wanted.name).await.map_err(|error| unavailable(&what, &error))
+        }
+        Err(error) if is_missing(&error.kind()) => Err(StreamsError::Missing(what)),
+        Err(error) => Err(unavailable(&what, &error)),
+    }
+}
+
+fn is_missing(kind: &GetStreamErrorKind) -> bool {
+    matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
+}
+
+/// Another stream may already capture one of the subjects: the administrator has to choose, waiting does not help.
+fn explain(what: &str, error: &CreateStreamError) -> StreamsError {
+    let reason = error.to_string();
+    if reason.contains("subjects overlap") {
+        return StreamsError::Mismatch {
+            what: what.to_owned(),
+            field: "subjects",
+            found: "that another stream captures already".to_owned(),
+            wanted: "them for itself".to_owned(),
+        };
+    }
+    StreamsError::Unavailable { what: what.to_owned(), reason }
+}
+
+async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) -> Result<(), StreamsError> {
+    let name = wanted.durable_name.clone().unwrap_or_default();
+    let what = format!("consumer {name} of stream {}", stream.cached_info().config.name);
+    match stream.consumer_info(&name).await {
+        Ok(info) => compare_consumer(&what, &info.config, &wanted),
+        Err(error) if is_no_consumer(&error) && create => {
+            tracing::info!(consumer = name, "creating a consumer");
+            let made = stream.create_consumer_strict(wanted).await;
+            made.map(drop).map_err(|error| unavailable(&what, &error))
+        }
+        Err(error) if is_no_consumer(&error) => Err(StreamsError::Missing(what)),
+        Err(error) => Err(unavailable(&what, &error)),
+    }
+}
+
+fn is_no_consumer(error: &ConsumerInfoError) -> bool {
+    matches!(error.kind(), ConsumerInfoErrorKind::NotFound)
+}
+
+/// Replicas, ages and sizes are the administrator's; everything else that the promise rests on must match.
+fn compare_stream(what: &str, found: &Config, wanted: &Config) -> Result<(), StreamsError> {
+    let sorted = |config: &Config| {
+        let mut subjects = config.subjects.clone();
+        subjects.sort();
+        format!("{subjects:?}")
+    };
+    // The server reports "no limit" as -1, whoever asked with 0.
+    let per_subject = |config: &Config| config.max_messages_per_subject.max(-1).to_string().replace("-1", "0");
+    let settings = [
+        ("subjects", sorted(found), sorted(wanted)),
+        ("retention", format!("{:?}", found.retention), format!("{:?}", wanted.retention)),
+        ("storage", format!("{:?}", found.storage), format!("{:?}", wanted.storage)),
+        ("discard", format!("{:?}", found.discard), format!("{:?}", wanted.discard)),
+        ("max_msgs_per_subject", per_subject(found), per_subject(wanted)),
+        ("allow_direct", found.allow_direct.to_string(), wanted.allow_direct.to_string()),
+        ("no_ack", found.no_ack.to_string(), wanted.no_ack.to_string()),
+    ];
+    first_mismatch(what, settings)
+}
+
+fn compare_consumer(
+    what: &str,
+    found: &jetstream::consumer::Config,
+    wanted: &pull::Config,
+) -> Result<(), StreamsError> {
+    let settings = [
+        ("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone()),
+        ("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy)),
+        ("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait)),
+        ("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string()),
+        ("deliver_subject", format!("{:?}", found.deliver_subject), "None".to_owned()),
+    ];
+    first_mismatch(what, settings)
+}
+
+fn first_mismatch<const N: usize>(
+    what: &str,
+    settings: [(&'static str, String, String); N],
+) -> Result<(), StreamsError> {
+    match settings.into_iter().find(|(_, found, wanted)| found != wanted) {
+        None => Ok(()),
+        Some((field, found, wanted)) => Err(StreamsError::Mismatch { what: what.to_owned(), field, found, wanted }),
+    }
+}
+
+fn unavailable(what: &str, error: &dyn std::error::Error) -> StreamsError {
+    StreamsError::Unavailable { what: what.to_owned(), reason: error.to_string() }
+}
+
+fn rfc3339(nanos: i128) -> String {
+    jiff::Timestamp::from_nanosecond(nanos).map_or_else(|_| nanos.to_string(), |time| time.to_string())
+}

@@ -1,0 +1,412 @@
+//! The JSON that we share with the Router, and the subjects that it travels on. Serde only: nothing here judges.
+
+#![expect(missing_docs, reason = "the fields are the wire format, which docs/contract.md explains")]
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::fault::{Details, Invalid};
+
+/// Where assignments come in, unless `--nats-subject` says else.
+pub const ASSIGN: &str = "caf.exec.assign.v1";
+/// Where results go out.
+pub const RESULT: &str = "caf.exec.result.v1";
+/// Where dead letters go.
+pub const DLQ: &str = "caf.exec.dlq.v1";
+/// Where the original of a dead letter goes when the envelope would be too large for the broker.
+pub const DLQ_RAW: &str = "caf.exec.dlq.raw.v1";
+/// One record per assignment lives at `caf.exec.ledger.<tenant>.<assignment_id>`.
+pub const LEDGER: &str = "caf.exec.ledger";
+/// A stored refusal lives at `caf.exec.refused.<tenant>.<assignment_id>`.
+pub const REFUSED: &str = "caf.exec.refused";
+
+/// The version of every message here.
+pub const VERSION: &str = "1";
+
+/// Names the publication that a record answers: `<stream>,<stream's creation, RFC 3339>,<sequence>`.
+pub const HEADER_ANSWERS: &str = "Beamline-Answers";
+/// Keeps the first identity of a publication that was passed on to another subject.
+pub const HEADER_PUBLICATION: &str = "Beamline-Publication";
+/// `true` asks for a new execution of an id that has a record.
+pub const HEADER_REPLAY: &str = "Beamline-Replay";
+/// Ties an original on [`DLQ_RAW`] to its dead letter.
+pub const HEADER_DLQ_ID: &str = "Beamline-Dlq-Id";
+
+/// The deepest JSON that is read: `serde_json`'s own limit.
+pub const MAX_DEPTH: usize = 128;
+
+/// Writes any text as one token of a subject, key, file name or header: every byte outside `A–Z a–z 0–9 _ -` becomes
+/// `=` and two upper-case hex digits.
+pub fn escape(text: &str) -> Cow<'_, str> {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    if text.as_bytes().iter().all(is_plain) {
+        return Cow::Borrowed(text);
+    }
+    let mut token = String::with_capacity(text.len() * 3);
+    for byte in text.bytes() {
+        if is_plain(&byte) {
+            token.push(char::from(byte));
+        } else {
+            token.push_str(&format!("={byte:02X}"));
+        }
+    }
+    Cow::Owned(token)
+}
+
+/// What the Router publishes on [`ASSIGN`]. Unknown fields are ignored here and kept in a dead letter.
+#[derive(Debug, Deserialize)]
+pub struct ExecAssignment<'a> {
+    /// Must be [`VERSION`].
+    #[serde(borrow)]
+    pub version: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub assignment_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub request_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub tenant_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub trace_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub run_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub flow_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub step_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub executor: Option<Executor<'a>>,
+    /// 0 to 9, higher first.
+    pub priority: Option<i64>,
+    pub retry_config: Option<RetryConfig>,
+    #[serde(borrow)]
+    pub resources: Option<Resources<'a>>,
+    /// Read again by the block that it names.
+    #[serde(borrow)]
+    pub job: Option<&'a RawValue>,
+}
+
+/// Who the Router decided should do it; informative but for its presence.
+#[derive(Debug, Deserialize)]
+pub struct Executor<'a> {
+    #[serde(borrow)]
+    pub provider_id: Option<Cow<'a, str>>,
+}
+
+/// What every `job` may say, whatever its type.
+#[derive(Debug, Deserialize)]
+pub struct Job<'a> {
+    #[serde(borrow)]
+    pub r#type: Option<Cow<'a, str>>,
+    /// Milliseconds for the whole block over all attempts.
+    pub timeout_ms: Option<i64>,
+    pub retry_config: Option<RetryConfig>,
+    pub sandbox: Option<SandboxJob>,
+}
+
+/// How often and how patiently a block is tried.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct RetryConfig {
+    /// Counts the first attempt.
+    pub max_attempts: Option<i64>,
+    pub base_delay_ms: Option<i64>,
+    pub multiplier: Option<f64>,
+    pub max_delay_ms: Option<i64>,
+    /// Each delay varies by this share of itself.
+    pub jitter: Option<f64>,
+}
+
+/// What the work needs.
+#[derive(Debug, Deserialize)]
+pub struct Resources<'a> {
+    /// `cpu`, `gpu` or `io`.
+    #[serde(borrow)]
+    pub pool: Option<Cow<'a, str>>,
+    pub memory_mb: Option<i64>,
+}
+
+/// What a job asks of the sandbox.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct SandboxJob {
+    /// `success` or `error`.
+    pub status: Option<String>,
+    pub code: Option<i64>,
+    pub delay_ms: Option<i64>,
+    pub fail_attempts: Option<i64>,
+}
+
+/// Reads a wire struct; `base` is the JSON pointer of `json` within the assignment.
+///
+/// # Errors
+/// 1001 when it is not JSON or not an object, 1003 with the pointer of the field that has the wrong type. The reason
+/// says what was expected and never quotes the value, which may be a secret.
+pub fn read<'a, T: Deserialize<'a>>(json: &'a str, base: &str) -> Result<T, Invalid> {
+    serde_json::from_str(json).map_err(|error| diagnose::<T>(json, base, &error))
+}
+
+/// Finds out which field was wrong. Only bad input pays for the second reading.
+fn diagnose<'a, T: Deserialize<'a>>(json: &'a str, base: &str, first: &serde_json::Error) -> Invalid {
+    if !first.is_data() {
+        return Invalid::input(base, "is not JSON");
+    }
+    if !json.trim_start().starts_with('{') {
+        return Invalid::input(base, "is not a JSON object");
+    }
+    let mut reader = serde_json::Deserializer::from_str(json);
+    match serde_path_to_error::deserialize::<_, T>(&mut reader) {
+        Ok(_) => Invalid::input(base, "is not JSON"),
+        Err(error) => Invalid::format(format!("{base}{}", pointer(error.path())), expectation(error.inner())),
+    }
+}
+
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    let mut pointer = String::new();
+    for segment in path {
+        match segment {
+            Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
+            Segment::Map { key } => pointer.push_str(&format!("/{}", key.replace('~', "~0").replace('/', "~1"))),
+            Segment::Enum { variant } => pointer.push_str(&format!("/{variant}")),
+            Segment::Unknown => {}
+        }
+    }
+    pointer
+}
+
+/// `serde_json` says `invalid type: string "…", expected u64 at line 1 column 9`: only the expectation may be repeated.
+fn expectation(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let expected = message.rsplit_once(", expected ").map(|(_, rest)| rest.split(" at line").next().unwrap_or(rest));
+    match expected {
+        Some(expected) => format!("has the wrong type or range: expected {expected}"),
+        None if message.starts_with("duplicate field") => "is given twice".to_owned(),
+        None => "has the wrong type or range".to_owned(),
+    }
+}
+
+/// Whether any part of the document nests deeper than [`MAX_DEPTH`], ignored parts included.
+pub fn is_too_deep(json: &str) -> bool {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => {
+                depth += 1;
+                if depth > MAX_DEPTH {
+                    return true;
+                }
+            }
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    false
+}
+
+/// What the Router is told before anything runs.
+#[derive(Debug, Serialize)]
+pub struct Verdict<'a> {
+    pub assignment_id: &'a str,
+    /// `accepted` or `rejected`.
+    pub status: &'static str,
+    pub message: &'a str,
+    pub request_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<&'a str>,
+    pub tenant_id: &'a str,
+    pub worker_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<VerdictError<'a>>,
+    /// Unix time in milliseconds.
+    pub acknowledged_at: i64,
+}
+
+/// Why a verdict is `rejected`.
+#[derive(Debug, Serialize)]
+pub struct VerdictError<'a> {
+    pub code: u16,
+    pub message: &'a str,
+    pub retryable: bool,
+}
+
+/// How an execution ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// The block did what was asked.
+    Success,
+    /// It failed.
+    Error,
+    /// Its deadline passed.
+    Timeout,
+}
+
+impl Status {
+    /// Every status.
+    pub const ALL: [Self; 3] = [Self::Success, Self::Error, Self::Timeout];
+
+    /// The public word, also the metric label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Error => "error",
+            Self::Timeout => "timeout",
+        }
+    }
+}
+
+/// What the Router is told when the execution has ended: also the record, byte for byte.
+#[derive(Debug, Serialize)]
+pub struct ExecResult<'a> {
+    pub assignment_id: &'a str,
+    pub status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub result: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<PublicError<'a>>,
+    pub latency_ms: u64,
+    pub metadata: Metadata<'a>,
+    pub request_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<&'a str>,
+    pub tenant_id: &'a str,
+    /// Unix time in milliseconds.
+    pub completed_at: i64,
+}
+
+/// The seed's error object.
+#[derive(Debug, Serialize)]
+pub struct PublicError<'a> {
+    pub code: u16,
+    pub message: &'a str,
+    pub retryable: bool,
+    pub details: &'a Details,
+}
+
+/// What ties a result to its flow, and what it cost.
+#[derive(Debug, Serialize)]
+pub struct Metadata<'a> {
+    pub block_type: &'static str,
+    pub provider_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flow_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_id: Option<&'a str>,
+    pub worker_id: &'a str,
+    pub attempts: u32,
+    pub retries_used: u32,
+    pub cpu_time_ms: u64,
+    pub queue_ms: u64,
+}
+
+/// What is kept of an assignment that failed for good.
+#[derive(Debug, Serialize)]
+pub struct DeadLetter<'a> {
+    pub version: &'static str,
+    /// The same for the same publication and stage, so that writing it again is harmless.
+    pub dlq_id: &'a str,
+    /// `decode`, `admit` or `execute`.
+    pub stage: &'static str,
+    pub error: LetterError<'a>,
+    /// The original object whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<&'a RawValue>,
+    /// The original bytes where they are no JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_base64: Option<String>,
+    /// True where credentials were replaced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redacted: Option<bool>,
+    pub attempts: Vec<AttemptRecord<'a>>,
+    /// How often the broker has delivered it.
+    pub deliveries: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignment_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_id: Option<&'a str>,
+    pub worker_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<&'a str>,
+    /// Unix time in milliseconds.
+    pub failed_at: i64,
+}
+
+/// Why, as it happened here or as it was recorded.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum LetterError<'a> {
+    /// It happened here.
+    New(PublicError<'a>),
+    /// It is recorded.
+    Stored(&'a StoredError),
+}
+
+/// One attempt, as a dead letter shows it.
+#[derive(Debug, Serialize)]
+pub struct AttemptRecord<'a> {
+    /// Unix time in milliseconds.
+    pub started_at: i64,
+    pub latency_ms: u64,
+    pub error: PublicError<'a>,
+}
+
+/// What a look-up needs to know of a stored record: it may have been written by another version of this program.
+#[derive(Debug, Deserialize)]
+pub struct StoredResult {
+    pub error: Option<StoredError>,
+}
+
+/// A recorded error: whether it may be replaced, and what its dead letter repeats.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct StoredError {
+    pub code: u16,
+    pub message: String,
+    pub retryable: bool,
+    #[serde(default)]
+    pub details: serde_json::Value,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_keeps_plain_names_and_escapes_the_rest() {
+        assert_eq!(escape("acme-1_B"), "acme-1_B");
+        assert_eq!(escape("a.b*>= é"), "a=2Eb=2A=3E=3D=20=C3=A9");
+    }
+
+    #[test]
+    fn depth_is_counted_outside_strings_only() {
+        assert!(!is_too_deep(&format!("{}{}", "[".repeat(128), "]".repeat(128))));
+        assert!(is_too_deep(&"[".repeat(129)));
+        assert!(!is_too_deep(&format!("{{\"text\":\"\\\"{}\"}}", "[".repeat(500))));
+    }
+
+    #[test]
+    fn a_wrong_type_is_named_by_its_pointer_and_its_value_is_not_repeated() {
+        let invalid = read::<ExecAssignment>(r#"{"executor":{"provider_id":5}}"#, "").unwrap_err();
+        assert_eq!((invalid.cause.code(), invalid.pointer.as_str()), (1003, "/executor/provider_id"));
+        let invalid = read::<Job>(r#"{"timeout_ms":"hunter2"}"#, "/job").unwrap_err();
+        assert_eq!(invalid.pointer, "/job/timeout_ms");
+        assert!(!invalid.reason.contains("hunter2"), "{}", invalid.reason);
+    }
+
+    #[test]
+    fn what_is_no_object_is_invalid_input() {
+        for json in ["", "nonsense", "[]", "5", "{\"version\":\"1\"", "\"\\ud800\""] {
+            assert_eq!(read::<ExecAssignment>(json, "").unwrap_err().cause.code(), 1001, "{json}");
+        }
+    }
+}

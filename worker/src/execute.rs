@@ -1,0 +1,189 @@
+//! One block to its end: attempts, delays, deadline.
+
+pub mod backoff; // when a block is tried again
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use cpu_time::ThreadTime;
+use futures::FutureExt;
+use jiff::Timestamp;
+
+use crate::assignment::Assignment;
+use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
+use crate::fault::{Cause, Fault, Invalid};
+
+/// Who does the work.
+#[derive(Debug)]
+pub enum Engine {
+    /// The blocks themselves.
+    Real(Blocks),
+    /// Canned results: nothing outside is touched.
+    Sandbox,
+}
+
+impl Engine {
+    /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
+    pub fn refuses(&self, block: &Block) -> Option<Invalid> {
+        match self {
+            Self::Real(blocks) => blocks.refuses(block),
+            Self::Sandbox => None,
+        }
+    }
+}
+
+/// What bounds every execution.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most CPU time of one block over all attempts.
+    pub cpu_time: Duration,
+    /// The most bytes that an output may have as JSON.
+    pub max_output_bytes: usize,
+}
+
+/// How one attempt failed.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// When it began.
+    pub started_at: Timestamp,
+    /// How long it took.
+    pub latency: Duration,
+    /// Why it failed.
+    pub fault: Fault,
+}
+
+/// A block that has ended.
+#[derive(Debug)]
+pub struct Execution {
+    /// What came of it.
+    pub outcome: Result<Output, Fault>,
+    /// The attempts that failed, in order.
+    pub failed: Vec<Attempt>,
+    /// All attempts, the successful one included.
+    pub attempts: u32,
+    /// From the first attempt's start to the end.
+    pub latency: Duration,
+    /// Of the thread, while the block was polled.
+    pub cpu_time: Duration,
+}
+
+/// A block is over, or the right to run it is gone.
+#[derive(Debug)]
+pub enum Ended {
+    /// It came to an end of its own.
+    Executed(Execution),
+    /// Nothing may start any more on the delivery that it came with: its outcome so far does not count.
+    Abandoned,
+}
+
+/// Runs the block until it succeeds, fails for good, runs out of attempts or passes its deadline.
+///
+/// `may_start` is asked before each attempt.
+pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, may_start: impl Fn() -> bool) -> Ended {
+    let started = Instant::now();
+    let deadline = started + assignment.timeout;
+    let scope = Scope {
+        tenant: assignment.key.tenant.clone(),
+        idempotency_key: assignment.key.token(),
+        trace_id: assignment.correlation.trace_id.clone(),
+        deadline,
+        max_output_bytes: limits.max_output_bytes,
+    };
+    let mut failed = Vec::new();
+    let mut cpu_time = Duration::ZERO;
+    for attempt in 1.. {
+        if !may_start() {
+            return Ended::Abandoned;
+        }
+        let started_at = Timestamp::now();
+        let attempt_started = Instant::now();
+        let work = Metered::new(one_attempt(engine, assignment, &scope, attempt), &mut cpu_time, limits.cpu_time);
+        let outcome =
+            tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(too_late(assignment)));
+        let fault = match outcome {
+            Ok(output) => return Ended::Executed(finished(Ok(output), failed, attempt, started, cpu_time)),
+            Err(fault) => fault,
+        };
+        let delay = fault.cause.is_retried_here().then(|| delay(assignment, &fault, attempt)).flatten();
+        failed.push(Attempt { started_at, latency: attempt_started.elapsed(), fault: fault.clone() });
+        match delay {
+            Some(delay) if Instant::now() + delay < deadline => tokio::time::sleep(delay).await,
+            _ => return Ended::Executed(finished(Err(fault), failed, attempt, started, cpu_time)),
+        }
+    }
+    Ended::Abandoned
+}
+
+/// A number in 0..1 that nobody can foresee, for delays.
+pub fn random() -> f64 {
+    // Every `RandomState` has keys of its own, so an empty hash is a random number without a crate for it.
+    let bits = RandomState::new().build_hasher().finish() >> 11;
+    bits as f64 / (1_u64 << 53) as f64
+}
+
+async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope, attempt: u32) -> Result<Output, Fault> {
+    let block = &assignment.block;
+    let work = async {
+        match engine {
+            Engine::Real(blocks) => blocks.run(block, scope).await,
+            Engine::Sandbox => sandbox::run(block, &assignment.sandbox, attempt).await,
+        }
+    };
+    let outcome = AssertUnwindSafe(work).catch_unwind().await;
+    outcome.unwrap_or_else(|panic| Err(Fault::new(Cause::Internal, format!("internal error: {}", words(&*panic)))))
+}
+
+fn words(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("a panic without words")
+}
+
+fn too_late(assignment: &Assignment) -> Fault {
+    Fault::new(Cause::DeadlinePassed, format!("not done within {} ms", assignment.timeout.as_millis()))
+}
+
+fn delay(assignment: &Assignment, fault: &Fault, attempt: u32) -> Option<Duration> {
+    let delay = assignment.backoff.delay_after(attempt, random())?;
+    Some(fault.retry_after.map_or(delay, |asked| asked.max(delay)))
+}
+
+fn finished(
+    outcome: Result<Output, Fault>,
+    failed: Vec<Attempt>,
+    attempts: u32,
+    started: Instant,
+    cpu_time: Duration,
+) -> Execution {
+    Execution { outcome, failed, attempts, latency: started.elapsed(), cpu_time }
+}
+
+/// Adds up the thread's CPU time of each poll, and ends the work that uses too much of it.
+struct Metered<'a, F> {
+    work: Pin<Box<F>>,
+    used: &'a mut Duration,
+    limit: Duration,
+}
+
+impl<'a, F: Future<Output = Result<Output, Fault>>> Metered<'a, F> {
+    fn new(work: F, used: &'a mut Duration, limit: Duration) -> Self {
+        Self { work: Box::pin(work), used, limit }
+    }
+}
+
+impl<F: Future<Output = Result<Output, Fault>>> Future for Metered<'_, F> {
+    type Output = Result<Output, Fault>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let before = ThreadTime::now();
+        let polled = self.work.as_mut().poll(context);
+        *self.used += before.elapsed();
+        if polled.is_pending() && *self.used > self.limit {
+            let message = format!("used more than {} ms of CPU time", self.limit.as_millis());
+            return Poll::Ready(Err(Fault::new(Cause::OverCap, message)));
+        }
+        polled
+    }
+}

@@ -1,0 +1,230 @@
+//! The 1xxx–5xxx table: every cause of a refusal or a failure, with its number and what follows from it.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::contract::Status;
+
+/// Why an assignment was refused or a block did not succeed.
+///
+/// The number alone does not decide whether a retry helps (3003 is retryable for 503 and final for 404), so the cause
+/// is the type, and the number is a view of it. Numbers are public: never reuse one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Not JSON, not an object, nested too deep, an unknown block type, or a value that can never work.
+    InvalidInput,
+    /// A required field is missing or empty.
+    MissingField,
+    /// A field is present, but of the wrong type, out of range or unparsable.
+    InvalidFormat,
+    /// This worker has no slots in the pool that the assignment names.
+    NoSuchPool,
+    /// The assignment asks for more memory than this worker may ever hold.
+    NeverFits,
+    /// A missing file, an SQL error: the block ran and its work failed.
+    ExecutionFailed,
+    /// Database busy, pool exhausted, disk full: it may pass.
+    ResourceUnavailable,
+    /// Over a cap of its own: bytes, rows, memory, CPU time, or a result larger than the broker takes.
+    OverCap,
+    /// A path, host or statement that is not allowed.
+    NotAllowed,
+    /// Refused, reset, or the name did not resolve.
+    Network,
+    /// TLS or certificate failure.
+    Tls,
+    /// The peer did not accept the connection in time.
+    ConnectTimeout,
+    /// The peer answered with this status, 400 or above.
+    HttpStatus(u16),
+    /// More redirects than are followed.
+    TooManyRedirects,
+    /// A bug of ours: a panic was caught.
+    Internal,
+    /// The deadline of the whole block passed.
+    DeadlinePassed,
+}
+
+impl Cause {
+    /// The public number.
+    pub const fn code(self) -> u16 {
+        match self {
+            Self::InvalidInput => 1001,
+            Self::MissingField => 1002,
+            Self::InvalidFormat => 1003,
+            Self::ExecutionFailed => 2001,
+            Self::NoSuchPool | Self::NeverFits | Self::ResourceUnavailable | Self::OverCap => 2002,
+            Self::NotAllowed => 2003,
+            Self::Network | Self::Tls => 3001,
+            Self::ConnectTimeout => 3002,
+            Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
+            Self::Internal => 4001,
+            Self::DeadlinePassed => 5002,
+        }
+    }
+
+    /// Whether the same assignment may succeed later.
+    pub const fn is_retryable(self) -> bool {
+        match self {
+            Self::NoSuchPool
+            | Self::ResourceUnavailable
+            | Self::Network
+            | Self::ConnectTimeout
+            | Self::Internal
+            | Self::DeadlinePassed => true,
+            Self::HttpStatus(status) => status >= 500 || matches!(status, 408 | 425 | 429),
+            Self::InvalidInput
+            | Self::MissingField
+            | Self::InvalidFormat
+            | Self::NeverFits
+            | Self::ExecutionFailed
+            | Self::OverCap
+            | Self::NotAllowed
+            | Self::Tls
+            | Self::TooManyRedirects => false,
+        }
+    }
+
+    /// Whether this worker tries the block again before it reports. A bug would only repeat itself.
+    pub const fn is_retried_here(self) -> bool {
+        self.is_retryable() && !matches!(self, Self::Internal | Self::DeadlinePassed)
+    }
+
+    /// The status of the result that reports it.
+    pub const fn status(self) -> Status {
+        match self {
+            Self::DeadlinePassed => Status::Timeout,
+            _ => Status::Error,
+        }
+    }
+
+    /// Whether the assignment is also kept as a dead letter.
+    pub const fn is_dead_letter(self) -> bool {
+        !self.is_retryable() && matches!(self.status(), Status::Error)
+    }
+}
+
+/// What a failed block says of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fault {
+    /// The row of the table.
+    pub cause: Cause,
+    /// For a person; never holds a credential.
+    pub message: String,
+    /// For a program.
+    pub details: Details,
+    /// How long the peer asked to be left alone.
+    pub retry_after: Option<Duration>,
+}
+
+/// The `details` of a public error. Never holds a credential.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Details {
+    /// The block that failed; the pipeline fills it in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_type: Option<&'static str>,
+    /// Without query and fragment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// As the assignment wrote it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The peer's answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http_status: Option<u16>,
+    /// The first 2 KiB of the peer's answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<String>,
+    /// True where nothing outside was touched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<bool>,
+}
+
+impl Fault {
+    /// A fault without details.
+    pub fn new(cause: Cause, message: impl Into<String>) -> Self {
+        Self { cause, message: message.into(), details: Details::default(), retry_after: None }
+    }
+
+    /// The same fault with details.
+    #[must_use]
+    pub fn with(self, details: Details) -> Self {
+        Self { details, ..self }
+    }
+}
+
+/// Why a payload is not an assignment that can be run: the row of the table and the field that it is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// The row of the table.
+    pub cause: Cause,
+    /// A JSON pointer into the assignment; empty for the whole of it.
+    pub pointer: String,
+    /// What is wrong, as the end of a sentence that begins with the pointer; never quotes a value that may be secret.
+    pub reason: String,
+}
+
+impl Invalid {
+    /// 1001: it can never work.
+    pub fn input(pointer: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { cause: Cause::InvalidInput, pointer: pointer.into(), reason: reason.into() }
+    }
+
+    /// 1002: missing or empty.
+    pub fn missing(pointer: impl Into<String>) -> Self {
+        Self { cause: Cause::MissingField, pointer: pointer.into(), reason: "is missing or empty".to_owned() }
+    }
+
+    /// 1003: present, but not as it should be.
+    pub fn format(pointer: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { cause: Cause::InvalidFormat, pointer: pointer.into(), reason: reason.into() }
+    }
+
+    /// 2003: well-formed, but not allowed here.
+    pub fn not_allowed(pointer: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { cause: Cause::NotAllowed, pointer: pointer.into(), reason: reason.into() }
+    }
+}
+
+impl std::fmt::Display for Invalid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pointer.as_str() {
+            "" => write!(f, "the assignment {}", self.reason),
+            pointer => write!(f, "{pointer} {}", self.reason),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_decides_whether_an_http_error_is_final() {
+        for status in [408, 425, 429, 500, 503, 599] {
+            assert!(Cause::HttpStatus(status).is_retryable(), "{status}");
+        }
+        for status in [400, 401, 404, 410, 451] {
+            assert!(Cause::HttpStatus(status).is_dead_letter(), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_passed_deadline_is_a_retryable_timeout_that_is_not_tried_again_here() {
+        let cause = Cause::DeadlinePassed;
+        assert_eq!((cause.code(), cause.status(), cause.is_retryable()), (5002, Status::Timeout, true));
+        assert!(!cause.is_retried_here() && !cause.is_dead_letter());
+    }
+
+    #[test]
+    fn a_bug_is_reported_at_once_and_may_be_tried_again_by_the_router() {
+        assert!(Cause::Internal.is_retryable() && !Cause::Internal.is_retried_here());
+    }
+
+    #[test]
+    fn an_invalid_field_reads_as_a_sentence() {
+        assert_eq!(Invalid::missing("/job/url").to_string(), "/job/url is missing or empty");
+        assert_eq!(Invalid::input("", "is not JSON").to_string(), "the assignment is not JSON");
+    }
+}

@@ -1,0 +1,522 @@
+//! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::{self, AckKind};
+use async_nats::{Client, HeaderMap, StatusCode, Subscriber};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
+use jiff::Timestamp;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Concern;
+use crate::broker::Broker;
+use crate::broker::streams::{ACK_WAIT, Ready};
+use crate::contract;
+use crate::pipeline::Pipeline;
+
+/// A pull that found nothing ends after this, so that a lost one is not waited for longer.
+const PULL_EXPIRES: Duration = Duration::from_secs(20);
+/// How often room is looked at when nothing else happens.
+const TICK: Duration = Duration::from_millis(20);
+/// After a consumer has vanished, before it is tried again.
+const VANISHED_RETRY: Duration = Duration::from_secs(1);
+/// Deliveries that travel on together: one look-up for all of them. The broker answers at most 1 024 at once.
+const CHUNK: usize = 512;
+
+/// Which message it is: unique for ever, also when a stream is deleted and made again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publication {
+    /// The stream that first kept it.
+    pub stream: Arc<str>,
+    /// When that stream was made, RFC 3339.
+    pub created: Arc<str>,
+    /// Its sequence there.
+    pub sequence: u64,
+}
+
+impl Publication {
+    /// As a header value.
+    pub fn to_header(&self) -> String {
+        format!("{},{},{}", self.stream, self.created, self.sequence)
+    }
+
+    /// From a header value.
+    pub fn parse(header: &str) -> Option<Self> {
+        let mut parts = header.splitn(3, ',');
+        let (stream, created, sequence) = (parts.next()?, parts.next()?, parts.next()?);
+        Some(Self { stream: stream.into(), created: created.into(), sequence: sequence.parse().ok()? })
+    }
+
+    /// Whether a record that names `self` also answers `other`: the same one, or an earlier one of the same stream.
+    pub fn answers(&self, other: &Self) -> bool {
+        (&self.stream, &self.created) == (&other.stream, &other.created) && other.sequence <= self.sequence
+    }
+}
+
+/// A message that the broker still holds us responsible for.
+///
+/// Dropping it unsettled is safe: the broker redelivers it when the hold has lapsed.
+#[must_use = "settle it, or the broker redelivers"]
+#[derive(Debug)]
+pub struct Delivery {
+    message: async_nats::Message,
+    client: Client,
+    publication: Publication,
+    delivered: i64,
+    published: Timestamp,
+    hold: Arc<Hold>,
+    received: Instant,
+    waiting: Option<Waiting>,
+    _bytes: Counted,
+}
+
+/// How a delivery ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// Everything that follows from it is safe elsewhere.
+    Done,
+    /// Handed back, at once, for another worker.
+    HandBack,
+}
+
+/// Until when the broker leaves a delivery to us.
+#[derive(Debug)]
+pub struct Hold {
+    start: Instant,
+    renewed_ms: AtomicU64,
+}
+
+impl Hold {
+    fn new() -> Self {
+        Self { start: Instant::now(), renewed_ms: AtomicU64::new(0) }
+    }
+
+    /// The broker answered what was asked at `asked`, or delivered it to us again then.
+    pub fn renew_from(&self, asked: Instant) {
+        let millis = u64::try_from(asked.duration_since(self.start).as_millis()).unwrap_or(u64::MAX);
+        self.renewed_ms.fetch_max(millis, Ordering::Relaxed);
+    }
+
+    fn age(&self) -> Duration {
+        self.start.elapsed().saturating_sub(Duration::from_millis(self.renewed_ms.load(Ordering::Relaxed)))
+    }
+}
+
+impl Delivery {
+    /// What the Router published.
+    pub fn payload(&self) -> &Bytes {
+        &self.message.payload
+    }
+
+    /// Its headers.
+    pub fn headers(&self) -> Option<&HeaderMap> {
+        self.message.headers.as_ref()
+    }
+
+    /// Which publication it carries.
+    pub fn publication(&self) -> &Publication {
+        &self.publication
+    }
+
+    /// How often the broker has delivered it, this time included.
+    pub fn delivered(&self) -> i64 {
+        self.delivered
+    }
+
+    /// Since when it is here.
+    pub fn received(&self) -> Instant {
+        self.received
+    }
+
+    /// Whether the Router asks for a new execution whatever is recorded.
+    pub fn is_replay(&self) -> bool {
+        self.headers()
+            .and_then(|headers| headers.get(contract::HEADER_REPLAY))
+            .is_some_and(|value| value.as_str() == "true")
+    }
+
+    /// Whether the broker may have given it to another worker by now: then nothing may start on it.
+    pub fn is_lapsed(&self) -> bool {
+        self.hold.age() >= ACK_WAIT
+    }
+
+    /// Awaits `work`, renewing the hold meanwhile. Only answered renewals count.
+    pub async fn held<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let due = (ACK_WAIT / 3).saturating_sub(self.hold.age());
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = tokio::time::sleep(due.max(TICK)) => {}
+            }
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = self.renew() => {}
+            }
+        }
+    }
+
+    /// Tells the broker that it is being worked on; on a lapsed hold it says nothing, since another may hold it now.
+    async fn renew(&self) {
+        if self.is_lapsed() {
+            return tokio::time::sleep(ACK_WAIT / 3).await;
+        }
+        let asked = Instant::now();
+        let Some(reply) = self.message.reply.clone() else { return };
+        match self.client.request(reply, AckKind::Progress.into()).await {
+            Ok(_) => self.hold.renew_from(asked),
+            Err(error) => {
+                tracing::debug!(%error, "a progress ack was not answered");
+                tokio::time::sleep(TICK).await;
+            }
+        }
+    }
+
+    /// When the broker stored it.
+    pub fn published(&self) -> Timestamp {
+        self.published
+    }
+
+    /// Its hold, for whoever hears of a renewal.
+    pub fn hold(&self) -> Arc<Hold> {
+        Arc::clone(&self.hold)
+    }
+
+    /// It has begun, or ended without beginning: it no longer counts as waiting here.
+    pub fn started(&mut self) {
+        self.waiting = None;
+    }
+
+    /// Tells the broker how it ended. A lost message only causes a redelivery, which the record answers.
+    pub async fn settle(self, settlement: Settlement) {
+        let kind = match settlement {
+            Settlement::Done => AckKind::Ack,
+            // The broker would apply it to whoever holds the delivery now.
+            Settlement::HandBack if self.is_lapsed() => return,
+            Settlement::HandBack => AckKind::Nak(None),
+        };
+        let Some(reply) = self.message.reply.clone() else { return };
+        if let Err(error) = self.client.publish(reply, kind.into()).await {
+            tracing::debug!(%error, ?settlement, "cannot settle");
+        }
+    }
+}
+
+/// What the worker holds of the broker's: shared by everything that takes or frees room.
+#[derive(Debug, Default)]
+pub struct Load {
+    waiting: AtomicUsize,
+    bytes: Arc<AtomicUsize>,
+    freed: Notify,
+    finished: AtomicUsize,
+    per_100_ms: AtomicUsize,
+}
+
+impl Load {
+    /// Deliveries here that have not begun.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of payloads and results held.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// One more block has ended.
+    pub fn finished(&self) {
+        self.finished.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What this worker finishes in 100 ms, as of late.
+    pub fn finished_per_100_ms(&self) -> usize {
+        self.per_100_ms.load(Ordering::Relaxed)
+    }
+
+    /// Closes a sample of the rate that took `elapsed`. A rate rises at once and falls by half a sample.
+    pub fn sample(&self, elapsed: Duration) {
+        let finished = self.finished.swap(0, Ordering::Relaxed) as f64;
+        let now = (finished * 0.1 / elapsed.as_secs_f64().max(0.001)) as usize;
+        let before = self.per_100_ms.load(Ordering::Relaxed);
+        self.per_100_ms.store(now.max(before / 2), Ordering::Relaxed);
+    }
+
+    /// Counts bytes for as long as the guard lives.
+    pub fn hold_bytes(&self, bytes: usize) -> Counted {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Counted { total: Arc::clone(&self.bytes), amount: bytes }
+    }
+}
+
+/// A delivery that is here and has not begun.
+#[derive(Debug)]
+struct Waiting(Arc<Load>);
+
+impl Waiting {
+    fn new(load: &Arc<Load>) -> Self {
+        load.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(load))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.freed.notify_one();
+    }
+}
+
+/// An amount that is counted until it is dropped.
+#[derive(Debug)]
+pub struct Counted {
+    total: Arc<AtomicUsize>,
+    amount: usize,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.amount, Ordering::Relaxed);
+    }
+}
+
+/// How many deliveries the worker can use at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Free slots and look-ahead, less what waits here already.
+    pub free: usize,
+    /// Free slots and look-ahead of an idle worker: a request for much less than this is not worth its cost.
+    pub whole: usize,
+}
+
+/// Takes deliveries and sends them on in chunks until `stop`; starts anew whenever the stream was made anew.
+pub async fn take(
+    pipeline: Arc<Pipeline>,
+    mut streams: watch::Receiver<Ready>,
+    out: mpsc::Sender<Vec<Delivery>>,
+    stop: CancellationToken,
+) {
+    while !stop.is_cancelled() {
+        let ready = streams.borrow_and_update().clone();
+        let intake = Intake::new(pipeline.broker.clone(), ready, Arc::clone(&pipeline.load));
+        tokio::select! {
+            ended = intake.run(|| pipeline.room(), &out, &stop) => {
+                if ended == Err(Vanished) {
+                    pipeline.health.raise(Concern::StreamsUnavailable, "the consumer of assignments has vanished");
+                    tokio::time::sleep(VANISHED_RETRY).await;
+                }
+            }
+            changed = streams.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Pulls from the durable consumer.
+#[derive(Debug)]
+struct Intake {
+    broker: Broker,
+    stream: Arc<str>,
+    created: Arc<str>,
+    consumer: String,
+    load: Arc<Load>,
+}
+
+/// One subscription's worth of pulls. A new one is made after each reconnect, so that what the broker still owed to
+/// the old one is never mixed up with it.
+struct Pulls {
+    inbox: String,
+    messages: Subscriber,
+    outstanding: usize,
+    last_heard: Instant,
+}
+
+impl Intake {
+    fn new(broker: Broker, ready: Ready, load: Arc<Load>) -> Self {
+        Self { broker, stream: ready.stream.into(), created: ready.created.into(), consumer: ready.consumer, load }
+    }
+
+    /// Sends chunks of deliveries to `out` until `stop`. What was pulled and not yet sent then is handed back.
+    async fn run(
+        &self,
+        room: impl Fn() -> Room,
+        out: &mpsc::Sender<Vec<Delivery>>,
+        stop: &CancellationToken,
+    ) -> Result<(), Vanished> {
+        let mut connects = self.broker.connects();
+        loop {
+            connects.mark_unchanged();
+            let mut pulls = self.subscribe().await.map_err(|_| Vanished)?;
+            loop {
+                self.top_up(&mut pulls, room()).await;
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => {
+                        self.hand_back_rest(pulls).await;
+                        return Ok(());
+                    }
+                    changed = connects.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return Ok(()),
+                    },
+                    message = pulls.messages.next() => {
+                        let Some(message) = message else { break };
+                        let chunk = self.chunk(&mut pulls, message)?;
+                        if !chunk.is_empty() && out.send(chunk).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                    () = self.load.freed.notified() => {}
+                    () = tokio::time::sleep(TICK) => {
+                        if pulls.outstanding > 0 && pulls.last_heard.elapsed() > PULL_EXPIRES + ACK_WAIT {
+                            tracing::warn!("a pull was never answered: pulling anew");
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn subscribe(&self) -> Result<Pulls, async_nats::SubscribeError> {
+        let inbox = self.broker.client().new_inbox();
+        let messages = self.broker.client().subscribe(inbox.clone()).await?;
+        Ok(Pulls { inbox, messages, outstanding: 0, last_heard: Instant::now() })
+    }
+
+    /// Asks for what there is room for and has not been asked for. Small top-ups wait until they are worth a request,
+    /// or until the worker would run dry.
+    async fn top_up(&self, pulls: &mut Pulls, room: Room) {
+        let wanted = room.free.saturating_sub(pulls.outstanding);
+        let runs_dry = self.load.waiting() == 0 && pulls.outstanding == 0;
+        if wanted == 0 || (wanted < room.whole / 4 && !runs_dry) {
+            return;
+        }
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.stream, self.consumer);
+        let request = format!(r#"{{"batch":{wanted},"expires":{}}}"#, PULL_EXPIRES.as_nanos());
+        let asked = self.broker.client().publish_with_reply(subject, pulls.inbox.clone(), request.into()).await;
+        if asked.is_ok() {
+            if pulls.outstanding == 0 {
+                pulls.last_heard = Instant::now();
+            }
+            pulls.outstanding += wanted;
+        }
+    }
+
+    /// The message at hand and all that arrived with it.
+    fn chunk(&self, pulls: &mut Pulls, first: async_nats::Message) -> Result<Vec<Delivery>, Vanished> {
+        let mut chunk = Vec::new();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            pulls.last_heard = Instant::now();
+            match message.status {
+                None | Some(StatusCode::OK) => {
+                    pulls.outstanding = pulls.outstanding.saturating_sub(1);
+                    chunk.extend(self.delivery(message));
+                }
+                Some(status) => end_of_pull(pulls, status, &message)?,
+            }
+            if chunk.len() >= CHUNK {
+                break;
+            }
+            next = pulls.messages.next().now_or_never().flatten();
+        }
+        Ok(chunk)
+    }
+
+    fn delivery(&self, message: async_nats::Message) -> Option<Delivery> {
+        let message = jetstream::Message { message, context: self.broker.jetstream().clone() };
+        let (sequence, delivered, published) = match message.info() {
+            Ok(info) => (info.stream_sequence, info.delivered, info.published.unix_timestamp_nanos()),
+            Err(error) => {
+                tracing::error!(%error, "the broker sent a message that is no delivery");
+                return None;
+            }
+        };
+        let first_identity = message.headers.as_ref().and_then(|headers| headers.get(contract::HEADER_PUBLICATION));
+        let publication = first_identity.and_then(|header| Publication::parse(header.as_str())).unwrap_or_else(|| {
+            Publication { stream: Arc::clone(&self.stream), created: Arc::clone(&self.created), sequence }
+        });
+        let message = message.message;
+        Some(Delivery {
+            client: self.broker.client().clone(),
+            publication,
+            delivered,
+            hold: Arc::new(Hold::new()),
+            published: Timestamp::from_nanosecond(published).unwrap_or_default(),
+            received: Instant::now(),
+            waiting: Some(Waiting::new(&self.load)),
+            _bytes: self.load.hold_bytes(message.payload.len()),
+            message,
+        })
+    }
+
+    /// Ends the pulls: what still arrives is handed back. The broker drops the rest when the inbox is gone.
+    async fn hand_back_rest(&self, mut pulls: Pulls) {
+        let _ = pulls.messages.unsubscribe().await;
+        while let Ok(Some(message)) = tokio::time::timeout(Duration::from_millis(200), pulls.messages.next()).await {
+            if message.status.is_none()
+                && let Some(delivery) = self.delivery(message)
+            {
+                delivery.settle(Settlement::HandBack).await;
+            }
+        }
+    }
+}
+
+/// The stream or the consumer is not there any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Vanished;
+
+/// A status ends a pull, and says how much of it was not served.
+fn end_of_pull(pulls: &mut Pulls, status: StatusCode, message: &async_nats::Message) -> Result<(), Vanished> {
+    let unserved = message.headers.as_ref().and_then(|headers| headers.get("Nats-Pending-Messages"));
+    let unserved = unserved.and_then(|value| value.as_str().parse().ok());
+    let reason = message.description.as_deref().unwrap_or_default();
+    match (status.as_u16(), unserved) {
+        (100, _) => {}
+        (404 | 408, Some(unserved)) => pulls.outstanding = pulls.outstanding.saturating_sub(unserved),
+        (503, _) => return Err(Vanished),
+        (409, _) if reason.contains("Consumer Deleted") => return Err(Vanished),
+        _ => {
+            tracing::info!(%status, reason, "a pull ended early");
+            pulls.outstanding = 0;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publication(header: &str) -> Publication {
+        Publication::parse(header).expect("a publication")
+    }
+
+    #[test]
+    fn a_publication_survives_its_header() {
+        let header = "CAF_EXEC_ASSIGN,2026-11-23T09:00:00.123456789Z,42";
+        assert_eq!(publication(header).to_header(), header);
+        for bad in ["", "a,b", "a,b,c", "a,b,-1"] {
+            assert_eq!(Publication::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_record_answers_its_own_publication_and_earlier_ones_of_the_same_stream() {
+        let record = publication("S,t0,7");
+        assert!(record.answers(&publication("S,t0,7")) && record.answers(&publication("S,t0,3")));
+        for newer in ["S,t0,8", "S,t1,7", "T,t0,7"] {
+            assert!(!record.answers(&publication(newer)), "{newer}");
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! What is counted. Label values are closed sets: tenants, ids, paths and URLs go to spans and logs, never to labels.
+
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{IntGaugeVec, Opts, Registry};
+
+use crate::assignment::Pool;
+use crate::blocks::BlockKind;
+use crate::contract::Status;
+use crate::fault::Cause;
+
+/// Public: alerts are written against these bounds.
+const LATENCY_BUCKETS_MS: [f64; 12] =
+    [5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 2500.0, 5000.0, 10_000.0];
+/// The codes that a refusal can carry, shown from the start.
+const REJECTIONS: [Cause; 5] =
+    [Cause::InvalidInput, Cause::MissingField, Cause::InvalidFormat, Cause::NoSuchPool, Cause::NotAllowed];
+/// Where an assignment can become a dead letter, shown from the start.
+const DEAD_LETTER_STAGES: [&str; 3] = ["decode", "admit", "execute"];
+const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
+
+/// Every series of this worker, resolved once, so that recording neither locks nor allocates.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    tasks: ByKind<ByStatus<IntCounter>>,
+    latency: ByKind<Histogram>,
+    cpu_time: Gauge,
+    memory: Gauge,
+    queue_depth: ByPool<IntGauge>,
+    slots: ByPool<IntGauge>,
+    slots_busy: ByPool<IntGauge>,
+    rejected: IntCounterVec,
+    dead_letters: IntCounterVec,
+    replayed: IntCounter,
+    redeliveries: IntCounter,
+    retries: ByKind<IntCounter>,
+    publish_retries: IntCounter,
+    nats_connected: IntGauge,
+    log_lines_dropped: IntCounter,
+}
+
+impl Metrics {
+    /// All series at 0, in a registry of their own together with those of the process.
+    #[expect(clippy::new_without_default, reason = "each one is a registry of its own: not a value to default to")]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let tasks =
+            counters(&registry, "worker_tasks_total", "Tasks finished, by block type and status", &["type", "status"]);
+        let latency = register(
+            &registry,
+            HistogramVec::new(
+                HistogramOpts::new(
+                    "worker_task_latency_ms",
+                    "Milliseconds from the start of a task to its end, retries included",
+                )
+                .buckets(LATENCY_BUCKETS_MS.to_vec()),
+                &["type"],
+            ),
+        );
+        let usage = register(
+            &registry,
+            GaugeVec::new(
+                Opts::new(
+                    "worker_resource_usage",
+                    "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)",
+                ),
+                &["type"],
+            ),
+        );
+        let retries = counters(&registry, "worker_retries_total", "Attempts after the first, by block type", &["type"]);
+        let queue_depth = gauges(&registry, "worker_pool_queue_depth", "Accepted tasks that wait for a slot", "pool");
+        let slots = gauges(&registry, "worker_slots", "Tasks that can run at once", "pool");
+        let slots_busy = gauges(&registry, "worker_slots_busy", "Tasks that run now", "pool");
+        let rejected =
+            counters(&registry, "worker_assignments_rejected_total", "Assignments refused, by error code", &["code"]);
+        for cause in REJECTIONS {
+            rejected.with_label_values(&[&cause.code().to_string()]);
+        }
+        let dead_letters = counters(
+            &registry,
+            "worker_dead_letters_total",
+            "Dead letters written, by the stage that failed",
+            &["stage"],
+        );
+        for stage in DEAD_LETTER_STAGES {
+            dead_letters.with_label_values(&[stage]);
+        }
+        gauges(&registry, "worker_build_info", "Always 1; its label says which version runs", "version")
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
+        Self {
+            tasks: ByKind::new(|kind| {
+                ByStatus::new(|status| tasks.with_label_values(&[kind.as_str(), status.as_str()]))
+            }),
+            latency: ByKind::new(|kind| latency.with_label_values(&[kind.as_str()])),
+            cpu_time: usage.with_label_values(&["cpu_time_ms"]),
+            memory: usage.with_label_values(&["memory_mb"]),
+            queue_depth: ByPool::new(|pool| queue_depth.with_label_values(&[pool.as_str()])),
+            slots: ByPool::new(|pool| slots.with_label_values(&[pool.as_str()])),
+            slots_busy: ByPool::new(|pool| slots_busy.with_label_values(&[pool.as_str()])),
+            rejected,
+            dead_letters,
+            replayed: counter(
+                &registry,
+                "worker_results_replayed_total",
+                "Stored results published again instead of running twice",
+            ),
+            redeliveries: counter(
+                &registry,
+                "worker_redeliveries_total",
+                "Deliveries that were not the first of their message",
+            ),
+            retries: ByKind::new(|kind| retries.with_label_values(&[kind.as_str()])),
+            publish_retries: counter(
+                &registry,
+                "worker_publish_retries_total",
+                "Publishes repeated because the broker did not confirm them",
+            ),
+            nats_connected: register(
+                &registry,
+                IntGauge::new("worker_nats_connected", "1 while the broker is connected"),
+            ),
+            log_lines_dropped: counter(
+                &registry,
+                "worker_log_lines_dropped_total",
+                "Log lines dropped because nothing read them",
+            ),
+            registry,
+        }
+    }
+
+    /// A task ended: how, how long it took and what it used.
+    pub fn finished(&self, kind: BlockKind, status: Status, latency: Duration, cpu_time: Duration) {
+        self.tasks.of(kind).of(status).inc();
+        self.latency.of(kind).observe(millis(latency));
+        self.cpu_time.add(millis(cpu_time));
+    }
+
+    /// Accepted tasks of the pool that wait for a slot.
+    pub fn set_queue_depth(&self, pool: Pool, tasks: usize) {
+        self.queue_depth.of(pool).set(count(tasks));
+    }
+
+    /// Tasks that the pool can run at once.
+    pub fn set_slots(&self, pool: Pool, slots: usize) {
+        self.slots.of(pool).set(count(slots));
+    }
+
+    /// Tasks of the pool that run now.
+    pub fn set_slots_busy(&self, pool: Pool, slots: usize) {
+        self.slots_busy.of(pool).set(count(slots));
+    }
+
+    /// Bytes of payloads and results held now.
+    pub fn set_memory_held(&self, bytes: usize) {
+        self.memory.set(count(bytes) as f64 / BYTES_PER_MB);
+    }
+
+    /// An assignment was refused.
+    pub fn rejected(&self, cause: Cause) {
+        self.rejected.with_label_values(&[&cause.code().to_string()]).inc();
+    }
+
+    /// A dead letter was written; `stage` is the public word.
+    pub fn dead_letter(&self, stage: &'static str) {
+        self.dead_letters.with_label_values(&[stage]).inc();
+    }
+
+    /// A stored result was published again.
+    pub fn result_replayed(&self) {
+        self.replayed.inc();
+    }
+
+    /// A delivery was not the first of its message.
+    pub fn redelivered(&self) {
+        self.redeliveries.inc();
+    }
+
+    /// A block is tried again.
+    pub fn retried(&self, kind: BlockKind) {
+        self.retries.of(kind).inc();
+    }
+
+    /// A publish is repeated.
+    pub fn publish_retried(&self) {
+        self.publish_retries.inc();
+    }
+
+    /// Whether the broker is connected.
+    pub fn set_nats_connected(&self, connected: bool) {
+        self.nats_connected.set(i64::from(connected));
+    }
+
+    /// For the one who drops log lines.
+    pub(crate) fn log_lines_dropped(&self) -> IntCounter {
+        self.log_lines_dropped.clone()
+    }
+
+    /// Everything in Prometheus' text format.
+    pub fn encode(&self) -> String {
+        prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// One value per block kind. A new kind does not compile until it has its series.
+#[derive(Debug)]
+struct ByKind<T> {
+    http: T,
+    fs_put: T,
+    fs_get: T,
+    sql: T,
+}
+
+impl<T> ByKind<T> {
+    fn new(make: impl Fn(BlockKind) -> T) -> Self {
+        Self {
+            http: make(BlockKind::Http),
+            fs_put: make(BlockKind::FsPut),
+            fs_get: make(BlockKind::FsGet),
+            sql: make(BlockKind::Sql),
+        }
+    }
+
+    const fn of(&self, kind: BlockKind) -> &T {
+        match kind {
+            BlockKind::Http => &self.http,
+            BlockKind::FsPut => &self.fs_put,
+            BlockKind::FsGet => &self.fs_get,
+            BlockKind::Sql => &self.sql,
+        }
+    }
+}
+
+/// One value per status of a finished task.
+#[derive(Debug)]
+struct ByStatus<T> {
+    success: T,
+    error: T,
+    timeout: T,
+}
+
+impl<T> ByStatus<T> {
+    fn new(make: impl Fn(Status) -> T) -> Self {
+        Self { success: make(Status::Success), error: make(Status::Error), timeout: make(Status::Timeout) }
+    }
+
+    const fn of(&self, status: Status) -> &T {
+        match status {
+            Status::Success => &self.success,
+            Status::Error => &self.error,
+            Status::Timeout => &self.timeout,
+        }
+    }
+}
+
+/// One value per pool.
+#[derive(Debug)]
+struct ByPool<T> {
+    cpu: T,
+    gpu: T,
+    io: T,
+}
+
+impl<T> ByPool<T> {
+    fn new(make: impl Fn(Pool) -> T) -> Self {
+        Self { cpu: make(Pool::Cpu), gpu: make(Pool::Gpu), io: make(Pool::Io) }
+    }
+
+    const fn of(&self, pool: Pool) -> &T {
+        match pool {
+            Pool::Cpu => &self.cpu,
+            Pool::Gpu => &self.gpu,
+            Pool::Io => &self.io,
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(name, help))
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(name, help), labels))
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, label: &str) -> IntGaugeVec {
+    register(registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
+}
+
+#[expect(clippy::expect_used, reason = "names and labels are constants, and every test of this module makes them all")]
+fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
+    let collector = made.expect("the name and the labels are well-formed");
+    registry.register(Box::new(collector.clone())).expect("no two series share a name");
+    collector
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// The scrape read back: each series with its labels, and its value.
+    fn scrape(metrics: &Metrics) -> BTreeMap<String, f64> {
+        let text = metrics.encode();
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        samples
+            .map(|line| line.rsplit_once(' ').expect("a sample is a series and a value"))
+            .map(|(series, value)| (series.to_owned(), value.parse().expect("a value is a number")))
+            .collect()
+    }
+
+    #[test]
+    fn every_series_exists_before_anything_happened() {
+        let samples = scrape(&Metrics::new());
+        for kind in BlockKind::ALL.map(BlockKind::as_str) {
+            for status in Status::ALL.map(Status::as_str) {
+                assert_eq!(samples[&format!(r#"worker_tasks_total{{status="{status}",type="{kind}"}}"#)], 0.0);
+            }
+            assert_eq!(samples[&format!(r#"worker_task_latency_ms_count{{type="{kind}"}}"#)], 0.0);
+            assert_eq!(samples[&format!(r#"worker_retries_total{{type="{kind}"}}"#)], 0.0);
+        }
+        for pool in Pool::ALL.map(Pool::as_str) {
+            for name in ["worker_pool_queue_depth", "worker_slots", "worker_slots_busy"] {
+                assert_eq!(samples[&format!(r#"{name}{{pool="{pool}"}}"#)], 0.0);
+            }
+        }
+        for series in [
+            r#"worker_resource_usage{type="cpu_time_ms"}"#,
+            r#"worker_resource_usage{type="memory_mb"}"#,
+            r#"worker_assignments_rejected_total{code="1001"}"#,
+            r#"worker_assignments_rejected_total{code="2003"}"#,
+            r#"worker_dead_letters_total{stage="decode"}"#,
+            r#"worker_dead_letters_total{stage="execute"}"#,
+            "worker_results_replayed_total",
+            "worker_redeliveries_total",
+            "worker_publish_retries_total",
+            "worker_log_lines_dropped_total",
+            "worker_nats_connected",
+        ] {
+            assert_eq!(samples.get(series), Some(&0.0), "{series}");
+        }
+        assert_eq!(samples[&format!(r#"worker_build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION"))], 1.0);
+        assert!(samples.keys().any(|series| series.starts_with("process_")), "{samples:?}");
+    }
+
+    #[test]
+    fn a_finished_task_is_counted_once_in_each_of_its_series() {
+        let metrics = Metrics::new();
+        metrics.finished(BlockKind::Http, Status::Success, Duration::from_millis(150), Duration::from_micros(2500));
+        metrics.finished(BlockKind::Http, Status::Timeout, Duration::from_secs(30), Duration::ZERO);
+
+        let samples = scrape(&metrics);
+        assert_eq!(samples[r#"worker_tasks_total{status="success",type="http.request"}"#], 1.0);
+        assert_eq!(samples[r#"worker_tasks_total{status="timeout",type="http.request"}"#], 1.0);
+        assert_eq!(samples[r#"worker_tasks_total{status="success",type="sql.query"}"#], 0.0);
+        let bucket = |le: &str| samples[&format!(r#"worker_task_latency_ms_bucket{{type="http.request",le="{le}"}}"#)];
+        assert_eq!(["100", "200", "10000", "+Inf"].map(bucket), [0.0, 1.0, 1.0, 2.0]);
+        assert_eq!(samples[r#"worker_task_latency_ms_sum{type="http.request"}"#], 30_150.0);
+        assert_eq!(samples[r#"worker_resource_usage{type="cpu_time_ms"}"#], 2.5);
+    }
+
+    #[test]
+    fn the_latency_buckets_are_the_public_ones() {
+        let samples = scrape(&Metrics::new());
+        let bounds = samples
+            .keys()
+            .filter_map(|series| series.strip_prefix(r#"worker_task_latency_ms_bucket{type="fs.put",le=""#))
+            .filter_map(|rest| rest.trim_end_matches("\"}").parse::<f64>().ok())
+            .filter(|bound| bound.is_finite());
+        let mut bounds: Vec<f64> = bounds.collect();
+        bounds.sort_by(f64::total_cmp);
+        assert_eq!(bounds, [5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 2500.0, 5000.0, 10_000.0]);
+    }
+
+    #[test]
+    fn facts_land_in_their_own_series() {
+        let metrics = Metrics::new();
+        metrics.set_queue_depth(Pool::Io, 12);
+        metrics.set_slots(Pool::Cpu, 8);
+        metrics.set_slots_busy(Pool::Gpu, 2);
+        metrics.set_memory_held(512 * 1024 * 1024);
+        metrics.rejected(Cause::InvalidFormat);
+        metrics.dead_letter("admit");
+        metrics.result_replayed();
+        metrics.redelivered();
+        metrics.retried(BlockKind::Sql);
+        metrics.publish_retried();
+        metrics.set_nats_connected(true);
+
+        let samples = scrape(&metrics);
+        for (series, value) in [
+            (r#"worker_pool_queue_depth{pool="io"}"#, 12.0),
+            (r#"worker_slots{pool="cpu"}"#, 8.0),
+            (r#"worker_slots_busy{pool="gpu"}"#, 2.0),
+            (r#"worker_resource_usage{type="memory_mb"}"#, 512.0),
+            (r#"worker_assignments_rejected_total{code="1003"}"#, 1.0),
+            (r#"worker_dead_letters_total{stage="admit"}"#, 1.0),
+            ("worker_results_replayed_total", 1.0),
+            ("worker_redeliveries_total", 1.0),
+            (r#"worker_retries_total{type="sql.query"}"#, 1.0),
+            ("worker_publish_retries_total", 1.0),
+            ("worker_nats_connected", 1.0),
+        ] {
+            assert_eq!(samples[series], value, "{series}");
+        }
+    }
+}

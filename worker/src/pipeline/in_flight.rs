@@ -1,0 +1,86 @@
+//! Which assignments run here: copies wait for the record of the first, and a redelivery renews its hold.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Arrival;
+use crate::assignment::AssignmentKey;
+use crate::intake::{Hold, Publication};
+
+/// Shared by all tasks of a pipeline.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
+
+#[derive(Debug)]
+struct Running {
+    publication: Publication,
+    hold: Arc<Hold>,
+    copies: Vec<Arrival>,
+}
+
+/// What an arrival is to the work that is here already.
+pub(super) enum Claim {
+    /// Nothing else here works on it.
+    First(Arrival, Flight),
+    /// Another publication of it runs: it comes back when that one lands.
+    SetAside,
+    /// This very publication runs: the broker has just given it to us again.
+    Renewed,
+}
+
+/// The claim on an assignment; given up when it lands or is dropped.
+#[derive(Debug)]
+pub(super) struct Flight {
+    in_flight: InFlight,
+    key: Option<AssignmentKey>,
+}
+
+impl InFlight {
+    pub(super) fn claim(&self, arrival: Arrival) -> Claim {
+        match self.lock().entry(arrival.assignment.key.clone()) {
+            Entry::Vacant(vacant) => {
+                let flight = Flight { in_flight: self.clone(), key: Some(vacant.key().clone()) };
+                vacant.insert(Running {
+                    publication: arrival.delivery.publication().clone(),
+                    hold: arrival.delivery.hold(),
+                    copies: Vec::new(),
+                });
+                Claim::First(arrival, flight)
+            }
+            Entry::Occupied(running) if running.get().publication == *arrival.delivery.publication() => {
+                running.get().hold.renew_from(arrival.delivery.received());
+                Claim::Renewed
+            }
+            Entry::Occupied(mut running) => {
+                let copies = &mut running.get_mut().copies;
+                copies.retain(|copy| copy.delivery.publication() != arrival.delivery.publication());
+                copies.push(arrival);
+                Claim::SetAside
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<AssignmentKey, Running>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Flight {
+    /// Ends the claim and returns the copies that waited for it.
+    pub(super) fn land(mut self) -> Vec<Arrival> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Vec<Arrival> {
+        let Some(key) = self.key.take() else { return Vec::new() };
+        self.in_flight.lock().remove(&key).map(|running| running.copies).unwrap_or_default()
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        // After a panic: the copies' deliveries lapse, and the broker brings them back.
+        self.end();
+    }
+}

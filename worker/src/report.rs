@@ -1,0 +1,154 @@
+//! What the Router is told: verdicts, results, dead letters.
+
+pub mod dead_letter; // what is kept of an assignment that failed for good
+pub mod ledger; // one record per assignment
+pub mod outbox; // results on their way to the Router
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde_json::value::RawValue;
+
+use crate::assignment::{Addressee, Assignment};
+use crate::blocks::BlockKind;
+use crate::contract::{ExecResult, Metadata, PublicError, Status, Verdict, VerdictError};
+use crate::execute::Execution;
+use crate::fault::{Cause, Fault};
+
+/// How a step of a flow ended: what every execution comes to, whatever its block.
+#[derive(Debug)]
+pub struct StepResult {
+    /// How it ended.
+    pub status: Status,
+    /// The fault where it did not succeed: its number, its words and what follows from it.
+    pub error: Option<Fault>,
+    /// What the block produced.
+    pub outputs: Option<Box<RawValue>>,
+    /// From the first attempt's start to the end.
+    pub latency: Duration,
+    /// All attempts.
+    pub attempts: u32,
+    /// Of the thread, while the block was polled.
+    pub cpu_time: Duration,
+    /// From its arrival here to its first attempt.
+    pub queued: Duration,
+}
+
+impl StepResult {
+    /// The step that an execution amounts to.
+    pub fn of(execution: Execution, kind: BlockKind, queued: Duration) -> Self {
+        let Execution { outcome, failed: _, attempts, latency, cpu_time } = execution;
+        let (status, outputs, error) = match outcome {
+            Ok(output) => (Status::Success, Some(output.0), None),
+            Err(mut fault) => {
+                fault.details.block_type = Some(kind.as_str());
+                (fault.cause.status(), None, Some(fault))
+            }
+        };
+        Self { status, error, outputs, latency, attempts, cpu_time, queued }
+    }
+
+    /// The public number of the error.
+    pub fn error_code(&self) -> Option<u16> {
+        self.error.as_ref().map(|fault| fault.cause.code())
+    }
+
+    /// Attempts after the first.
+    pub const fn retries_used(&self) -> u32 {
+        self.attempts.saturating_sub(1)
+    }
+
+    /// The ExecResult that is recorded and published. A result that the broker would not take becomes an error.
+    pub fn encode(&mut self, assignment: &Assignment, worker_id: &str, max_payload: usize) -> Bytes {
+        let encoded = self.to_json(assignment, worker_id);
+        if encoded.len() <= max_payload {
+            return encoded;
+        }
+        let message = format!("the result has {} bytes, the broker takes {max_payload}", encoded.len());
+        let mut fault = Fault::new(Cause::OverCap, message);
+        fault.details.block_type = Some(assignment.block.kind().as_str());
+        (self.status, self.outputs, self.error) = (fault.cause.status(), None, Some(fault));
+        self.to_json(assignment, worker_id)
+    }
+
+    fn to_json(&self, assignment: &Assignment, worker_id: &str) -> Bytes {
+        let correlation = &assignment.correlation;
+        to_json(&ExecResult {
+            assignment_id: &assignment.key.assignment_id,
+            status: self.status,
+            result: self.outputs.as_deref(),
+            error: self.error.as_ref().map(public_error),
+            latency_ms: millis(self.latency),
+            metadata: Metadata {
+                block_type: assignment.block.kind().as_str(),
+                provider_id: &correlation.provider_id,
+                run_id: correlation.run_id.as_deref(),
+                flow_id: correlation.flow_id.as_deref(),
+                step_id: correlation.step_id.as_deref(),
+                worker_id,
+                attempts: self.attempts,
+                retries_used: self.retries_used(),
+                cpu_time_ms: millis(self.cpu_time),
+                queue_ms: millis(self.queued),
+            },
+            request_id: &correlation.request_id,
+            trace_id: correlation.trace_id.as_deref(),
+            tenant_id: assignment.key.tenant.as_str(),
+            completed_at: Timestamp::now().as_millisecond(),
+        })
+    }
+}
+
+/// The verdict on an assignment that will run, or whose record answers it.
+pub fn accepted(assignment: &Assignment, worker_id: &str) -> Bytes {
+    to_json(&Verdict {
+        assignment_id: &assignment.key.assignment_id,
+        status: "accepted",
+        message: "Assignment accepted for execution",
+        request_id: &assignment.correlation.request_id,
+        trace_id: assignment.correlation.trace_id.as_deref(),
+        tenant_id: assignment.key.tenant.as_str(),
+        worker_id,
+        error: None,
+        acknowledged_at: Timestamp::now().as_millisecond(),
+    })
+}
+
+/// The verdict on an assignment that will not run; `None` where there is nobody to address it to.
+pub fn rejected(addressee: &Addressee, cause: Cause, message: &str, worker_id: &str) -> Option<Bytes> {
+    if addressee.assignment_id.is_none() && addressee.request_id.is_none() {
+        return None;
+    }
+    Some(to_json(&Verdict {
+        assignment_id: addressee.assignment_id.as_deref().unwrap_or_default(),
+        status: "rejected",
+        message,
+        request_id: addressee.request_id.as_deref().unwrap_or_default(),
+        trace_id: addressee.trace_id.as_deref(),
+        tenant_id: addressee.tenant_id.as_deref().unwrap_or_default(),
+        worker_id,
+        error: Some(VerdictError { code: cause.code(), message, retryable: cause.is_retryable() }),
+        acknowledged_at: Timestamp::now().as_millisecond(),
+    }))
+}
+
+/// A fault as the Router sees it.
+pub fn public_error(fault: &Fault) -> PublicError<'_> {
+    PublicError {
+        code: fault.cause.code(),
+        message: &fault.message,
+        retryable: fault.cause.is_retryable(),
+        details: &fault.details,
+    }
+}
+
+/// Whole milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Our own structs have string keys and finite numbers only, so encoding them cannot fail.
+fn to_json<T: serde::Serialize>(message: &T) -> Bytes {
+    serde_json::to_vec(message).unwrap_or_default().into()
+}

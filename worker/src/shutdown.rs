@@ -1,0 +1,47 @@
+//! One way down: not ready, no more intake, unstarted work handed back, running work finished within a limit.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Concern;
+use crate::pipeline::Pipeline;
+
+/// After the limit: how long the hand-backs and the records that are on their way may take.
+const CUT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Returns when the process is told to end, by SIGTERM or SIGINT.
+///
+/// # Errors
+/// The signals cannot be listened to.
+pub async fn signalled() -> std::io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Stops intake, hands back what has not started, lets running blocks finish, and cuts them off after `limit`.
+///
+/// Work that is cut off was never settled, so the broker hands it to another worker.
+pub async fn drain(pipeline: &Pipeline, intake: &CancellationToken, processing: JoinHandle<()>, limit: Duration) {
+    pipeline.health.raise(Concern::Draining, "the worker was told to stop");
+    intake.cancel();
+    pipeline.schedule.close();
+    let everything = async {
+        // The chunks that were on their way become tasks first; their work is handed back by the closed schedule.
+        let _ = processing.await;
+        pipeline.tasks.close();
+        pipeline.tasks.wait().await;
+    };
+    if tokio::time::timeout(limit, everything).await.is_err() {
+        tracing::warn!(unfinished = pipeline.tasks.len(), ?limit, "drain timed out: handing back what still runs");
+        pipeline.cut.cancel();
+        let _ = tokio::time::timeout(CUT_LIMIT, pipeline.tasks.wait()).await;
+    }
+    pipeline.broker.flush().await;
+}

@@ -1,0 +1,101 @@
+//! Takes whole lines and writes them from a thread of its own. A line never waits for whoever reads the output.
+
+use std::fmt;
+use std::io::Write;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use prometheus::IntCounter;
+
+use super::lines;
+use crate::config::LogFormat;
+
+/// Some ten thousand lines: a short pause of the reader loses nothing, a long one costs bounded memory.
+const MAX_QUEUED_BYTES: usize = 4 * 1024 * 1024;
+
+/// Where lines go. Clones share it.
+#[derive(Clone)]
+pub(super) struct Output(Arc<Shared>);
+
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    dropped: IntCounter,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// Whole lines.
+    bytes: Vec<u8>,
+    /// Lines that found no room since the last write.
+    dropped: u64,
+    /// Whether the thread holds bytes that it took from here.
+    is_writing: bool,
+}
+
+impl Output {
+    /// Starts the thread. It lives as long as the program, for the logs do.
+    pub(super) fn start(
+        sink: impl Write + Send + 'static,
+        format: LogFormat,
+        dropped: IntCounter,
+    ) -> std::io::Result<Self> {
+        let output = Self(Arc::new(Shared { queue: Mutex::default(), changed: Condvar::new(), dropped }));
+        let shared = Arc::clone(&output.0);
+        std::thread::Builder::new().name("log-writer".to_owned()).spawn(move || shared.write_all_to(sink, format))?;
+        Ok(output)
+    }
+
+    /// Queues a line, or drops and counts it when the queue is full.
+    pub(super) fn push(&self, line: &[u8]) {
+        let mut queue = self.0.queue();
+        if queue.bytes.len().saturating_add(line.len()) > MAX_QUEUED_BYTES {
+            queue.dropped += 1;
+            drop(queue);
+            self.0.dropped.inc();
+            return;
+        }
+        queue.bytes.extend_from_slice(line);
+        drop(queue);
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until all is written, but not for ever.
+    pub(super) fn flush(&self, limit: Duration) {
+        let has_work = |queue: &mut Queue| queue.is_writing || !queue.bytes.is_empty();
+        let _ = self.0.changed.wait_timeout_while(self.0.queue(), limit, has_work);
+    }
+}
+
+impl Shared {
+    fn write_all_to(&self, mut sink: impl Write, format: LogFormat) {
+        let mut taken = Vec::new();
+        loop {
+            let idle = |queue: &mut Queue| queue.bytes.is_empty();
+            let mut queue = self.changed.wait_while(self.queue(), idle).unwrap_or_else(PoisonError::into_inner);
+            std::mem::swap(&mut queue.bytes, &mut taken);
+            let dropped = std::mem::take(&mut queue.dropped);
+            queue.is_writing = true;
+            drop(queue);
+            if dropped > 0 {
+                lines::dropped(format, dropped, &mut taken);
+            }
+            // There is nobody to tell that the output is gone; the lines are lost, the work goes on.
+            let _ = sink.write_all(&taken).and_then(|()| sink.flush());
+            taken.clear();
+            self.queue().is_writing = false;
+            self.changed.notify_all();
+        }
+    }
+
+    /// A panic elsewhere leaves whole lines at worst, so a poisoned lock is as good as any.
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Output").finish_non_exhaustive()
+    }
+}
