@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Builds the programs that the cluster and the tests run, from the modules pinned in tools/, into the user's cache.
+# usage: tools.sh [--path] [TOOL…]   (all tools by default; --path also prints their directories for PATH)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+all=(nats-server etcd kubernetes coredns helm helm3)
+
+# Sets how to build a tool: module and version, programs as NAME=PACKAGE, linker flags, and the time on two cores.
+recipe() {
+  local program
+  programs=()
+  case $1 in
+    nats-server)
+      module=github.com/nats-io/nats-server/v2 duration="15 seconds"
+      programs=("nats-server=$module")
+      ;;
+    etcd)
+      module=go.etcd.io/etcd/server/v3 duration="20 seconds"
+      programs=("etcd=$module")
+      ;;
+    kubernetes)
+      module=k8s.io/kubernetes duration="7 minutes"
+      for program in kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl kubeadm; do
+        programs+=("$program=$module/cmd/$program")
+      done
+      ;;
+    coredns)
+      module=github.com/coredns/coredns duration="60 seconds"
+      programs=("coredns=.")
+      ;;
+    helm)
+      module=helm.sh/helm/v4 duration="90 seconds"
+      programs=("helm=$module/cmd/helm")
+      ;;
+    helm3)
+      module=helm.sh/helm/v3 duration="60 seconds"
+      programs=("helm3=$module/cmd/helm")
+      ;;
+    *) die "there is no tool $1: choose from ${all[*]}" ;;
+  esac
+  version=$(pinned "$1" "$module")
+  ldflags="-s -w$(version_stamps "$1")"
+}
+
+# These programs learn their version from the linker; the others carry it in their source.
+version_stamps() {
+  local package major minor
+  case $1 in
+    kubernetes)
+      IFS=. read -r major minor _ <<<"${version#v}"
+      for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
+        printf ' -X %s=%s' $package.gitVersion "$version" $package.gitMajor "$major" $package.gitMinor "$minor" \
+          $package.gitTreeState clean
+      done
+      ;;
+    helm | helm3) printf ' -X %s=%s' "$module/internal/version.version" "$version" ;;
+  esac
+}
+
+# Where a tool is built to: another version, dependency or flag is another directory.
+directory() {
+  local key
+  key=$({ cat "$here/tools/$1"/*; echo "${programs[*]} $ldflags"; } | sha256sum)
+  echo "$cache/tools/$1-${version#v}-${key::8}"
+}
+
+build() {
+  local tool=$1 dir=$2 log=$cache/tools/$1.log program count=0
+  require_go
+  mkdir -p "$cache/tools"
+  exec 8>"$cache/tools/.$tool.lock"
+  flock -n 8 || { say "waiting for another build of $tool"; flock 8; }
+  [[ ! -d $dir ]] || return 0
+
+  rm -rf "$cache/tools/.$tool".??????
+  temp=$(mktemp -d "$cache/tools/.$tool.XXXXXX")
+  chmod 755 "$temp"
+  trap 'kill $compiler 2>/dev/null; rm -rf "$temp"' EXIT
+  SECONDS=0 shown=-15
+  : >"$log"
+  for program in "${programs[@]}"; do
+    count=$((count + 1))
+    env CGO_ENABLED=0 GOWORK=off GOFLAGS= go build -C "$here/tools/$tool" -trimpath -buildvcs=false \
+      -ldflags "$ldflags" -o "$temp/${program%%=*}" "${program#*=}" >>"$log" 2>&1 &
+    compiler=$!
+    while kill -0 $compiler 2>/dev/null; do
+      progress "building $tool ${version#v} (first time only, about $duration): ${program%%=*} $count/${#programs[@]}"
+      sleep 0.2
+    done
+    wait $compiler || { clear_line; tail -n 15 "$log" >&2; die "cannot build ${program%%=*} (all of it: $log)"; }
+  done
+  mv -T "$temp" "$dir"
+  trap - EXIT
+  rm -f "$log"
+  clear_line
+  say "built $tool ${version#v} in $(elapsed)"
+}
+
+require_go() {
+  type -P go >/dev/null || die "go is missing: install Go 1.26 or newer and put it in PATH"
+  local minor
+  minor=$(go env GOVERSION)
+  minor=${minor#go1.}
+  # From 1.21 on, Go fetches the version that a module asks for.
+  ((${minor%%[!0-9]*} >= 21)) || die "$(go env GOVERSION) is too old: install Go 1.26 or newer"
+}
+
+# A line that is rewritten every second on a terminal, and a line every 15 s elsewhere.
+progress() {
+  if [[ -t 2 ]]; then
+    ((SECONDS > shown)) || return 0
+    printf '\r\033[K%s … %s elapsed' "$1" "$(elapsed)" >&2
+  else
+    ((SECONDS - shown >= 15)) || return 0
+    say "$1 … $(elapsed) elapsed"
+  fi
+  shown=$SECONDS
+}
+
+clear_line() { [[ ! -t 2 ]] || printf '\r\033[K' >&2; }
+
+elapsed() { ((SECONDS < 60)) && echo "${SECONDS}s" || printf '%dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+print_path=
+[[ ${1:-} != --path ]] || { print_path=yes; shift; }
+tools=("$@")
+((${#tools[@]})) || tools=("${all[@]}")
+path=
+for tool in "${tools[@]}"; do
+  recipe "$tool"
+  dir=$(directory "$tool")
+  [[ -d $dir ]] || build "$tool" "$dir"
+  path+=:$dir
+done
+[[ ! $print_path ]] || echo "${path#:}"

@@ -1,0 +1,244 @@
+#!/usr/bin/env bash
+# Starts the local cluster, one real Kubernetes node, or says that it is up. CLUSTER=current only checks the cluster of
+# the current kubectl context. usage: up.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+source "$here/remains.sh"
+
+bridge_address=10.244.0.1
+services=10.96.0.0/16
+ports=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
+volumes=8
+declare -A started
+patience=120 # seconds for one part; a busy machine needs more than the usual two
+
+main() {
+  if uses_current_context; then
+    check_current_context
+    exit
+  fi
+  require_root
+  [[ $state =~ ^/[A-Za-z0-9/._+@-]+$ ]] || die "the state directory must be a plain absolute path, not $state"
+  require ctr=containerd runc=runc ip=iproute2 ss=iproute2 nft=nftables conntrack=conntrack sysctl=procps \
+    mount=mount flock=util-linux
+  require_cni
+  local tools
+  tools=$("$here/tools.sh" --path kubernetes etcd coredns)
+  export PATH=$tools:$PATH:/usr/sbin:/sbin KUBECONFIG=$state/kubeconfig
+  pause_archive=$(image_archive localhost/pause:1 "$here/pause" compile_pause)
+
+  lock_machine
+  if is_complete; then
+    cd "$state"
+    wait_for kubelet node_is_ready
+    free_volumes
+    say "the cluster is up: $(kubectl get nodes --no-headers | awk '{ print $1, $2, $5 }')"
+  else
+    SECONDS=0
+    clear_remains
+    start
+    say "the cluster is up after ${SECONDS} s; to use it: export KUBECONFIG=$KUBECONFIG"
+  fi
+}
+
+check_current_context() {
+  local context
+  type -P kubectl >/dev/null || die "kubectl is missing: CLUSTER=current needs it in PATH"
+  context=$(kubectl config current-context 2>/dev/null) || die "kubectl has no current context"
+  kubectl --request-timeout 10s get --raw /version >/dev/null || die "the cluster of context $context does not answer"
+  say "using the cluster of context $context"
+}
+
+require_cni() {
+  for cni in /usr/lib/cni /opt/cni/bin; do
+    [[ ! -x $cni/bridge ]] || return 0
+  done
+  cni=/usr/lib/cni
+  require $cni/bridge=containernetworking-plugins
+}
+
+compile_pause() {
+  require musl-gcc=musl-tools
+  musl-gcc -Os -static -o "$1/pause" "$1/pause.c"
+}
+
+# True when every part runs and an earlier call has started them all.
+is_complete() {
+  local running daemon
+  [[ -e $state/complete ]] || return 1
+  running=$(processes "$state")$'\n'
+  for daemon in "${daemons[@]}"; do
+    [[ $running == *" $daemon"$'\n'* ]] || { say "$daemon does not run: starting afresh"; return 1; }
+  done
+}
+
+clear_remains() {
+  local owner
+  owner=$(bridge_owner)
+  if [[ $owner && $owner != "$state" ]]; then
+    [[ -z $(processes "$owner") ]] || die "another cluster is up: BEAMLINE_CLUSTER_DIR=$owner $here/down.sh ends it"
+    clear_cluster "$owner"
+  fi
+  clear_cluster "$state"
+}
+
+start() {
+  check_ports
+  mkdir -p "$state"
+  chmod 755 "$state"
+  cd "$state"
+  mkdir -p log etc volumes
+  make_network
+  make_cgroups
+  # The kubelet changes these.
+  sysctl vm.overcommit_memory kernel.panic kernel.panic_on_oops >sysctls
+  write_config
+  start_containerd
+  start_control_plane
+  start_node
+  kubectl create -f etc/base.yaml >log/base.log 2>&1 || fail base "cannot create storage and roles"
+  wait_for containerd ctr -a containerd.sock version
+  ctr -a containerd.sock -n k8s.io images import "$pause_archive" >/dev/null
+  wait_for coredns accepts $bridge_address 53
+  wait_for kubelet node_is_ready
+  wait_for kube-controller-manager kubectl get serviceaccount default
+  touch complete
+}
+
+check_ports() {
+  local filter listener
+  filter=$(printf 'or sport = :%s ' "${ports[@]}")
+  listener=$(ss -Hltnp "${filter#or }" | head -n 1)
+  [[ -z $listener ]] || die "port $(awk '{ sub(/.*:/, "", $4); print $4 }' <<<"$listener") is taken by" \
+    "$(sed -n 's/.*(("\([^"]*\)",pid=\([0-9]*\).*/\1 (process \2)/p' <<<"$listener")"
+}
+
+make_network() {
+  [[ -e /proc/sys/net/bridge ]] || { require modprobe=kmod && modprobe br_netfilter; } ||
+    die "the kernel module br_netfilter is missing: without it a pod does not reach a Service of a pod beside it"
+  ip link add $bridge type bridge nf_call_iptables 1
+  ip link set $bridge alias "$state" up
+  ip address add $bridge_address/24 dev $bridge
+  # Else a service address that kube-proxy does not know yet would follow the default route.
+  ip route add $services dev $bridge
+  sysctl -qw net.ipv4.conf.$bridge.forwarding=1
+  nft -f "$here/config/network.nft"
+  open_firewall -I
+}
+
+make_cgroups() {
+  local root controllers controller
+  for root in $(cgroup_roots); do
+    mkdir -p "$root/beamline" || die "cannot create cgroups (in a container? it must be privileged)"
+    [[ -e $root/cgroup.controllers ]] || continue # version 1
+    read -ra controllers <"$root/cgroup.controllers"
+    for controller in "${controllers[@]}"; do
+      echo "+$controller" >"$root/cgroup.subtree_control" || true
+    done
+  done
+}
+
+write_config() {
+  local user name
+  cp -r "$here/config/." etc
+  for ((i = 1; i <= volumes; i++)); do
+    name=local-$i
+    mkdir -m 777 "volumes/$name"
+    sed "s|@NAME@|$name|" etc/volume.yaml >>etc/base.yaml
+  done
+  sed -i "s|@STATE@|$state|g; s|@CNI@|$cni|; s|@KUBERNETES@|$(pinned kubernetes k8s.io/kubernetes)|" \
+    etc/{*.yaml,containerd.toml,Corefile,cni/*}
+  {
+    kubeadm init phase certs all --config etc/kubeadm.yaml
+    kubeadm init phase kubeconfig all --config etc/kubeadm.yaml --kubeconfig-dir etc
+  } >log/kubeadm.log 2>&1 || fail kubeadm "cannot create certificates"
+  for user in kube-proxy coredns; do
+    kubeadm kubeconfig user --config etc/kubeadm.yaml --client-name system:$user >etc/$user.conf 2>>log/kubeadm.log ||
+      fail kubeadm "cannot create the kubeconfig of $user"
+  done
+  mv etc/super-admin.conf kubeconfig
+}
+
+start_containerd() {
+  # A proxy that nobody runs: an image that was not loaded fails at once instead of being pulled.
+  run containerd env HTTP_PROXY=http://127.0.0.1:9 HTTPS_PROXY=http://127.0.0.1:9 containerd --config etc/containerd.toml
+}
+
+start_control_plane() {
+  run etcd etcd --data-dir etcd --unsafe-no-fsync --log-level warn --listen-client-urls http://127.0.0.1:2379 \
+    --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380
+  run kube-apiserver kube-apiserver \
+    --etcd-servers http://127.0.0.1:2379 \
+    --secure-port 6443 --advertise-address $bridge_address \
+    --tls-cert-file pki/apiserver.crt --tls-private-key-file pki/apiserver.key \
+    --authorization-mode Node,RBAC --client-ca-file pki/ca.crt \
+    --service-cluster-ip-range $services --allow-privileged \
+    --service-account-issuer https://kubernetes.default.svc \
+    --service-account-key-file pki/sa.pub --service-account-signing-key-file pki/sa.key \
+    --kubelet-preferred-address-types InternalIP \
+    --kubelet-client-certificate pki/apiserver-kubelet-client.crt \
+    --kubelet-client-key pki/apiserver-kubelet-client.key \
+    --enable-aggregator-routing \
+    --proxy-client-cert-file pki/front-proxy-client.crt --proxy-client-key-file pki/front-proxy-client.key \
+    --requestheader-client-ca-file pki/front-proxy-ca.crt --requestheader-allowed-names front-proxy-client \
+    --requestheader-username-headers X-Remote-User --requestheader-group-headers X-Remote-Group \
+    --requestheader-extra-headers-prefix X-Remote-Extra-
+  wait_for kube-apiserver kubectl get --raw /readyz
+  # Autoscaling at the speed of tests.
+  run kube-controller-manager kube-controller-manager --kubeconfig etc/controller-manager.conf --leader-elect=false \
+    --bind-address 127.0.0.1 --use-service-account-credentials \
+    --service-account-private-key-file pki/sa.key --root-ca-file pki/ca.crt \
+    --cluster-signing-cert-file pki/ca.crt --cluster-signing-key-file pki/ca.key \
+    --horizontal-pod-autoscaler-sync-period 2s --horizontal-pod-autoscaler-downscale-stabilization 5s
+  run kube-scheduler kube-scheduler --kubeconfig etc/scheduler.conf --leader-elect=false --bind-address 127.0.0.1
+}
+
+start_node() {
+  run kubelet kubelet --config etc/kubelet.yaml --kubeconfig etc/kubelet.conf --root-dir "$state/kubelet" \
+    --cert-dir kubelet/pki --hostname-override node-1 --node-ip $bridge_address
+  run kube-proxy kube-proxy --config etc/kube-proxy.yaml
+  run coredns coredns -conf etc/Corefile
+}
+
+# run NAME COMMAND…: a process that outlives this script and takes nothing of its environment, terminal or lock.
+run() {
+  local name=$1
+  shift
+  setsid env -i PATH="$PATH" HOME="$state" "$@" >"log/$name.log" 2>&1 </dev/null 9<&- &
+  started[$name]=$!
+}
+
+# wait_for DAEMON COMMAND…: until the command succeeds; gives up when the daemon ends.
+wait_for() {
+  local daemon=$1 deadline=$((SECONDS + patience))
+  shift
+  until "$@" >/dev/null 2>&1; do
+    [[ ! ${started[$daemon]:-} ]] || kill -0 "${started[$daemon]}" 2>/dev/null || fail "$daemon" "$daemon has ended"
+    ((SECONDS < deadline)) || fail "$daemon" "$daemon is not ready after $patience s"
+    sleep 0.1
+  done
+}
+
+fail() {
+  tail -n 12 "$state/log/$1.log" >&2
+  die "$2 (all of its log: $state/log/$1.log)"
+}
+
+node_is_ready() { [[ $(kubectl get node node-1 --no-headers) == "node-1 "*" Ready "* ]]; }
+
+accepts() { (: <"/dev/tcp/$1/$2"); }
+
+# Volumes whose claim is gone are emptied, and can be claimed again.
+free_volumes() {
+  local volume
+  kubectl get pv -o jsonpath='{range .items[?(@.status.phase=="Released")]}{.metadata.name}{"\n"}{end}' |
+    while read -r volume; do
+      [[ -d volumes/$volume ]] || continue
+      find "volumes/$volume" -mindepth 1 -delete
+      chown root:root "volumes/$volume"
+      chmod 777 "volumes/$volume"
+      kubectl patch pv "$volume" --type json -p '[{"op": "remove", "path": "/spec/claimRef"}]' >/dev/null
+    done
+}
+
+main
