@@ -276,7 +276,6 @@ mod tests {
             (head.to_ascii_lowercase(), body.to_owned())
         }
 
-        #[track_caller]
         async fn code(&self, path: &str) -> u16 {
             let (head, _) = self.ask("GET", path).await;
             head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status line has a code")

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use prometheus::core::Collector;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 use prometheus::{IntGaugeVec, Opts, Registry};
 
@@ -47,6 +48,7 @@ impl Metrics {
     #[expect(clippy::new_without_default, reason = "each one is a registry of its own: not a value to default to")]
     pub fn new() -> Self {
         let registry = Registry::new();
+        enlist(&registry, ProcessCollector::for_self());
         let tasks =
             counters(&registry, "worker_tasks_total", "Tasks finished, by block type and status", &["type", "status"]);
         let latency = register(
@@ -301,8 +303,13 @@ fn gauges(registry: &Registry, name: &str, help: &str, label: &str) -> IntGaugeV
 #[expect(clippy::expect_used, reason = "names and labels are constants, and every test of this module makes them all")]
 fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
     let collector = made.expect("the name and the labels are well-formed");
-    registry.register(Box::new(collector.clone())).expect("no two series share a name");
+    enlist(registry, collector.clone());
     collector
+}
+
+#[expect(clippy::expect_used, reason = "names are constants, and every test of this module registers them all")]
+fn enlist(registry: &Registry, collector: impl Collector + 'static) {
+    registry.register(Box::new(collector)).expect("no two series share a name");
 }
 
 #[cfg(test)]
