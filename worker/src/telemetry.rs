@@ -13,13 +13,14 @@ use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing::subscriber::SetGlobalDefaultError;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::{Layer, Registry};
+use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::config::Config;
+use crate::config::{Config, LogFormat};
 use crate::metrics::Metrics;
 use lines::LineLayer;
 use output::Output;
@@ -64,20 +65,8 @@ pub fn init(config: &Config, metrics: &Metrics) -> Result<Telemetry, Error> {
         Some(endpoint) => Some(exporter(endpoint, &config.worker_id)?),
         None => None,
     };
-    let logs = LineLayer::new(config.log_format, output.clone()).with_filter(config.log_filter.clone());
-    let spans = traces.as_ref().map(|traces| {
-        // Only ours, and only the names and attributes that are public.
-        let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == spans::TARGET);
-        tracing_opentelemetry::layer()
-            .with_tracer(traces.tracer("beamline_worker"))
-            .with_location(false)
-            .with_threads(false)
-            .with_tracked_inactivity(false)
-            .with_target(false)
-            .with_level(false)
-            .with_filter(ours.with_max_level_hint(LevelFilter::ERROR))
-    });
-    tracing::subscriber::set_global_default(Registry::default().with(logs).with(spans)).map_err(Error::AlreadySet)?;
+    let subscriber = subscriber(config.log_format, config.log_filter.clone(), output.clone(), traces.as_ref());
+    tracing::subscriber::set_global_default(subscriber).map_err(Error::AlreadySet)?;
     if traces.is_some() {
         spans::turn_on();
     }
@@ -95,6 +84,28 @@ impl Telemetry {
         }
         self.output.flush(FLUSH_TIMEOUT);
     }
+}
+
+fn subscriber(
+    format: LogFormat,
+    filter: EnvFilter,
+    output: Output,
+    traces: Option<&SdkTracerProvider>,
+) -> impl Subscriber + Send + Sync {
+    let logs = LineLayer::new(format, output).with_filter(filter);
+    let spans = traces.map(|traces| {
+        // Only ours, and only the names and attributes that are public.
+        let ours = filter_fn(|metadata| metadata.is_span() && metadata.target() == spans::TARGET);
+        tracing_opentelemetry::layer()
+            .with_tracer(traces.tracer("beamline_worker"))
+            .with_location(false)
+            .with_threads(false)
+            .with_tracked_inactivity(false)
+            .with_target(false)
+            .with_level(false)
+            .with_filter(ours.with_max_level_hint(LevelFilter::ERROR))
+    });
+    Registry::default().with(logs).with(spans)
 }
 
 /// The exporter reads the other `OTEL_*` variables itself (headers, sampling, batches).
@@ -131,4 +142,122 @@ fn log_panics() {
             tracing::error!(location, reason, "panicked");
         }));
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::mpsc::{self, Receiver};
+    use std::time::Instant;
+
+    use prometheus::IntCounter;
+
+    use super::*;
+
+    const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
+    const IDS: SpanIds<'static> = SpanIds {
+        tenant_id: "tenant-789",
+        trace_id: Some(TRACE_ID),
+        run_id: Some("run-def"),
+        block_type: "http.request",
+        worker_id: "worker-1",
+    };
+
+    /// Runs `work` with traces to `endpoint`, and takes them down again.
+    fn traced(endpoint: &str, work: impl FnOnce()) {
+        spans::turn_on();
+        let traces = exporter(&endpoint.parse().unwrap(), IDS.worker_id).unwrap();
+        let dropped = IntCounter::new("dropped", "dropped").unwrap();
+        let output = Output::start(std::io::sink(), LogFormat::Json, dropped).unwrap();
+        tracing::subscriber::with_default(
+            subscriber(LogFormat::Json, EnvFilter::new("warn"), output.clone(), Some(&traces)),
+            work,
+        );
+        Telemetry { output, traces: Some(traces) }.shutdown();
+    }
+
+    fn three_spans() {
+        let receive = receive_span(remote_parent(None, IDS.trace_id), &IDS);
+        execute_span(&receive, &IDS).in_scope(|| tracing::error_span!("a span of a library"));
+        mark_failed(&receive);
+        publish_span(&receive, &IDS);
+    }
+
+    /// A collector that takes one request, and hands out its head and its body.
+    fn collector() -> (String, Receiver<(String, Vec<u8>)>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let (sender, requests) = mpsc::channel();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            sender.send(read_request(&mut stream)).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+        });
+        (endpoint, requests)
+    }
+
+    fn read_request(stream: &mut TcpStream) -> (String, Vec<u8>) {
+        let (mut request, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let read = stream.read(&mut piece).unwrap();
+            request.extend_from_slice(&piece[..read]);
+            let Some(end) = request.windows(4).position(|window| window == b"\r\n\r\n") else { continue };
+            let head = String::from_utf8_lossy(&request[..end]).to_ascii_lowercase();
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap_or(0);
+            if read == 0 || request.len() >= end + 4 + length {
+                return (head, request.split_off(end + 4));
+            }
+        }
+    }
+
+    #[test]
+    fn a_collector_gets_the_three_public_spans_in_the_assignments_trace() {
+        let (endpoint, requests) = collector();
+        traced(&endpoint, three_spans);
+
+        let (head, body) = requests.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert!(head.starts_with("post /v1/traces http/1.1"), "{head}");
+        assert!(head.contains("content-type: application/x-protobuf"), "{head}");
+        let count = |wanted: &[u8]| body.windows(wanted.len()).filter(|window| *window == wanted).count();
+        for name in ["worker.assignment.receive", "worker.block.execute", "worker.result.publish"] {
+            assert_eq!(count(name.as_bytes()), 1, "{name}");
+        }
+        for attribute in ["tenant_id", "trace_id", "run_id", "block_type", "worker_id"] {
+            assert_eq!(count(attribute.as_bytes()), 3, "{attribute}");
+        }
+        let trace_id = opentelemetry::trace::TraceId::from_hex(TRACE_ID).unwrap();
+        assert_eq!(count(&trace_id.to_bytes()), 3);
+        assert_eq!(count(b"beamline-worker"), 1);
+        for private in ["a span of a library", "thread.id", "code.", "busy_ns", "idle_ns"] {
+            assert_eq!(count(private.as_bytes()), 0, "{private}");
+        }
+    }
+
+    #[test]
+    fn a_collector_that_is_away_or_silent_holds_up_neither_work_nor_the_end() {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let away = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        for address in [silent.local_addr().unwrap(), away] {
+            let started = Instant::now();
+            let mut worked = Duration::ZERO;
+            traced(&format!("http://{address}"), || {
+                (0..5_000).for_each(|_| three_spans());
+                worked = started.elapsed();
+            });
+            assert!(worked < Duration::from_secs(3), "{worked:?}");
+            assert!(started.elapsed() < worked + EXPORT_TIMEOUT + FLUSH_TIMEOUT + Duration::from_secs(1));
+        }
+    }
+
+    #[test]
+    fn the_path_of_traces_lies_below_the_endpoint() {
+        for (base, url) in [
+            ("http://host:4318", "http://host:4318/v1/traces"),
+            ("http://host:4318/", "http://host:4318/v1/traces"),
+            ("https://host/otlp/", "https://host/otlp/v1/traces"),
+        ] {
+            assert_eq!(traces_url(&base.parse().unwrap()), url);
+        }
+    }
 }

@@ -311,3 +311,163 @@ fn is_dangerous(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use prometheus::IntCounter;
+    use tracing::{error, info, info_span, warn};
+    use tracing_subscriber::layer::SubscriberExt;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What `work` logs, each line without its time.
+    fn logged(format: LogFormat, work: impl FnOnce()) -> Vec<String> {
+        let sink = Sink::default();
+        let dropped = IntCounter::new("dropped", "dropped").unwrap();
+        let output = Output::start(sink.clone(), format, dropped).unwrap();
+        let subscriber = tracing_subscriber::registry().with(LineLayer::new(format, output.clone()));
+        tracing::subscriber::with_default(subscriber, work);
+        output.flush(Duration::from_secs(5));
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(|line| without_time(format, line)).collect()
+    }
+
+    #[track_caller]
+    fn without_time(format: LogFormat, line: &str) -> String {
+        let (time, rest) = match format {
+            LogFormat::Json => line.strip_prefix(r#"{"timestamp":""#).and_then(|rest| rest.split_once("\",")).unwrap(),
+            LogFormat::Text => line.split_once(' ').unwrap(),
+        };
+        assert_eq!((time.len(), time.ends_with('Z')), ("2025-01-27T12:00:00.000Z".len(), true), "{time}");
+        time.parse::<Timestamp>().unwrap();
+        rest.to_owned()
+    }
+
+    fn json(work: impl FnOnce()) -> String {
+        logged(LogFormat::Json, work).concat()
+    }
+
+    fn step_completed() {
+        info!(
+            assignment_id = "assign-123",
+            block_type = "http.request",
+            status = "success",
+            latency_ms = 150,
+            trace_id = "trace-abc",
+            tenant_id = "tenant-789",
+            "Step execution completed"
+        );
+    }
+
+    #[test]
+    fn a_line_has_the_published_shape() {
+        assert_eq!(
+            json(step_completed),
+            concat!(
+                r#""level":"INFO","component":"worker","message":"Step execution completed","#,
+                r#""fields":{"assignment_id":"assign-123","block_type":"http.request","status":"success","#,
+                r#""latency_ms":150},"trace_id":"trace-abc","tenant_id":"tenant-789"}"#
+            )
+        );
+    }
+
+    #[test]
+    fn text_has_the_same_parts() {
+        assert_eq!(
+            logged(LogFormat::Text, step_completed),
+            [concat!(
+                "INFO  beamline_worker::telemetry::lines::tests: Step execution completed assignment_id=assign-123 ",
+                "block_type=http.request status=success latency_ms=150 trace_id=trace-abc tenant_id=tenant-789"
+            )
+            .replace("beamline_worker::telemetry::lines::tests", module_path!())]
+        );
+    }
+
+    #[test]
+    fn ids_that_are_nowhere_are_left_out() {
+        assert_eq!(json(|| warn!("alone")), r#""level":"WARN","component":"worker","message":"alone","fields":{}}"#);
+    }
+
+    #[test]
+    fn ids_come_from_the_closest_span_that_has_them() {
+        let line = json(|| {
+            let outer = info_span!("outer", tenant_id = "outer", trace_id = "trace-1", other = 5);
+            let inner = info_span!(parent: &outer, "inner", tenant_id = tracing::field::Empty);
+            inner.record("tenant_id", "inner");
+            let _entered = inner.entered();
+            error!("inside");
+        });
+        assert_eq!(
+            line,
+            concat!(
+                r#""level":"ERROR","component":"worker","message":"inside","fields":{},"#,
+                r#""trace_id":"trace-1","tenant_id":"inner"}"#
+            )
+        );
+    }
+
+    #[test]
+    fn values_keep_their_types() {
+        let cause = io::Error::other(io::Error::other("the last cause"));
+        let error: &(dyn std::error::Error + 'static) = &Wrapped(cause);
+        let line = json(|| info!(on = true, less = -1, half = 0.5, none = f64::NAN, list = ?[1, 2], error, "types"));
+        assert_eq!(
+            line,
+            concat!(
+                r#""level":"INFO","component":"worker","message":"types","fields":{"on":true,"less":-1,"half":0.5,"#,
+                r#""none":"NaN","list":"[1, 2]","error":"wrapped: the last cause"}}"#
+            )
+        );
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("wrapped")]
+    struct Wrapped(#[source] io::Error);
+
+    /// Ends the line, drives the terminal, turns the text around.
+    const HOSTILE: &str = "a\r\n{\"level\":\"INFO\"}\u{1b}[2J\u{7f}\u{9b}\u{202e}\u{2028}\0 \\ é 😀";
+
+    #[test]
+    fn a_hostile_value_stays_one_line_of_printable_text() {
+        for format in [LogFormat::Json, LogFormat::Text] {
+            let lines = logged(format, || info!(value = HOSTILE, tenant_id = HOSTILE, "{HOSTILE}"));
+            let [line] = lines.as_slice() else { panic!("{lines:?}") };
+            assert!(!line.contains(is_dangerous), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_hostile_value_reads_back_unchanged() {
+        let line = json(|| info!(value = HOSTILE, tenant_id = HOSTILE, "{HOSTILE}"));
+        let read: serde_json::Value = serde_json::from_str(&format!("{{{line}")).unwrap();
+        for place in [&read["message"], &read["fields"]["value"], &read["tenant_id"]] {
+            assert_eq!(place, HOSTILE);
+        }
+    }
+
+    #[test]
+    fn long_values_are_cut_and_say_so() {
+        let long = "é".repeat(1_000_000);
+        let line = json(|| info!(long, debug = ?long, "{long}"));
+        assert!(line.len() < 4 * MAX_VALUE_BYTES, "{}", line.len());
+        assert_eq!(line.matches(CUT).count(), 3);
+    }
+}

@@ -99,3 +99,67 @@ impl fmt::Debug for Output {
         f.debug_struct("Output").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{self, Receiver, Sender};
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Takes nothing until it is let go.
+    struct Stuck {
+        go: Receiver<()>,
+        written: Sender<String>,
+    }
+
+    impl Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let _ = self.go.recv();
+            self.written.send(String::from_utf8_lossy(bytes).into_owned()).unwrap();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stuck_reader_costs_lines_and_no_time() {
+        let (go, waits) = mpsc::channel();
+        let (written, lines) = mpsc::channel();
+        let dropped = IntCounter::new("dropped", "dropped").unwrap();
+        let output = Output::start(Stuck { go: waits, written }, LogFormat::Json, dropped.clone()).unwrap();
+        let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
+        let started = Instant::now();
+        for _ in 0..20_000 {
+            output.push(&line);
+        }
+        output.flush(Duration::from_millis(50));
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        let lost = dropped.get();
+        // What the thread had taken before it got stuck comes on top of the queue.
+        assert!((20_000 - 2 * 4096..=20_000 - 4096).contains(&lost), "{lost}");
+
+        drop(go);
+        output.flush(Duration::from_secs(5));
+        let written: String = lines.try_iter().collect();
+        assert_eq!(written.lines().filter(|line| line.starts_with('x')).count() as u64, 20_000 - lost);
+        let note = written.lines().find(|line| line.starts_with('{')).expect("the gap is noted");
+        assert!(note.contains(&format!(r#""fields":{{"count":{lost}}}"#)), "{note}");
+    }
+
+    #[test]
+    fn lines_come_out_whole_and_in_order() {
+        let (go, waits) = mpsc::channel();
+        let (written, lines) = mpsc::channel();
+        let dropped = IntCounter::new("dropped", "dropped").unwrap();
+        let output = Output::start(Stuck { go: waits, written }, LogFormat::Text, dropped).unwrap();
+        drop(go);
+        (0..1000).for_each(|number| output.push(format!("{number}\n").as_bytes()));
+        output.flush(Duration::from_secs(5));
+        let expected: String = (0..1000).map(|number| format!("{number}\n")).collect();
+        assert_eq!(lines.try_iter().collect::<String>(), expected);
+    }
+}

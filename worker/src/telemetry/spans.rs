@@ -147,3 +147,52 @@ impl Extractor for TraceParent<'_> {
         vec!["traceparent"]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    fn ids(context: Option<Context>) -> Option<(String, String)> {
+        let context = context?;
+        let span = context.span().span_context().clone();
+        assert!(span.is_remote() && span.is_sampled());
+        Some((span.trace_id().to_string(), span.span_id().to_string()))
+    }
+
+    fn pair(trace_id: &str, span_id: &str) -> Option<(String, String)> {
+        Some((trace_id.to_owned(), span_id.to_owned()))
+    }
+
+    #[test]
+    fn a_header_names_the_parent_whatever_its_case() {
+        for name in ["traceparent", "Traceparent", "TRACEPARENT"] {
+            let mut headers = HeaderMap::new();
+            headers.insert("Nats-Msg-Id", "1");
+            headers.insert(name, TRACEPARENT);
+            let expected = pair("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+            assert_eq!(ids(parent_of_headers(&headers)), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_trace_id_that_is_one_in_the_w3c_sense_is_kept() {
+        let plain = "0af7651916cd43dd8448eb211c80319c";
+        assert_eq!(ids(parent_of_trace_id(TRACEPARENT)), pair(plain, "b7ad6b7169203331"));
+        assert_eq!(ids(parent_of_trace_id(plain)), pair(plain, "8448eb211c80319c"));
+        assert_eq!(ids(parent_of_trace_id("0af76519-16cd-43dd-8448-eb211c80319c")), pair(plain, "8448eb211c80319c"));
+        let zeros = "0af7651916cd43dd0000000000000000";
+        assert_eq!(ids(parent_of_trace_id(zeros)), pair(zeros, "0000000000000001"));
+    }
+
+    #[test]
+    fn any_other_trace_id_begins_a_trace() {
+        for text in ["trace-abc", "", "00000000000000000000000000000000", "+af7651916cd43dd8448eb211c80319c", "é"] {
+            assert_eq!(ids(parent_of_trace_id(text)), None, "{text}");
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert("traceparent", "nonsense");
+        assert_eq!(ids(parent_of_headers(&headers)), None);
+    }
+}
