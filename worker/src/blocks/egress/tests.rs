@@ -26,33 +26,129 @@ fn admits(policy: &Policy, url: &str) -> bool {
 
 /// First and last address of every range of S-01 that no mode allows.
 const SPECIAL: [&str; 66] = [
-    "0.0.0.0", "0.255.255.255", "127.0.0.0", "127.255.255.255", "169.254.0.0", "169.254.255.255", "169.254.169.254",
-    "192.0.0.0", "192.0.0.255", "192.0.2.0", "192.0.2.255", "192.88.99.0", "192.88.99.255", "198.18.0.0",
-    "198.19.255.255", "198.51.100.0", "198.51.100.255", "203.0.113.0", "203.0.113.255", "224.0.0.0", "239.255.255.255",
-    "240.0.0.0", "255.255.255.255", "100.100.100.200", "168.63.129.16",
-    "::", "::1", "::2", "::ffff:ffff", "::ffff:0:0:0", "64:ff9b::", "64:ff9b::ffff:ffff", "64:ff9b::808:808",
-    "64:ff9b:1::", "64:ff9b:1:ffff:ffff:ffff:ffff:ffff", "100::", "100::ffff:ffff:ffff:ffff", "2001::",
-    "2001:0:ffff:ffff:ffff:ffff:ffff:ffff", "2001:1::1", "2001:1ff:ffff:ffff:ffff:ffff:ffff:ffff", "2001:db8::",
-    "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff", "2002::", "2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "2002:808:808::1",
-    "3fff::", "3fff:fff:ffff:ffff:ffff:ffff:ffff:ffff", "5f00::", "5f00:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-    "fe80::", "fe80::1", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "fec0::", "feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-    "ff00::", "ff02::1", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254",
-    "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::ffff:0.0.0.0", "::127.0.0.1", "::ffff:0:127.0.0.1",
+    "0.0.0.0",
+    "0.255.255.255",
+    "127.0.0.0",
+    "127.255.255.255",
+    "169.254.0.0",
+    "169.254.255.255",
+    "169.254.169.254",
+    "192.0.0.0",
+    "192.0.0.255",
+    "192.0.2.0",
+    "192.0.2.255",
+    "192.88.99.0",
+    "192.88.99.255",
+    "198.18.0.0",
+    "198.19.255.255",
+    "198.51.100.0",
+    "198.51.100.255",
+    "203.0.113.0",
+    "203.0.113.255",
+    "224.0.0.0",
+    "239.255.255.255",
+    "240.0.0.0",
+    "255.255.255.255",
+    "100.100.100.200",
+    "168.63.129.16",
+    "::",
+    "::1",
+    "::2",
+    "::ffff:ffff",
+    "::ffff:0:0:0",
+    "64:ff9b::",
+    "64:ff9b::ffff:ffff",
+    "64:ff9b::808:808",
+    "64:ff9b:1::",
+    "64:ff9b:1:ffff:ffff:ffff:ffff:ffff",
+    "100::",
+    "100::ffff:ffff:ffff:ffff",
+    "2001::",
+    "2001:0:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2001:1::1",
+    "2001:1ff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2001:db8::",
+    "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2002::",
+    "2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2002:808:808::1",
+    "3fff::",
+    "3fff:fff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "5f00::",
+    "5f00:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "fe80::",
+    "fe80::1",
+    "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "fec0::",
+    "feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "ff00::",
+    "ff02::1",
+    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "fd00:ec2::254",
+    "fd00:ec2::23",
+    "fd20:ce::254",
+    "::ffff:127.0.0.1",
+    "::ffff:169.254.169.254",
+    "::ffff:0.0.0.0",
+    "::127.0.0.1",
+    "::ffff:0:127.0.0.1",
 ];
 
 const PRIVATE: [&str; 17] = [
-    "10.0.0.0", "10.255.255.255", "100.64.0.0", "100.127.255.255", "172.16.0.0", "172.31.255.255", "192.168.0.0",
-    "192.168.255.255", "fc00::", "fd12:3456::1", "fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "::ffff:10.0.0.1",
-    "::ffff:100.64.0.1", "::ffff:172.16.0.1", "::ffff:192.168.1.1", "2600::5efe:10.0.0.1", "2600::200:5efe:192.168.0.1",
+    "10.0.0.0",
+    "10.255.255.255",
+    "100.64.0.0",
+    "100.127.255.255",
+    "172.16.0.0",
+    "172.31.255.255",
+    "192.168.0.0",
+    "192.168.255.255",
+    "fc00::",
+    "fd12:3456::1",
+    "fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "::ffff:10.0.0.1",
+    "::ffff:100.64.0.1",
+    "::ffff:172.16.0.1",
+    "::ffff:192.168.1.1",
+    "2600::5efe:10.0.0.1",
+    "2600::200:5efe:192.168.0.1",
 ];
 
 /// The neighbours of the ranges above, and some places that people really call.
 const PUBLIC: [&str; 33] = [
-    "1.0.0.0", "8.8.8.8", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0", "126.255.255.255", "128.0.0.0",
-    "169.253.255.255", "169.255.0.0", "172.15.255.255", "172.32.0.0", "191.255.255.255", "192.0.1.0", "192.0.3.0",
-    "192.88.98.255", "192.88.100.0", "192.167.255.255", "192.169.0.0", "198.17.255.255", "198.20.0.0", "198.51.99.255",
-    "198.51.101.0", "203.0.112.255", "203.0.114.0", "223.255.255.255", "::ffff:8.8.8.8", "2001:200::1",
-    "2001:4860:4860::8888", "2600::1", "2606:4700::1111", "2a00::1", "2600::5efe:8.8.8.8",
+    "1.0.0.0",
+    "8.8.8.8",
+    "9.255.255.255",
+    "11.0.0.0",
+    "100.63.255.255",
+    "100.128.0.0",
+    "126.255.255.255",
+    "128.0.0.0",
+    "169.253.255.255",
+    "169.255.0.0",
+    "172.15.255.255",
+    "172.32.0.0",
+    "191.255.255.255",
+    "192.0.1.0",
+    "192.0.3.0",
+    "192.88.98.255",
+    "192.88.100.0",
+    "192.167.255.255",
+    "192.169.0.0",
+    "198.17.255.255",
+    "198.20.0.0",
+    "198.51.99.255",
+    "198.51.101.0",
+    "203.0.112.255",
+    "203.0.114.0",
+    "223.255.255.255",
+    "::ffff:8.8.8.8",
+    "2001:200::1",
+    "2001:4860:4860::8888",
+    "2600::1",
+    "2606:4700::1111",
+    "2a00::1",
+    "2600::5efe:8.8.8.8",
 ];
 
 fn literal(ip: &str) -> (Target, IpAddr) {
@@ -93,10 +189,32 @@ fn public_addresses_are_open_in_either_mode() {
 #[test]
 fn every_spelling_of_an_address_is_that_address() {
     let spellings = [
-        "127.0.0.1", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "127.0.0.1.",
-        "１２７.０.０.１", "127。0。0。1", "%31%32%37.0.0.1", "[::ffff:7f00:1]", "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]",
-        "0", "0x0", "[::]", "2852039166", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "[2001:0:7f00:1::]",
-        "[2600::5efe:127.0.0.1]", "[2600::200:5efe:7f00:1]", "[::7f00:1]", "[64:ff9b:1::7f00:1]",
+        "127.0.0.1",
+        "127.1",
+        "127.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "0177.0.0.1",
+        "017700000001",
+        "127.0.0.1.",
+        "１２７.０.０.１",
+        "127。0。0。1",
+        "%31%32%37.0.0.1",
+        "[::ffff:7f00:1]",
+        "[::ffff:127.0.0.1]",
+        "[0:0:0:0:0:0:0:1]",
+        "0",
+        "0x0",
+        "[::]",
+        "2852039166",
+        "[64:ff9b::a9fe:a9fe]",
+        "[2002:7f00:1::]",
+        "[2001:0:7f00:1::]",
+        "[2600::5efe:127.0.0.1]",
+        "[2600::200:5efe:7f00:1]",
+        "[::7f00:1]",
+        "[64:ff9b:1::7f00:1]",
     ];
     for spelling in spellings {
         let target = target(&format!("http://{spelling}:8080/"));
@@ -140,7 +258,8 @@ fn an_address_inside_another_is_judged_too() {
 
 #[test]
 fn deny_wins_over_allow_and_allow_over_the_default() {
-    let policy = policy(Mode::PublicOnly, &["127.0.0.0/8:8080", "10.0.0.0/8", "[::1]:9"], &["10.1.0.0/16", "8.8.8.8:53"]);
+    let policy =
+        policy(Mode::PublicOnly, &["127.0.0.0/8:8080", "10.0.0.0/8", "[::1]:9"], &["10.1.0.0/16", "8.8.8.8:53"]);
     for (url, is_admitted) in [
         ("http://127.0.0.1:8080/", true),
         ("http://127.0.0.1:8081/", false),
@@ -181,7 +300,9 @@ fn names_are_listed_whole_or_by_suffix() {
 fn nothing_lifts_the_brokers_address() {
     let mut policy = policy(Mode::Internal, &["0.0.0.0/0", "::/0", "nats", "localhost"], &[]);
     policy.broker = vec![Target::parse("10.0.0.5", 4222).unwrap(), Target::parse("127.0.0.1", 4222).unwrap()];
-    for host in ["10.0.0.5", "[::ffff:10.0.0.5]", "[64:ff9b::a00:5]", "127.0.0.1", "127.9.9.9", "0.0.0.0", "[::1]", "[::]"] {
+    for host in
+        ["10.0.0.5", "[::ffff:10.0.0.5]", "[64:ff9b::a00:5]", "127.0.0.1", "127.9.9.9", "0.0.0.0", "[::1]", "[::]"]
+    {
         assert!(!admits(&policy, &format!("http://{host}:4222/")), "{host}");
         assert!(admits(&policy, &format!("http://{host}:8222/")), "{host}");
     }
@@ -292,7 +413,9 @@ async fn a_name_is_its_addresses_and_one_refused_address_refuses_it() {
     let resolved = guard.resolve(&target("http://public.test/")).await.unwrap();
     assert_eq!(resolved, ["8.8.8.8:80".parse::<SocketAddr>().unwrap(), "[2600::1]:80".parse().unwrap()]);
     assert!(guard.resolve(&target("http://private.test/")).await.is_ok());
-    for name in ["mixed.test", "hidden.test", "metadata.test", "private.test:81", "localhost", "localhost.", "a.localhost"] {
+    for name in
+        ["mixed.test", "hidden.test", "metadata.test", "private.test:81", "localhost", "localhost.", "a.localhost"]
+    {
         let refusal = guard.resolve(&target(&format!("http://{name}/"))).await.unwrap_err();
         assert!(matches!(refusal, Refusal::NotAllowed { .. }), "{name}: {refusal}");
     }

@@ -20,7 +20,7 @@ const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
 /// What an error repeats of a body.
 const EXCERPT_BYTES: usize = 2048;
 /// How long an error's body may take: its status is what matters, and must not be lost to a stalling peer.
-const EXCERPT_TIMEOUT: Duration = Duration::from_secs(1);
+const EXCERPT_TIMEOUT: Duration = Duration::from_millis(500);
 /// The longest `Retry-After` that is believed.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 
