@@ -20,8 +20,8 @@ use crate::pipeline::Pipeline;
 
 /// A pull that found nothing ends after this, so that a lost one is not waited for longer.
 const PULL_EXPIRES: Duration = Duration::from_secs(20);
-/// How often room is looked at when nothing else happens.
-const TICK: Duration = Duration::from_millis(20);
+/// How often room is looked at when nothing frees any: memory and the measured rate change without a word.
+const TICK: Duration = Duration::from_millis(100);
 /// After a consumer has vanished, before it is tried again.
 const VANISHED_RETRY: Duration = Duration::from_secs(1);
 /// Deliveries that travel on together: one look-up for all of them. The broker answers at most 1 024 at once.

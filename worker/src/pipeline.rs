@@ -165,7 +165,9 @@ impl Pipeline {
         let look_ahead = slots.max(self.load.finished_per_100_ms().min(MAX_LOOK_AHEAD));
         let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= look_ahead.max(1);
         let holds_too_much = self.load.bytes() as u64 >= self.settings.max_memory_bytes;
-        let free = match holds_too_much || Pool::ALL.iter().any(is_full) {
+        // What could not be stored would only pile up here. Whoever could not store it clears the concern.
+        let cannot_store = self.health.is_raised(Concern::StorageRefused);
+        let free = match holds_too_much || cannot_store || Pool::ALL.iter().any(is_full) {
             true => 0,
             false => (slots - busy + look_ahead).saturating_sub(self.load.waiting()),
         };

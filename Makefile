@@ -1,0 +1,53 @@
+# The command list. `make` shows it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
+# Images for tests and the demo are built without link-time optimisation; `make image` is what is shipped.
+PROFILE ?= fast
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
+
+##@ Use
+demo: ## Everything from nothing: cluster, NATS, chart, a WorkerPool at work (CLUSTER=current: on your own cluster)
+	@tests/demo/demo.sh
+
+cluster-up: ## A real Kubernetes node on this machine
+	@tests/cluster/up.sh
+
+cluster-down: ## Takes it down and leaves nothing behind
+	@tests/cluster/down.sh
+
+kubeconfig: ## Prints the path of its kubeconfig: export KUBECONFIG=$(make -s kubeconfig)
+	@tests/cluster/kubeconfig.sh
+
+##@ Build
+image: ## The image as an OCI archive: target/image/beamline.tar
+	@tests/image.sh beamline release
+
+programs: ## The image's programs only, for `docker build .`
+	@tests/image.sh programs release
+
+crds: ## Writes crds/workerpools.yaml and the chart's copy from the Rust types
+	@UPDATE=1 cargo test -q -p beamline-crds
+	@install -m 644 crds/workerpools.yaml charts/beamline/crds/workerpools.yaml
+
+##@ Check
+check: ## Format, lints, shell scripts
+	@tests/run.sh check
+
+test: ## Every test: lints, units, the worker on a real NATS, operator and chart on a real Kubernetes, the demo
+	@tests/run.sh check unit worker cluster demo
+
+test-worker: ## The worker's suites on a real NATS
+	@tests/run.sh worker
+
+test-cluster: ## The operator's and the chart's suites on a real Kubernetes
+	@tests/run.sh cluster
+
+bench: ## Figures of the worker beside the bare limit, in one run
+	@tests/run.sh bench
+
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster bench

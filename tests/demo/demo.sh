@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# From nothing to a WorkerPool at work: builds, cluster, NATS, chart, assignments of every block, a killed pod, scaling.
+# CLUSTER=current uses the current kubectl context instead of a cluster of its own.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../cluster/lib.sh"
+
+cd "$here/../.."
+namespace=beamline-demo
+begun=$SECONDS
+
+main() {
+  step "Building the programs and their images"
+  require cc=gcc
+  tests/image.sh beamline "${PROFILE:-fast}"
+  tests/image.sh peer "${PROFILE:-fast}"
+  cargo build --quiet --workspace --bins
+  uses_current_context || PATH=$(tests/cluster/tools.sh --path kubernetes helm):$PATH
+
+  step "Bringing the cluster up"
+  tests/cluster/up.sh
+  KUBECONFIG=$(tests/cluster/kubeconfig.sh)
+  export KUBECONFIG
+  tests/cluster/load-image.sh target/image/*.tar
+
+  step "NATS with JetStream (namespace nats)"
+  quietly tests/cluster/nats.sh nats
+
+  step "The operator: helm install beamline charts/beamline --namespace beamline-system"
+  quietly helm upgrade --install beamline charts/beamline --namespace beamline-system --create-namespace \
+    --wait --timeout 2m
+  # The same version may have been built anew.
+  quietly kubectl -n beamline-system rollout restart deployment/beamline
+  quietly kubectl -n beamline-system rollout status deployment/beamline --timeout 60s
+
+  step "A WorkerPool of two workers: kubectl apply -f tests/demo/workerpool.yaml"
+  kubectl get namespace $namespace >/dev/null 2>&1 || quietly kubectl create namespace $namespace
+  quietly kubectl apply -n $namespace -f tests/demo/peer.yaml -f tests/demo/workerpool.yaml
+  quietly kubectl -n $namespace rollout status deployment/peer --timeout 60s
+  kubectl -n $namespace wait --for=condition=Ready workerpool/demo --timeout 90s
+  show_pool
+
+  step "Assignments of every block, as a Router sends them"
+  forward_nats
+  demo_router blocks
+
+  step "200 slow assignments; a worker pod is killed in the middle"
+  demo_router storm --kill "kubectl -n $namespace delete pod --grace-period=0 --force --wait=false $(a_worker)"
+  show_pool
+
+  step "A backlog of 2000, and the pool scaled to four: kubectl scale workerpool demo --replicas 4"
+  kubectl -n $namespace scale workerpool demo --replicas 4
+  demo_router backlog --watch "kubectl -n $namespace get workerpool demo --no-headers"
+  kubectl -n $namespace scale workerpool demo --replicas 2
+  show_pool
+
+  what_next
+}
+
+step() { printf '\n[%3ds] %s\n' $((SECONDS - begun)) "$*"; }
+
+# A command's words matter only when it fails.
+quietly() {
+  local output
+  output=$("$@" 2>&1) || { printf '%s\n' "$output" >&2; die "failed: $*"; }
+}
+
+show_pool() { kubectl -n $namespace get workerpools; }
+
+a_worker() {
+  kubectl -n $namespace get pods -l beamline.dev/pool=demo --field-selector status.phase=Running -o name | head -n 1 |
+    cut -d/ -f2
+}
+
+# The same way in for every cluster: through its API server.
+forward_nats() {
+  local log
+  log=$(mktemp)
+  kubectl -n nats port-forward deployment/nats :4222 >"$log" 2>&1 &
+  forwarder=$!
+  trap 'kill $forwarder 2>/dev/null || true' EXIT
+  for _ in $(seq 100); do
+    nats_port=$(sed -n 's/^Forwarding from 127.0.0.1:\([0-9]*\).*/\1/p' "$log")
+    [[ ! $nats_port ]] || break
+    sleep 0.1
+  done
+  rm -f "$log"
+  [[ $nats_port ]] || die "kubectl port-forward to NATS does not come up"
+}
+
+demo_router() { target/debug/demo --nats-url "nats://127.0.0.1:$nats_port" "$@"; }
+
+what_next() {
+  step "Done. It stays up. What to try next:"
+  uses_current_context || echo "  export KUBECONFIG=$KUBECONFIG"
+  cat <<EOF
+  kubectl -n $namespace get workerpools -w                        # the queue as it moves
+  kubectl -n $namespace get workerpool demo -o yaml               # the whole status
+  kubectl explain workerpool.spec                                 # the manual
+  kubectl -n $namespace logs -l beamline.dev/pool=demo -f         # what workers say
+  kubectl -n nats port-forward deployment/nats 4222:4222 &        # then, from another terminal:
+  target/debug/demo --nats-url nats://127.0.0.1:4222 storm        #   200 assignments more
+EOF
+  uses_current_context || echo "  make cluster-down                                               # leaves nothing behind"
+}
+
+main "$@"

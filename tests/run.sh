@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Runs the steps of `make test` that are named, in their order, and says how long each took.
+# usage: run.sh check|unit|worker|cluster|demo|bench …
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/cluster/lib.sh"
+
+cd "$here/../.."
+
+# Every cargo command selects the whole workspace: another selection would unify features anew and build twice.
+check() {
+  require cc=gcc shellcheck=shellcheck
+  cargo fmt --all --check
+  cargo clippy --quiet --workspace --all-targets -- -D warnings
+  git ls-files '*.sh' .ci/run | xargs shellcheck -x
+}
+
+unit() {
+  require cc=gcc
+  cargo test --workspace --lib --bins
+}
+
+worker() {
+  require cc=gcc
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server)
+  cargo build --workspace --bins
+  PATH=$tools:$PATH cargo test --workspace \
+    --test house --test contract_examples --test worker_assignment --test worker_blocks --test worker_status \
+    --test worker_faults
+}
+
+cluster() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path)
+  tests/image.sh beamline fast
+  tests/image.sh peer fast
+  tests/cluster/selftest.sh
+  tests/cluster/up.sh
+  tests/cluster/load-image.sh target/image/*.tar
+  PATH=$tools:$PATH KUBECONFIG=$(tests/cluster/kubeconfig.sh) cargo test --workspace --test cluster
+}
+
+demo() { tests/demo/demo.sh; }
+
+bench() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server)
+  PATH=$tools:$PATH cargo run --release --quiet -p beamline-tests --bin bench
+}
+
+for step; do
+  case $step in
+    check | unit | worker | cluster | demo | bench) ;;
+    *) die "there is no step $step: choose from check, unit, worker, cluster, demo, bench" ;;
+  esac
+  say "== $step"
+  started=$SECONDS
+  "$step"
+  say "== $step done in $((SECONDS - started)) s"
+done
