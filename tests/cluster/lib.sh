@@ -7,14 +7,16 @@ state=${BEAMLINE_CLUSTER_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/beamline/clu
 
 say() { printf '%s\n' "$*" >&2; }
 
+# The status says that the user has been told, here or in a script that was called.
 die() {
   say "error: $*"
-  exit 1
+  exit 3
 }
 
-# Whatever nobody foresaw must not end a script without a word.
+# What nobody foresaw must not end a script without a word, nor go unnoticed in $(…).
 set -E
-trap 'say "error: ${BASH_SOURCE[0]} line $LINENO: $BASH_COMMAND"' ERR
+shopt -s inherit_errexit
+trap '(($? == 3)) || say "error: ${BASH_SOURCE[0]} line $LINENO: $BASH_COMMAND"' ERR
 
 # True for CLUSTER=current: use the cluster of the current kubectl context, and create nothing.
 uses_current_context() {
@@ -60,21 +62,23 @@ pinned() {
 # image_archive REFERENCE CONTEXT_DIR PREPARE: prints the path of an OCI archive in the cache. When there is none for
 # this context yet, it is built from a copy, into which `PREPARE DIR` first puts the programs.
 image_archive() {
-  local reference=$1 context=$2 prepare=$3 key archive temp
+  local reference=$1 context=$2 prepare=$3 key archive
   key=$({ cat "$context"/*; declare -f "$prepare"; } | sha256sum)
   archive=${reference##*/}
   archive=$cache/images/${archive/:/-}-${key::8}.tar
-  [[ -e $archive ]] || (
-    require buildah=buildah
-    mkdir -p "$cache/images"
-    temp=$(mktemp -d "$cache/images/.build.XXXXXX")
-    trap 'rm -rf "$temp"' EXIT
-    cp -r "$context" "$temp/context"
-    "$prepare" "$temp/context"
-    # A store of its own, so that nothing stays behind; a fixed time, so that the same content has the same digest.
-    buildah --root "$temp/store" --runroot "$temp/run" --storage-driver vfs build --isolation chroot --quiet \
-      --timestamp 0 -t "oci-archive:$temp/image.tar:$reference" "$temp/context" >/dev/null
-    mv "$temp/image.tar" "$archive"
-  ) || die "cannot build the image $reference"
+  [[ -e $archive ]] || build_archive "$reference" "$context" "$prepare" "$archive"
   echo "$archive"
 }
+
+build_archive() (
+  require buildah=buildah
+  mkdir -p "$cache/images"
+  temp=$(mktemp -d "$cache/images/.build.XXXXXX")
+  trap 'rm -rf "$temp"' EXIT
+  cp -r "$2" "$temp/context"
+  "$3" "$temp/context"
+  # A store of its own, so that nothing stays behind; a fixed time, so that the same content has the same digest.
+  buildah --root "$temp/store" --runroot "$temp/run" --storage-driver vfs build --isolation chroot --quiet \
+    --timestamp 0 -t "oci-archive:$temp/image.tar:$1" "$temp/context" >/dev/null
+  mv "$temp/image.tar" "$4"
+)

@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 source "$here/remains.sh"
 
 namespace=selftest
+outside=outside
 limit=90
 
 main() {
@@ -44,7 +45,9 @@ main() {
   run_client
   expect "system:serviceaccount:$namespace:default" kubectl logs -n $namespace client -c whoami
   expect '"status":"ok"' kubectl logs -n $namespace client -c service
-  expect "no such host" kubectl logs -n $namespace client -c outside
+  expect "no such host" kubectl logs -n $namespace client -c name
+  expect "Unable to connect" kubectl logs -n $namespace client -c address
+  expect_nothing sed '/^0$/d' /sys/class/net/$outside/statistics/tx_packets
 
   step "a volume whose claim is gone: emptied, and available again"
   expect "deleted" kubectl delete -n $namespace -f "$here/nats/nats.yaml" --timeout 30s
@@ -61,6 +64,7 @@ main() {
   expect "successfully rolled out" "$here/nats.sh" $namespace
 
   step "down: nothing is left"
+  ip link delete $outside
   expect "the cluster is down" "$here/down.sh"
   expect "no cluster is up" "$here/down.sh"
   left=$(comm -13 <(sort <<<"$before") <(machine | sort))
@@ -68,8 +72,13 @@ main() {
   say "passed in $SECONDS s"
 }
 
-# A pod without an image of its own: kubectl from the host, in the image that is there already.
+# A pod without an image of its own: kubectl from the host, in the image that is there already. What it could send out
+# would show on an interface that stands for the outside.
 run_client() {
+  ip link add $outside type veth peer name $outside-far
+  ip link set $outside addrgenmode none up
+  ip link set $outside-far up
+  ip address add 198.51.100.1/24 dev $outside
   kubectl apply -n $namespace -f - >/dev/null <<EOF
 apiVersion: v1
 kind: Pod
@@ -95,12 +104,16 @@ spec:
       image: *image
       command: [/tools/kubectl, --server, "http://nats.$namespace.svc.cluster.local:8222", get, --raw, /healthz]
       volumeMounts: *tools
-    - name: outside
+    - name: name
       image: *image
       command: [/tools/kubectl, --server, "http://example.com", get, --raw, /]
       volumeMounts: *tools
+    - name: address
+      image: *image
+      command: [/tools/kubectl, --server, "http://198.51.100.2", --request-timeout, 2s, get, --raw, /]
+      volumeMounts: *tools
 EOF
-  # The pod fails, since one of its containers has to; it does so when all of them have ended.
+  # The pod fails, since two of its containers have to; it does so when all of them have ended.
   expect "condition met" kubectl wait -n $namespace pod/client --for jsonpath='{.status.phase}'=Failed --timeout 30s
 }
 
@@ -156,6 +169,7 @@ failed() {
 
 finish() {
   kill "$watchdog" 2>/dev/null || true
+  ip link delete $outside 2>/dev/null || true
   "$here/down.sh" >/dev/null 2>&1 || say "and down.sh failed"
   rm -rf "$output" "${state%/*}"
 }

@@ -6,6 +6,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 all=(nats-server etcd kubernetes coredns helm helm3)
 
+main() {
+  local print_path='' path='' tool dir
+  [[ ${1:-} != --path ]] || { print_path=yes; shift; }
+  (($#)) || set -- "${all[@]}"
+  for tool; do
+    recipe "$tool"
+    dir=$(directory "$tool")
+    [[ -d $dir ]] || build "$tool" "$dir"
+    path+=:$dir
+  done
+  [[ ! $print_path ]] || echo "${path#:}"
+}
+
 # Sets how to build a tool: module and version, programs as NAME=PACKAGE, linker flags, and the time on two cores.
 recipe() {
   local program
@@ -61,7 +74,7 @@ version_stamps() {
 # Where a tool is built to: another version, dependency or flag is another directory.
 directory() {
   local key
-  key=$({ cat "$here/tools/$1"/*; echo "${programs[*]} $ldflags"; } | sha256sum)
+  key=$({ cat "$here/tools/$1"/*; echo "${programs[*]} $ldflags"; declare -f compile; } | sha256sum)
   echo "$cache/tools/$1-${version#v}-${key::8}"
 }
 
@@ -76,13 +89,12 @@ build() {
   rm -rf "$cache/tools/.$tool".??????
   temp=$(mktemp -d "$cache/tools/.$tool.XXXXXX")
   chmod 755 "$temp"
-  trap 'kill $compiler 2>/dev/null; rm -rf "$temp"' EXIT
-  SECONDS=0 shown=-15
+  trap 'kill $compiler 2>/dev/null || true; rm -rf "$temp"' EXIT
+  SECONDS=0 shown=-15 compiler=
   : >"$log"
   for program in "${programs[@]}"; do
     count=$((count + 1))
-    env CGO_ENABLED=0 GOWORK=off GOFLAGS= go build -C "$here/tools/$tool" -trimpath -buildvcs=false \
-      -ldflags "$ldflags" -o "$temp/${program%%=*}" "${program#*=}" >>"$log" 2>&1 &
+    compile "$tool" "$temp/${program%%=*}" "${program#*=}" >>"$log" 2>&1 &
     compiler=$!
     while kill -0 $compiler 2>/dev/null; do
       progress "building $tool ${version#v} (first time only, about $duration): ${program%%=*} $count/${#programs[@]}"
@@ -95,6 +107,12 @@ build() {
   rm -f "$log"
   clear_line
   say "built $tool ${version#v} in $(elapsed)"
+}
+
+# compile TOOL PROGRAM PACKAGE
+compile() {
+  CGO_ENABLED=0 GOWORK=off GOFLAGS='' exec go build -C "$here/tools/$1" -trimpath -buildvcs=false -ldflags "$ldflags" \
+    -o "$2" "$3"
 }
 
 require_go() {
@@ -122,15 +140,4 @@ clear_line() { [[ ! -t 2 ]] || printf '\r\033[K' >&2; }
 
 elapsed() { ((SECONDS < 60)) && echo "${SECONDS}s" || printf '%dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60)); }
 
-print_path=
-[[ ${1:-} != --path ]] || { print_path=yes; shift; }
-tools=("$@")
-((${#tools[@]})) || tools=("${all[@]}")
-path=
-for tool in "${tools[@]}"; do
-  recipe "$tool"
-  dir=$(directory "$tool")
-  [[ -d $dir ]] || build "$tool" "$dir"
-  path+=:$dir
-done
-[[ ! $print_path ]] || echo "${path#:}"
+main "$@"

@@ -157,6 +157,7 @@ write_config() {
       fail kubeadm "cannot create the kubeconfig of $user"
   done
   mv etc/super-admin.conf kubeconfig
+  [[ ! ${SUDO_UID:-} ]] || chown "$SUDO_UID" kubeconfig
 }
 
 start_containerd() {
