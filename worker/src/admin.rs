@@ -24,8 +24,10 @@ use crate::metrics::Metrics;
 const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take to send its request's header, and how long a connection may idle between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest that one connection lives, so that a client that reads nothing gives its place back.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a connection takes new requests, so that a client cannot keep its place for ever.
+const CONNECTION_AGE: Duration = Duration::from_secs(60);
+/// How long the last answer may take, so that a client that reads nothing gives its place back.
+const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long open answers may take after the stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// After the operating system refused a connection (no file descriptors): it will not be better at once.
@@ -182,14 +184,13 @@ async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
-    let served = async {
-        tokio::select! {
-            _ = connection.as_mut() => return,
-            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        let _ = connection.await;
-    };
-    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, served).await;
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(CONNECTION_AGE) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = tokio::time::timeout(LAST_ANSWER_TIMEOUT, connection).await;
 }
 
 fn router(health: Health, metrics: Arc<Metrics>) -> Router {

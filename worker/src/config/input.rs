@@ -8,7 +8,7 @@ use super::settings::{self, Setting};
 /// The longest value that a problem repeats, in characters.
 const MAX_ECHO: usize = 80;
 
-/// Everything that is wrong with the arguments and variables, in the order it was found.
+/// Everything that is wrong with the arguments and variables, in the order it was found. Displayed as whole lines.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Problems(Vec<String>);
 
@@ -17,7 +17,7 @@ impl std::fmt::Display for Problems {
         for problem in &self.0 {
             writeln!(f, "{problem}")?;
         }
-        f.write_str("--help shows what is allowed")
+        writeln!(f, "--help shows what is allowed")
     }
 }
 

@@ -102,7 +102,11 @@ impl NatsServers {
 
 impl Display for NatsServers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let servers = self.0.iter().map(|server| format!("{}://{}:{}", server.scheme(), server.host(), server.port()));
+        let servers = self.0.iter().map(|server| {
+            let host = server.host();
+            let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+            format!("{}://{host}:{}", server.scheme(), server.port())
+        });
         f.write_str(&servers.collect::<Vec<_>>().join(","))
     }
 }
