@@ -46,7 +46,7 @@ require() {
     die "apt-get could not install ${missing[*]}"
 }
 
-# One of up, down and load-image at a time on this machine. The lock ends with the script; nothing is left on disk.
+# One up or down at a time on this machine. The lock ends with the script; nothing is left on disk.
 lock_machine() {
   exec 9</run
   flock -n 9 && return

@@ -18,6 +18,7 @@ main() {
 
 load() {
   require_root
+  require jq=jq
   [[ -e $state/complete ]] || die "no cluster is up: make cluster-up"
   if is_loaded "$1"; then
     say "loaded already: $1"
@@ -33,9 +34,8 @@ ctr() { command ctr -a "$state/containerd.sock" -n k8s.io "$@"; }
 is_loaded() {
   local known wanted
   known=$(ctr images list | awk 'NR > 1 { print $1, $3 }')
-  wanted=$(tar -xOf "$1" index.json 2>/dev/null |
-    jq -r '.manifests[] | (.annotations | .["io.containerd.image.name"] // .["org.opencontainers.image.ref.name"]) + " " + .digest') ||
-    return 1
+  wanted=$(tar -xOf "$1" index.json 2>/dev/null | jq -r '.manifests[] | "\(.annotations
+    | .["io.containerd.image.name"] // .["org.opencontainers.image.ref.name"]) \(.digest)"') || return 1
   [[ $wanted ]] && ! grep -qvxFf <(echo "$known") <<<"$wanted"
 }
 

@@ -2,6 +2,7 @@
 # by its program and working directory, a pod's by its cgroup, a mount by its path, and the bridge by its alias.
 # shellcheck shell=bash
 
+PATH=$PATH:/usr/sbin:/sbin
 bridge=beamline0
 daemons=(etcd kube-apiserver kube-controller-manager kube-scheduler containerd kubelet kube-proxy coredns)
 
@@ -43,7 +44,7 @@ clear_state() {
 # Files in places that containerd, its CNI library and the kubelet do not let us choose.
 clear_fixed_places() {
   local dir=$1 result id
-  find "$dir/containerd/state" -path '*/k8s.io/*' -name address -print0 2>/dev/null |
+  [[ ! -d $dir/containerd/state ]] || find "$dir/containerd/state" -path '*/k8s.io/*' -name address -print0 |
     xargs -0 -r sed 's|^unix://||' | xargs -r rm -f
   find /var/log/containers -lname "$dir/*" -delete 2>/dev/null || true
   for result in /var/lib/cni/results/beamline-*; do
@@ -113,7 +114,8 @@ open_firewall() {
   rules=$(iptables-save -t filter 2>/dev/null) || return 0
   if [[ $1 == -D ]]; then
     [[ $rules != *"-A INPUT -i $bridge -j ACCEPT"* ]] || iptables -D INPUT -i $bridge -j ACCEPT
-    [[ $rules != *"-A FORWARD -i $bridge -o $bridge -j ACCEPT"* ]] || iptables -D FORWARD -i $bridge -o $bridge -j ACCEPT
+    [[ $rules != *"-A FORWARD -i $bridge -o $bridge -j ACCEPT"* ]] ||
+      iptables -D FORWARD -i $bridge -o $bridge -j ACCEPT
   else
     [[ $rules != *":INPUT DROP"* ]] || iptables -I INPUT -i $bridge -j ACCEPT
     [[ $rules != *":FORWARD DROP"* ]] || iptables -I FORWARD -i $bridge -o $bridge -j ACCEPT

@@ -142,7 +142,8 @@ machine() {
   for root in $(cgroup_roots); do
     find "$root" -name '*beamline*' -o -name '*kubepods*'
   done
-  sysctl -a 2>/dev/null | grep -E '^(vm\.(overcommit|panic)|kernel\.(panic|keys)|net\.ipv4\.ip_forward|net.*conntrack.*(max|timeout))'
+  sysctl -a 2>/dev/null |
+    grep -E '^(vm\.(overcommit|panic)|kernel\.(panic|keys)|net\.ipv4\.ip_forward|net.*conntrack.*(max|timeout))'
   find /run/containerd /run/netns /var/lib/{cni,kubelet,containerd} /var/log/{containers,pods} /opt/c* /etc/cni \
     "${state%/*}" 2>/dev/null || true
 }

@@ -9,8 +9,8 @@ bridge_address=10.244.0.1
 services=10.96.0.0/16
 ports=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
 volumes=8
-declare -A started
 patience=120 # seconds for one part; a busy machine needs more than the usual two
+declare -A started
 
 main() {
   if uses_current_context; then
@@ -19,12 +19,11 @@ main() {
   fi
   require_root
   [[ $state =~ ^/[A-Za-z0-9/._+@-]+$ ]] || die "the state directory must be a plain absolute path, not $state"
-  require ctr=containerd runc=runc ip=iproute2 ss=iproute2 nft=nftables conntrack=conntrack sysctl=procps \
-    mount=mount flock=util-linux
+  require ctr=containerd runc=runc ip=iproute2 nft=nftables sysctl=procps
   require_cni
   local tools
   tools=$("$here/tools.sh" --path kubernetes etcd coredns)
-  export PATH=$tools:$PATH:/usr/sbin:/sbin KUBECONFIG=$state/kubeconfig
+  export PATH=$tools:$PATH KUBECONFIG=$state/kubeconfig
   pause_archive=$(image_archive localhost/pause:1 "$here/pause" compile_pause)
 
   lock_machine
@@ -116,11 +115,13 @@ check_ports() {
 make_network() {
   [[ -e /proc/sys/net/bridge ]] || { require modprobe=kmod && modprobe br_netfilter; } ||
     die "the kernel module br_netfilter is missing: without it a pod does not reach a Service of a pod beside it"
-  ip link add $bridge type bridge nf_call_iptables 1
-  ip link set $bridge alias "$state" up
-  ip address add $bridge_address/24 dev $bridge
-  # Else a service address that kube-proxy does not know yet would follow the default route.
-  ip route add $services dev $bridge
+  # The route: else a service address that kube-proxy does not know yet would follow the default route.
+  ip -batch - <<EOF
+link add $bridge type bridge nf_call_iptables 1
+link set $bridge alias $state up
+address add $bridge_address/24 dev $bridge
+route add $services dev $bridge
+EOF
   sysctl -qw net.ipv4.conf.$bridge.forwarding=1
   nft -f "$here/config/network.nft"
   open_firewall -I
@@ -162,7 +163,8 @@ write_config() {
 
 start_containerd() {
   # A proxy that nobody runs: an image that was not loaded fails at once instead of being pulled.
-  run containerd env HTTP_PROXY=http://127.0.0.1:9 HTTPS_PROXY=http://127.0.0.1:9 containerd --config etc/containerd.toml
+  run containerd env HTTP_PROXY=http://127.0.0.1:9 HTTPS_PROXY=http://127.0.0.1:9 \
+    containerd --config etc/containerd.toml
 }
 
 start_control_plane() {
