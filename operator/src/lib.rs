@@ -1,1 +1,30 @@
-//! operator
+//! Turns WorkerPools into running workers. Read the modules top to bottom: that is the way of a change.
+
+pub mod config; // what whoever runs the operator may tune
+
+pub mod controller; // wiring only
+pub mod reconcile; // the whole story
+
+pub mod apply; // making it so
+pub mod desired; // what should exist
+pub mod observe; // what exists
+pub mod pool; // what is asked for, with every default decided
+pub mod scale; // how many workers, and why
+pub mod status; // saying how it went
+
+pub mod broker;
+pub mod signals; // what the broker says about each pool
+pub mod streams; // what the broker must keep // connections to it
+
+pub mod error; // why it did not go
+pub mod events; // telling Kubernetes
+pub mod memory; // what is known from the last time
+
+pub mod admin; // probes and metrics over HTTP
+pub mod leader; // which of several operators acts
+pub mod metrics; // what is counted
+pub mod telemetry; // logs
+
+mod run; // one way up and one way down
+
+pub use run::run;

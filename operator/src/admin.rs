@@ -1,0 +1,83 @@
+//! `/livez`, `/readyz`, `/metrics`.
+//!
+//! Alive means that the process answers; ready means that it can do its work, and says what it waits for otherwise.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+
+/// What the operator waits for, by topic. Ready when there is nothing.
+#[derive(Clone, Default)]
+pub struct Readiness {
+    waiting: Arc<Mutex<BTreeMap<&'static str, String>>>,
+}
+
+impl Readiness {
+    /// Something is missing.
+    pub fn waits(&self, topic: &'static str, why: impl Into<String>) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(topic, why.into());
+    }
+
+    /// It is there.
+    pub fn has(&self, topic: &'static str) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(topic);
+    }
+
+    fn report(&self) -> Result<(), String> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        Err(waiting.iter().map(|(topic, why)| format!("{topic}: {why}\n")).collect())
+    }
+}
+
+/// Serves until told to stop.
+pub async fn serve(
+    listener: TcpListener,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let routes = Router::new()
+        .route("/livez", get(async || "ok\n"))
+        .route("/readyz", get(readyz).with_state(readiness))
+        .route("/metrics", get(series).with_state(metrics));
+    axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+async fn readyz(State(readiness): State<Readiness>) -> (StatusCode, String) {
+    match readiness.report() {
+        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+        Err(waiting) => (StatusCode::SERVICE_UNAVAILABLE, waiting),
+    }
+}
+
+async fn series(State(metrics): State<Arc<Metrics>>) -> (StatusCode, String) {
+    match metrics.text() {
+        Ok(text) => (StatusCode::OK, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readiness_says_what_it_waits_for() {
+        let readiness = Readiness::default();
+        readiness.waits("crd", "workerpools.beamline.dev is not installed");
+        assert_eq!(readiness.report(), Err("crd: workerpools.beamline.dev is not installed\n".to_owned()));
+        readiness.has("crd");
+        assert_eq!(readiness.report(), Ok(()));
+    }
+}

@@ -1,0 +1,270 @@
+//! Connections to NATS: one for each address and set of credentials, shared by all pools that use it.
+
+use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::jetstream::{self, Context};
+use async_nats::rustls::pki_types::pem::PemObject;
+use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use async_nats::rustls::{ClientConfig, RootCertStore};
+use k8s_openapi::api::core::v1::Secret;
+use kube::{Api, Client};
+use tokio::sync::{Mutex, OnceCell};
+
+use crate::error::explain;
+use crate::pool::{Nats, SecretKeyRef};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why the broker cannot be used, in words that fit into a condition.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerError {
+    /// Credentials or certificates cannot be had.
+    #[error("{0}")]
+    Secret(String),
+    /// No connection.
+    #[error("no connection to {url}: {why}")]
+    Unreachable {
+        /// Where to.
+        url: String,
+        /// What the client says.
+        why: String,
+    },
+    /// A connection, and no answer.
+    #[error("{url} gives no answer {what}: {why}", url = "NATS")]
+    Unanswered {
+        /// To which question.
+        what: String,
+        /// What the client says.
+        why: String,
+    },
+    /// The broker says no.
+    #[error("{what}: {why}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// What the broker says.
+        why: String,
+    },
+    /// Something exists with another setting.
+    #[error(
+        "{what}: field {field} is {found} but must be {wanted}; alter or remove it by hand, the operator never alters what exists"
+    )]
+    Mismatch {
+        /// Stream or consumer.
+        what: String,
+        /// The broker's name of the field.
+        field: &'static str,
+        /// What the contract asks for.
+        wanted: String,
+        /// What exists.
+        found: String,
+    },
+    /// Something does not exist and must not be created.
+    #[error("{what} does not exist; create it, or set nats.streams.manage to true")]
+    Missing {
+        /// Stream or consumer.
+        what: String,
+    },
+}
+
+impl BrokerError {
+    pub(crate) fn unanswered(what: String, error: &dyn StdError) -> Self {
+        Self::Unanswered { what, why: chain(error) }
+    }
+
+    pub(crate) fn refused(what: String, error: &dyn StdError) -> Self {
+        Self::Refused { what, why: chain(error) }
+    }
+
+    /// Reason of a condition: a closed set.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Secret(_) => "SecretUnusable",
+            Self::Unreachable { .. } => "NatsUnreachable",
+            Self::Unanswered { .. } => "NatsNotAnswering",
+            Self::Refused { .. } => "NatsRefused",
+            Self::Mismatch { .. } => "StreamMismatch",
+            Self::Missing { .. } => "StreamMissing",
+        }
+    }
+}
+
+fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Many errors of the client already print their source.
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// A connection that pools share. It closes when the last of them lets go.
+pub struct Broker {
+    url: String,
+    client: async_nats::Client,
+    jetstream: Context,
+}
+
+impl Broker {
+    /// JetStream, where the connection is up. A request on one that is down would only wait for its timeout.
+    pub fn jetstream(&self) -> Result<&Context, BrokerError> {
+        match self.client.connection_state() {
+            State::Connected => Ok(&self.jetstream),
+            State::Pending | State::Disconnected => {
+                Err(BrokerError::Unreachable { url: self.url.clone(), why: "the connection is lost".to_owned() })
+            }
+        }
+    }
+}
+
+/// All connections.
+pub struct Brokers {
+    kubernetes: Client,
+    shared: Mutex<HashMap<Access, Weak<OnceCell<Broker>>>>,
+}
+
+/// What makes two connections the same one.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Access {
+    url: String,
+    credentials: Option<String>,
+    ca: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
+}
+
+/// A share in a connection.
+pub type Shared = Arc<OnceCell<Broker>>;
+
+impl Brokers {
+    /// No connection yet.
+    pub fn new(kubernetes: Client) -> Self {
+        Self { kubernetes, shared: Mutex::default() }
+    }
+
+    /// The connection of this pool: an existing one if another pool already has it.
+    ///
+    /// Secrets are read again each time, so that a rotated one leads to a new connection.
+    pub async fn connection(&self, namespace: &str, nats: &Nats) -> Result<Shared, BrokerError> {
+        let access = self.access(namespace, nats).await?;
+        let shared = self.share(&access).await;
+        shared.get_or_try_init(|| connect(&access)).await?;
+        Ok(shared)
+    }
+
+    async fn share(&self, access: &Access) -> Shared {
+        let mut all = self.shared.lock().await;
+        all.retain(|_, broker| broker.strong_count() > 0);
+        if let Some(existing) = all.get(access).and_then(Weak::upgrade) {
+            return existing;
+        }
+        let fresh = Shared::default();
+        all.insert(access.clone(), Arc::downgrade(&fresh));
+        fresh
+    }
+
+    async fn access(&self, namespace: &str, nats: &Nats) -> Result<Access, BrokerError> {
+        let read = async |secret: &Option<SecretKeyRef>| match secret {
+            Some(secret) => self.secret(namespace, secret).await.map(Some),
+            None => Ok(None),
+        };
+        Ok(Access {
+            url: nats.url.clone(),
+            credentials: read(&nats.operator_credentials).await?,
+            ca: read(&nats.tls.ca_secret_ref).await?,
+            certificate: read(&nats.tls.cert_secret_ref).await?,
+            key: read(&nats.tls.key_secret_ref).await?,
+        })
+    }
+
+    /// By name only: the operator may not list Secrets.
+    async fn secret(&self, namespace: &str, SecretKeyRef { name, key }: &SecretKeyRef) -> Result<String, BrokerError> {
+        let secret = Api::<Secret>::namespaced(self.kubernetes.clone(), namespace)
+            .get_opt(name)
+            .await
+            .map_err(|error| BrokerError::Secret(format!("Secret `{name}` cannot be read: {}", explain(&error))))?
+            .ok_or_else(|| BrokerError::Secret(format!("Secret `{name}` does not exist")))?;
+        let value = secret
+            .data
+            .and_then(|mut data| data.remove(key))
+            .ok_or_else(|| BrokerError::Secret(format!("Secret `{name}` has no key `{key}`")))?;
+        String::from_utf8(value.0).map_err(|_| BrokerError::Secret(format!("Secret `{name}`, key `{key}`: not text")))
+    }
+}
+
+async fn connect(access: &Access) -> Result<Broker, BrokerError> {
+    let mut options = async_nats::ConnectOptions::new()
+        .name("beamline-operator")
+        .connection_timeout(CONNECT_TIMEOUT)
+        .request_timeout(Some(REQUEST_TIMEOUT));
+    if let Some(credentials) = &access.credentials {
+        options = options
+            .credentials(credentials)
+            .map_err(|error| BrokerError::Secret(format!("the NATS credentials are not a .creds file: {error}")))?;
+    }
+    if let Some(tls) = tls(access)? {
+        options = options.require_tls(true).tls_client_config(tls);
+    }
+    let unreachable = |why| BrokerError::Unreachable { url: access.url.clone(), why };
+    let client = options.connect(&access.url).await.map_err(|error| unreachable(chain(&error)))?;
+    let mut jetstream = jetstream::new(client.clone());
+    jetstream.set_timeout(REQUEST_TIMEOUT);
+    Ok(Broker { url: access.url.clone(), client, jetstream })
+}
+
+/// Only where the pool brings certificates; else the scheme of the URL decides.
+fn tls(access: &Access) -> Result<Option<ClientConfig>, BrokerError> {
+    if access.ca.is_none() && access.certificate.is_none() {
+        return Ok(None);
+    }
+    let builder = ClientConfig::builder().with_root_certificates(roots(access.ca.as_deref())?);
+    let config = match (&access.certificate, &access.key) {
+        (Some(certificate), Some(key)) => {
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| unusable("private key", &error))?;
+            builder
+                .with_client_auth_cert(certificates(certificate)?, key)
+                .map_err(|error| unusable("client certificate", &error))?
+        }
+        _ => builder.with_no_client_auth(),
+    };
+    Ok(Some(config))
+}
+
+fn roots(ca: Option<&str>) -> Result<RootCertStore, BrokerError> {
+    let mut roots = RootCertStore::empty();
+    match ca {
+        Some(ca) => {
+            for certificate in certificates(ca)? {
+                roots.add(certificate).map_err(|error| unusable("CA", &error))?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    Ok(roots)
+}
+
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> {
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|error| unusable("certificate", &error))?;
+    if certificates.is_empty() {
+        return Err(BrokerError::Secret("the NATS TLS certificate holds no PEM certificate".to_owned()));
+    }
+    Ok(certificates)
+}
+
+fn unusable(what: &str, error: &dyn std::fmt::Display) -> BrokerError {
+    BrokerError::Secret(format!("the NATS TLS {what} is unusable: {error}"))
+}

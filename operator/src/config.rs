@@ -1,0 +1,63 @@
+//! What whoever runs the operator may tune. Flags and variables are named in this file only.
+
+use std::net::SocketAddr;
+
+use clap::{Parser, ValueEnum};
+
+/// Turns WorkerPools into running workers.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "beamline-operator", version)]
+pub struct Config {
+    /// Watch this namespace only. Default: all namespaces.
+    #[arg(long, env = "BEAMLINE_WATCH_NAMESPACE", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub watch_namespace: Option<String>,
+
+    /// Where /livez, /readyz and /metrics are served.
+    #[arg(long, env = "BEAMLINE_ADMIN_ENDPOINT", default_value = "0.0.0.0:8080")]
+    pub admin_endpoint: SocketAddr,
+
+    /// How log lines look.
+    #[arg(long, env = "BEAMLINE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Json)]
+    pub log_format: LogFormat,
+
+    /// Which log lines are written, such as info or beamline_operator=debug,info.
+    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    pub log: String,
+
+    /// Whether several operators agree, by the Lease beamline-operator, on the one that acts.
+    #[arg(long, env = "BEAMLINE_LEADER_ELECTION", default_value_t = true, action = clap::ArgAction::Set)]
+    pub leader_election: bool,
+
+    /// Namespace of that Lease. Default: the operator's own.
+    #[arg(long, env = "BEAMLINE_LEASE_NAMESPACE", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub lease_namespace: Option<String>,
+
+    /// Pools reconciled at once.
+    #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub concurrency: u16,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For a terminal.
+    Text,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_flags_all_namespaces_are_watched_by_one_leader() {
+        let config = Config::try_parse_from(["operator"]).expect("no flag is required");
+        assert_eq!((config.watch_namespace, config.leader_election), (None, true));
+    }
+
+    #[test]
+    fn unbounded_concurrency_is_refused() {
+        assert!(Config::try_parse_from(["operator", "--concurrency=0"]).is_err());
+    }
+}

@@ -1,0 +1,187 @@
+//! Wiring only: which watches lead to which reconcile.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use beamline_crds::WorkerPool;
+use futures::{FutureExt, Stream, StreamExt};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
+use kube::core::DeserializeGuard;
+use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
+use kube::runtime::reflector::{self, Lookup, ObjectRef, Store};
+use kube::runtime::{WatchStreamExt, predicates, watcher};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Readiness;
+use crate::broker::Brokers;
+use crate::config::Config;
+use crate::desired::names;
+use crate::error::Error;
+use crate::events::Events;
+use crate::memory::Memory;
+use crate::metrics::Metrics;
+use crate::observe::Caches;
+use crate::reconcile::reconcile;
+use crate::signals::Signals;
+
+/// One object that does not fit the types must not stop the watch of all others.
+pub type Watched = DeserializeGuard<WorkerPool>;
+
+/// Every pool is looked at this often even if nothing seems to happen.
+pub const RESYNC: Duration = Duration::from_secs(300);
+/// Events of one change come in bursts; they lead to one reconcile.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How often a missing CustomResourceDefinition is looked for.
+const CRD_RETRY: Duration = Duration::from_secs(5);
+
+/// What every reconcile shares.
+pub struct Context {
+    /// Connection to the API server.
+    pub client: Client,
+    /// What the watches know.
+    pub caches: Caches,
+    /// What the brokers say.
+    pub signals: Arc<Signals>,
+    /// What earlier reconciles left.
+    pub memory: Arc<Memory>,
+    /// Kubernetes events.
+    pub events: Events,
+    /// The operator's own series.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Reconciles until told to stop.
+pub async fn run(
+    client: Client,
+    config: &Config,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) {
+    let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };
+    if stop.run_until_cancelled(crd(&scope, &readiness)).await.is_none() {
+        return;
+    }
+    let (pools, pool_changes) = watch::<Watched>(&scope, watcher::Config::default());
+    let (service_accounts, account_changes) = watch(&scope, ours());
+    let (config_maps, config_changes) = watch(&scope, ours());
+    let (services, service_changes) = watch(&scope, ours());
+    let (budgets, budget_changes) = watch(&scope, ours());
+    let (deployments, deployment_changes) = watch(&scope, ours());
+    let (pods, pod_changes) = watch::<Pod>(&scope, ours());
+    let memory = Arc::<Memory>::default();
+    let (signals, readings) = Signals::new(Brokers::new(client.clone()), pools.clone(), Arc::clone(&memory));
+    let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
+    let events = Events::new(client.clone());
+    let context = Arc::new(Context { client, caches, signals, memory, events, metrics });
+    let pool_changes = reported(pool_changes, readiness)
+        // Our own writes of the status are no reason to look again.
+        .predicate_filter(predicates::generation, Default::default());
+    Controller::for_stream(pool_changes, pools)
+        .with_config(ControllerConfig::default().concurrency(config.concurrency).debounce(DEBOUNCE))
+        .owns_stream(account_changes)
+        .owns_stream(config_changes)
+        .owns_stream(service_changes)
+        .owns_stream(budget_changes)
+        .owns_stream(deployment_changes)
+        .watches_stream(pod_changes, |pod| pool_of(&pod))
+        .reconcile_on(readings)
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(guarded, on_error, context)
+        .for_each(async |_| {})
+        .await;
+}
+
+/// Where the operator looks.
+struct Scope {
+    client: Client,
+    namespace: Option<String>,
+}
+
+impl Scope {
+    fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+        match &self.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+}
+
+fn ours() -> watcher::Config {
+    watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY_LABEL, names::OPERATOR))
+}
+
+fn watch<K>(scope: &Scope, config: watcher::Config) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
+    K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let (cache, writer) = reflector::store();
+    let changes = watcher(scope.api::<K>(), config).default_backoff().reflect(writer).touched_objects();
+    (cache, changes)
+}
+
+/// A watch that fails is what the operator waits for.
+fn reported<K>(
+    changes: impl Stream<Item = watcher::Result<K>>,
+    readiness: Readiness,
+) -> impl Stream<Item = watcher::Result<K>> {
+    changes.inspect(move |change| match change {
+        Ok(_) => readiness.has("watch"),
+        Err(error) => {
+            tracing::warn!(%error, "the watch of WorkerPools failed");
+            readiness.waits("watch", error.to_string());
+        }
+    })
+}
+
+/// Waits for the API to exist, instead of exiting and being restarted until it does.
+async fn crd(scope: &Scope, readiness: &Readiness) {
+    while let Err(error) = scope.api::<Watched>().list(&ListParams::default().limit(1)).await {
+        let why = match &error {
+            kube::Error::Api(status) if status.code == 404 => {
+                "the CustomResourceDefinition workerpools.beamline.dev is not installed".to_owned()
+            }
+            other => format!("WorkerPools cannot be listed: {}", crate::error::explain(other)),
+        };
+        tracing::warn!("waiting: {why}");
+        readiness.waits("crd", why);
+        tokio::time::sleep(CRD_RETRY).await;
+    }
+    readiness.has("crd");
+}
+
+fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {
+    let pool = pod.metadata.labels.as_ref()?.get(names::POOL_LABEL)?;
+    Some(ObjectRef::new(pool).within(pod.metadata.namespace.as_deref()?))
+}
+
+/// Counts, and keeps a bug in one reconcile from ending all.
+async fn guarded(pool: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
+    let started = Instant::now();
+    let reference = pool.to_object_ref(());
+    let unwound = AssertUnwindSafe(reconcile(Arc::clone(&pool), Arc::clone(&ctx))).catch_unwind().await;
+    let result = unwound.unwrap_or_else(|_: Box<dyn Any + Send>| Err(Error::Panicked));
+    match &result {
+        Ok(_) => ctx.memory.succeeded(&reference),
+        Err(error @ Error::Unreadable(_)) => ctx.events.unreadable(&pool, error).await,
+        Err(_) => {}
+    }
+    ctx.metrics.reconciled(result.as_ref().map_or_else(Error::reason, |_| "ok"), started);
+    result
+}
+
+fn on_error(pool: Arc<Watched>, error: &Error, ctx: Arc<Context>) -> Action {
+    let reference = pool.to_object_ref(());
+    tracing::warn!(pool = %reference, reason = error.reason(), "{error}");
+    if error.waits_for_a_change() {
+        return Action::await_change();
+    }
+    Action::requeue(ctx.memory.backoff(&reference))
+}

@@ -1,0 +1,81 @@
+//! Why a pool could not be reconciled. "Not ready yet" is no error, it is a condition.
+
+use crate::pool::InvalidPool;
+
+/// One variant for each thing that a person can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The spec cannot be acted on. What runs is kept.
+    #[error("{0}")]
+    Invalid(#[from] InvalidPool),
+    /// The object does not fit the types at all.
+    #[error("the WorkerPool cannot be read: {0}")]
+    Unreadable(String),
+    /// Somebody else's object has the name that a child needs.
+    #[error("{kind} `{name}` is in the way: {owner}; it is left untouched, remove it or rename the pool")]
+    InTheWay {
+        /// Kind of the object.
+        kind: String,
+        /// Name of the object.
+        name: String,
+        /// Whose it is.
+        owner: String,
+    },
+    /// A child cannot be read.
+    #[error("{kind} `{name}` cannot be read: {}", explain(source))]
+    Observe {
+        /// Kind of the child.
+        kind: String,
+        /// Name of the child.
+        name: String,
+        /// What the API server said.
+        source: kube::Error,
+    },
+    /// A child cannot be written.
+    #[error("{kind} `{name}` cannot be applied: {}", explain(source))]
+    Apply {
+        /// Kind of the child.
+        kind: String,
+        /// Name of the child.
+        name: String,
+        /// What the API server said.
+        source: kube::Error,
+    },
+    /// The status cannot be written.
+    #[error("the status cannot be written: {}", explain(.0))]
+    Publish(kube::Error),
+    /// A bug. Only this pool waits.
+    #[error("the reconciler panicked; the log has the details")]
+    Panicked,
+}
+
+impl Error {
+    /// Reason of a condition and label of a metric: a closed set.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "InvalidSpec",
+            Self::Unreadable(_) => "UnreadableSpec",
+            Self::InTheWay { .. } => "NameConflict",
+            Self::Observe { .. } => "ObserveFailed",
+            Self::Apply { source: kube::Error::Api(status), .. } if status.code == 403 => {
+                if status.message.contains("exceeded quota") { "QuotaExceeded" } else { "Forbidden" }
+            }
+            Self::Apply { .. } => "ApplyFailed",
+            Self::Publish(_) => "PublishFailed",
+            Self::Panicked => "Panicked",
+        }
+    }
+
+    /// Whether only a changed spec can help.
+    pub const fn waits_for_a_change(&self) -> bool {
+        matches!(self, Self::Invalid(_) | Self::Unreadable(_))
+    }
+}
+
+/// The sentence of the API server, without the structure around it.
+pub(crate) fn explain(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
+    }
+}

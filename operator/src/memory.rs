@@ -1,0 +1,99 @@
+//! What the operator remembers of a pool between reconciles. Losing it costs a few writes that change nothing.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use beamline_crds::WorkerPoolStatus;
+use kube::runtime::reflector::ObjectRef;
+
+use crate::controller::Watched;
+
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// Notes about all pools.
+#[derive(Default)]
+pub struct Memory {
+    notes: Mutex<HashMap<ObjectRef<Watched>, Notes>>,
+}
+
+#[derive(Default)]
+struct Notes {
+    settled: HashMap<&'static str, Settled>,
+    published: Option<(Instant, WorkerPoolStatus)>,
+    failures: u32,
+}
+
+/// A child as our last write left it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// Which object it was.
+    pub uid: String,
+    /// Fingerprint of what we asked for.
+    pub wish: u64,
+    /// Fingerprint of the fields that are ours in it.
+    pub fields: u64,
+}
+
+impl Memory {
+    /// Whether this is how our last write left the child.
+    pub fn is_settled(&self, pool: &ObjectRef<Watched>, child: &'static str, now: &Settled) -> bool {
+        self.notes().get(pool).and_then(|notes| notes.settled.get(child)).is_some_and(|settled| settled == now)
+    }
+
+    /// Notes how a write left a child.
+    pub fn settle(&self, pool: &ObjectRef<Watched>, child: &'static str, settled: Settled) {
+        self.notes().entry(pool.clone()).or_default().settled.insert(child, settled);
+    }
+
+    /// The status that was last written, and when.
+    pub fn published(&self, pool: &ObjectRef<Watched>) -> Option<(Instant, WorkerPoolStatus)> {
+        self.notes().get(pool).and_then(|notes| notes.published.clone())
+    }
+
+    /// Notes a status that was just written.
+    pub fn publish(&self, pool: &ObjectRef<Watched>, status: WorkerPoolStatus) {
+        self.notes().entry(pool.clone()).or_default().published = Some((Instant::now(), status));
+    }
+
+    /// How long to wait after another failure: doubling, never longer than half a minute.
+    pub fn backoff(&self, pool: &ObjectRef<Watched>) -> Duration {
+        let mut all = self.notes();
+        let notes = all.entry(pool.clone()).or_default();
+        let delay = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(notes.failures)).min(LAST_RETRY);
+        notes.failures = notes.failures.saturating_add(1);
+        delay
+    }
+
+    /// Starts the next backoff from the beginning.
+    pub fn succeeded(&self, pool: &ObjectRef<Watched>) {
+        if let Some(notes) = self.notes().get_mut(pool) {
+            notes.failures = 0;
+        }
+    }
+
+    /// Drops the notes about a pool that is gone.
+    pub fn forget(&self, pool: &ObjectRef<Watched>) {
+        self.notes().remove(pool);
+    }
+
+    fn notes(&self) -> MutexGuard<'_, HashMap<ObjectRef<Watched>, Notes>> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_wait_longer_and_a_success_starts_over() {
+        let memory = Memory::default();
+        let pool = ObjectRef::new("default").within("flows");
+        let delays: Vec<_> = (0..7).map(|_| memory.backoff(&pool).as_secs()).collect();
+        assert_eq!(delays, [1, 2, 4, 8, 16, 30, 30]);
+        memory.succeeded(&pool);
+        assert_eq!(memory.backoff(&pool), FIRST_RETRY);
+    }
+}

@@ -1,0 +1,155 @@
+//! What exists for a pool: its children from the watch caches, its pods, and what the broker last said.
+//!
+//! What no cache holds is asked for by name, since an object in the way carries none of our labels.
+
+use std::sync::Arc;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::runtime::reflector::{Lookup, ObjectRef, Store};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+
+use crate::controller::Context;
+use crate::desired::names;
+use crate::error::Error;
+use crate::pool::ValidPool;
+
+/// The caches behind the watches.
+pub struct Caches {
+    /// Children, by kind.
+    pub service_accounts: Store<ServiceAccount>,
+    /// Children, by kind.
+    pub config_maps: Store<ConfigMap>,
+    /// Children, by kind.
+    pub services: Store<Service>,
+    /// Children, by kind.
+    pub budgets: Store<PodDisruptionBudget>,
+    /// Children, by kind.
+    pub deployments: Store<Deployment>,
+    /// The workers.
+    pub pods: Store<Pod>,
+}
+
+/// What exists for a pool. Every child that is there is the pool's own.
+pub struct Observed {
+    /// Who the pods are.
+    pub service_account: Option<Arc<ServiceAccount>>,
+    /// What the workers are told.
+    pub config_map: Option<Arc<ConfigMap>>,
+    /// Where their metrics are found.
+    pub service: Option<Arc<Service>>,
+    /// What a node drain may take.
+    pub budget: Option<Arc<PodDisruptionBudget>>,
+    /// The workers, as a whole.
+    pub deployment: Option<Arc<Deployment>>,
+    /// The workers, one by one.
+    pub pods: Vec<Arc<Pod>>,
+}
+
+/// Finds the children, and refuses to go on where one of their names is taken.
+pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error> {
+    let Caches { service_accounts, config_maps, services, budgets, deployments, pods } = &ctx.caches;
+    let name = pool.name.as_str();
+    Ok(Observed {
+        service_account: child(&ctx.client, service_accounts, pool, &names::service_account(name)).await?,
+        config_map: child(&ctx.client, config_maps, pool, name).await?,
+        service: child(&ctx.client, services, pool, name).await?,
+        budget: child(&ctx.client, budgets, pool, name).await?,
+        deployment: child(&ctx.client, deployments, pool, name).await?,
+        pods: workers(pods, pool),
+    })
+}
+
+async fn child<K>(client: &Client, cache: &Store<K>, pool: &ValidPool, name: &str) -> Result<Option<Arc<K>>, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Lookup<DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned,
+{
+    let found = match cache.get(&ObjectRef::new(name).within(&pool.namespace)) {
+        Some(cached) => Some(cached),
+        None => Api::<K>::namespaced(client.clone(), &pool.namespace)
+            .get_opt(name)
+            .await
+            .map_err(|source| Error::Observe {
+                kind: <K as Resource>::kind(&()).into_owned(),
+                name: name.to_owned(),
+                source,
+            })?
+            .map(Arc::new),
+    };
+    if let Some(object) = &found
+        && let Some(owner) = foreign(object.as_ref(), pool)
+    {
+        let kind = <K as Resource>::kind(&()).into_owned();
+        return Err(Error::InTheWay { kind, name: name.to_owned(), owner });
+    }
+    Ok(found)
+}
+
+/// Whose an object is, unless it is this pool's: controlled by it, or controlled by nobody and carrying its labels.
+fn foreign(object: &impl Resource, pool: &ValidPool) -> Option<String> {
+    let controller = object.owner_references().iter().find(|owner| owner.controller == Some(true));
+    match controller {
+        Some(owner) if owner.uid == pool.owner.uid => None,
+        Some(owner) => Some(format!("it belongs to {} `{}`", owner.kind, owner.name)),
+        None => {
+            let carries = |label: &str, value: &str| object.labels().get(label).is_some_and(|found| found == value);
+            let is_ours = carries(names::POOL_LABEL, &pool.name) && carries(names::MANAGED_BY_LABEL, names::OPERATOR);
+            (!is_ours).then(|| "it was not made for this pool".to_owned())
+        }
+    }
+}
+
+fn workers(pods: &Store<Pod>, pool: &ValidPool) -> Vec<Arc<Pod>> {
+    pods.state_filter(|pod| {
+        pod.metadata.namespace.as_ref() == Some(&pool.namespace)
+            && pod.labels().get(names::POOL_LABEL) == Some(&pool.name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+
+    use super::*;
+    use crate::pool::tests::valid;
+
+    fn config_map(owner: Option<&str>, labelled: bool) -> ConfigMap {
+        let controller = |uid: &str| OwnerReference {
+            kind: "WorkerPool".to_owned(),
+            name: "default".to_owned(),
+            uid: uid.to_owned(),
+            controller: Some(true),
+            ..OwnerReference::default()
+        };
+        ConfigMap {
+            metadata: ObjectMeta {
+                owner_references: owner.map(|uid| vec![controller(uid)]),
+                labels: labelled.then(|| names::all_labels("default")),
+                ..ObjectMeta::default()
+            },
+            ..ConfigMap::default()
+        }
+    }
+
+    #[test]
+    fn an_object_is_ours_by_its_controller_or_by_labels_without_one() {
+        let pool = valid("{}");
+        assert_eq!(foreign(&config_map(Some("1234"), false), &pool), None);
+        assert_eq!(foreign(&config_map(None, true), &pool), None, "left behind by a pool of this name");
+    }
+
+    #[test]
+    fn any_other_object_is_in_the_way() {
+        let pool = valid("{}");
+        let before = foreign(&config_map(Some("an earlier uid"), true), &pool);
+        assert_eq!(before.as_deref(), Some("it belongs to WorkerPool `default`"));
+        assert_eq!(foreign(&config_map(None, false), &pool).as_deref(), Some("it was not made for this pool"));
+    }
+}

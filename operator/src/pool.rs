@@ -1,0 +1,515 @@
+//! `ValidPool`: a WorkerPool that has proved itself. Every default is decided here; nothing behind `validate` asks the
+//! spec again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use beamline_crds as crds;
+use k8s_openapi::api::core::v1::{
+    Affinity, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::{Resource, ResourceExt};
+
+pub use crds::{EgressPolicy, ImagePullPolicy, Resources, SecretKeyRef, Storage, Tls};
+
+/// A pool whose every part is decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ValidPool {
+    /// Name of the pool.
+    pub name: String,
+    /// Namespace of the pool and of all its children.
+    pub namespace: String,
+    /// Makes a child go when its pool goes.
+    pub owner: OwnerReference,
+    /// What `spec.replicas` says.
+    pub replicas: i32,
+    /// Where the work comes from.
+    pub nats: Nats,
+    /// What one pod looks like.
+    pub worker: Worker,
+    /// How pods are replaced.
+    pub rollout: Rollout,
+    /// What a node drain may take.
+    pub disruption: Disruption,
+    /// Where traces go.
+    pub otlp_endpoint: Option<String>,
+}
+
+/// Where the work comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Nats {
+    /// Address of the servers.
+    pub url: String,
+    /// What workers connect with.
+    pub credentials: Option<SecretKeyRef>,
+    /// What the operator connects with.
+    pub operator_credentials: Option<SecretKeyRef>,
+    /// TLS material of both.
+    pub tls: Tls,
+    /// Subject of the assignments.
+    pub subject: String,
+    /// Durable consumer on the subject.
+    pub queue_group: String,
+    /// How streams are created.
+    pub streams: Streams,
+}
+
+/// How streams are created.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Streams {
+    /// Whether the operator creates what is missing.
+    pub manage: bool,
+    /// Servers that keep each stream.
+    pub replicas: usize,
+    /// Where they keep it.
+    pub storage: Storage,
+    /// Age at which a result goes.
+    pub result_retention: Duration,
+    /// Results kept at most.
+    pub result_max_messages: i64,
+    /// Age at which a dead letter goes.
+    pub dead_letter_retention: Duration,
+}
+
+/// What one pod looks like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worker {
+    /// Image of the container.
+    pub image: String,
+    /// Absent: what Kubernetes decides.
+    pub image_pull_policy: Option<ImagePullPolicy>,
+    /// Registry credentials.
+    pub image_pull_secrets: Vec<LocalObjectReference>,
+    /// Blocks at once in the cpu pool.
+    pub cpu_slots: i32,
+    /// Blocks at once in the io pool.
+    pub io_slots: i32,
+    /// Payloads and results held at once, in MiB.
+    pub memory_mb: i64,
+    /// CPU time of one block.
+    pub cpu_time: Duration,
+    /// CPU and memory of the container.
+    pub resources: Resources,
+    /// How long running blocks may finish after SIGTERM, in whole seconds.
+    pub drain_seconds: i32,
+    /// Whether nothing is executed for real.
+    pub sandbox: bool,
+    /// Directories of file blocks; never empty.
+    pub roots: Vec<Root>,
+    /// Reachable addresses.
+    pub egress: Egress,
+    /// Further environment.
+    pub env: Vec<EnvVar>,
+    /// Where pods run.
+    pub scheduling: Scheduling,
+    /// Further volumes and where they are mounted.
+    pub volumes: Vec<Volume>,
+    /// Where the further volumes are mounted.
+    pub volume_mounts: Vec<VolumeMount>,
+    /// Further labels of the pods.
+    pub pod_labels: BTreeMap<String, String>,
+    /// Further annotations of the pods.
+    pub pod_annotations: BTreeMap<String, String>,
+    /// Annotations of the ServiceAccount.
+    pub service_account_annotations: BTreeMap<String, String>,
+}
+
+/// One directory of file blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Root {
+    /// Absolute path in the container.
+    pub path: String,
+    /// What lies behind it.
+    pub volume: RootVolume,
+}
+
+/// What lies behind a root.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RootVolume {
+    /// Scratch space of one pod, with its size.
+    Scratch(Quantity),
+    /// A claim that all pods share.
+    Claim(String),
+}
+
+/// Reachable addresses.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Egress {
+    /// The rule.
+    pub policy: EgressPolicy,
+    /// Exceptions that lift a refusal.
+    pub allow: Vec<String>,
+    /// Exceptions that refuse.
+    pub deny: Vec<String>,
+}
+
+/// Where pods run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scheduling {
+    /// Labels of the node.
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that are tolerated.
+    pub tolerations: Vec<Toleration>,
+    /// Attraction and repulsion.
+    pub affinity: Option<Affinity>,
+    /// Absent: spread evenly where possible.
+    pub topology_spread_constraints: Option<Vec<TopologySpreadConstraint>>,
+    /// PriorityClass of the pods.
+    pub priority_class_name: Option<String>,
+}
+
+/// How pods are replaced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rollout {
+    /// Pods above the desired count.
+    pub max_surge: IntOrString,
+    /// Pods below the desired count.
+    pub max_unavailable: IntOrString,
+}
+
+/// What a node drain may take.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Disruption {
+    /// Pods that may be missing.
+    MaxUnavailable(IntOrString),
+    /// Pods that must stay.
+    MinAvailable(IntOrString),
+}
+
+/// What the API server let through and the operator cannot use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidPool {
+    /// A pool that no API server has stored.
+    #[error("metadata: the pool has no name, namespace or uid")]
+    NotStored,
+    /// A text that is no duration.
+    #[error("{field}: `{value}` is not a duration such as 90m")]
+    Duration {
+        /// Which field.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// A text that is no amount of memory.
+    #[error("{field}: `{value}` is not an amount of memory such as 512Mi")]
+    Memory {
+        /// Which field.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// More memory for payloads than the container can spare.
+    #[error("worker.limits.memoryMb: {memory_mb} is over 75 % of worker.resources.limits.memory ({limit_mb} MiB)")]
+    TooMuchMemory {
+        /// What is asked for, in MiB.
+        memory_mb: i64,
+        /// What the container has, in MiB.
+        limit_mb: i64,
+    },
+}
+
+/// Decides every default and refuses what cannot work.
+pub fn validate(pool: &crds::WorkerPool) -> Result<ValidPool, InvalidPool> {
+    let crds::WorkerPoolSpec { replicas, nats, worker, rollout, disruption, observability } = pool.spec.clone();
+    Ok(ValidPool {
+        name: pool.metadata.name.clone().ok_or(InvalidPool::NotStored)?,
+        namespace: pool.namespace().ok_or(InvalidPool::NotStored)?,
+        owner: pool.controller_owner_ref(&()).ok_or(InvalidPool::NotStored)?,
+        replicas,
+        nats: valid_nats(nats)?,
+        worker: valid_worker(worker)?,
+        rollout: valid_rollout(rollout.unwrap_or_default()),
+        disruption: valid_disruption(disruption.unwrap_or_default()),
+        otlp_endpoint: observability.and_then(|observability| observability.otlp_endpoint),
+    })
+}
+
+fn valid_nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
+    let crds::Nats { url, credentials_secret_ref, operator_credentials_secret_ref, tls, subject, queue_group, streams } =
+        nats;
+    Ok(Nats {
+        url,
+        operator_credentials: operator_credentials_secret_ref.or_else(|| credentials_secret_ref.clone()),
+        credentials: credentials_secret_ref,
+        tls: tls.unwrap_or_default(),
+        subject: subject.unwrap_or_else(|| "caf.exec.assign.v1".to_owned()),
+        queue_group: queue_group.unwrap_or_else(|| "caf-workers".to_owned()),
+        streams: valid_streams(streams.unwrap_or_default())?,
+    })
+}
+
+fn valid_streams(streams: crds::Streams) -> Result<Streams, InvalidPool> {
+    let crds::Streams { manage, replicas, storage, result_retention, result_max_messages, dead_letter_retention } =
+        streams;
+    Ok(Streams {
+        manage: manage.unwrap_or(true),
+        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(1),
+        storage: storage.unwrap_or(Storage::File),
+        result_retention: duration("nats.streams.resultRetention", result_retention, "1h")?,
+        result_max_messages: result_max_messages.unwrap_or(2_000_000),
+        dead_letter_retention: duration("nats.streams.deadLetterRetention", dead_letter_retention, "720h")?,
+    })
+}
+
+fn duration(field: &'static str, value: Option<String>, default: &str) -> Result<Duration, InvalidPool> {
+    let value = value.unwrap_or_else(|| default.to_owned());
+    humantime::parse_duration(&value).map_err(|_| InvalidPool::Duration { field, value })
+}
+
+fn valid_worker(worker: crds::Worker) -> Result<Worker, InvalidPool> {
+    let crds::Worker {
+        image,
+        image_pull_policy,
+        image_pull_secrets,
+        pools,
+        limits,
+        resources,
+        drain_seconds,
+        sandbox,
+        filesystem,
+        egress,
+        env,
+        node_selector,
+        tolerations,
+        affinity,
+        topology_spread_constraints,
+        priority_class_name,
+        volumes,
+        volume_mounts,
+        pod_labels,
+        pod_annotations,
+        service_account_annotations,
+    } = worker;
+    let crds::Pools { cpu, io } = pools.unwrap_or_default();
+    let crds::Limits { memory_mb, cpu_time_ms } = limits.unwrap_or_default();
+    let resources = resources.unwrap_or_else(default_resources);
+    Ok(Worker {
+        image,
+        image_pull_policy,
+        image_pull_secrets,
+        cpu_slots: cpu.unwrap_or(8),
+        io_slots: io.unwrap_or(16),
+        memory_mb: valid_memory(memory_mb, &resources)?,
+        cpu_time: Duration::from_millis(cpu_time_ms.and_then(|limit| u64::try_from(limit).ok()).unwrap_or(7_200_000)),
+        resources,
+        drain_seconds: drain_seconds.unwrap_or(35),
+        sandbox: sandbox.unwrap_or(false),
+        roots: valid_roots(filesystem),
+        egress: valid_egress(egress.unwrap_or_default()),
+        env,
+        scheduling: Scheduling {
+            node_selector,
+            tolerations,
+            affinity,
+            topology_spread_constraints,
+            priority_class_name,
+        },
+        volumes,
+        volume_mounts,
+        pod_labels,
+        pod_annotations,
+        service_account_annotations,
+    })
+}
+
+fn default_resources() -> Resources {
+    let amount = |name: &str, quantity: &str| (name.to_owned(), Quantity(quantity.to_owned()));
+    Resources {
+        requests: BTreeMap::from([amount("cpu", "250m"), amount("memory", "256Mi")]),
+        limits: BTreeMap::from([amount("memory", "1Gi")]),
+    }
+}
+
+/// What a pod without a memory limit may hold.
+const UNLIMITED_MEMORY_MB: i64 = 1024;
+
+fn valid_memory(asked: Option<i64>, resources: &Resources) -> Result<i64, InvalidPool> {
+    let Some(limit) = resources.limits.get("memory") else {
+        return Ok(asked.unwrap_or(UNLIMITED_MEMORY_MB));
+    };
+    let limit_mb = mebibytes(&limit.0)
+        .ok_or_else(|| InvalidPool::Memory { field: "worker.resources.limits.memory", value: limit.0.clone() })?;
+    match asked {
+        Some(memory_mb) if memory_mb > limit_mb / 4 * 3 + limit_mb % 4 * 3 / 4 => {
+            Err(InvalidPool::TooMuchMemory { memory_mb, limit_mb })
+        }
+        Some(memory_mb) => Ok(memory_mb),
+        None => Ok((limit_mb / 2).max(1)),
+    }
+}
+
+/// A Kubernetes quantity in whole MiB.
+fn mebibytes(quantity: &str) -> Option<i64> {
+    let (number, factor) = match quantity.parse::<f64>() {
+        Ok(bytes) => (bytes, 1.0),
+        Err(_) => {
+            let split = quantity.find(|c: char| c.is_ascii_alphabetic())?;
+            let (number, suffix) = quantity.split_at_checked(split)?;
+            (number.parse().ok()?, bytes_of(suffix)?)
+        }
+    };
+    let mebibytes: f64 = number * factor / 1_048_576.0;
+    #[expect(clippy::cast_possible_truncation, reason = "the range is checked, and fractions of a MiB do not matter")]
+    (0.0..1e12).contains(&mebibytes).then_some(mebibytes as i64)
+}
+
+fn bytes_of(suffix: &str) -> Option<f64> {
+    Some(match suffix {
+        "n" => 1e-9,
+        "u" => 1e-6,
+        "m" => 1e-3,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "T" => 1e12,
+        "P" => 1e15,
+        "E" => 1e18,
+        "Ki" => 1024.0,
+        "Mi" => 1024_f64.powi(2),
+        "Gi" => 1024_f64.powi(3),
+        "Ti" => 1024_f64.powi(4),
+        "Pi" => 1024_f64.powi(5),
+        "Ei" => 1024_f64.powi(6),
+        _ => return None,
+    })
+}
+
+fn valid_roots(filesystem: Option<crds::Filesystem>) -> Vec<Root> {
+    let roots = filesystem.map(|filesystem| filesystem.roots).unwrap_or_default();
+    if roots.is_empty() {
+        return vec![Root { path: "/data".to_owned(), volume: scratch(None) }];
+    }
+    roots.into_iter().map(|crds::Root { path, volume }| Root { path, volume: valid_volume(volume) }).collect()
+}
+
+fn valid_volume(volume: Option<crds::RootVolume>) -> RootVolume {
+    let crds::RootVolume { empty_dir, persistent_volume_claim } = volume.unwrap_or_default();
+    match persistent_volume_claim {
+        Some(claim) => RootVolume::Claim(claim.claim_name),
+        None => scratch(empty_dir),
+    }
+}
+
+fn scratch(empty_dir: Option<crds::EmptyDir>) -> RootVolume {
+    let size = empty_dir.and_then(|empty_dir| empty_dir.size_limit);
+    RootVolume::Scratch(size.unwrap_or_else(|| Quantity("1Gi".to_owned())))
+}
+
+fn valid_egress(egress: crds::Egress) -> Egress {
+    let crds::Egress { policy, allow, deny } = egress;
+    Egress { policy: policy.unwrap_or(EgressPolicy::Internal), allow, deny }
+}
+
+fn valid_rollout(rollout: crds::Rollout) -> Rollout {
+    let crds::Rollout { max_surge, max_unavailable } = rollout;
+    Rollout {
+        max_surge: max_surge.unwrap_or_else(|| IntOrString::String("25%".to_owned())),
+        max_unavailable: max_unavailable.unwrap_or(IntOrString::Int(0)),
+    }
+}
+
+fn valid_disruption(disruption: crds::Disruption) -> Disruption {
+    let crds::Disruption { max_unavailable, min_available } = disruption;
+    match (min_available, max_unavailable) {
+        (Some(min_available), None) => Disruption::MinAvailable(min_available),
+        (_, max_unavailable) => Disruption::MaxUnavailable(max_unavailable.unwrap_or(IntOrString::Int(1))),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    //! Fixtures that go through the real `validate`, and the defaults that users can rely on.
+
+    use super::*;
+
+    /// A stored WorkerPool with this spec beside the two required fields.
+    #[track_caller]
+    pub(crate) fn stored(spec: &str) -> crds::WorkerPool {
+        let mut pool = serde_json::json!({
+            "apiVersion": "beamline.dev/v1alpha1",
+            "kind": "WorkerPool",
+            "metadata": {"name": "default", "namespace": "flows", "uid": "1234", "generation": 3},
+            "spec": {"replicas": 2, "nats": {"url": "nats://nats:4222"}, "worker": {"image": "beamline:1"}},
+        });
+        let spec: serde_json::Value = serde_json::from_str(spec).expect("JSON");
+        merge(&mut pool["spec"], spec);
+        serde_json::from_value(pool).expect("a WorkerPool")
+    }
+
+    #[track_caller]
+    pub(crate) fn valid(spec: &str) -> ValidPool {
+        validate(&stored(spec)).expect("a valid pool")
+    }
+
+    fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
+        match (into, from) {
+            (serde_json::Value::Object(into), serde_json::Value::Object(from)) => {
+                for (key, value) in from {
+                    merge(into.entry(key).or_insert(serde_json::Value::Null), value);
+                }
+            }
+            (into, from) => *into = from,
+        }
+    }
+
+    #[track_caller]
+    fn rejects(spec: &str, expected: &str) {
+        let invalid = validate(&stored(spec)).expect_err("the pool was accepted");
+        assert_eq!(invalid.to_string(), expected);
+    }
+
+    #[test]
+    fn memory_defaults_to_half_of_the_limit() {
+        let memory = |limit| {
+            valid(&format!(r#"{{"worker": {{"resources": {{"limits": {{"memory": {limit}}}}}}}}}"#)).worker.memory_mb
+        };
+        assert_eq!(memory(r#""2Gi""#), 1024);
+        assert_eq!(memory(r#""512Mi""#), 256);
+        assert_eq!(memory(r#""2G""#), 953);
+        assert_eq!(memory("1073741824"), 512);
+        assert_eq!(memory(r#""1e9""#), 476);
+        assert_eq!(valid("{}").worker.memory_mb, 512, "half of the default limit");
+    }
+
+    #[test]
+    fn memory_leaves_a_quarter_to_the_worker_itself() {
+        let asked = |memory_mb| {
+            format!(
+                r#"{{"worker": {{"limits": {{"memoryMb": {memory_mb}}}, "resources": {{"limits": {{"memory": "1Gi"}}}}}}}}"#
+            )
+        };
+        assert_eq!(valid(&asked(768)).worker.memory_mb, 768);
+        rejects(&asked(769), "worker.limits.memoryMb: 769 is over 75 % of worker.resources.limits.memory (1024 MiB)");
+    }
+
+    #[test]
+    fn a_retention_is_a_duration() {
+        let streams = valid(r#"{"nats": {"streams": {"resultRetention": "1h30m"}}}"#).nats.streams;
+        assert_eq!(streams.result_retention, Duration::from_secs(5400));
+        assert_eq!(streams.dead_letter_retention, Duration::from_secs(720 * 3600));
+        rejects(
+            r#"{"nats": {"streams": {"resultRetention": "soon"}}}"#,
+            "nats.streams.resultRetention: `soon` is not a duration such as 90m",
+        );
+    }
+
+    #[test]
+    fn the_operator_uses_its_own_credentials_or_those_of_the_workers() {
+        let name = |spec| valid(spec).nats.operator_credentials.map(|secret| secret.key);
+        assert_eq!(name("{}"), None);
+        let workers = r#"{"nats": {"credentialsSecretRef": {"name": "nats", "key": "worker.creds"}}}"#;
+        assert_eq!(name(workers).as_deref(), Some("worker.creds"));
+        let own = r#"{"nats": {"operatorCredentialsSecretRef": {"name": "nats", "key": "operator.creds"}}}"#;
+        assert_eq!(name(own).as_deref(), Some("operator.creds"));
+    }
+
+    #[test]
+    fn a_pool_that_no_server_stored_is_refused() {
+        let mut pool = stored("{}");
+        pool.metadata.uid = None;
+        assert_eq!(validate(&pool), Err(InvalidPool::NotStored));
+    }
+}

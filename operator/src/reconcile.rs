@@ -1,0 +1,50 @@
+//! The operator's story. Everything it does for a pool is named here.
+
+use std::sync::Arc;
+
+use beamline_crds::{Scaling, WorkerPool};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::controller::Action;
+use kube::runtime::reflector::{Lookup, ObjectRef};
+
+use crate::apply::{Applied, apply};
+use crate::controller::{Context, Watched};
+use crate::desired::desired;
+use crate::error::Error;
+use crate::observe::observe;
+use crate::pool::validate;
+use crate::{scale, status};
+
+/// What a reconcile that went well leaves behind.
+pub struct Converged {
+    /// How many workers, and why.
+    pub scaling: Scaling,
+    /// The children as they are now.
+    pub applied: Applied,
+    /// The workers, one by one.
+    pub pods: Vec<Arc<Pod>>,
+}
+
+/// Makes a pool what it should be and says how that went.
+pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
+    let pool = watched.0.as_ref().map_err(|invalid| Error::Unreadable(invalid.error.clone()))?;
+    if pool.metadata.deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let outcome = converge(pool, &watched.to_object_ref(()), &ctx).await;
+    let reading = ctx.signals.reading(&watched.to_object_ref(()));
+    let status = status::compute(pool, outcome.as_ref(), &reading, Timestamp::now());
+    let next = status::publish(&ctx, pool, status).await?;
+    outcome.map(|_| Action::requeue(next))
+}
+
+async fn converge(pool: &WorkerPool, reference: &ObjectRef<Watched>, ctx: &Context) -> Result<Converged, Error> {
+    let valid = validate(pool)?;
+    let observed = observe(ctx, &valid).await?;
+    let scaling = scale::decide(&valid);
+    let desired = desired(&valid, &scaling);
+    let applied = apply(ctx, reference, &observed, &desired).await?;
+    ctx.signals.follow(&valid, scaling.desired);
+    Ok(Converged { scaling, applied, pods: observed.pods })
+}

@@ -1,0 +1,96 @@
+//! One way up and one way down.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::Client;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Readiness};
+use crate::config::Config;
+use crate::controller;
+use crate::leader::Leadership;
+use crate::metrics::Metrics;
+
+/// How long running reconciles may finish after SIGTERM.
+const SHUTDOWN: Duration = Duration::from_secs(10);
+
+/// Runs the operator until it is told to stop, or another one leads.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_on_signal(stop.clone())?);
+    let client = Client::try_default().await.context("no way to reach Kubernetes")?;
+    let metrics = Arc::new(Metrics::register()?);
+    let readiness = Readiness::default();
+    let listener = TcpListener::bind(config.admin_endpoint)
+        .await
+        .with_context(|| format!("--admin-endpoint: cannot listen on {}", config.admin_endpoint))?;
+    let admin = tokio::spawn(admin::serve(listener, readiness.clone(), Arc::clone(&metrics), stop.clone()));
+    let outcome = lead(client, &config, readiness, metrics, &stop).await;
+    stop.cancel();
+    admin.await??;
+    outcome
+}
+
+/// Acts while leading. A standby is ready too: it does all that is asked of it.
+async fn lead(
+    client: Client,
+    config: &Config,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    if !config.leader_election {
+        metrics.leads(true);
+        act(client, config, readiness, metrics, stop).await;
+        return Ok(());
+    }
+    let namespace = config.lease_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
+    let mut leadership = Leadership::stand(client.clone(), &namespace)
+        .await
+        .with_context(|| format!("cannot use the Lease beamline-operator in namespace {namespace}"))?;
+    tracing::info!(%namespace, "waiting to lead");
+    if stop.run_until_cancelled(leadership.won()).await.is_none() {
+        leadership.resign().await;
+        return Ok(());
+    }
+    tracing::info!("leading");
+    metrics.leads(true);
+    let term = stop.child_token();
+    let outcome = tokio::select! {
+        () = act(client, config, readiness, Arc::clone(&metrics), &term) => Ok(()),
+        // Ending is the safest way to stop all that is under way; Kubernetes starts a standby.
+        () = leadership.lost() => Err(anyhow::anyhow!("another operator leads")),
+    };
+    metrics.leads(false);
+    leadership.resign().await;
+    outcome
+}
+
+async fn act(client: Client, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {
+    let controller = controller::run(client, config, readiness, metrics, stop.clone());
+    let deadline = async {
+        stop.cancelled().await;
+        tokio::time::sleep(SHUTDOWN).await;
+    };
+    tokio::select! {
+        () = controller => tracing::info!("stopped"),
+        () = deadline => tracing::warn!(limit = ?SHUTDOWN, "stopped before all reconciles ended"),
+    }
+}
+
+fn stop_on_signal(stop: CancellationToken) -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stop.cancel();
+    })
+}

@@ -1,0 +1,142 @@
+//! What users are told. `compute` is pure: no client, no clock of its own. `publish` writes only what changed.
+
+mod cause;
+mod conditions;
+
+use std::time::Duration;
+
+use beamline_crds::{Queue, Scaling, WorkerPool, WorkerPoolStatus};
+use jiff::Timestamp;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::reflector::ObjectRef;
+use serde_json::json;
+
+use crate::controller::{Context, RESYNC, Watched};
+use crate::desired::names;
+use crate::error::Error;
+use crate::reconcile::Converged;
+use crate::signals::Reading;
+
+pub use conditions::ready;
+
+/// Moving numbers are written this often at most.
+const NUMBERS_EVERY: Duration = Duration::from_secs(2);
+
+/// The status that this outcome deserves. What an error hides keeps its last value.
+pub fn compute(
+    pool: &WorkerPool,
+    outcome: Result<&Converged, &Error>,
+    reading: &Reading,
+    now: Timestamp,
+) -> WorkerPoolStatus {
+    let before = pool.status.clone().unwrap_or_default();
+    let counts = match outcome {
+        Ok(converged) => Counts::of(converged),
+        Err(_) => Counts::kept(&before),
+    };
+    WorkerPoolStatus {
+        observed_generation: pool.metadata.generation,
+        replicas: counts.replicas,
+        ready_replicas: counts.ready,
+        desired_replicas: counts.desired,
+        selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
+        queue: reading.queue.clone().or_else(|| before.queue.clone()),
+        scaling: counts.scaling.clone(),
+        conditions: conditions::conditions(pool, outcome, reading, now),
+    }
+}
+
+struct Counts {
+    replicas: i32,
+    ready: i32,
+    desired: i32,
+    scaling: Option<Scaling>,
+}
+
+impl Counts {
+    fn of(converged: &Converged) -> Self {
+        let status = converged.applied.deployment.status.as_ref();
+        Self {
+            replicas: status.and_then(|status| status.replicas).unwrap_or(0),
+            ready: status.and_then(|status| status.ready_replicas).unwrap_or(0),
+            desired: converged.scaling.desired,
+            scaling: Some(converged.scaling.clone()),
+        }
+    }
+
+    fn kept(before: &WorkerPoolStatus) -> Self {
+        Self {
+            replicas: before.replicas,
+            ready: before.ready_replicas,
+            desired: before.desired_replicas,
+            scaling: before.scaling.clone(),
+        }
+    }
+}
+
+/// Writes the status if it changed, and says when to come back.
+pub async fn publish(ctx: &Context, pool: &WorkerPool, next: WorkerPoolStatus) -> Result<Duration, Error> {
+    let reference = ObjectRef::<Watched>::new(pool.metadata.name.as_deref().unwrap_or_default())
+        .within(pool.metadata.namespace.as_deref().unwrap_or_default());
+    // The cache may still hold what was there before our own last write.
+    let written = ctx.memory.published(&reference);
+    let current = written.as_ref().map(|(_, status)| status).or(pool.status.as_ref());
+    let since = written.as_ref().map(|(at, _)| at.elapsed());
+    match due(current, &next, since) {
+        Due::Nothing => Ok(RESYNC),
+        Due::In(rest) => Ok(rest),
+        Due::Now => {
+            write(ctx, pool, &next).await?;
+            ctx.memory.publish(&reference, next.clone());
+            ctx.events.announce(pool, current, &next).await;
+            Ok(RESYNC)
+        }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Due {
+    Nothing,
+    In(Duration),
+    Now,
+}
+
+fn due(current: Option<&WorkerPoolStatus>, next: &WorkerPoolStatus, since: Option<Duration>) -> Due {
+    let Some(current) = current else { return Due::Now };
+    if current == next {
+        return Due::Nothing;
+    }
+    let numbers_only =
+        WorkerPoolStatus { queue: None, ..current.clone() } == WorkerPoolStatus { queue: None, ..next.clone() };
+    match since.and_then(|since| NUMBERS_EVERY.checked_sub(since)) {
+        Some(rest) if numbers_only && !started_or_ended(current.queue.as_ref(), next.queue.as_ref()) => Due::In(rest),
+        _ => Due::Now,
+    }
+}
+
+/// Work appearing or the last of it going is news, not a moving number.
+fn started_or_ended(before: Option<&Queue>, after: Option<&Queue>) -> bool {
+    before.is_none_or(|queue| queue.depth == 0) != after.is_none_or(|queue| queue.depth == 0)
+}
+
+async fn write(ctx: &Context, pool: &WorkerPool, status: &WorkerPoolStatus) -> Result<(), Error> {
+    let name = pool.metadata.name.as_deref().unwrap_or_default();
+    let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), pool.metadata.namespace.as_deref().unwrap_or_default());
+    let patch = json!({
+        "apiVersion": "beamline.dev/v1alpha1",
+        "kind": "WorkerPool",
+        "metadata": {"name": name, "uid": pool.metadata.uid},
+        "status": status,
+    });
+    ctx.metrics.status_written();
+    match api.patch_status(name, &PatchParams::apply(names::OPERATOR).force(), &Patch::Apply(patch)).await {
+        Ok(_) => Ok(()),
+        // Deleted meanwhile: there is nobody left to tell.
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(source) => Err(Error::Publish(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,86 @@
+//! Why workers do not start. Sentences stay the same while the cause does: no pod names, no counters, or a stuck pool
+//! would be written again and again.
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+
+use crate::reconcile::Converged;
+
+/// A cause that a person can act on. The first in this order wins.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Cause {
+    order: u8,
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+}
+
+pub(super) fn cause(converged: &Converged) -> Option<Cause> {
+    let quota = not_created(&converged.applied.deployment);
+    quota.or_else(|| converged.pods.iter().filter_map(|pod| of_pod(pod)).min())
+}
+
+/// Pods that the API server does not let the Deployment create.
+fn not_created(deployment: &Deployment) -> Option<Cause> {
+    let failure = deployment
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten())
+        .find(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")?;
+    let message = failure.message.clone().unwrap_or_default();
+    // `pods "default-5c9-x7k" is forbidden: exceeded quota: …`: the name differs each time.
+    let message = message.split_once(" is forbidden: ").map_or(message.as_str(), |(_, why)| why);
+    let reason = if message.contains("exceeded quota") { "QuotaExceeded" } else { "PodsRefused" };
+    Some(Cause { order: 0, reason, message: format!("pods cannot be created: {message}") })
+}
+
+fn of_pod(pod: &Pod) -> Option<Cause> {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let status = pod.status.as_ref()?;
+    let unschedulable =
+        status.conditions.iter().flatten().find(|condition| {
+            condition.type_ == "PodScheduled" && condition.reason.as_deref() == Some("Unschedulable")
+        });
+    if let Some(condition) = unschedulable {
+        let why = condition.message.clone().unwrap_or_default();
+        return Some(Cause { order: 4, reason: "Unschedulable", message: format!("no node takes a worker: {why}") });
+    }
+    status.container_statuses.iter().flatten().find_map(of_container)
+}
+
+fn of_container(container: &ContainerStatus) -> Option<Cause> {
+    if container.ready {
+        return None;
+    }
+    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+    let why = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or_default();
+    match waiting.and_then(|waiting| waiting.reason.as_deref()) {
+        // The kubelet alternates between trying and backing off.
+        Some("ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull") => Some(Cause {
+            order: 1,
+            reason: "ImagePullBackOff",
+            message: format!("the image {} cannot be had; `kubectl describe pod` says why", container.image),
+        }),
+        Some("CreateContainerConfigError" | "CreateContainerError" | "RunContainerError") => Some(Cause {
+            order: 2,
+            reason: "CreateContainerFailed",
+            message: format!("the container cannot be created: {why}"),
+        }),
+        _ => crash(container),
+    }
+}
+
+fn crash(container: &ContainerStatus) -> Option<Cause> {
+    let ended = container.last_state.as_ref().and_then(|state| state.terminated.as_ref())?;
+    let how = if ended.reason.as_deref() == Some("OOMKilled") {
+        "were killed for using more memory than worker.resources.limits.memory".to_owned()
+    } else {
+        format!("exited with code {}", ended.exit_code)
+    };
+    Some(Cause {
+        order: 3,
+        reason: "CrashLoopBackOff",
+        message: format!("workers {how}; `kubectl logs --previous` says why"),
+    })
+}

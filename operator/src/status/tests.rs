@@ -1,0 +1,198 @@
+//! Conditions as users meet them.
+
+use std::sync::Arc;
+
+use beamline_crds::Mode;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use serde_json::json;
+
+use super::*;
+use crate::apply::Applied;
+use crate::broker::BrokerError;
+use crate::pool::InvalidPool;
+use crate::pool::tests::stored;
+
+const NOON: i64 = 1_795_608_000;
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(NOON + second).expect("in range")
+}
+
+fn workers(desired: i32, ready: i32) -> Converged {
+    let deployment: Deployment = serde_json::from_value(json!({
+        "metadata": {"generation": 1},
+        "status": {"observedGeneration": 1, "replicas": desired, "readyReplicas": ready, "updatedReplicas": desired},
+    }))
+    .expect("a Deployment");
+    Converged {
+        scaling: Scaling { mode: Mode::Manual, desired, reason: format!("spec.replicas is {desired}") },
+        applied: Applied { deployment: Arc::new(deployment) },
+        pods: Vec::new(),
+    }
+}
+
+fn with_pod(mut converged: Converged, status: serde_json::Value) -> Converged {
+    let pod: Pod = serde_json::from_value(json!({"metadata": {}, "status": status})).expect("a Pod");
+    converged.pods.push(Arc::new(pod));
+    converged
+}
+
+fn container(state: serde_json::Value) -> serde_json::Value {
+    let mut container = json!({
+        "name": "worker", "image": "beamline:1", "imageID": "", "ready": false, "restartCount": 3,
+    });
+    for (key, value) in state.as_object().expect("an object") {
+        container[key] = value.clone();
+    }
+    json!({"containerStatuses": [container]})
+}
+
+fn healthy() -> Reading {
+    Reading { queue: Some(Queue::default()), readable: Some(Ok(())), streams: Some(Ok(())) }
+}
+
+fn lost() -> BrokerError {
+    BrokerError::Unreachable { url: "nats://nats:4222".to_owned(), why: "connection refused".to_owned() }
+}
+
+fn find<'a>(status: &'a WorkerPoolStatus, type_: &str) -> &'a Condition {
+    status.conditions.iter().find(|condition| condition.type_ == type_).expect("the condition is there")
+}
+
+#[track_caller]
+fn says(converged: &Converged, reading: &Reading, type_: &str, expected: (&str, &str, &str)) {
+    let status = compute(&stored("{}"), Ok(converged), reading, at(0));
+    let Condition { status, reason, message, .. } = find(&status, type_);
+    assert_eq!((status.as_str(), reason.as_str(), message.as_str()), expected);
+}
+
+#[test]
+fn a_pool_at_work_is_ready() {
+    says(&workers(7, 7), &healthy(), "Ready", ("True", "WorkersReady", "7 of 7 workers ready"));
+    says(&workers(7, 7), &healthy(), "Progressing", ("False", "Complete", "7 of 7 workers ready"));
+}
+
+#[test]
+fn one_ready_worker_is_enough_and_progressing_carries_the_difference() {
+    says(&workers(7, 1), &healthy(), "Ready", ("True", "WorkersReady", "1 of 7 workers ready"));
+    let message = "1 of 7 workers ready, 7 of 7 up to date";
+    says(&workers(7, 1), &healthy(), "Progressing", ("True", "RollingOut", message));
+}
+
+#[test]
+fn a_pool_that_asks_for_nobody_is_idle_and_ready() {
+    says(&workers(0, 0), &healthy(), "Ready", ("True", "Idle", "no workers are asked for"));
+}
+
+#[test]
+fn a_pool_without_a_ready_worker_is_not_ready() {
+    says(&workers(2, 0), &healthy(), "Ready", ("False", "WorkersStarting", "0 of 2 workers ready"));
+}
+
+#[test]
+fn a_lost_broker_keeps_the_last_numbers_and_says_so() {
+    let queue = Queue { depth: 5, pending: 5, ..Queue::default() };
+    let reading = Reading { queue: Some(queue.clone()), readable: Some(Err(lost())), streams: Some(Ok(())) };
+    let message = "no connection to nats://nats:4222: connection refused";
+    says(&workers(2, 2), &reading, "QueueReadable", ("False", "NatsUnreachable", message));
+    says(&workers(2, 2), &reading, "Ready", ("False", "NatsUnreachable", message));
+    let status = compute(&stored("{}"), Ok(&workers(2, 2)), &reading, at(0));
+    assert_eq!((status.queue, status.ready_replicas), (Some(queue), 2));
+}
+
+#[test]
+fn after_a_restart_the_numbers_of_the_last_status_stay() {
+    let mut pool = stored("{}");
+    let queue = Queue { depth: 9, pending: 9, ..Queue::default() };
+    pool.status = Some(WorkerPoolStatus { queue: Some(queue.clone()), ..WorkerPoolStatus::default() });
+    let status = compute(&pool, Ok(&workers(2, 2)), &Reading::default(), at(0));
+    assert_eq!(status.queue, Some(queue));
+    assert_eq!(find(&status, "QueueReadable").status, "Unknown");
+}
+
+#[test]
+fn a_mismatching_stream_is_named() {
+    let mismatch = BrokerError::Mismatch {
+        what: "stream CAF_EXEC_RESULT".to_owned(),
+        field: "allow_direct",
+        wanted: "true".to_owned(),
+        found: "false".to_owned(),
+    };
+    let reading = Reading { streams: Some(Err(mismatch)), ..healthy() };
+    let message = "stream CAF_EXEC_RESULT: field allow_direct is false but must be true; \
+                   alter or remove it by hand, the operator never alters what exists";
+    says(&workers(2, 2), &reading, "StreamsReady", ("False", "StreamMismatch", message));
+    says(&workers(2, 2), &reading, "QueueReadable", ("True", "QueueRead", "the broker answers"));
+}
+
+#[test]
+fn workers_that_do_not_start_say_why() {
+    let pulling = container(json!({"state": {"waiting": {"reason": "ErrImagePull", "message": "try 17"}}}));
+    let message = "the image beamline:1 cannot be had; `kubectl describe pod` says why";
+    says(&with_pod(workers(2, 0), pulling), &healthy(), "Ready", ("False", "ImagePullBackOff", message));
+
+    let crashed = container(json!({
+        "state": {"running": {}},
+        "lastState": {"terminated": {"exitCode": 1}},
+    }));
+    let message = "workers exited with code 1; `kubectl logs --previous` says why";
+    says(&with_pod(workers(2, 0), crashed), &healthy(), "Ready", ("False", "CrashLoopBackOff", message));
+
+    let unschedulable = json!({"conditions": [{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available",
+    }]});
+    let message = "no node takes a worker: 0/1 nodes are available";
+    says(&with_pod(workers(2, 0), unschedulable), &healthy(), "Ready", ("False", "Unschedulable", message));
+}
+
+#[test]
+fn a_quota_is_named_without_the_pod_that_met_it() {
+    let mut converged = workers(2, 0);
+    let deployment = Arc::get_mut(&mut converged.applied.deployment).expect("not shared");
+    deployment.status.as_mut().expect("a status").conditions = serde_json::from_value(json!([{
+        "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate",
+        "message": "pods \"default-5c9-x7k\" is forbidden: exceeded quota: pods, used: pods=4, limited: pods=4",
+    }]))
+    .expect("conditions");
+    let message = "pods cannot be created: exceeded quota: pods, used: pods=4, limited: pods=4";
+    says(&converged, &healthy(), "Ready", ("False", "QuotaExceeded", message));
+}
+
+#[test]
+fn an_error_is_a_condition_and_keeps_what_was_known() {
+    let mut pool = stored("{}");
+    pool.status = Some(WorkerPoolStatus { ready_replicas: 4, desired_replicas: 5, ..WorkerPoolStatus::default() });
+    let error = Error::Invalid(InvalidPool::NotStored);
+    let status = compute(&pool, Err(&error), &healthy(), at(0));
+    assert_eq!((status.ready_replicas, status.desired_replicas, status.observed_generation), (4, 5, Some(3)));
+    assert_eq!(find(&status, "Ready").reason, "InvalidSpec");
+}
+
+#[test]
+fn a_transition_is_dated_and_a_repetition_is_not() {
+    let mut pool = stored("{}");
+    let first = compute(&pool, Ok(&workers(2, 0)), &healthy(), at(0));
+    pool.status = Some(first.clone());
+    let same = compute(&pool, Ok(&workers(2, 0)), &healthy(), at(60));
+    assert_eq!(same, first, "nothing changed, nothing to write");
+    let ready = compute(&pool, Ok(&workers(2, 2)), &healthy(), at(60));
+    assert_eq!(find(&ready, "Ready").last_transition_time.0, at(60));
+    assert_eq!(find(&ready, "QueueReadable").last_transition_time.0, at(0));
+}
+
+#[test]
+fn moving_numbers_wait_and_news_does_not() {
+    let with_depth =
+        |depth| WorkerPoolStatus { queue: Some(Queue { depth, ..Queue::default() }), ..WorkerPoolStatus::default() };
+    let half_a_second = Some(Duration::from_millis(500));
+    let current = with_depth(5);
+    assert_eq!(due(Some(&current), &current, half_a_second), Due::Nothing);
+    assert_eq!(due(Some(&current), &with_depth(6), half_a_second), Due::In(Duration::from_millis(1500)));
+    assert_eq!(due(Some(&current), &with_depth(6), Some(Duration::from_secs(3))), Due::Now);
+    assert_eq!(due(Some(&current), &with_depth(0), half_a_second), Due::Now, "the last of the work is done");
+    let scaled = WorkerPoolStatus { replicas: 1, ..with_depth(6) };
+    assert_eq!(due(Some(&current), &scaled, half_a_second), Due::Now);
+    assert_eq!(due(None, &current, None), Due::Now);
+}
