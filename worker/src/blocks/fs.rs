@@ -176,10 +176,12 @@ impl Fs {
     }
 }
 
-async fn on_thread(work: impl FnOnce() -> Result<Output, Fault> + Send + 'static) -> Result<Output, Fault> {
+/// Work that may block, where it holds up no other. A panic goes on to whoever waits.
+pub(super) async fn on_thread(work: impl FnOnce() -> Result<Output, Fault> + Send + 'static) -> Result<Output, Fault> {
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Fault::new(Cause::Internal, "the thread that used the file ended early")),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(Fault::new(Cause::ResourceUnavailable, "the worker is shutting down")),
     }
 }
 
@@ -296,7 +298,7 @@ fn too_large(place: &Place<'_>, limit: usize) -> Fault {
 }
 
 /// How long the content is as a JSON string: known before the memory for it is used.
-fn encoded_len(bytes: &[u8], text: Option<&str>) -> usize {
+pub(super) fn encoded_len(bytes: &[u8], text: Option<&str>) -> usize {
     let escaped = |byte: &u8| match byte {
         b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
         0..0x20 => 6,
