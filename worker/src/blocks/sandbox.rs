@@ -1,13 +1,204 @@
-//! Canned results: nothing outside is touched.
+//! Canned results, the same every time: nothing outside is touched, and nothing is measured but our own work.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::value::to_raw_value;
 
 use super::{Block, Output};
 use crate::contract::SandboxJob;
-use crate::fault::{Cause, Fault};
+use crate::fault::{Cause, Details, Fault};
 
 /// One attempt, counted from 1.
 ///
 /// # Errors
-/// The failure that the job asked for.
-pub async fn run(_block: &Block, _sandbox: &SandboxJob, _attempt: u32) -> Result<Output, Fault> {
-    Err(Fault::new(Cause::Internal, "not there yet"))
+/// The failure that the job asked for, with `sandbox` in its details.
+pub async fn run(block: &Block, sandbox: &SandboxJob, attempt: u32) -> Result<Output, Fault> {
+    if let Some(delay_ms @ 1..) = sandbox.delay_ms {
+        tokio::time::sleep(Duration::from_millis(delay_ms.unsigned_abs())).await;
+    }
+    match failure(sandbox, attempt) {
+        None => canned(block),
+        Some(cause) => Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks"))
+            .with(Details { sandbox: Some(true), ..Details::default() })),
+    }
+}
+
+/// A status of `error` or `timeout` fails always, `fail_attempts` the first ones, and a `code` alone always.
+fn failure(sandbox: &SandboxJob, attempt: u32) -> Option<Cause> {
+    let cause = sandbox.code.map_or(Cause::Network, cause);
+    let fails_at_first = sandbox.fail_attempts.is_some_and(|attempts| i64::from(attempt) <= attempts);
+    match sandbox.status.as_deref() {
+        Some("timeout") => Some(Cause::DeadlinePassed),
+        Some("error") => Some(cause),
+        _ if fails_at_first => Some(cause),
+        None if sandbox.code.is_some() && sandbox.fail_attempts.is_none() => Some(cause),
+        _ => None,
+    }
+}
+
+/// The most usual cause with this number; 3001 for a number that no block fails with.
+fn cause(code: i64) -> Cause {
+    match code {
+        1001 => Cause::InvalidInput,
+        1002 => Cause::MissingField,
+        1003 => Cause::InvalidFormat,
+        2001 => Cause::ExecutionFailed,
+        2002 => Cause::ResourceUnavailable,
+        2003 => Cause::NotAllowed,
+        3002 => Cause::ConnectTimeout,
+        3003 => Cause::HttpStatus(503),
+        4001 => Cause::Internal,
+        5002 => Cause::DeadlinePassed,
+        _ => Cause::Network,
+    }
+}
+
+fn canned(block: &Block) -> Result<Output, Fault> {
+    match block {
+        Block::Http(_) => {
+            encode(&Http { status_code: 200, body: "", headers: NoHeaders {}, latency_ms: 0, sandbox: true })
+        }
+        Block::FsPut(put) => encode(&File {
+            path: put.path(),
+            size_bytes: put.size_bytes(),
+            content_type: put.content_type(),
+            content: None,
+            sandbox: true,
+        }),
+        Block::FsGet(get) => encode(&File {
+            path: get.path(),
+            size_bytes: 0,
+            content_type: get.content_type(),
+            content: Some(""),
+            sandbox: true,
+        }),
+        Block::Sql(_) => encode(&Sql { rows: [], row_count: 0, sandbox: true }),
+    }
+}
+
+fn encode(answer: &impl Serialize) -> Result<Output, Fault> {
+    let json = to_raw_value(answer);
+    json.map(Output).map_err(|error| Fault::new(Cause::Internal, format!("the result cannot be encoded: {error}")))
+}
+
+#[derive(Serialize)]
+struct Http {
+    status_code: u16,
+    body: &'static str,
+    headers: NoHeaders,
+    latency_ms: u64,
+    sandbox: bool,
+}
+
+#[derive(Serialize)]
+struct NoHeaders {}
+
+#[derive(Serialize)]
+struct File<'a> {
+    path: &'a str,
+    size_bytes: usize,
+    content_type: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    sandbox: bool,
+}
+
+#[derive(Serialize)]
+struct Sql {
+    rows: [(); 0],
+    row_count: u64,
+    sandbox: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use serde_json::json;
+    use serde_json::value::RawValue;
+
+    use super::*;
+    use crate::blocks::BlockKind;
+
+    fn block(kind: BlockKind, job: serde_json::Value) -> Block {
+        Block::parse(kind, &RawValue::from_string(job.to_string()).unwrap()).unwrap()
+    }
+
+    fn get() -> Block {
+        block(BlockKind::FsGet, json!({"path": "/data/x.json"}))
+    }
+
+    /// The codes of three attempts in a row; 0 for a success.
+    async fn codes(sandbox: serde_json::Value) -> [u16; 3] {
+        let sandbox: SandboxJob = serde_json::from_value(sandbox).unwrap();
+        let mut codes = [0; 3];
+        for (attempt, code) in (1..).zip(&mut codes) {
+            *code = match run(&get(), &sandbox, attempt).await {
+                Ok(_) => 0,
+                Err(fault) => {
+                    assert_eq!(fault.details.sandbox, Some(true));
+                    fault.cause.code()
+                }
+            };
+        }
+        codes
+    }
+
+    #[tokio::test]
+    async fn every_kind_of_block_has_a_result_of_its_own_shape() {
+        let cases = [
+            (
+                block(BlockKind::Http, json!({"method": "GET", "url": "http://example.com/"})),
+                json!({"status_code": 200, "body": "", "headers": {}, "latency_ms": 0, "sandbox": true}),
+            ),
+            (
+                block(BlockKind::FsPut, json!({"path": "/data/x.json", "content": "é"})),
+                json!({"path": "/data/x.json", "size_bytes": 2, "content_type": "application/json", "sandbox": true}),
+            ),
+            (
+                get(),
+                json!({
+                    "path": "/data/x.json", "size_bytes": 0, "content_type": "application/json", "content": "",
+                    "sandbox": true,
+                }),
+            ),
+            (
+                block(BlockKind::Sql, json!({"connection_string": "sqlite://x.db", "query": "SELECT 1"})),
+                json!({"rows": [], "row_count": 0, "sandbox": true}),
+            ),
+        ];
+        for (block, expected) in cases {
+            let output = run(&block, &SandboxJob::default(), 1).await.unwrap();
+            let answer: serde_json::Value = serde_json::from_str(output.0.get()).unwrap();
+            assert_eq!(answer, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_job_can_ask_for_a_failure() {
+        assert_eq!(codes(json!({})).await, [0, 0, 0]);
+        assert_eq!(codes(json!({"status": "success"})).await, [0, 0, 0]);
+        assert_eq!(codes(json!({"fail_attempts": 2})).await, [3001, 3001, 0]);
+        assert_eq!(codes(json!({"fail_attempts": 1, "code": 2002})).await, [2002, 0, 0]);
+        assert_eq!(codes(json!({"fail_attempts": -1})).await, [0, 0, 0]);
+        assert_eq!(codes(json!({"status": "error"})).await, [3001; 3]);
+        assert_eq!(codes(json!({"status": "error", "code": 2003, "fail_attempts": 1})).await, [2003; 3]);
+        assert_eq!(codes(json!({"status": "timeout"})).await, [5002; 3]);
+        assert_eq!(codes(json!({"code": 2001})).await, [2001; 3]);
+        assert_eq!(codes(json!({"code": 99, "status": "error"})).await, [3001; 3]);
+    }
+
+    #[test]
+    fn without_a_delay_nothing_is_waited_for() {
+        let (block, sandbox) = (get(), SandboxJob::default());
+        assert!(run(&block, &sandbox, 1).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_delay_is_kept() {
+        let sandbox = SandboxJob { delay_ms: Some(30), ..SandboxJob::default() };
+        let started = std::time::Instant::now();
+        assert!(run(&get(), &sandbox, 1).await.is_ok());
+        assert!(started.elapsed() >= Duration::from_millis(30));
+    }
 }
