@@ -1,0 +1,433 @@
+//! Every JSON example of docs/contract.md, held against the code that reads or writes it: an example that drifts fails.
+
+#![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a test says so when it cannot go on")]
+
+use std::path::Path;
+use std::time::Duration;
+
+use async_nats::jetstream::consumer;
+use beamline_worker::assignment::{Addressee, Assignment};
+use beamline_worker::blocks::egress::Policy;
+use beamline_worker::blocks::{self, BlockKind, Blocks, Output, http};
+use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
+use beamline_worker::execute::{self, Ended, Engine, Execution, Limits};
+use beamline_worker::fault::{Cause, Details, Fault};
+use beamline_worker::report::{self, StepResult};
+use serde_json::value::{RawValue, to_raw_value};
+use serde_json::{Map, Value, json};
+
+const CONTRACT: &str = include_str!("../../docs/contract.md");
+const MAX_PAYLOAD: usize = 1024 * 1024;
+
+/// One JSON block, with the words of the comment before it.
+struct Fixture {
+    line: usize,
+    kind: Vec<&'static str>,
+    json: String,
+}
+
+impl Fixture {
+    #[track_caller]
+    fn value(&self) -> Value {
+        serde_json::from_str(&self.json).unwrap_or_else(|error| panic!("{self}: {error}"))
+    }
+}
+
+impl std::fmt::Display for Fixture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "docs/contract.md:{}: `{}`", self.line, self.kind.join(" "))
+    }
+}
+
+/// All JSON blocks. One without a comment, or a comment without one, is a mistake.
+#[track_caller]
+fn fixtures() -> Vec<Fixture> {
+    let mut found = Vec::new();
+    let mut comment = None;
+    let mut lines = CONTRACT.lines().enumerate();
+    while let Some((index, line)) = lines.next() {
+        let kind = line.strip_prefix("<!-- fixture: ").and_then(|rest| rest.strip_suffix(" -->"));
+        if let Some(kind) = kind {
+            comment = Some(kind.split(' ').collect());
+        } else if line == "```json" {
+            let kind = comment.take().unwrap_or_else(|| panic!("docs/contract.md:{index}: JSON that is no fixture"));
+            let json = lines.by_ref().map(|(_, line)| line).take_while(|line| *line != "```").collect::<Vec<_>>();
+            found.push(Fixture { line: index + 1, kind, json: json.join("\n") });
+        } else {
+            assert!(comment.is_none(), "docs/contract.md:{index}: a fixture without JSON");
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn every_example_is_what_the_code_reads_and_writes() {
+    let fixtures = fixtures();
+    assert!(fixtures.len() > 20, "only {} examples were found", fixtures.len());
+    let mut job = None;
+    for fixture in &fixtures {
+        match fixture.kind.as_slice() {
+            ["assignment", "accepted", kind] => is_accepted(fixture, fixture.value(), kind),
+            ["assignment", "rejected", code, pointer] => is_rejected(fixture, fixture.value(), code, pointer),
+            ["job", "accepted", kind] => {
+                is_accepted(fixture, around(fixture.value()), kind);
+                job = Some(fixture.value());
+            }
+            ["job", "rejected", code, pointer] => is_rejected(fixture, around(fixture.value()), code, pointer),
+            ["output", "sandbox"] => {
+                let job = job.take().unwrap_or_else(|| panic!("{fixture}: no job before it"));
+                let produced = run(fixture, Engine::Sandbox, job).await;
+                assert_eq!(fixture.value(), Value::from(produced), "{fixture}");
+            }
+            ["output", kind] => {
+                let job = job.take().unwrap_or_else(|| panic!("{fixture}: no job before it"));
+                is_produced(fixture, kind, job).await;
+            }
+            ["verdict", "accepted"] => verdict_accepted(fixture),
+            ["verdict", "rejected", code] => verdict_rejected(fixture, code),
+            ["result", "success", kind] => result(fixture, kind, None),
+            ["result", "error" | "timeout", code] => result(fixture, "http.request", Some(code)),
+            ["dead", "letter", stage] => dead_letter(fixture, stage),
+            ["consumer"] => consumer_config(fixture),
+            _ => panic!("{fixture} is no kind of fixture"),
+        }
+    }
+}
+
+#[track_caller]
+fn is_accepted(fixture: &Fixture, assignment: Value, kind: &str) {
+    let assignment = Assignment::decode(assignment.to_string().as_bytes())
+        .unwrap_or_else(|refused| panic!("{fixture} is refused: {}", refused.invalid));
+    assert_eq!(assignment.block.kind().as_str(), kind, "{fixture}");
+}
+
+#[track_caller]
+fn is_rejected(fixture: &Fixture, assignment: Value, code: &str, pointer: &str) {
+    let Err(refused) = Assignment::decode(assignment.to_string().as_bytes()) else {
+        panic!("{fixture} is accepted");
+    };
+    assert_eq!(
+        (refused.invalid.cause.code().to_string().as_str(), refused.invalid.pointer.as_str()),
+        (code, pointer),
+        "{fixture}"
+    );
+}
+
+/// An assignment with this job.
+fn around(job: Value) -> Value {
+    json!({
+        "version": "1",
+        "assignment_id": "assign-123",
+        "request_id": "req-456",
+        "tenant_id": "tenant-789",
+        "executor": { "provider_id": "openai" },
+        "job": job,
+    })
+}
+
+/// An assignment with the ids of what is said about it.
+#[track_caller]
+fn behind(message: &Value) -> Assignment {
+    let mut assignment = around(json!({ "type": "http.request", "url": "https://api.example.com/process" }));
+    for (from, id) in [("", "assignment_id"), ("", "request_id"), ("", "tenant_id"), ("", "trace_id")]
+        .into_iter()
+        .chain([("/metadata", "run_id"), ("/metadata", "flow_id"), ("/metadata", "step_id")])
+    {
+        if let Some(value) = message.pointer(&format!("{from}/{id}")) {
+            assignment[id] = value.clone();
+        }
+    }
+    decode(&assignment)
+}
+
+#[track_caller]
+fn decode(assignment: &Value) -> Assignment {
+    Assignment::decode(assignment.to_string().as_bytes())
+        .unwrap_or_else(|refused| panic!("{assignment}: {}", refused.invalid))
+}
+
+#[track_caller]
+fn is_written(fixture: &Fixture, written: &[u8], clock: &str) {
+    let mut written: Value = serde_json::from_slice(written).expect("what we write is JSON");
+    let mut example = fixture.value();
+    for message in [&mut written, &mut example] {
+        let time = message.as_object_mut().and_then(|message| message.remove(clock));
+        assert!(time.is_some_and(|time| time.is_i64()), "{fixture}: {clock} is no Unix time");
+    }
+    assert_eq!(example, written, "{fixture}: the example is left, what the code writes is right");
+}
+
+fn verdict_accepted(fixture: &Fixture) {
+    let example = fixture.value();
+    let written = report::accepted(&behind(&example), text(&example, "/worker_id"));
+    is_written(fixture, &written, "acknowledged_at");
+}
+
+fn verdict_rejected(fixture: &Fixture, code: &str) {
+    let example = fixture.value();
+    let fault = fault(fixture, &example["error"]);
+    assert_eq!(fault.cause.code().to_string(), code, "{fixture}");
+    let id = |field: &str| example[field].as_str().filter(|id| !id.is_empty()).map(str::to_owned);
+    let addressee = Addressee {
+        assignment_id: id("assignment_id"),
+        request_id: id("request_id"),
+        tenant_id: id("tenant_id"),
+        trace_id: id("trace_id"),
+        run_id: None,
+    };
+    let written = report::rejected(&addressee, fault.cause, &fault.message, text(&example, "/worker_id"));
+    is_written(fixture, &written.expect("a verdict with an addressee"), "acknowledged_at");
+}
+
+fn result(fixture: &Fixture, kind: &str, code: Option<&str>) {
+    let example = fixture.value();
+    let kind = BlockKind::parse(kind).unwrap_or_else(|| panic!("{fixture}: {kind} is no block"));
+    let outcome = match code {
+        None => Ok(Output(to_raw_value(&example["result"]).expect("JSON"))),
+        Some(code) => {
+            let fault = fault(fixture, &example["error"]);
+            assert_eq!(fault.cause.code().to_string(), code, "{fixture}");
+            Err(fault)
+        }
+    };
+    let execution = Execution {
+        outcome,
+        failed: Vec::new(),
+        attempts: number(&example, "/metadata/attempts").try_into().expect("a number of attempts"),
+        latency: millis(&example, "/latency_ms"),
+        cpu_time: millis(&example, "/metadata/cpu_time_ms"),
+    };
+    let mut step = StepResult::of(execution, kind, millis(&example, "/metadata/queue_ms"));
+    let written = step.encode(&behind(&example), text(&example, "/metadata/worker_id"), MAX_PAYLOAD);
+    is_written(fixture, &written, "completed_at");
+}
+
+fn dead_letter(fixture: &Fixture, stage: &str) {
+    let example = fixture.value();
+    let id = |field: &str| example[field].as_str();
+    let error = fault(fixture, &example["error"]);
+    let attempts: Vec<_> = example["attempts"].as_array().expect("attempts").iter().collect();
+    let faults: Vec<_> = attempts.iter().map(|attempt| fault(fixture, &attempt["error"])).collect();
+    let assignment = example.get("assignment").map(|assignment| to_raw_value(assignment).expect("JSON"));
+    if let Some(assignment) = &assignment {
+        decode(&serde_json::from_str(assignment.get()).expect("JSON"));
+    }
+    let letter = DeadLetter {
+        version: contract::VERSION,
+        dlq_id: text(&example, "/dlq_id"),
+        stage: report::dead_letter::Stage::ALL
+            .into_iter()
+            .map(report::dead_letter::Stage::as_str)
+            .find(|known| *known == stage)
+            .unwrap_or_else(|| panic!("{fixture}: {stage} is no stage")),
+        error: LetterError::New(report::public_error(&error)),
+        assignment: assignment.as_deref(),
+        raw_base64: id("raw_base64").map(str::to_owned),
+        redacted: example["redacted"].as_bool(),
+        attempts: std::iter::zip(attempts, &faults)
+            .map(|(attempt, fault)| AttemptRecord {
+                started_at: attempt["started_at"].as_i64().expect("a Unix time"),
+                latency_ms: number(attempt, "/latency_ms"),
+                error: report::public_error(fault),
+            })
+            .collect(),
+        deliveries: number(&example, "/deliveries").try_into().expect("a number of deliveries"),
+        assignment_id: id("assignment_id"),
+        request_id: id("request_id"),
+        tenant_id: id("tenant_id"),
+        trace_id: id("trace_id"),
+        run_id: id("run_id"),
+        worker_id: text(&example, "/worker_id"),
+        pool: id("pool"),
+        failed_at: 0,
+    };
+    assert!(letter.dlq_id.ends_with(&format!(",{stage}")), "{fixture}");
+    is_written(fixture, &serde_json::to_vec(&letter).expect("JSON"), "failed_at");
+}
+
+/// The fault that an example shows: its row of the table is found by number and retryability.
+#[track_caller]
+fn fault(fixture: &Fixture, error: &Value) -> Fault {
+    let details = &error["details"];
+    let status = details["http_status"].as_u64().and_then(|status| u16::try_from(status).ok());
+    let is_it = |cause: &Cause| {
+        u64::from(cause.code()) == number(error, "/code") && Some(cause.is_retryable()) == error["retryable"].as_bool()
+    };
+    let cause = status.map_or_else(|| CAUSES.into_iter().find(is_it), |status| Some(Cause::HttpStatus(status)));
+    let cause = cause.unwrap_or_else(|| panic!("{fixture}: no cause is {} with this retryability", error["code"]));
+    let word = |field: &str| details[field].as_str().map(str::to_owned);
+    Fault::new(cause, text(error, "/message")).with(Details {
+        block_type: word("block_type").and_then(|name| BlockKind::parse(&name)).map(BlockKind::as_str),
+        url: word("url"),
+        path: word("path"),
+        http_status: status,
+        body: word("body"),
+        sandbox: details["sandbox"].as_bool(),
+    })
+}
+
+#[track_caller]
+fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_else(|| panic!("{pointer} is no text in {value}"))
+}
+
+#[track_caller]
+fn number(value: &Value, pointer: &str) -> u64 {
+    value.pointer(pointer).and_then(Value::as_u64).unwrap_or_else(|| panic!("{pointer} is no number in {value}"))
+}
+
+#[track_caller]
+fn millis(value: &Value, pointer: &str) -> Duration {
+    Duration::from_millis(number(value, pointer))
+}
+
+/// Names that the client library does not know vanish when it reads them.
+fn consumer_config(fixture: &Fixture) {
+    let example = fixture.value();
+    let config: consumer::Config = serde_json::from_value(example.clone()).expect("a consumer");
+    let read = serde_json::to_value(&config).expect("a consumer is plain data");
+    for (field, value) in example.as_object().expect("an object") {
+        assert_eq!(Some(value), read.get(field), "{fixture}: {field}");
+    }
+    let subjects = [contract::LEDGER, contract::REFUSED].map(|subject| format!("{subject}.*.*"));
+    assert_eq!(config.filter_subjects, subjects, "{fixture}");
+}
+
+/// Executes the job before an output, against a world that answers as the example says.
+async fn is_produced(fixture: &Fixture, kind: &str, mut job: Value) {
+    let example = fixture.value();
+    let root = tempfile::tempdir().expect("a directory");
+    let data = root.path().to_str().expect("a path").to_owned();
+    match kind {
+        "http.request" => job["url"] = format!("{}/endpoint", peer(&example).await).into(),
+        "fs.put" | "fs.get" => job["path"] = text(&job, "/path").replace("/data", &data).into(),
+        "sql.query" => database(&root.path().join("tenant-789"), &example["rows"]),
+        other => panic!("{fixture}: {other} produces nothing"),
+    }
+    if kind == "fs.get" {
+        let put = json!({ "type": "fs.put", "path": job["path"], "content": example["content"], "content_type": example["content_type"] });
+        run(fixture, real(&data), put).await;
+    }
+    let mut produced = run(fixture, real(&data), job).await;
+    if let Some(path) = produced.get_mut("path") {
+        *path = text(path, "").replace(&data, "/data").into();
+    }
+    // What differs from run to run, or with the peer, is compared by its type.
+    let example = example.as_object().expect("an object").clone();
+    let by_type = |mut output: Map<String, Value>| {
+        if let Some(latency) = output.get_mut("latency_ms") {
+            *latency = latency.is_u64().into();
+        }
+        if let Some(headers) = output.get_mut("headers").and_then(Value::as_object_mut) {
+            headers.retain(|name, value| value.is_string() && name == "Content-Type");
+        }
+        output
+    };
+    assert_eq!(by_type(example), by_type(produced), "{fixture}: the example is left, what the block returns is right");
+}
+
+fn real(root: &str) -> Engine {
+    let blocks = Blocks::new(blocks::Settings {
+        egress: Policy { allow: vec!["127.0.0.1".parse().expect("an entry")], ..Policy::default() },
+        http: http::Settings::default(),
+        fs_roots: vec![root.into()],
+    });
+    Engine::Real(blocks.expect("blocks"))
+}
+
+async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value> {
+    let assignment = decode(&around(job));
+    let limits = Limits { cpu_time: Duration::from_secs(60), max_output_bytes: MAX_PAYLOAD };
+    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, || true).await else {
+        panic!("{fixture}: it was not executed");
+    };
+    let output: Box<RawValue> = execution.outcome.unwrap_or_else(|fault| panic!("{fixture}: {fault:?}")).0;
+    serde_json::from_str(output.get()).expect("an output is an object")
+}
+
+/// A peer on this machine that answers as the example says; returns its URL.
+async fn peer(example: &Value) -> String {
+    let status = u16::try_from(number(example, "/status_code")).expect("a status");
+    let status = axum::http::StatusCode::from_u16(status).expect("a status");
+    let body = text(example, "/body").to_owned();
+    let content_type = text(example, "/headers/Content-Type").to_owned();
+    let answer = move || async move { (status, [(axum::http::header::CONTENT_TYPE, content_type)], body) };
+    let router = axum::Router::new().route("/endpoint", axum::routing::post(answer));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    format!("http://{address}")
+}
+
+/// A table `users` with these rows, all of them texts, in the tenant's own directory.
+fn database(directory: &Path, rows: &Value) {
+    std::fs::create_dir_all(directory).expect("a directory");
+    let database = rusqlite::Connection::open(directory.join("db.sqlite")).expect("a database");
+    database.execute_batch("CREATE TABLE users (id TEXT, name TEXT, email TEXT)").expect("a table");
+    for row in rows.as_array().expect("rows") {
+        let values = ["/id", "/name", "/email"].map(|field| text(row, field));
+        database.execute("INSERT INTO users VALUES (?1, ?2, ?3)", values).expect("a row");
+    }
+}
+
+/// Every row of the code's table; a status for each of the two kinds of HTTP errors.
+const CAUSES: [Cause; 17] = [
+    Cause::InvalidInput,
+    Cause::MissingField,
+    Cause::InvalidFormat,
+    Cause::NoSuchPool,
+    Cause::NeverFits,
+    Cause::ExecutionFailed,
+    Cause::ResourceUnavailable,
+    Cause::OverCap,
+    Cause::NotAllowed,
+    Cause::Network,
+    Cause::Tls,
+    Cause::ConnectTimeout,
+    Cause::HttpStatus(503),
+    Cause::HttpStatus(404),
+    Cause::TooManyRedirects,
+    Cause::Internal,
+    Cause::DeadlinePassed,
+];
+
+/// What the page calls it. A new cause does not compile until it has its row, here and there.
+const fn outcome(cause: Cause) -> &'static str {
+    match cause {
+        Cause::InvalidInput => "not JSON, not an object, nested too deep, unknown block type or method",
+        Cause::MissingField => "a required field is missing or empty",
+        Cause::InvalidFormat => "a field has the wrong type, is out of range or cannot be parsed",
+        Cause::NoSuchPool => "no slots of the pool that it asks for",
+        Cause::NeverFits => "more `memory_mb` than the worker may ever hold",
+        Cause::ExecutionFailed => "a missing file, an SQL error",
+        Cause::ResourceUnavailable => "database busy, disk full",
+        Cause::OverCap => "over a cap (bytes, rows, CPU time), or more than the broker takes",
+        Cause::NotAllowed => "a path, host or statement that is not allowed",
+        Cause::Network => "the peer refuses or resets, the name does not resolve",
+        Cause::Tls => "TLS or certificate failure",
+        Cause::ConnectTimeout => "the peer does not accept the connection in time",
+        Cause::HttpStatus(408 | 425 | 429 | 500..) => "HTTP 408, 425, 429, 5xx",
+        Cause::HttpStatus(_) => "any other HTTP 4xx",
+        Cause::TooManyRedirects => "more than 5 redirects",
+        Cause::Internal => "a bug of the worker",
+        Cause::DeadlinePassed => "the deadline passed",
+    }
+}
+
+#[test]
+fn the_error_table_is_the_codes_table() {
+    for cause in CAUSES {
+        let begins = format!("| {} | ", outcome(cause));
+        let row = CONTRACT.lines().find_map(|line| line.strip_prefix(&begins));
+        let row = row.unwrap_or_else(|| panic!("docs/contract.md has no row `{}`", outcome(cause)));
+        let yes = |yes: bool| if yes { "yes" } else { "no" };
+        let expected =
+            format!("| {} | {} | {} |", cause.code(), yes(cause.is_retryable()), yes(cause.is_dead_letter()));
+        assert!(row.ends_with(&expected), "`{}` is {row}, the code says {expected}", outcome(cause));
+        assert!(
+            row.starts_with("rejected") || row.starts_with(cause.status().as_str()),
+            "`{}` is {row}",
+            outcome(cause)
+        );
+    }
+}

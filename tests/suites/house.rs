@@ -1,0 +1,399 @@
+//! The rules of the house: who may know whom, what files are called, and that the pages say what is there.
+
+#![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a test says so when it cannot go on")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use beamline_crds::WorkerPool;
+use beamline_worker::config::Invocation;
+use beamline_worker::metrics::Metrics;
+use kube::CustomResourceExt;
+use serde_json::Value;
+
+const OURS: [&str; 4] = ["beamline-crds", "beamline-operator", "beamline-tests", "beamline-worker"];
+
+fn house() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the house")
+}
+
+#[track_caller]
+fn read(path: impl AsRef<Path>) -> String {
+    let path = house().join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Every file with this extension, as a path from the house; build results and tool directories are left out.
+fn files(extension: &str) -> Vec<PathBuf> {
+    fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(directory).expect("a directory").flatten() {
+            let (path, name) = (entry.path(), entry.file_name());
+            let is_ours = name != "target" && !name.to_string_lossy().starts_with('.');
+            match path.is_dir() {
+                true if is_ours => walk(&path, found),
+                true => {}
+                false => found.push(path),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(house(), &mut found);
+    found.retain(|path| path.extension().is_some_and(|found| found == extension));
+    found.into_iter().filter_map(|path| path.strip_prefix(house()).map(Path::to_owned).ok()).collect()
+}
+
+/// What `cargo metadata` says: every package that is built, and what each needs besides its tests.
+struct Tree {
+    packages: BTreeMap<String, Package>,
+}
+
+struct Package {
+    name: String,
+    aliases: Vec<String>,
+    features: Vec<String>,
+    needs: Vec<String>,
+}
+
+impl Tree {
+    fn read() -> Self {
+        let cargo = Command::new(env!("CARGO"))
+            .args(["metadata", "--format-version=1", "--locked", "--offline"])
+            .current_dir(house())
+            .output()
+            .expect("cargo runs");
+        assert!(cargo.status.success(), "{}", String::from_utf8_lossy(&cargo.stderr));
+        let metadata: Value = serde_json::from_slice(&cargo.stdout).expect("JSON");
+        let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let names: BTreeMap<_, _> =
+            list(&metadata["packages"]).iter().map(|package| (text(&package["id"]), text(&package["name"]))).collect();
+        let is_for_tests = |need: &Value| list(&need["dep_kinds"]).iter().all(|kind| kind["kind"] == "dev");
+        let packages = list(&metadata["resolve"]["nodes"]).into_iter().map(|node| {
+            let needs = list(&node["deps"]);
+            let package = Package {
+                name: names.get(&text(&node["id"])).cloned().unwrap_or_default(),
+                aliases: needs.iter().map(|need| text(&need["name"])).collect(),
+                features: list(&node["features"]).iter().map(text).collect(),
+                needs: needs.iter().filter(|need| !is_for_tests(need)).map(|need| text(&need["pkg"])).collect(),
+            };
+            (text(&node["id"]), package)
+        });
+        Self { packages: packages.collect() }
+    }
+
+    #[track_caller]
+    fn package(&self, name: &str) -> (&String, &Package) {
+        self.packages.iter().find(|(_, package)| package.name == name).unwrap_or_else(|| panic!("there is no {name}"))
+    }
+
+    /// The names of what a package names in its manifest.
+    fn direct(&self, name: &str) -> BTreeSet<&str> {
+        let (_, package) = self.package(name);
+        package.needs.iter().filter_map(|id| Some(self.packages.get(id)?.name.as_str())).collect()
+    }
+
+    /// The names of all that is built for a package.
+    fn all(&self, name: &str) -> BTreeSet<&str> {
+        let (first, _) = self.package(name);
+        let (mut seen, mut open) = (BTreeSet::new(), vec![first]);
+        while let Some(id) = open.pop() {
+            if let Some(package) = self.packages.get(id)
+                && seen.insert(id)
+            {
+                open.extend(&package.needs);
+            }
+        }
+        seen.into_iter().filter_map(|id| Some(self.packages.get(id)?.name.as_str())).collect()
+    }
+}
+
+#[test]
+fn the_api_knows_no_client_no_broker_and_no_runtime() {
+    let direct = Tree::read().direct("beamline-crds").into_iter().map(str::to_owned).collect::<BTreeSet<_>>();
+    for forbidden in ["async-nats", "tokio", "hyper", "reqwest", "beamline-operator", "beamline-worker"] {
+        assert!(!direct.contains(forbidden), "crds needs {forbidden}");
+    }
+    for path in files("rs").iter().filter(|path| path.starts_with("crds")) {
+        let source = read(path);
+        for forbidden in ["kube::Client", "kube::Api", "kube::client", "kube::api", "kube::runtime"] {
+            assert!(!source.contains(forbidden), "{} uses {forbidden}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_worker_knows_nothing_of_kubernetes() {
+    let tree = Tree::read();
+    let all = tree.all("beamline-worker");
+    for name in all {
+        let is_kubernetes = name == "kube" || name.starts_with("kube-") || name == "k8s-openapi";
+        assert!(!is_kubernetes, "the worker is built with {name}");
+        assert!(!OURS.contains(&name) || name == "beamline-worker", "the worker is built with {name}");
+    }
+}
+
+#[test]
+fn the_operator_knows_the_api_and_not_the_worker() {
+    let tree = Tree::read();
+    let ours: Vec<_> = tree.all("beamline-operator").into_iter().filter(|name| OURS.contains(name)).collect();
+    assert_eq!(ours, ["beamline-crds", "beamline-operator"]);
+}
+
+#[test]
+fn there_is_one_tls_provider() {
+    let tree = Tree::read();
+    for package in tree.packages.values() {
+        for other in ["aws-lc-rs", "aws-lc-sys", "openssl", "openssl-sys", "native-tls", "boring", "mbedtls"] {
+            assert_ne!(package.name, other, "{other} is built in");
+        }
+    }
+    let providers: Vec<_> = tree.packages.values().filter(|package| package.name == "rustls").collect();
+    assert_eq!(providers.len(), 1, "rustls is there in {} versions", providers.len());
+    for rustls in providers {
+        let has = |feature: &str| rustls.features.iter().any(|found| found == feature);
+        assert!(has("ring") && !has("aws_lc_rs") && !has("aws-lc-rs"), "rustls has {:?}", rustls.features);
+    }
+}
+
+/// Macros that write `core::…` would find it.
+#[test]
+fn nothing_is_called_core() {
+    for package in Tree::read().packages.values() {
+        assert_ne!(package.name, "core");
+        assert!(!OURS.contains(&package.name.as_str()) || !package.aliases.iter().any(|alias| alias == "core"));
+    }
+}
+
+#[test]
+fn a_file_is_a_step_or_a_noun() {
+    for path in files("rs") {
+        for part in path.with_extension("").iter() {
+            let part = part.to_string_lossy();
+            assert!(
+                !["utils", "util", "common", "helpers", "helper", "types", "manager", "misc"].contains(&part.as_ref()),
+                "{} says nothing about what is in it",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn the_top_level_is_what_a_newcomer_should_see() {
+    let mut seen: Vec<_> = std::fs::read_dir(house())
+        .expect("a directory")
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with('.') && name != "target")
+        .collect();
+    seen.sort();
+    let expected = [
+        "Cargo.lock",
+        "Cargo.toml",
+        "Dockerfile",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "charts",
+        "crds",
+        "docs",
+        "operator",
+        "tests",
+        "worker",
+    ];
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn nothing_is_left_for_later_without_saying_so() {
+    // Put together here, or this file would find itself.
+    let marks = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("unimple", "mented!"), concat!("to", "do!(")];
+    for extension in ["rs", "md", "sh", "toml", "yaml", "tpl"] {
+        for path in files(extension) {
+            let text = read(&path);
+            for mark in marks {
+                assert!(!text.contains(mark), "{} has {mark}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_command_list_names_the_commands() {
+    let make = Command::new("make").arg("help").current_dir(house()).output().expect("make runs");
+    assert!(make.status.success(), "{}", String::from_utf8_lossy(&make.stderr));
+    let help = String::from_utf8_lossy(&make.stdout).into_owned();
+    for command in ["demo", "test", "check", "bench", "image", "cluster-up", "cluster-down", "kubeconfig"] {
+        let is_listed = help.lines().any(|line| line.split_whitespace().next() == Some(command));
+        assert!(is_listed, "`make help` does not name {command}:\n{help}");
+    }
+}
+
+#[test]
+fn links_between_pages_lead_somewhere() {
+    for page in files("md") {
+        let folder = page.parent().expect("a page lies in a folder").to_owned();
+        for link in links(&read(&page)) {
+            let (target, anchor) = link.split_once('#').unwrap_or((&link, ""));
+            let path = if target.is_empty() { page.clone() } else { folder.join(target) };
+            assert!(house().join(&path).exists(), "{} links to {link}", page.display());
+            if !anchor.is_empty() {
+                assert!(anchors(&read(&path)).contains(anchor), "{} links to {link}", page.display());
+            }
+        }
+    }
+}
+
+/// The relative links of a page, outside of code.
+fn links(page: &str) -> Vec<String> {
+    let parts = prose(page).join("\n");
+    let targets = parts.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next());
+    targets.filter(|target| !target.contains("://") && !target.starts_with("mailto:")).map(str::to_owned).collect()
+}
+
+/// The anchors of a page's headings, as code hosts make them.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let headings = prose(page).into_iter().filter(|line| line.starts_with('#'));
+    headings
+        .map(|heading| {
+            let text = heading.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+            text.chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
+        })
+        .collect()
+}
+
+fn prose(page: &str) -> Vec<&str> {
+    let mut is_code = false;
+    page.lines()
+        .filter(|line| {
+            let is_fence = line.trim_start().starts_with("```");
+            is_code ^= is_fence;
+            !is_code && !is_fence
+        })
+        .collect()
+}
+
+/// The rows of all tables of a page, without the bars at their ends.
+fn rows(page: &str) -> Vec<&str> {
+    prose(page).into_iter().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")).collect()
+}
+
+/// A flag stands in a row of its own, with its variable and its default.
+#[test]
+fn operations_lists_every_flag_with_its_variable_and_default() {
+    let Ok(Invocation::Print(help)) = Invocation::from_args(["--help".into()], |_| None) else {
+        panic!("the worker has no help");
+    };
+    let page = read("docs/operations.md");
+    let rows = rows(&page);
+    let mut lines = help.lines().peekable();
+    let mut flags = 0;
+    while let Some(line) = lines.next() {
+        let Some(flag) = line.strip_prefix("  --") else { continue };
+        let flag = flag.split(['=', '[', ' ']).next().expect("a flag");
+        let next = lines.peek().expect("the variable of a flag").trim();
+        let (variable, default) = next.split_once(" [default: ").unwrap_or((next, ""));
+        let row = rows.iter().find(|row| row.starts_with(&format!("`--{flag}` | `{variable}` | ")));
+        let row = row.unwrap_or_else(|| panic!("docs/operations.md has no row for --{flag} and {variable}"));
+        let default = default.trim_end_matches(']');
+        assert!(
+            default.is_empty() || row.contains(&format!("| `{default}` |")),
+            "the default of --{flag} is {default}"
+        );
+        flags += 1;
+    }
+    assert!(flags > 20, "only {flags} flags were found in the help");
+    for row in rows.iter().filter(|row| row.starts_with("`--")) {
+        let flag = row.split('`').nth(1).expect("a flag");
+        assert!(help.contains(&format!("  {flag}")), "docs/operations.md lists {flag}, which is not there");
+    }
+}
+
+#[test]
+fn operations_lists_every_series_of_the_worker() {
+    let page = read("docs/operations.md");
+    let rows = rows(&page);
+    for line in Metrics::new().encode().lines() {
+        let Some(name) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split(' ').next()) else { continue };
+        let is_listed = rows.iter().any(|row| row.starts_with(&format!("`{name}`")));
+        assert!(is_listed || name.starts_with("process_"), "docs/operations.md has no row for {name}");
+    }
+}
+
+#[test]
+fn operations_lists_every_field_of_a_pool() {
+    let page = read("docs/operations.md");
+    let rows = rows(&page);
+    let mut paths = Vec::new();
+    leaves(&schema()["properties"]["spec"], "", &mut paths);
+    assert!(paths.len() > 30, "only {} fields were found", paths.len());
+    for path in paths {
+        let is_listed = rows.iter().any(|row| row.starts_with(&format!("`{path}`")));
+        assert!(is_listed, "docs/operations.md has no row for {path}");
+    }
+}
+
+/// The fields of ours; types of Kubernetes' own count as one.
+fn leaves(schema: &Value, path: &str, found: &mut Vec<String>) {
+    match schema["properties"].as_object() {
+        Some(properties) if !path.ends_with("affinity") && !path.ends_with("SecretRef") => {
+            for (name, property) in properties {
+                leaves(property, &format!("{path}.{name}"), found);
+            }
+        }
+        _ => found.push(path.trim_start_matches('.').to_owned()),
+    }
+}
+
+fn schema() -> Value {
+    let manifest = serde_json::to_value(WorkerPool::crd()).expect("a manifest is plain data");
+    manifest["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone()
+}
+
+/// The examples are written line by line (no `{}`), so that this small reader understands them.
+#[test]
+fn examples_of_a_pool_use_fields_that_exist() {
+    let schema = schema();
+    let mut examples = 0;
+    for page in files("md") {
+        let text = read(&page);
+        for example in text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+            if example.contains("kind: WorkerPool") {
+                examples += 1;
+                for path in keys(example).into_iter().filter(|path| path.first().is_some_and(|key| key == "spec")) {
+                    let pointer: String = path.iter().map(|key| format!("/properties/{key}")).collect();
+                    let is_free = ["requests", "limits"].iter().any(|free| {
+                        path.iter().position(|key| key == free).is_some_and(|at| at + 1 < path.len())
+                            && !path.iter().any(|key| key == "memoryMb" || key == "cpuTimeMs")
+                    });
+                    let pointer = pointer.replace("/roots/", "/roots/items/");
+                    assert!(
+                        is_free || schema.pointer(&pointer).is_some(),
+                        "{}: a WorkerPool has no field {}",
+                        page.display(),
+                        path.join(".")
+                    );
+                }
+            }
+        }
+    }
+    assert!(examples >= 1, "no page shows a WorkerPool");
+}
+
+/// The path of every key in a YAML text.
+fn keys(yaml: &str) -> Vec<Vec<String>> {
+    let mut open: Vec<(usize, String)> = Vec::new();
+    let mut found = Vec::new();
+    for line in yaml.lines() {
+        let bare = line.trim_start().trim_start_matches("- ");
+        let Some((key, _)) = bare.split_once(':').filter(|(key, _)| !key.is_empty() && !key.starts_with('#')) else {
+            continue;
+        };
+        let indent = line.len() - bare.len();
+        open.retain(|(outer, _)| *outer < indent);
+        open.push((indent, key.to_owned()));
+        found.push(open.iter().map(|(_, key)| key.clone()).collect());
+    }
+    found
+}
