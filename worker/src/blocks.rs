@@ -121,6 +121,7 @@ impl Output {
 /// Executes blocks. Holds what outlives one assignment: connections, directories.
 #[derive(Debug)]
 pub struct Blocks {
+    dirs: tenant_dir::TenantDirs,
     http: http::Http,
     fs: fs::Fs,
     sql: sql::Sql,
@@ -145,6 +146,7 @@ impl Blocks {
     pub fn new(settings: Settings) -> Result<Self, String> {
         let dirs = tenant_dir::TenantDirs::new(settings.fs_roots);
         Ok(Self {
+            dirs: dirs.clone(),
             http: http::Http::new(settings.http, settings.egress)?,
             fs: fs::Fs::new(dirs.clone()),
             sql: sql::Sql::new(dirs),
@@ -155,7 +157,9 @@ impl Blocks {
     pub fn refuses(&self, block: &Block) -> Option<Invalid> {
         match block {
             Block::Http(request) => self.http.refuses(request),
-            Block::FsPut(_) | Block::FsGet(_) | Block::Sql(_) => None,
+            Block::FsPut(put) => self.dirs.check(put.path()).err(),
+            Block::FsGet(get) => self.dirs.check(get.path()).err(),
+            Block::Sql(query) => self.sql.refuses(query),
         }
     }
 

@@ -177,4 +177,4 @@ fn is_same_place(broker: &Target, target: &Target, ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::blocks) mod tests;

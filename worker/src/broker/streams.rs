@@ -26,6 +26,8 @@ pub const ASSIGN_STREAM: &str = "CAF_EXEC_ASSIGN";
 pub const ACK_WAIT: Duration = Duration::from_secs(10);
 /// How many deliveries may be unsettled over all workers, where no operator sizes it to its pool.
 const MAX_ACK_PENDING: i64 = 50_000;
+/// Open pulls over all workers. The broker's default of 512 would leave every further worker idle.
+const MAX_WAITING: i64 = 16_384;
 /// Between two looks at streams that are missing or cannot be asked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Between two looks when nothing seems wrong: a few requests for each worker.
@@ -241,6 +243,7 @@ fn consumer(intake: &Intake) -> pull::Config {
         ack_wait: ACK_WAIT,
         max_deliver: -1,
         max_ack_pending: MAX_ACK_PENDING,
+        max_waiting: MAX_WAITING,
         ..pull::Config::default()
     }
 }

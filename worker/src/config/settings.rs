@@ -168,7 +168,8 @@ pub(super) const LOG_LEVEL: Setting = setting(
     "log-level",
     "WORKER_LOG",
     "FILTER",
-    Some("info"),
+    // The client says at level info what the broker module says better.
+    Some("info,async_nats=warn"),
     "error, warn, info, debug, trace or off; also target=level,...",
 );
 

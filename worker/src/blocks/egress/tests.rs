@@ -340,42 +340,44 @@ fn a_mapped_entry_speaks_of_ipv4() {
     assert!(admits(&policy, "http://10.9.9.9/") && !admits(&policy, "http://192.168.0.1/"));
 }
 
-/// Answers every query for a name with the addresses of `answers`, and the n-th query for `flip.` with the n-th one.
-async fn dns(answers: &'static [(&'static str, &'static [&'static str])]) -> SocketAddr {
+/// What a name server knows: none is NXDOMAIN, and no address is silence.
+type Answer = Option<&'static [&'static str]>;
+
+async fn dns(mut answers: impl FnMut(&str) -> Answer + Send + 'static) -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();
     tokio::spawn(async move {
         let mut query = [0; 512];
         loop {
             let (length, from) = socket.recv_from(&mut query).await.unwrap();
-            if let Some(reply) = reply(&query[..length], answers) {
-                socket.send_to(&reply, from).await.unwrap();
+            let (name, end) = name(&query);
+            let answer = answers(&name);
+            if answer.is_none_or(|addresses| !addresses.is_empty()) {
+                socket.send_to(&reply(&query[..length], end, answer), from).await.unwrap();
             }
         }
     });
     address
 }
 
-/// A reply with TTL 0; NXDOMAIN for a name that is not listed, silence for one without addresses.
-fn reply(query: &[u8], answers: &[(&str, &[&str])]) -> Option<Vec<u8>> {
-    let end = 12 + query[12..].iter().position(|byte| *byte == 0).unwrap() + 1;
-    let mut name = String::new();
-    let mut at = 12;
+/// The name that a query asks for, and where it ends.
+fn name(query: &[u8]) -> (String, usize) {
+    let (mut name, mut at) = (String::new(), 12);
     while query[at] != 0 {
         let length = usize::from(query[at]);
         name.push_str(std::str::from_utf8(&query[at + 1..=at + length]).unwrap());
         name.push('.');
         at += length + 1;
     }
+    (name.to_ascii_lowercase(), at + 1)
+}
+
+/// The addresses of the family that was asked for, with TTL 0.
+fn reply(query: &[u8], end: usize, answer: Answer) -> Vec<u8> {
     let is_aaaa = query[end + 1] == 28;
-    let found = answers.iter().find(|(listed, _)| *listed == name.to_ascii_lowercase());
-    if found.is_some_and(|(_, addresses)| addresses.is_empty()) {
-        return None;
-    }
-    let addresses = found.map_or(&[][..], |(_, addresses)| addresses);
-    let wanted: Vec<IpAddr> =
-        addresses.iter().map(|ip| ip.parse().unwrap()).filter(|ip: &IpAddr| ip.is_ipv6() == is_aaaa).collect();
-    let code = if found.is_some() { 0x80 } else { 0x83 };
+    let addresses = answer.unwrap_or_default().iter().map(|ip| ip.parse().unwrap());
+    let wanted: Vec<IpAddr> = addresses.filter(|ip: &IpAddr| ip.is_ipv6() == is_aaaa).collect();
+    let code = if answer.is_some() { 0x80 } else { 0x83 };
     let count = u8::try_from(wanted.len()).unwrap();
     let mut reply = [&query[..2], &[0x81, code, 0, 1, 0, count, 0, 0, 0, 0], &query[12..end + 4]].concat();
     for ip in wanted {
@@ -386,15 +388,20 @@ fn reply(query: &[u8], answers: &[(&str, &[&str])]) -> Option<Vec<u8>> {
         reply.extend([0xc0, 12, 0, query[end + 1], 0, 1, 0, 0, 0, 0, 0, u8::try_from(bytes.len()).unwrap()]);
         reply.extend(bytes);
     }
-    Some(reply)
+    reply
 }
 
-async fn guard(policy: Policy, answers: &'static [(&'static str, &'static [&'static str])]) -> Guard {
+/// A guard that asks a name server of our own.
+pub(in crate::blocks) async fn guard(policy: Policy, answers: impl FnMut(&str) -> Answer + Send + 'static) -> Guard {
     let server = dns(answers).await;
     let mut name_server = NameServerConfig::udp(server.ip());
     name_server.connections[0].port = server.port();
     let config = ResolverConfig::from_name_servers(vec![name_server]);
     Guard::with(Arc::new(policy), Duration::from_millis(600), config, ResolverOpts::default()).unwrap()
+}
+
+fn listed(name: &str) -> Answer {
+    NAMES.iter().find(|(listed, _)| *listed == name).map(|(_, addresses)| *addresses)
 }
 
 const NAMES: &[(&str, &[&str])] = &[
@@ -409,7 +416,7 @@ const NAMES: &[(&str, &[&str])] = &[
 
 #[tokio::test]
 async fn a_name_is_its_addresses_and_one_refused_address_refuses_it() {
-    let guard = guard(policy(Mode::Internal, &[], &["private.test:81"]), NAMES).await;
+    let guard = guard(policy(Mode::Internal, &[], &["private.test:81"]), listed).await;
     let resolved = guard.resolve(&target("http://public.test/")).await.unwrap();
     assert_eq!(resolved, ["8.8.8.8:80".parse::<SocketAddr>().unwrap(), "[2600::1]:80".parse().unwrap()]);
     assert!(guard.resolve(&target("http://private.test/")).await.is_ok());
@@ -424,7 +431,7 @@ async fn a_name_is_its_addresses_and_one_refused_address_refuses_it() {
 #[tokio::test]
 async fn a_name_that_leads_to_the_broker_is_refused_by_its_address() {
     let broker = vec![Target::parse("broker.test", 4222).unwrap()];
-    let guard = guard(Policy { broker, ..policy(Mode::Internal, &["0.0.0.0/0", "*.test"], &[]) }, NAMES).await;
+    let guard = guard(Policy { broker, ..policy(Mode::Internal, &["0.0.0.0/0", "*.test"], &[]) }, listed).await;
     for host in ["private.test", "broker.test", "10.0.0.6", "[::ffff:10.0.0.6]"] {
         assert!(guard.resolve(&target(&format!("http://{host}:4222/"))).await.is_err(), "{host}");
         assert!(guard.resolve(&target(&format!("http://{host}:4223/"))).await.is_ok(), "{host}");
@@ -434,11 +441,11 @@ async fn a_name_that_leads_to_the_broker_is_refused_by_its_address() {
 
 #[tokio::test]
 async fn a_name_that_does_not_resolve_is_no_refusal_and_ends_in_time() {
-    let guard = guard(Policy::default(), NAMES).await;
+    let guard = guard(Policy::default(), listed).await;
     for (name, reason) in [("nowhere.test", "did not resolve"), ("silent.test", "did not resolve in time")] {
         let started = std::time::Instant::now();
         let fault = Fault::from(guard.resolve(&target(&format!("http://{name}/"))).await.unwrap_err());
         assert_eq!((fault.cause, fault.message), (Cause::Network, format!("the host {name} {reason}")));
-        assert!(started.elapsed() < Duration::from_millis(900), "{name}");
+        assert!(started.elapsed() < Duration::from_secs(3), "{name}");
     }
 }

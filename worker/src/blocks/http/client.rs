@@ -81,20 +81,7 @@ impl Clients {
     fn build(&self) -> Result<Client, String> {
         // The connect timeout covers the look-up: half of it is left to connect and to shake hands.
         let guard = Guard::new(Arc::clone(&self.policy), self.connect_timeout / 2)?;
-        let mut tls = self.tls.clone();
-        tls.resumption = Resumption::in_memory_sessions(64);
-        let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .dns_resolver(Arc::new(Hook(guard.clone())))
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false)
-            .user_agent(USER_AGENT)
-            .connect_timeout(self.connect_timeout)
-            .pool_idle_timeout(MAX_IDLE_CONNECTION)
-            .build()
-            .map_err(|error| format!("cannot set up an HTTP client: {}", failure::root(&error)))?;
-        Ok(Client { http, guard })
+        Client::new(guard, self.tls.clone(), self.connect_timeout)
     }
 
     #[cfg(test)]
@@ -120,6 +107,22 @@ fn make_room(kept: &mut HashMap<TenantId, Kept>, now: Instant) {
 }
 
 impl Client {
+    pub(super) fn new(guard: Guard, mut tls: ClientConfig, connect_timeout: Duration) -> Result<Self, String> {
+        tls.resumption = Resumption::in_memory_sessions(64);
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .dns_resolver(Arc::new(Hook(guard.clone())))
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .user_agent(USER_AGENT)
+            .connect_timeout(connect_timeout)
+            .pool_idle_timeout(MAX_IDLE_CONNECTION)
+            .build()
+            .map_err(|error| format!("cannot set up an HTTP client: {}", failure::root(&error)))?;
+        Ok(Self { http, guard })
+    }
+
     /// Sends one hop, and checks whom it reached.
     pub(super) async fn send(&self, hop: &Request) -> Result<reqwest::Response, Fault> {
         let target = Target::of(&hop.url).ok_or_else(|| Fault::new(Cause::NotAllowed, "the URL has no host"))?;
@@ -160,7 +163,7 @@ impl Resolve for Hook {
 }
 
 /// The system's authorities and the private ones. A system without any is fine for plain HTTP.
-fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
+pub(super) fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
     let system = rustls_native_certs::load_native_certs();
     for error in &system.errors {

@@ -488,6 +488,26 @@ async fn a_forbidden_address_is_refused_at_the_door_and_at_the_call() {
 }
 
 #[tokio::test]
+async fn the_address_that_was_checked_is_the_one_that_is_dialled() {
+    let peer = Peer::new(|_| reply("200 OK\r\nconnection: close", "")).await;
+    let port = peer.address.port();
+    let canary = TcpListener::bind(("127.0.0.2", port)).await.unwrap();
+    // The name changes its mind after its first two queries, one for each family.
+    let mut queries = 0;
+    let policy = egress::Policy { allow: vec!["127.0.0.1".parse().unwrap()], ..egress::Policy::default() };
+    let guard = egress::tests::guard(policy, move |_| {
+        queries += 1;
+        Some(if queries <= 2 { &["127.0.0.1"] } else { &["127.0.0.2"] })
+    });
+    let client = Client::new(guard.await, client::tls(None).unwrap(), Duration::from_secs(2)).unwrap();
+    let request = parse(&json!({"url": format!("http://flip.test:{port}/")})).unwrap();
+    assert_eq!(client.send(&request).await.unwrap().status(), 200);
+    assert_eq!(client.send(&request).await.unwrap_err().cause, Cause::NotAllowed);
+    assert_eq!(peer.requests().len(), 1);
+    assert!(tokio::time::timeout(Duration::from_millis(50), canary.accept()).await.is_err());
+}
+
+#[tokio::test]
 async fn a_broken_connection_is_a_network_fault() {
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let peer = Peer::new(|request| match path(request) {
