@@ -41,17 +41,20 @@ pub(crate) fn strings(_: &mut SchemaGenerator) -> Schema {
 
 pub(crate) fn conditions(generator: &mut SchemaGenerator) -> Schema {
     let mut schema = bounded::<Vec<Condition>>(generator);
-    schema.insert("x-kubernetes-list-type".to_owned(), "map".into());
-    schema.insert("x-kubernetes-list-map-keys".to_owned(), json!(["type"]));
+    keyed_by(&mut schema, "type");
     schema
 }
 
 pub(crate) fn image_pull_secrets(generator: &mut SchemaGenerator) -> Schema {
-    bounded::<Vec<LocalObjectReference>>(generator)
+    let mut schema = bounded::<Vec<LocalObjectReference>>(generator);
+    keyed_by(&mut schema, "name");
+    schema
 }
 
 pub(crate) fn env(generator: &mut SchemaGenerator) -> Schema {
     let mut schema = bounded::<Vec<EnvVar>>(generator);
+    few_with_short_names(&mut schema, 100);
+    keyed_by(&mut schema, "name");
     keep(
         &mut schema,
         "/items/properties/valueFrom/properties",
@@ -75,6 +78,8 @@ pub(crate) fn topology_spread_constraints(generator: &mut SchemaGenerator) -> Sc
 /// The sources that the Pod Security level `restricted` allows and that workers have a use for.
 pub(crate) fn volumes(generator: &mut SchemaGenerator) -> Schema {
     let mut schema = bounded::<Vec<Volume>>(generator);
+    few_with_short_names(&mut schema, 32);
+    keyed_by(&mut schema, "name");
     keep(
         &mut schema,
         "/items/properties",
@@ -89,7 +94,24 @@ pub(crate) fn volumes(generator: &mut SchemaGenerator) -> Schema {
 }
 
 pub(crate) fn volume_mounts(generator: &mut SchemaGenerator) -> Schema {
-    bounded::<Vec<VolumeMount>>(generator)
+    let mut schema = bounded::<Vec<VolumeMount>>(generator);
+    few_with_short_names(&mut schema, 32);
+    keyed_by(&mut schema, "mountPath");
+    schema
+}
+
+/// Rules look through these lists; the API server refuses a rule that could become slow.
+fn few_with_short_names(schema: &mut Schema, max_items: u32) {
+    schema.insert("maxItems".to_owned(), max_items.into());
+    if let Some(Value::Object(name)) = schema.pointer_mut("/items/properties/name") {
+        name.insert("maxLength".to_owned(), 253.into());
+    }
+}
+
+/// No two entries have the same key, and appliers that own different entries do not meet.
+fn keyed_by(schema: &mut Schema, key: &str) {
+    schema.insert("x-kubernetes-list-type".to_owned(), "map".into());
+    schema.insert("x-kubernetes-list-map-keys".to_owned(), json!([key]));
 }
 
 fn bounded<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {

@@ -18,16 +18,23 @@ use crate::embedded;
 )]
 pub struct Filesystem {
     /// Default: one root, /data, on 1Gi of scratch space.
-    #[schemars(length(min = 1, max = 16))]
+    #[schemars(
+        length(min = 1, max = 16),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["path"])
+    )]
     pub roots: Vec<Root>,
 }
 
 /// One directory, mounted into every worker.
-#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.path.matches('^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$')")
+        .message("filesystem.roots.path: must be absolute, such as /data, with parts of A-Z, a-z, 0-9, '_', '-' and '.' that do not start with '.'")
+)]
 pub struct Root {
     /// An absolute path such as /data, without '.' or '..' in it.
-    #[schemars(length(min = 2, max = 128), regex(pattern = "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"))]
+    #[schemars(length(min = 2, max = 128))]
     pub path: String,
 
     /// What lies behind the path. Default: emptyDir with 1Gi.

@@ -16,8 +16,6 @@ use crate::{Egress, Filesystem, embedded};
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!has(self.limits) || !has(self.limits.memoryMb) || !has(self.resources) || !has(self.resources.limits) || !('memory' in self.resources.limits) || quantity(string(self.limits.memoryMb * 4) + 'Mi').compareTo(quantity(string(self.resources.limits['memory'])).add(quantity(string(self.resources.limits['memory']))).add(quantity(string(self.resources.limits['memory'])))) <= 0")
-        .message("worker.limits.memoryMb: must be at most 75 % of worker.resources.limits.memory, the rest is for the worker itself; lower it or raise the memory limit"),
     validation = Rule::new("!has(self.env) || self.env.all(e, !(e.name in ['NATS_CREDS', 'NATS_TLS_CA', 'NATS_TLS_CERT', 'NATS_TLS_KEY', 'NATS_URL', 'OTEL_EXPORTER_OTLP_ENDPOINT', 'PROMETHEUS_ENDPOINT', 'WORKER_CPU_POOL_SIZE', 'WORKER_DRAIN_TIMEOUT', 'WORKER_EGRESS_ALLOW', 'WORKER_EGRESS_DENY', 'WORKER_EGRESS_POLICY', 'WORKER_FS_ROOTS', 'WORKER_GPU_POOL_SIZE', 'WORKER_ID', 'WORKER_IO_POOL_SIZE', 'WORKER_MAX_CPU_TIME_MS', 'WORKER_MAX_MEMORY_MB', 'WORKER_NATS_QUEUE_GROUP', 'WORKER_NATS_SUBJECT', 'WORKER_POOL', 'WORKER_SANDBOX_MODE']))")
         .message("worker.env: NATS_URL, NATS_CREDS, NATS_TLS_*, PROMETHEUS_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT and the WORKER_* variables of fields are set from the fields of this spec; set the field instead"),
     validation = Rule::new("!has(self.volumes) || self.volumes.all(v, !v.name.startsWith('beamline-'))")
@@ -28,6 +26,8 @@ use crate::{Egress, Filesystem, embedded};
         .message("worker.volumeMounts: every name must be that of an entry in worker.volumes"),
     validation = Rule::new("!has(self.volumeMounts) || self.volumeMounts.all(m, m.mountPath.startsWith('/') && m.mountPath != '/' && m.mountPath != '/etc/beamline' && !m.mountPath.startsWith('/etc/beamline/'))")
         .message("worker.volumeMounts: mountPath must be absolute and outside /etc/beamline, where the operator mounts the pool's own Secrets"),
+    validation = Rule::new("!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.filesystem) ? !self.filesystem.roots.exists(r, r.path == m.mountPath) : m.mountPath != '/data')")
+        .message("worker.volumeMounts: mountPath is the path of a root in worker.filesystem (/data by default); choose another"),
     validation = Rule::new("!has(self.podLabels) || self.podLabels.all(k, !k.startsWith('beamline.dev/') && !k.startsWith('app.kubernetes.io/'))")
         .message("worker.podLabels: keys below beamline.dev/ and app.kubernetes.io/ are set by the operator; choose another"),
     validation = Rule::new("!has(self.podAnnotations) || self.podAnnotations.all(k, !k.startsWith('beamline.dev/'))")
@@ -165,7 +165,7 @@ pub struct Pools {
 #[serde(rename_all = "camelCase")]
 pub struct Limits {
     /// Payloads and results that a pod holds at once, in MiB; with more, it takes no further work. At most 75 % of
-    /// resources.limits.memory. Default: half of it.
+    /// resources.limits.memory (else the pool gets the condition Ready=False, InvalidSpec). Default: half of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 1_048_576))]
     pub memory_mb: Option<i64>,
