@@ -1,1 +1,18 @@
-//! tests
+//! What the suites, the demo and the benches drive Beamline with: real programs as child processes, and a Router and an
+//! HTTP peer of their own. Nothing here knows Beamline's code: flags, subjects and HTTP only.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "test support: a failure here is a test's failure, and says so"
+)]
+
+pub mod audit; // what must hold over everything that was sent
+pub mod nats; // a broker that can be killed, paused and brought back
+pub mod peer; // whom http.request calls
+pub mod process; // children that end with their owner
+pub mod rig; // one of each
+pub mod router; // publishes assignments, hears what is said about them
+pub mod wait; // until something is so
+pub mod worker; // the program under test

@@ -333,11 +333,13 @@ fn within<T: TryFrom<i64>>(value: i64, low: i64, high: i64, pointer: &str) -> Re
     T::try_from(value).map_err(|_| refuse())
 }
 
-/// The payload as the JSON object that a dead letter embeds, where it is one.
+/// The payload as the JSON object that a dead letter embeds, where it is one. What only looks like JSON (half of a
+/// surrogate pair, a number that fits nowhere) would make the letter around it unreadable, so that is none.
 pub fn as_object(payload: &[u8]) -> Option<&RawValue> {
     let json = std::str::from_utf8(payload).ok()?;
     if contract::is_too_deep(json) {
         return None;
     }
-    serde_json::from_str::<&RawValue>(json).ok().filter(|value| value.get().starts_with('{'))
+    serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
+    serde_json::from_str::<&RawValue>(json).ok()
 }

@@ -151,7 +151,8 @@ fn diagnose<'a, T: Deserialize<'a>>(json: &'a str, base: &str, first: &serde_jso
         return Invalid::input(base, "is not JSON");
     }
     if !json.trim_start().starts_with('{') {
-        return Invalid::input(base, "is not a JSON object");
+        let reason = "is not a JSON object";
+        return if base.is_empty() { Invalid::input(base, reason) } else { Invalid::format(base, reason) };
     }
     let mut reader = serde_json::Deserializer::from_str(json);
     match serde_path_to_error::deserialize::<_, T>(&mut reader) {

@@ -1,0 +1,123 @@
+//! A real nats-server with JetStream, on a loopback port and in a directory of its own.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::process::{Process, free_port};
+
+/// How long a server may take to greet; 30 ms are usual.
+const START: Duration = Duration::from_secs(20);
+
+/// A running server; ended and removed when it is dropped.
+#[derive(Debug)]
+pub struct NatsServer {
+    process: Process,
+    port: u16,
+    directory: TempDir,
+}
+
+impl NatsServer {
+    /// A server with the defaults and JetStream.
+    pub fn start() -> Self {
+        Self::with("")
+    }
+
+    /// A server with these lines in its configuration.
+    pub fn with(settings: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        // Another process may take the port between the look and the start: then another one is tried.
+        for _ in 0..10 {
+            let port = free_port();
+            configure(directory.path(), port, settings);
+            let mut process = run(directory.path());
+            if greets(&mut process, port) {
+                return Self { process, port, directory };
+            }
+        }
+        panic!("nats-server does not start: {}", std::fs::read_to_string(log(directory.path())).unwrap_or_default());
+    }
+
+    /// For `--nats-url`.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again on the same port and store.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        self.process = run(self.directory.path());
+        assert!(greets(&mut self.process, self.port), "nats-server does not come back on port {}", self.port);
+    }
+
+    /// Stops it where it stands: connections stay open and silent.
+    pub fn pause(&self) {
+        self.process.pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.resume();
+    }
+}
+
+fn configure(directory: &Path, port: u16, settings: &str) {
+    let store = directory.join("store");
+    let config = format!("listen: \"127.0.0.1:{port}\"\njetstream {{ store_dir: {store:?} }}\n{settings}\n");
+    std::fs::write(directory.join("nats.conf"), config).expect("a configuration file");
+}
+
+fn run(directory: &Path) -> Process {
+    let mut command = Command::new(program());
+    command.arg("--config").arg(directory.join("nats.conf")).arg("--log").arg(log(directory));
+    Process::start("nats-server", &mut command)
+}
+
+fn log(directory: &Path) -> PathBuf {
+    directory.join("nats.log")
+}
+
+/// Whether the server says who it is; not so when it has ended instead.
+fn greets(process: &mut Process, port: u16) -> bool {
+    let started = Instant::now();
+    while started.elapsed() < START && process.status().is_none() {
+        let mut greeting = [0; 5];
+        if TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+            .and_then(|mut stream| stream.read_exact(&mut greeting))
+            .is_ok_and(|()| greeting == *b"INFO ")
+        {
+            // Whoever greets on this port is ours only if ours still runs.
+            return process.status().is_none();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// The pinned nats-server, built by `tests/cluster/tools.sh` where that has not been done.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/tools.sh");
+        let mut command = Command::new("bash");
+        let built = command.arg(&script).args(["--path", "nats-server"]).stderr(Stdio::inherit()).output();
+        let built = built.unwrap_or_else(|error| panic!("cannot run {}: {error}", script.display()));
+        assert!(built.status.success(), "no nats-server: run `{} nats-server` and see why", script.display());
+        PathBuf::from(String::from_utf8_lossy(&built.stdout).trim()).join("nats-server")
+    })
+}

@@ -1,0 +1,72 @@
+//! What most tests need: a broker, a worker that may touch the test's own directory and peer, and a Router.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::nats::NatsServer;
+use crate::peer::Peer;
+use crate::router::Router;
+use crate::worker::{Setup, Worker};
+
+/// Everything that a test drives. Fields end in this order: the worker before its broker.
+#[derive(Debug)]
+pub struct Rig {
+    /// The program under test.
+    pub worker: Worker,
+    /// Who gives it work.
+    pub router: Router,
+    /// Whom it calls.
+    pub peer: Peer,
+    /// What they talk through.
+    pub nats: NatsServer,
+    /// The safe root.
+    pub files: TempDir,
+}
+
+impl Rig {
+    /// One of each, with these flags for the worker.
+    pub async fn start(flags: &[&str]) -> Self {
+        Self::at(NatsServer::start(), flags).await
+    }
+
+    /// One of each, at this broker.
+    pub async fn at(nats: NatsServer, flags: &[&str]) -> Self {
+        let files = tempfile::tempdir().expect("a temporary directory");
+        let setup = flags.iter().fold(worker("worker-1", &files), |setup, flag| setup.flag(*flag));
+        let worker = setup.start(&nats).await;
+        let router = Router::connect(&nats.url()).await;
+        Self { worker, router, peer: Peer::start().await, nats, files }
+    }
+
+    /// Another worker of the same kind; not started yet.
+    pub fn another(&self, name: &str) -> Setup {
+        worker(name, &self.files)
+    }
+
+    /// A path that assignments may name.
+    pub fn path(&self, name: &str) -> String {
+        self.files.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Where a tenant's file of that path really is.
+    pub fn file_of(&self, tenant: &str, name: &str) -> PathBuf {
+        self.files.path().join(tenant).join(name)
+    }
+
+    /// `fs.put` of a file.
+    pub fn put(&self, name: &str, content: &str) -> Value {
+        json!({ "type": "fs.put", "path": self.path(name), "content": content })
+    }
+
+    /// `http.request` to the peer.
+    pub fn call(&self, path: &str) -> Value {
+        json!({ "type": "http.request", "method": "POST", "url": self.peer.url(path), "body": "{}" })
+    }
+}
+
+fn worker(name: &str, files: &TempDir) -> Setup {
+    let root = files.path().display();
+    Worker::named(name).flag(format!("--fs-roots={root}")).flag("--egress-allow=127.0.0.0/8")
+}

@@ -1,0 +1,170 @@
+//! `beamline_worker` as its users run it: flags and variables in, HTTP, log lines and an exit code out.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::nats::NatsServer;
+use crate::process::{Process, free_port};
+use crate::wait::{SOON, until, within};
+
+/// A worker that runs, or ran.
+#[derive(Debug)]
+pub struct Worker {
+    process: Process,
+    admin: SocketAddr,
+}
+
+/// A worker that is about to be started.
+#[derive(Debug)]
+pub struct Setup {
+    name: String,
+    admin: SocketAddr,
+    command: Command,
+}
+
+/// How a worker ended that was not meant to run.
+#[derive(Debug)]
+pub struct Ending {
+    /// Its exit code.
+    pub code: Option<i32>,
+    /// Everything that it said.
+    pub said: String,
+}
+
+impl Worker {
+    /// A worker of this id, with the variables of nobody and probes on a port of its own.
+    pub fn named(name: &str) -> Setup {
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let mut command = Command::new(program());
+        command.env_clear().args([format!("--worker-id={name}"), format!("--prometheus-endpoint={admin}")]);
+        Setup { name: name.to_owned(), admin, command }
+    }
+
+    /// A request to the side door: status code and body; `None` while nobody answers.
+    pub async fn get(&self, path: &str) -> Option<(u16, String)> {
+        get(self.admin, path).await
+    }
+
+    /// Waits until it is ready.
+    pub async fn ready(&self) {
+        until("the worker is ready", async || self.get("/readyz").await.is_some_and(|(code, _)| code == 200)).await;
+    }
+
+    /// Waits until it is not ready for this reason, and returns all reasons.
+    pub async fn unready(&self, reason: &str) -> String {
+        let what = format!("the worker is not ready: {reason}");
+        within(SOON, &what, async || match self.get("/readyz").await {
+            Some((503, reasons)) if reasons.contains(reason) => Some(reasons),
+            _ => None,
+        })
+        .await
+    }
+
+    /// One sample of its metrics; 0 where there is none.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let (_, text) = self.get("/metrics").await.expect("the worker answers");
+        let sample = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        sample.unwrap_or(0.0)
+    }
+
+    /// What it has logged so far.
+    pub fn lines(&self) -> Vec<String> {
+        self.process.lines()
+    }
+
+    /// The first log line with this message.
+    pub async fn says(&self, message: &str) -> Value {
+        within(SOON, &format!("the worker says {message:?}"), async || {
+            let logged = |line: &String| serde_json::from_str::<Value>(line).ok();
+            self.lines().iter().filter_map(logged).find(|line| line["message"] == message)
+        })
+        .await
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.process.terminate();
+    }
+
+    /// Stops it where it stands.
+    pub fn pause(&self) {
+        self.process.pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.resume();
+    }
+
+    /// Its exit code when it ends by itself.
+    pub async fn ended(&mut self) -> Option<i32> {
+        self.process.ended(SOON).await
+    }
+}
+
+impl Setup {
+    /// Another flag.
+    #[must_use]
+    pub fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.command.arg(flag.into());
+        self
+    }
+
+    /// A variable.
+    #[must_use]
+    pub fn env(mut self, variable: &str, value: &str) -> Self {
+        self.command.env(variable, value);
+        self
+    }
+
+    /// Starts it at this broker, and waits until it is ready.
+    pub async fn start(self, nats: &NatsServer) -> Worker {
+        let worker = self.flag(format!("--nats-url={}", nats.url())).spawn();
+        worker.ready().await;
+        worker
+    }
+
+    /// Starts it and waits for nothing.
+    pub fn spawn(mut self) -> Worker {
+        Worker { process: Process::start(format!("worker {}", self.name), &mut self.command), admin: self.admin }
+    }
+
+    /// Starts it and waits until it has ended by itself.
+    pub async fn end(self) -> Ending {
+        let mut worker = self.spawn();
+        let code = worker.process.ended(Duration::from_secs(20)).await;
+        Ending { code, said: worker.lines().join("\n") }
+    }
+}
+
+/// The program that `cargo build -p beamline-worker` puts beside the directory of the running test.
+pub fn program() -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a program");
+    let built = test.ancestors().map(|directory| directory.join("beamline_worker")).find(|path| path.is_file());
+    built.unwrap_or_else(|| panic!("beamline_worker is not built: run `cargo build -p beamline-worker`"))
+}
+
+/// One GET request: status code and body; `None` where nobody answers.
+pub async fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(address).await.ok()?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    };
+    tokio::time::timeout(Duration::from_secs(5), exchange).await.ok().flatten()
+}
