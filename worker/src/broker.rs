@@ -185,12 +185,20 @@ fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
     if let Some((cert, key)) = &address.tls_identity {
         options = options.add_client_certificate(cert.clone(), key.clone());
     }
+    if let Some((user, password)) = credentials_in_url(address) {
+        options = options.user_and_password(user, password);
+    }
     Ok(options
         .name(format!("{} {purpose}", address.name))
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .reconnect_delay_callback(reconnect_delay))
+}
+
+/// The client itself ignores the credentials of an address.
+fn credentials_in_url(address: &Address) -> Option<(String, String)> {
+    address.servers.iter().find_map(|server| Some((server.username()?.to_owned(), server.password()?.to_owned())))
 }
 
 /// Doubles from 50 ms to 2 s, half of it at random, so that workers do not come back in step.

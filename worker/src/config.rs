@@ -231,7 +231,10 @@ mod tests {
             (config.http_connect_timeout, config.drain_timeout),
             (Duration::from_secs(5), Duration::from_secs(35))
         );
-        assert_eq!((config.log_format, config.log_filter.to_string().as_str()), (LogFormat::Json, "async_nats=warn,info"));
+        assert_eq!(
+            (config.log_format, config.log_filter.to_string().as_str()),
+            (LogFormat::Json, "async_nats=warn,info")
+        );
         assert!(!config.worker_id.is_empty() && config.pool.is_none() && config.otlp_endpoint.is_none());
     }
 

@@ -35,6 +35,8 @@ use in_flight::{Claim, Flight, InFlight};
 const LOOK_UPS: usize = 8;
 /// The most that is fetched ahead of free slots, unless there are more slots.
 const MAX_LOOK_AHEAD: usize = 1000;
+/// A pool that has let work wait for this long without starting any is overloaded.
+const OVERLOADED: Duration = Duration::from_secs(30);
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
 const ENVELOPE_BYTES: usize = 8 * 1024;
@@ -164,10 +166,9 @@ impl Pipeline {
         let busy: usize = Pool::ALL.iter().map(|pool| self.schedule.busy(*pool)).sum();
         let look_ahead = slots.max(self.load.finished_per_100_ms().min(MAX_LOOK_AHEAD));
         let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= look_ahead.max(1);
-        let holds_too_much = self.load.bytes() as u64 >= self.settings.max_memory_bytes;
         // What could not be stored would only pile up here. Whoever could not store it clears the concern.
         let cannot_store = self.health.is_raised(Concern::StorageRefused);
-        let free = match holds_too_much || cannot_store || Pool::ALL.iter().any(is_full) {
+        let free = match self.holds_too_much() || cannot_store || Pool::ALL.iter().any(is_full) {
             true => 0,
             false => (slots - busy + look_ahead).saturating_sub(self.load.waiting()),
         };
@@ -440,6 +441,22 @@ impl Pipeline {
         }
     }
 
+    fn note_overload(&self) {
+        let stuck = Pool::ALL.into_iter().find(|pool| self.schedule.stuck_for(*pool) >= OVERLOADED);
+        match stuck {
+            Some(pool) => self.health.raise(Concern::PoolOverloaded, format!("work waits for {} slots", pool.as_str())),
+            None => self.health.clear(Concern::PoolOverloaded),
+        }
+        match self.holds_too_much() {
+            true => self.health.raise(Concern::MemoryFull, "payloads and results wait to be settled"),
+            false => self.health.clear(Concern::MemoryFull),
+        }
+    }
+
+    fn holds_too_much(&self) -> bool {
+        self.load.bytes() as u64 >= self.settings.max_memory_bytes
+    }
+
     fn is_dead_letter(&self, fault: &Fault) -> bool {
         fault.cause.is_dead_letter() || (self.settings.dlq_exhausted && fault.cause.is_retried_here())
     }
@@ -520,6 +537,7 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
             pipeline.metrics.set_slots_busy(pool, pipeline.schedule.busy(pool));
         }
         pipeline.metrics.set_memory_held(pipeline.load.bytes());
+        pipeline.note_overload();
         pipeline.metrics.set_nats_connected(!pipeline.health.is_raised(Concern::NatsDisconnected));
     }
 }

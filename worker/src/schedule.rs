@@ -3,7 +3,7 @@
 pub mod fair_queue; // whose turn it is
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -73,6 +73,12 @@ impl Schedule {
         self.pool(pool).lock().queue.len()
     }
 
+    /// For how long a pool has let work wait without starting any.
+    pub fn stuck_for(&self, pool: Pool) -> Duration {
+        let state = self.pool(pool).lock();
+        if state.queue.is_empty() { Duration::ZERO } else { state.moved.elapsed() }
+    }
+
     /// Sends everybody who waits away, and everybody who comes.
     pub fn close(&self) {
         for pool in Pool::ALL {
@@ -106,6 +112,8 @@ struct State {
     free: usize,
     closed: bool,
     queue: FairQueue<oneshot::Sender<Slot>>,
+    /// When work last started, or began to wait behind nobody.
+    moved: Instant,
 }
 
 enum Entry {
@@ -116,7 +124,7 @@ enum Entry {
 
 impl Slots {
     fn new(size: usize) -> Self {
-        let state = State { free: size, closed: false, queue: FairQueue::new() };
+        let state = State { free: size, closed: false, queue: FairQueue::new(), moved: Instant::now() };
         Self(Arc::new(Shared { size, state: Mutex::new(state) }))
     }
 
@@ -133,6 +141,9 @@ impl Slots {
             state.free -= 1;
             return Entry::Free(Slot(self.clone()));
         }
+        if state.queue.is_empty() {
+            state.moved = Instant::now();
+        }
         let (sender, receiver) = oneshot::channel();
         state.queue.push(tenant, priority, sender, Instant::now());
         Entry::Queued(receiver)
@@ -146,7 +157,10 @@ impl Drop for Slot {
             loop {
                 match state.queue.pop(Instant::now()) {
                     Some(waiter) if waiter.is_closed() => {}
-                    Some(waiter) => break Some(waiter),
+                    Some(waiter) => {
+                        state.moved = Instant::now();
+                        break Some(waiter);
+                    }
                     None => {
                         state.free += 1;
                         break None;

@@ -252,7 +252,10 @@ async fn ensure_stream(js: &jetstream::Context, wanted: Config, create: bool) ->
     let what = format!("stream {}", wanted.name);
     match js.get_stream(&wanted.name).await {
         Ok(stream) => {
-            compare_stream(&what, &stream.cached_info().config, &wanted)?;
+            let found = &stream.cached_info().config;
+            // Where an operator creates the streams, the pool says where they are kept.
+            let wanted = if create { wanted } else { Config { storage: found.storage, ..wanted } };
+            compare_stream(&what, found, &wanted)?;
             Ok(stream)
         }
         Err(error) if is_missing(&error.kind()) && create => {
