@@ -45,8 +45,9 @@ impl Guard {
     ) -> Result<Self, NetError> {
         // Both families are asked for, so that a refused address cannot hide behind the other family.
         options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
-        // A lost packet must leave time for a second one.
-        options.timeout = options.timeout.min(limit / 3);
+        // A lost packet must leave time for two more, and a family that is not answered for the other one's answer.
+        options.attempts = options.attempts.min(2);
+        options.timeout = options.timeout.min(limit / 4);
         let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
         *builder.options_mut() = options;
         Ok(Self { policy, resolver: builder.build()?, limit })
