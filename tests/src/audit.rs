@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use bytes::Bytes;
 
 use crate::peer::Hit;
-use crate::router::{Heard, Key, Kind, Router, Submission, json};
+use crate::router::{Heard, Key, Kind, Router, json};
 
 /// What the test allowed to happen.
 #[derive(Clone, Copy, Debug)]
@@ -17,8 +17,8 @@ pub struct Allowed {
 /// Everything that can be known from outside when all is settled.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// What the intake took.
-    pub submitted: Vec<Submission>,
+    /// What each publication was about.
+    pub submitted: Vec<Option<Key>>,
     /// What was said, in order.
     pub heard: Vec<Heard>,
     /// Whether everything that was said was heard.
@@ -57,7 +57,7 @@ pub async fn audit(router: &Router, hits: &[Hit], allowed: Allowed) -> Vec<Strin
 /// What does not hold. Pure, so that it can be shown to notice.
 pub fn violations(facts: &Facts, allowed: Allowed) -> Vec<String> {
     let mut submitted: BTreeMap<&Key, u64> = BTreeMap::new();
-    for key in facts.submitted.iter().filter_map(|submission| submission.key.as_ref()) {
+    for key in facts.submitted.iter().flatten() {
         *submitted.entry(key).or_default() += 1;
     }
     let records: HashMap<Key, &Bytes> =
@@ -150,7 +150,7 @@ mod tests {
     /// One assignment that went well: submitted, accepted, executed, recorded, published.
     fn good() -> Facts {
         Facts {
-            submitted: vec![Submission { key: Some(("t", "a").into()), sequence: 1 }],
+            submitted: vec![Some(("t", "a").into())],
             heard: vec![verdict("accepted"), result(1)],
             heard_all: true,
             records: vec![result(1).payload],

@@ -34,7 +34,7 @@ impl Rig {
     /// One of each, at this broker.
     pub async fn at(nats: NatsServer, flags: &[&str]) -> Self {
         let files = tempfile::tempdir().expect("a temporary directory");
-        let setup = flags.iter().fold(worker("worker-1", &files), |setup, flag| setup.flag(*flag));
+        let setup = flags.iter().fold(worker("worker-1", &files, flags), |setup, flag| setup.flag(*flag));
         let worker = setup.start(&nats).await;
         let router = Router::connect(&nats.url()).await;
         Self { worker, router, peer: Peer::start().await, nats, files }
@@ -42,7 +42,7 @@ impl Rig {
 
     /// Another worker of the same kind; not started yet.
     pub fn another(&self, name: &str) -> Setup {
-        worker(name, &self.files)
+        worker(name, &self.files, &[])
     }
 
     /// A path that assignments may name.
@@ -66,7 +66,11 @@ impl Rig {
     }
 }
 
-fn worker(name: &str, files: &TempDir) -> Setup {
-    let root = files.path().display();
-    Worker::named(name).flag(format!("--fs-roots={root}")).flag("--egress-allow=127.0.0.0/8")
+/// With the test's directory and, unless the flags say else, the test's peer within its reach.
+fn worker(name: &str, files: &TempDir, flags: &[&str]) -> Setup {
+    let setup = Worker::named(name).flag(format!("--fs-roots={}", files.path().display()));
+    match flags.iter().any(|flag| flag.starts_with("--egress-allow")) {
+        true => setup,
+        false => setup.flag("--egress-allow=127.0.0.0/8"),
+    }
 }

@@ -71,15 +71,6 @@ pub enum Kind {
     Original,
 }
 
-/// An assignment that a stream has taken.
-#[derive(Clone, Debug)]
-pub struct Submission {
-    /// About what, where it can be read.
-    pub key: Option<Key>,
-    /// Its place in the stream.
-    pub sequence: u64,
-}
-
 /// A message of a stream.
 #[derive(Clone, Debug)]
 pub struct Kept {
@@ -101,7 +92,7 @@ pub struct Router {
     intake: String,
     heard: Arc<Mutex<Vec<Heard>>>,
     changed: watch::Receiver<usize>,
-    submitted: Mutex<Vec<Submission>>,
+    submitted: Mutex<Vec<Option<Key>>>,
     connects: Arc<AtomicUsize>,
 }
 
@@ -165,17 +156,17 @@ impl Router {
 
     async fn publish(&self, payload: Bytes, headers: HeaderMap) -> u64 {
         let key = Key::read(&payload);
-        let sequence = within(SOON, "the broker takes an assignment", async || {
+        within(SOON, "the broker takes an assignment", async || {
+            // A try whose answer is lost may be a publication all the same.
+            self.submitted.lock().unwrap().push(key.clone());
             let sent = self.jetstream.publish_with_headers(self.intake.clone(), headers.clone(), payload.clone()).await;
             Some(sent.ok()?.await.ok()?.sequence)
         })
-        .await;
-        self.submitted.lock().unwrap().push(Submission { key, sequence });
-        sequence
+        .await
     }
 
-    /// Everything that was submitted.
-    pub fn submissions(&self) -> Vec<Submission> {
+    /// What each publication was about, where it can be read.
+    pub fn submissions(&self) -> Vec<Option<Key>> {
         self.submitted.lock().unwrap().clone()
     }
 

@@ -308,6 +308,7 @@ impl Pipeline {
                 Ok(records) => return records,
                 Err(error) => {
                     tracing::warn!(%error, "a look-up failed: asking again");
+                    self.raise_unless_away(Concern::StreamsUnavailable, &error);
                     tokio::time::sleep(pause(attempt)).await;
                 }
             }
@@ -419,14 +420,22 @@ impl Pipeline {
                 }
                 Err(error) => {
                     tracing::warn!(%error, attempt, "writing again");
-                    if let StoreError::Refused { .. } = error {
-                        self.health.raise(Concern::StorageRefused, error.to_string());
+                    // A stream that is gone gives no answer either, where somebody else listens on its subject.
+                    if attempt > 0 || matches!(error, StoreError::Refused { .. }) {
+                        self.raise_unless_away(Concern::StorageRefused, &error);
                     }
                     self.metrics.publish_retried();
                 }
             }
             tokio::time::sleep(pause(attempt)).await;
             attempt += 1;
+        }
+    }
+
+    /// Says so on `/readyz`, and so has the streams looked at; a broker that is away explains enough.
+    fn raise_unless_away(&self, concern: Concern, error: &dyn std::fmt::Display) {
+        if !self.health.is_raised(Concern::NatsDisconnected) {
+            self.health.raise(concern, error.to_string());
         }
     }
 
