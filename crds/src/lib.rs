@@ -18,6 +18,7 @@ mod worker; // what one pod looks like
 mod status; // what the operator reports
 
 mod embedded; // Kubernetes' own types inside ours, bounded
+mod prose; // doc comments as `kubectl explain` shows them
 
 #[cfg(test)]
 mod manifest; // the promises of workerpools.yaml

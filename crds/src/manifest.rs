@@ -60,7 +60,9 @@ fn every_string_list_and_map_is_bounded() {
 fn every_field_of_ours_is_explained() {
     each_schema(|path, schema| {
         let is_item = path.ends_with("[]") || path.ends_with("{}");
-        assert!(is_item || schema.contains_key("description"), "{path} has no description");
+        let description = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+        assert!(is_item || !description.is_empty(), "{path} has no description");
+        assert!(!description.replace("\n\n", "").contains('\n'), "{path} is wrapped like a source file");
     });
 }
 

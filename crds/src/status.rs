@@ -4,11 +4,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::embedded;
+use crate::{embedded, prose};
 
 /// What the operator last saw and did.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(transform = prose::unwrap_lines)]
 pub struct WorkerPoolStatus {
     /// The metadata.generation that this status answers.
     #[serde(skip_serializing_if = "Option::is_none")]

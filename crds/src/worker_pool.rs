@@ -3,11 +3,12 @@
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::{Disruption, Nats, Observability, Rollout, Worker, WorkerPoolStatus};
+use crate::{Disruption, Nats, Observability, Rollout, Worker, WorkerPoolStatus, prose};
 
 /// A pool of identical workers that execute flow blocks assigned over NATS.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
+#[schemars(transform = prose::unwrap_lines)]
 #[kube(
     group = "beamline.dev",
     version = "v1alpha1",

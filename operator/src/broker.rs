@@ -35,7 +35,7 @@ pub enum BrokerError {
         why: String,
     },
     /// A connection, and no answer.
-    #[error("{url} gives no answer {what}: {why}", url = "NATS")]
+    #[error("NATS gives no answer {what}: {why}")]
     Unanswered {
         /// To which question.
         what: String,
@@ -64,11 +64,30 @@ pub enum BrokerError {
         /// What exists.
         found: String,
     },
-    /// Something does not exist and must not be created.
-    #[error("{what} does not exist; create it, or set nats.streams.manage to true")]
+    /// Something does not exist.
+    #[error("{what} does not exist")]
     Missing {
         /// Stream or consumer.
         what: String,
+    },
+    /// Something does not exist, and the operator may not create it.
+    #[error("{what} does not exist; create it, or set nats.streams.manage to true")]
+    Unmanaged {
+        /// Stream or consumer.
+        what: String,
+    },
+    /// Another consumer already takes the subject: a message is for one of them only.
+    #[error(
+        "nats.subject {subject} is already taken by nats.queueGroup {group}{pool}; use that group, or another subject",
+        pool = pool.as_ref().map(|pool| format!(" of pool {pool}")).unwrap_or_default()
+    )]
+    Taken {
+        /// Subject that both want.
+        subject: String,
+        /// Who has it.
+        group: String,
+        /// Its pool, as namespace/name, where the operator knows one.
+        pool: Option<String>,
     },
 }
 
@@ -89,7 +108,8 @@ impl BrokerError {
             Self::Unanswered { .. } => "NatsNotAnswering",
             Self::Refused { .. } => "NatsRefused",
             Self::Mismatch { .. } => "StreamMismatch",
-            Self::Missing { .. } => "StreamMissing",
+            Self::Missing { .. } | Self::Unmanaged { .. } => "StreamMissing",
+            Self::Taken { .. } => "SubjectTaken",
         }
     }
 }

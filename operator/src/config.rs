@@ -21,7 +21,7 @@ pub struct Config {
     pub log_format: LogFormat,
 
     /// Which log lines are written, such as info or beamline_operator=debug,info.
-    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    #[arg(long, env = "RUST_LOG", default_value = "info,async_nats=warn")]
     pub log: String,
 
     /// Whether several operators agree, by the Lease beamline-operator, on the one that acts.

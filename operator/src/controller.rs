@@ -22,7 +22,7 @@ use crate::admin::Readiness;
 use crate::broker::Brokers;
 use crate::config::Config;
 use crate::desired::names;
-use crate::error::Error;
+use crate::error::{Error, explain};
 use crate::events::Events;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -64,25 +64,24 @@ pub async fn run(
     metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) {
-    let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };
-    if stop.run_until_cancelled(crd(&scope, &readiness)).await.is_none() {
+    let watching = Watching { client: client.clone(), namespace: config.watch_namespace.clone(), readiness };
+    if stop.run_until_cancelled(watching.crd()).await.is_none() {
         return;
     }
-    let (pools, pool_changes) = watch::<Watched>(&scope, watcher::Config::default());
-    let (service_accounts, account_changes) = watch(&scope, ours());
-    let (config_maps, config_changes) = watch(&scope, ours());
-    let (services, service_changes) = watch(&scope, ours());
-    let (budgets, budget_changes) = watch(&scope, ours());
-    let (deployments, deployment_changes) = watch(&scope, ours());
-    let (pods, pod_changes) = watch::<Pod>(&scope, ours());
+    let (pools, pool_changes) = watching.all::<Watched>("watch of workerpools");
+    let (service_accounts, account_changes) = watching.ours("watch of serviceaccounts");
+    let (config_maps, config_changes) = watching.ours("watch of configmaps");
+    let (services, service_changes) = watching.ours("watch of services");
+    let (budgets, budget_changes) = watching.ours("watch of poddisruptionbudgets");
+    let (deployments, deployment_changes) = watching.ours("watch of deployments");
+    let (pods, pod_changes) = watching.ours::<Pod>("watch of pods");
     let memory = Arc::<Memory>::default();
     let (signals, readings) = Signals::new(Brokers::new(client.clone()), pools.clone(), Arc::clone(&memory));
     let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
     let events = Events::new(client.clone());
     let context = Arc::new(Context { client, caches, signals, memory, events, metrics });
-    let pool_changes = reported(pool_changes, readiness)
-        // Our own writes of the status are no reason to look again.
-        .predicate_filter(predicates::generation, Default::default());
+    // Our own writes of the status are no reason to look again.
+    let pool_changes = pool_changes.predicate_filter(predicates::generation, Default::default());
     Controller::for_stream(pool_changes, pools)
         .with_config(ControllerConfig::default().concurrency(config.concurrency).debounce(DEBOUNCE))
         .owns_stream(account_changes)
@@ -98,63 +97,74 @@ pub async fn run(
         .await;
 }
 
-/// Where the operator looks.
-struct Scope {
+/// Where the operator looks, and who is told when it cannot.
+struct Watching {
     client: Client,
     namespace: Option<String>,
+    readiness: Readiness,
 }
 
-impl Scope {
+impl Watching {
+    fn ours<K>(&self, topic: &'static str) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
+        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+    {
+        let ours = format!("{}={}", names::MANAGED_BY_LABEL, names::OPERATOR);
+        self.watch(topic, watcher::Config::default().labels(&ours))
+    }
+
+    fn all<K>(&self, topic: &'static str) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
+        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+    {
+        self.watch(topic, watcher::Config::default())
+    }
+
+    fn watch<K>(
+        &self,
+        topic: &'static str,
+        config: watcher::Config,
+    ) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
+        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+    {
+        let (cache, writer) = reflector::store();
+        let readiness = self.readiness.clone();
+        let events = watcher(self.api::<K>(), config).default_backoff().inspect(move |event| match event {
+            Ok(_) => readiness.has(topic),
+            Err(error) => {
+                tracing::warn!(%error, "{topic} failed");
+                readiness.waits(topic, error.to_string());
+            }
+        });
+        (cache, events.reflect(writer).touched_objects())
+    }
+
+    /// Waits for the API to exist, instead of exiting and being restarted until it does.
+    async fn crd(&self) {
+        while let Err(error) = self.api::<Watched>().list(&ListParams::default().limit(1)).await {
+            let why = match &error {
+                kube::Error::Api(status) if status.code == 404 => {
+                    "the CustomResourceDefinition workerpools.beamline.dev is not installed".to_owned()
+                }
+                other => format!("WorkerPools cannot be listed: {}", explain(other)),
+            };
+            tracing::warn!("waiting: {why}");
+            self.readiness.waits("crd", why);
+            tokio::time::sleep(CRD_RETRY).await;
+        }
+        self.readiness.has("crd");
+    }
+
     fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
         match &self.namespace {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         }
     }
-}
-
-fn ours() -> watcher::Config {
-    watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY_LABEL, names::OPERATOR))
-}
-
-fn watch<K>(scope: &Scope, config: watcher::Config) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-    K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
-{
-    let (cache, writer) = reflector::store();
-    let changes = watcher(scope.api::<K>(), config).default_backoff().reflect(writer).touched_objects();
-    (cache, changes)
-}
-
-/// A watch that fails is what the operator waits for.
-fn reported<K>(
-    changes: impl Stream<Item = watcher::Result<K>>,
-    readiness: Readiness,
-) -> impl Stream<Item = watcher::Result<K>> {
-    changes.inspect(move |change| match change {
-        Ok(_) => readiness.has("watch"),
-        Err(error) => {
-            tracing::warn!(%error, "the watch of WorkerPools failed");
-            readiness.waits("watch", error.to_string());
-        }
-    })
-}
-
-/// Waits for the API to exist, instead of exiting and being restarted until it does.
-async fn crd(scope: &Scope, readiness: &Readiness) {
-    while let Err(error) = scope.api::<Watched>().list(&ListParams::default().limit(1)).await {
-        let why = match &error {
-            kube::Error::Api(status) if status.code == 404 => {
-                "the CustomResourceDefinition workerpools.beamline.dev is not installed".to_owned()
-            }
-            other => format!("WorkerPools cannot be listed: {}", crate::error::explain(other)),
-        };
-        tracing::warn!("waiting: {why}");
-        readiness.waits("crd", why);
-        tokio::time::sleep(CRD_RETRY).await;
-    }
-    readiness.has("crd");
 }
 
 fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {

@@ -22,9 +22,9 @@ impl Events {
     }
 
     /// Tells what the pool now says about itself, if that is something else than before.
-    pub async fn announce(&self, pool: &WorkerPool, before: Option<&WorkerPoolStatus>, after: &WorkerPoolStatus) {
-        let Some(now) = status::ready(&after.conditions) else { return };
-        let was = before.and_then(|before| status::ready(&before.conditions));
+    pub async fn announce(&self, pool: &WorkerPool, before: &WorkerPoolStatus, after: &WorkerPoolStatus) {
+        let Some(now) = status::ready(after) else { return };
+        let was = status::ready(before);
         if was.is_some_and(|was| (&was.status, &was.reason) == (&now.status, &now.reason)) {
             return;
         }

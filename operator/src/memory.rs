@@ -21,8 +21,19 @@ pub struct Memory {
 #[derive(Default)]
 struct Notes {
     settled: HashMap<&'static str, Settled>,
-    published: Option<(Instant, WorkerPoolStatus)>,
+    published: Option<Published>,
     failures: u32,
+}
+
+/// A status that was written.
+#[derive(Clone)]
+pub struct Published {
+    /// Which pool it was written to: one that is deleted and made again has the same name.
+    pub uid: Option<String>,
+    /// When.
+    pub at: Instant,
+    /// What.
+    pub status: WorkerPoolStatus,
 }
 
 /// A child as our last write left it.
@@ -47,14 +58,16 @@ impl Memory {
         self.notes().entry(pool.clone()).or_default().settled.insert(child, settled);
     }
 
-    /// The status that was last written, and when.
-    pub fn published(&self, pool: &ObjectRef<Watched>) -> Option<(Instant, WorkerPoolStatus)> {
-        self.notes().get(pool).and_then(|notes| notes.published.clone())
+    /// The status that was last written to this very pool.
+    pub fn published(&self, pool: &ObjectRef<Watched>, uid: Option<&str>) -> Option<Published> {
+        let published = self.notes().get(pool).and_then(|notes| notes.published.clone())?;
+        (published.uid.as_deref() == uid).then_some(published)
     }
 
     /// Notes a status that was just written.
-    pub fn publish(&self, pool: &ObjectRef<Watched>, status: WorkerPoolStatus) {
-        self.notes().entry(pool.clone()).or_default().published = Some((Instant::now(), status));
+    pub fn publish(&self, pool: &ObjectRef<Watched>, uid: Option<String>, status: WorkerPoolStatus) {
+        let published = Published { uid, at: Instant::now(), status };
+        self.notes().entry(pool.clone()).or_default().published = Some(published);
     }
 
     /// How long to wait after another failure: doubling, never longer than half a minute.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use beamline_crds::{Scaling, WorkerPool};
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::{Lookup, ObjectRef};
@@ -34,8 +34,9 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
     }
     let outcome = converge(pool, &watched.to_object_ref(()), &ctx).await;
     let reading = ctx.signals.reading(&watched.to_object_ref(()));
-    let status = status::compute(pool, outcome.as_ref(), &reading, Timestamp::now());
-    let next = status::publish(&ctx, pool, status).await?;
+    let before = status::current(&ctx, pool);
+    let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
+    let next = status::publish(&ctx, pool, &before, after).await?;
     outcome.map(|_| Action::requeue(next))
 }
 
@@ -47,4 +48,9 @@ async fn converge(pool: &WorkerPool, reference: &ObjectRef<Watched>, ctx: &Conte
     let applied = apply(ctx, reference, &observed, &desired).await?;
     ctx.signals.follow(&valid, scaling.desired);
     Ok(Converged { scaling, applied, pods: observed.pods })
+}
+
+/// As the API server keeps it: a finer time would differ from what was written, and be written again.
+fn now() -> Timestamp {
+    Timestamp::now().round(Unit::Second).unwrap_or_default()
 }

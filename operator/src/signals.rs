@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::jetstream::Context;
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::Info;
 use beamline_crds::Queue;
 use futures::TryStreamExt;
@@ -129,10 +130,28 @@ impl Signals {
             return Err(BrokerError::Unreachable { url: question.nats.url.clone(), why: "not connected".to_owned() });
         };
         let jetstream = broker.jetstream()?;
+        let streams = streams::ensure(jetstream, &question.nats, question.max_ack_pending).await;
         Ok(Answer {
-            streams: streams::ensure(jetstream, &question.nats, question.max_ack_pending).await,
+            streams: streams.map_err(|error| self.naming_the_pool(error, question)),
             queue: queue(jetstream, &question.nats).await,
         })
+    }
+
+    /// A subject that is taken is usually taken by another pool of ours.
+    fn naming_the_pool(&self, error: BrokerError, question: &Question) -> BrokerError {
+        let BrokerError::Taken { subject, group, pool: None } = error else { return error };
+        let all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_it = |followed: &Followed| {
+            let Nats { url, subject, queue_group, .. } = &followed.question.borrow().nats;
+            (url, subject, queue_group) == (&question.nats.url, &question.nats.subject, &group)
+        };
+        // Several may share it. The sentence must not change from one time to the next.
+        let pool = all
+            .iter()
+            .filter(|(_, followed)| has_it(followed))
+            .map(|(pool, _)| format!("{}/{}", pool.namespace.as_deref().unwrap_or_default(), pool.name))
+            .min();
+        BrokerError::Taken { subject, group, pool }
     }
 
     fn heard(&self, pool: &ObjectRef<Watched>, reading: &Mutex<Reading>, answer: Answer) -> Duration {
@@ -202,14 +221,18 @@ impl Line {
 }
 
 async fn queue(jetstream: &Context, nats: &Nats) -> Result<Queue, BrokerError> {
-    let name = streams::intake_stream(&nats.subject);
-    let about = |what: &str| format!("for {what} of stream {name}");
-    let stream =
-        jetstream.get_stream(&name).await.map_err(|error| BrokerError::unanswered(about("the state"), &error))?;
-    let consumer = stream
-        .consumer_info(&nats.queue_group)
-        .await
-        .map_err(|error| BrokerError::unanswered(about(&format!("consumer {}", nats.queue_group)), &error))?;
+    let (stream_name, group) = (streams::intake_stream(&nats.subject), &nats.queue_group);
+    let stream = jetstream.get_stream(&stream_name).await.map_err(|error| match error.kind() {
+        kind if streams::is_missing(&kind) => BrokerError::Missing { what: format!("stream {stream_name}") },
+        _ => BrokerError::unanswered(format!("for stream {stream_name}"), &error),
+    })?;
+    let consumer = stream.consumer_info(group).await.map_err(|error| {
+        let what = format!("consumer {group} of stream {stream_name}");
+        match error.kind() {
+            ConsumerInfoErrorKind::NotFound => BrokerError::Missing { what },
+            _ => BrokerError::unanswered(format!("for {what}"), &error),
+        }
+    })?;
     let pending = i64::try_from(consumer.num_pending).unwrap_or(i64::MAX);
     let in_flight = i64::try_from(consumer.num_ack_pending).unwrap_or(i64::MAX);
     let depth = pending.saturating_add(in_flight);

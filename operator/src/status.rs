@@ -20,20 +20,30 @@ use crate::signals::Reading;
 
 pub use conditions::ready;
 
+/// How far a watch may be behind our own writes.
+const WATCH_LAG: Duration = Duration::from_secs(5);
 /// Moving numbers are written this often at most.
 const NUMBERS_EVERY: Duration = Duration::from_secs(2);
+
+/// What the pool says about itself now. A watch may still show what was there before our own last write.
+pub fn current(ctx: &Context, pool: &WorkerPool) -> WorkerPoolStatus {
+    match ctx.memory.published(&reference(pool), pool.metadata.uid.as_deref()) {
+        Some(published) if published.at.elapsed() < WATCH_LAG => published.status,
+        _ => pool.status.clone().unwrap_or_default(),
+    }
+}
 
 /// The status that this outcome deserves. What an error hides keeps its last value.
 pub fn compute(
     pool: &WorkerPool,
+    before: &WorkerPoolStatus,
     outcome: Result<&Converged, &Error>,
     reading: &Reading,
     now: Timestamp,
 ) -> WorkerPoolStatus {
-    let before = pool.status.clone().unwrap_or_default();
     let counts = match outcome {
         Ok(converged) => Counts::of(converged),
-        Err(_) => Counts::kept(&before),
+        Err(_) => Counts::kept(before),
     };
     WorkerPoolStatus {
         observed_generation: pool.metadata.generation,
@@ -43,7 +53,7 @@ pub fn compute(
         selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
         queue: reading.queue.clone().or_else(|| before.queue.clone()),
         scaling: counts.scaling.clone(),
-        conditions: conditions::conditions(pool, outcome, reading, now),
+        conditions: conditions::conditions(pool, before, outcome, reading, now),
     }
 }
 
@@ -76,23 +86,29 @@ impl Counts {
 }
 
 /// Writes the status if it changed, and says when to come back.
-pub async fn publish(ctx: &Context, pool: &WorkerPool, next: WorkerPoolStatus) -> Result<Duration, Error> {
-    let reference = ObjectRef::<Watched>::new(pool.metadata.name.as_deref().unwrap_or_default())
-        .within(pool.metadata.namespace.as_deref().unwrap_or_default());
-    // The cache may still hold what was there before our own last write.
-    let written = ctx.memory.published(&reference);
-    let current = written.as_ref().map(|(_, status)| status).or(pool.status.as_ref());
-    let since = written.as_ref().map(|(at, _)| at.elapsed());
-    match due(current, &next, since) {
+pub async fn publish(
+    ctx: &Context,
+    pool: &WorkerPool,
+    before: &WorkerPoolStatus,
+    next: WorkerPoolStatus,
+) -> Result<Duration, Error> {
+    let published = ctx.memory.published(&reference(pool), pool.metadata.uid.as_deref());
+    match due(before, &next, published.map(|published| published.at.elapsed())) {
         Due::Nothing => Ok(RESYNC),
         Due::In(rest) => Ok(rest),
         Due::Now => {
             write(ctx, pool, &next).await?;
-            ctx.memory.publish(&reference, next.clone());
-            ctx.events.announce(pool, current, &next).await;
+            ctx.events.announce(pool, before, &next).await;
+            ctx.memory.publish(&reference(pool), pool.metadata.uid.clone(), next);
             Ok(RESYNC)
         }
     }
+}
+
+fn reference(pool: &WorkerPool) -> ObjectRef<Watched> {
+    let metadata = &pool.metadata;
+    ObjectRef::new(metadata.name.as_deref().unwrap_or_default())
+        .within(metadata.namespace.as_deref().unwrap_or_default())
 }
 
 #[derive(Debug, PartialEq)]
@@ -102,15 +118,14 @@ enum Due {
     Now,
 }
 
-fn due(current: Option<&WorkerPoolStatus>, next: &WorkerPoolStatus, since: Option<Duration>) -> Due {
-    let Some(current) = current else { return Due::Now };
-    if current == next {
+fn due(before: &WorkerPoolStatus, next: &WorkerPoolStatus, since: Option<Duration>) -> Due {
+    if before == next {
         return Due::Nothing;
     }
-    let numbers_only =
-        WorkerPoolStatus { queue: None, ..current.clone() } == WorkerPoolStatus { queue: None, ..next.clone() };
+    let without_numbers = |status: &WorkerPoolStatus| WorkerPoolStatus { queue: None, ..status.clone() };
+    let numbers_only = without_numbers(before) == without_numbers(next);
     match since.and_then(|since| NUMBERS_EVERY.checked_sub(since)) {
-        Some(rest) if numbers_only && !started_or_ended(current.queue.as_ref(), next.queue.as_ref()) => Due::In(rest),
+        Some(rest) if numbers_only && !started_or_ended(before.queue.as_ref(), next.queue.as_ref()) => Due::In(rest),
         _ => Due::Now,
     }
 }

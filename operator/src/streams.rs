@@ -9,8 +9,11 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy};
 use async_nats::jetstream::context::{ConsumerInfoErrorKind, Context, GetStreamErrorKind};
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{
+    Config, ConsumerCreateStrictErrorKind, DiscardPolicy, RetentionPolicy, StorageType, Stream,
+};
 use async_nats::jetstream::{ErrorCode, consumer::pull};
+use futures::TryStreamExt;
 
 use crate::broker::BrokerError;
 use crate::pool::{Nats, Storage};
@@ -151,7 +154,7 @@ async fn ensure_stream(jetstream: &Context, wanted: Config, manage: bool) -> Res
         Ok(found) => compare_stream(&wanted, &found.cached_info().config),
         Err(error) if is_missing(&error.kind()) => {
             if !manage {
-                return Err(BrokerError::Missing { what: format!("stream {name}") });
+                return Err(BrokerError::Unmanaged { what: format!("stream {name}") });
             }
             jetstream
                 .create_stream(wanted)
@@ -164,7 +167,8 @@ async fn ensure_stream(jetstream: &Context, wanted: Config, manage: bool) -> Res
     }
 }
 
-fn is_missing(kind: &GetStreamErrorKind) -> bool {
+/// Whether the broker answered, and said that there is no such stream.
+pub(crate) fn is_missing(kind: &GetStreamErrorKind) -> bool {
     matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
@@ -186,16 +190,45 @@ async fn ensure_consumer(jetstream: &Context, nats: &Nats, max_ack_pending: i64)
         }
         Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => {
             if !nats.streams.manage {
-                return Err(BrokerError::Missing { what: format!("consumer {name} of stream {stream}") });
+                return Err(BrokerError::Unmanaged { what: format!("consumer {name} of stream {stream}") });
             }
-            handle.create_consumer_strict(wanted).await.map_err(|error| {
-                BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error)
-            })?;
-            tracing::info!(%stream, consumer = %name, "created the consumer");
-            Ok(())
+            create_consumer(&handle, nats, wanted).await
         }
         Err(error) => Err(BrokerError::unanswered(format!("for consumer {name} of stream {stream}"), &error)),
     }
+}
+
+async fn create_consumer(stream: &Stream<()>, nats: &Nats, wanted: pull::Config) -> Result<(), BrokerError> {
+    let (stream_name, name) = (intake_stream(&nats.subject), &nats.queue_group);
+    match stream.create_consumer_strict(wanted).await {
+        Ok(_) => {
+            tracing::info!(stream = %stream_name, consumer = %name, "created the consumer");
+            Ok(())
+        }
+        Err(error) if is_not_unique(&error.kind()) => Err(match rival(stream, &nats.subject).await {
+            Some(group) => BrokerError::Taken { subject: nats.subject.clone(), group, pool: None },
+            None => BrokerError::refused(format!("consumer {name} of stream {stream_name} cannot be created"), &error),
+        }),
+        Err(error) => {
+            Err(BrokerError::refused(format!("consumer {name} of stream {stream_name} cannot be created"), &error))
+        }
+    }
+}
+
+fn is_not_unique(kind: &ConsumerCreateStrictErrorKind) -> bool {
+    matches!(kind, ConsumerCreateStrictErrorKind::JetStream(error)
+        if error.error_code() == ErrorCode::CONSUMER_WQ_CONSUMER_NOT_UNIQUE)
+}
+
+/// The consumer that already takes this subject.
+async fn rival(stream: &Stream<()>, subject: &str) -> Option<String> {
+    let mut consumers = stream.consumers();
+    while let Ok(Some(consumer)) = consumers.try_next().await {
+        if consumer.config.filter_subject == subject || consumer.config.filter_subjects.iter().any(|it| it == subject) {
+            return Some(consumer.name);
+        }
+    }
+    None
 }
 
 async fn grow(

@@ -1,6 +1,6 @@
 //! Ready, Progressing, QueueReadable, StreamsReady: each a verdict with a reason and a sentence.
 
-use beamline_crds::WorkerPool;
+use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::DeploymentStatus;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -14,61 +14,60 @@ use crate::signals::Reading;
 /// As long as a sentence in a condition may be.
 const LONGEST_MESSAGE: usize = 1024;
 
+/// What a condition says.
 struct Verdict {
-    status: &'static str,
-    reason: &'static str,
+    status: String,
+    reason: String,
     message: String,
 }
 
 impl Verdict {
-    fn yes(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { status: "True", reason, message: message.into() }
+    fn yes(reason: &str, message: impl Into<String>) -> Self {
+        Self::new("True", reason, message)
     }
 
-    fn no(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { status: "False", reason, message: message.into() }
+    fn no(reason: &str, message: impl Into<String>) -> Self {
+        Self::new("False", reason, message)
     }
 
-    fn unknown(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { status: "Unknown", reason, message: message.into() }
+    fn new(status: &str, reason: &str, message: impl Into<String>) -> Self {
+        Self { status: status.to_owned(), reason: reason.to_owned(), message: message.into() }
     }
 }
 
 /// The condition that sums the others up.
-pub fn ready(conditions: &[Condition]) -> Option<&Condition> {
-    conditions.iter().find(|condition| condition.type_ == "Ready")
+pub fn ready(status: &WorkerPoolStatus) -> Option<&Condition> {
+    find(status, "Ready")
 }
 
 pub(super) fn conditions(
     pool: &WorkerPool,
+    before: &WorkerPoolStatus,
     outcome: Result<&Converged, &Error>,
     reading: &Reading,
     now: Timestamp,
 ) -> Vec<Condition> {
+    let queue =
+        answer(before, "QueueReadable", reading.readable.as_ref(), Verdict::yes("QueueRead", "the broker answers"));
+    let fine = Verdict::yes("StreamsMatch", "streams and consumer are as they must be");
+    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), fine);
     let verdicts = [
-        ("Ready", readiness(outcome, reading)),
+        ("Ready", readiness(outcome, [&streams, &queue])),
         ("Progressing", progress(outcome)),
-        ("QueueReadable", answered(reading.readable.as_ref(), "QueueRead", "the broker answers")),
-        (
-            "StreamsReady",
-            answered(reading.streams.as_ref(), "StreamsMatch", "streams and consumer are as they must be"),
-        ),
+        ("QueueReadable", queue),
+        ("StreamsReady", streams),
     ];
-    verdicts.map(|(type_, verdict)| condition(pool, type_, verdict, now)).to_vec()
+    verdicts.map(|(type_, verdict)| condition(pool, before, type_, verdict, now)).to_vec()
 }
 
 /// What the pool depends on must be fine, and somebody must be at work where anybody is asked for.
-fn readiness(outcome: Result<&Converged, &Error>, reading: &Reading) -> Verdict {
+fn readiness(outcome: Result<&Converged, &Error>, depends_on: [&Verdict; 2]) -> Verdict {
     let converged = match outcome {
         Ok(converged) => converged,
         Err(error) => return Verdict::no(error.reason(), error.to_string()),
     };
-    for answer in [&reading.streams, &reading.readable] {
-        match answer {
-            Some(Ok(())) => {}
-            Some(Err(error)) => return Verdict::no(error.reason(), error.to_string()),
-            None => return Verdict::no("AskingNats", "the broker has not answered yet"),
-        }
+    if let Some(missing) = depends_on.into_iter().find(|verdict| verdict.status != "True") {
+        return Verdict::no(&missing.reason, missing.message.clone());
     }
     let (ready, desired) = (ready_workers(converged), converged.scaling.desired);
     match (desired, ready) {
@@ -101,12 +100,20 @@ fn progress(outcome: Result<&Converged, &Error>) -> Verdict {
     }
 }
 
-fn answered(answer: Option<&Result<(), BrokerError>>, reason: &'static str, message: &str) -> Verdict {
+/// What the broker says; before it says anything, what it said to an earlier operator.
+fn answer(before: &WorkerPoolStatus, type_: &str, answer: Option<&Result<(), BrokerError>>, fine: Verdict) -> Verdict {
     match answer {
-        Some(Ok(())) => Verdict::yes(reason, message),
+        Some(Ok(())) => fine,
         Some(Err(error)) => Verdict::no(error.reason(), error.to_string()),
-        None => Verdict::unknown("AskingNats", "the broker has not answered yet"),
+        None => match find(before, type_) {
+            Some(before) => Verdict::new(&before.status, &before.reason, &before.message),
+            None => Verdict::new("Unknown", "AskingNats", "the broker has not answered yet"),
+        },
     }
+}
+
+fn find<'a>(status: &'a WorkerPoolStatus, type_: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|condition| condition.type_ == type_)
 }
 
 fn status(converged: &Converged) -> Option<&DeploymentStatus> {
@@ -127,23 +134,18 @@ fn is_current(converged: &Converged) -> bool {
     status(converged).and_then(|status| status.observed_generation) >= generation
 }
 
-fn condition(pool: &WorkerPool, type_: &str, verdict: Verdict, now: Timestamp) -> Condition {
+fn condition(pool: &WorkerPool, before: &WorkerPoolStatus, type_: &str, verdict: Verdict, now: Timestamp) -> Condition {
     let Verdict { status, reason, mut message } = verdict;
     if message.len() > LONGEST_MESSAGE {
         message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
     }
-    let since = pool
-        .status
-        .iter()
-        .flat_map(|before| &before.conditions)
-        .find(|before| before.type_ == type_ && before.status == status)
-        .map(|before| before.last_transition_time.clone());
+    let since = find(before, type_).filter(|before| before.status == status);
     Condition {
         type_: type_.to_owned(),
-        status: status.to_owned(),
-        reason: reason.to_owned(),
+        status,
+        reason,
         message,
         observed_generation: pool.metadata.generation,
-        last_transition_time: since.unwrap_or(Time(now)),
+        last_transition_time: since.map_or(Time(now), |before| before.last_transition_time.clone()),
     }
 }

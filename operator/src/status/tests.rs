@@ -61,9 +61,18 @@ fn find<'a>(status: &'a WorkerPoolStatus, type_: &str) -> &'a Condition {
     status.conditions.iter().find(|condition| condition.type_ == type_).expect("the condition is there")
 }
 
+/// The status after one more reconcile.
+fn then(before: &WorkerPoolStatus, converged: &Converged, reading: &Reading, second: i64) -> WorkerPoolStatus {
+    compute(&stored("{}"), before, Ok(converged), reading, at(second))
+}
+
+fn first(converged: &Converged, reading: &Reading) -> WorkerPoolStatus {
+    then(&WorkerPoolStatus::default(), converged, reading, 0)
+}
+
 #[track_caller]
 fn says(converged: &Converged, reading: &Reading, type_: &str, expected: (&str, &str, &str)) {
-    let status = compute(&stored("{}"), Ok(converged), reading, at(0));
+    let status = first(converged, reading);
     let Condition { status, reason, message, .. } = find(&status, type_);
     assert_eq!((status.as_str(), reason.as_str(), message.as_str()), expected);
 }
@@ -98,18 +107,23 @@ fn a_lost_broker_keeps_the_last_numbers_and_says_so() {
     let message = "no connection to nats://nats:4222: connection refused";
     says(&workers(2, 2), &reading, "QueueReadable", ("False", "NatsUnreachable", message));
     says(&workers(2, 2), &reading, "Ready", ("False", "NatsUnreachable", message));
-    let status = compute(&stored("{}"), Ok(&workers(2, 2)), &reading, at(0));
+    let status = first(&workers(2, 2), &reading);
     assert_eq!((status.queue, status.ready_replicas), (Some(queue), 2));
 }
 
 #[test]
 fn after_a_restart_the_numbers_of_the_last_status_stay() {
-    let mut pool = stored("{}");
     let queue = Queue { depth: 9, pending: 9, ..Queue::default() };
-    pool.status = Some(WorkerPoolStatus { queue: Some(queue.clone()), ..WorkerPoolStatus::default() });
-    let status = compute(&pool, Ok(&workers(2, 2)), &Reading::default(), at(0));
+    let before = WorkerPoolStatus { queue: Some(queue.clone()), ..WorkerPoolStatus::default() };
+    let status = then(&before, &workers(2, 2), &Reading::default(), 0);
     assert_eq!(status.queue, Some(queue));
     assert_eq!(find(&status, "QueueReadable").status, "Unknown");
+}
+
+#[test]
+fn a_restarted_operator_does_not_unsay_what_the_last_one_found() {
+    let before = first(&workers(2, 2), &healthy());
+    assert_eq!(then(&before, &workers(2, 2), &Reading::default(), 60), before);
 }
 
 #[test]
@@ -162,22 +176,18 @@ fn a_quota_is_named_without_the_pod_that_met_it() {
 
 #[test]
 fn an_error_is_a_condition_and_keeps_what_was_known() {
-    let mut pool = stored("{}");
-    pool.status = Some(WorkerPoolStatus { ready_replicas: 4, desired_replicas: 5, ..WorkerPoolStatus::default() });
+    let before = WorkerPoolStatus { ready_replicas: 4, desired_replicas: 5, ..WorkerPoolStatus::default() };
     let error = Error::Invalid(InvalidPool::NotStored);
-    let status = compute(&pool, Err(&error), &healthy(), at(0));
+    let status = compute(&stored("{}"), &before, Err(&error), &healthy(), at(0));
     assert_eq!((status.ready_replicas, status.desired_replicas, status.observed_generation), (4, 5, Some(3)));
     assert_eq!(find(&status, "Ready").reason, "InvalidSpec");
 }
 
 #[test]
 fn a_transition_is_dated_and_a_repetition_is_not() {
-    let mut pool = stored("{}");
-    let first = compute(&pool, Ok(&workers(2, 0)), &healthy(), at(0));
-    pool.status = Some(first.clone());
-    let same = compute(&pool, Ok(&workers(2, 0)), &healthy(), at(60));
-    assert_eq!(same, first, "nothing changed, nothing to write");
-    let ready = compute(&pool, Ok(&workers(2, 2)), &healthy(), at(60));
+    let starting = first(&workers(2, 0), &healthy());
+    assert_eq!(then(&starting, &workers(2, 0), &healthy(), 60), starting, "nothing changed, nothing to write");
+    let ready = then(&starting, &workers(2, 2), &healthy(), 60);
     assert_eq!(find(&ready, "Ready").last_transition_time.0, at(60));
     assert_eq!(find(&ready, "QueueReadable").last_transition_time.0, at(0));
 }
@@ -188,11 +198,11 @@ fn moving_numbers_wait_and_news_does_not() {
         |depth| WorkerPoolStatus { queue: Some(Queue { depth, ..Queue::default() }), ..WorkerPoolStatus::default() };
     let half_a_second = Some(Duration::from_millis(500));
     let current = with_depth(5);
-    assert_eq!(due(Some(&current), &current, half_a_second), Due::Nothing);
-    assert_eq!(due(Some(&current), &with_depth(6), half_a_second), Due::In(Duration::from_millis(1500)));
-    assert_eq!(due(Some(&current), &with_depth(6), Some(Duration::from_secs(3))), Due::Now);
-    assert_eq!(due(Some(&current), &with_depth(0), half_a_second), Due::Now, "the last of the work is done");
+    assert_eq!(due(&current, &current, half_a_second), Due::Nothing);
+    assert_eq!(due(&current, &with_depth(6), half_a_second), Due::In(Duration::from_millis(1500)));
+    assert_eq!(due(&current, &with_depth(6), Some(Duration::from_secs(3))), Due::Now);
+    assert_eq!(due(&current, &with_depth(0), half_a_second), Due::Now, "the last of the work is done");
     let scaled = WorkerPoolStatus { replicas: 1, ..with_depth(6) };
-    assert_eq!(due(Some(&current), &scaled, half_a_second), Due::Now);
-    assert_eq!(due(None, &current, None), Due::Now);
+    assert_eq!(due(&current, &scaled, half_a_second), Due::Now);
+    assert_eq!(due(&current, &with_depth(6), None), Due::Now, "not written by this operator yet");
 }
