@@ -36,7 +36,7 @@ main() {
   kubectl get namespace $namespace >/dev/null 2>&1 || quietly kubectl create namespace $namespace
   quietly kubectl apply -n $namespace -f tests/demo/peer.yaml -f tests/demo/workerpool.yaml
   quietly kubectl -n $namespace rollout status deployment/peer --timeout 60s
-  kubectl -n $namespace wait --for=condition=Ready workerpool/demo --timeout 90s
+  until_pool '{.status.readyReplicas}=2'
   show_pool
 
   step "Assignments of every block, as a Router sends them"
@@ -45,12 +45,15 @@ main() {
 
   step "200 slow assignments; a worker pod is killed in the middle"
   demo_router storm --kill "kubectl -n $namespace delete pod --grace-period=0 --force --wait=false $(a_worker)"
+  until_pool '{.status.readyReplicas}=2'
   show_pool
 
-  step "A backlog of 2000, and the pool scaled to four: kubectl scale workerpool demo --replicas 4"
+  step "A backlog of 4000, and the pool scaled to four: kubectl scale workerpool demo --replicas 4"
   kubectl -n $namespace scale workerpool demo --replicas 4
   demo_router backlog --watch "kubectl -n $namespace get workerpool demo --no-headers"
   kubectl -n $namespace scale workerpool demo --replicas 2
+  until_pool '{.status.queue.depth}=0'
+  until_pool '{.status.replicas}=2'
   show_pool
 
   what_next
@@ -63,6 +66,8 @@ quietly() {
   local output
   output=$("$@" 2>&1) || { printf '%s\n' "$output" >&2; die "failed: $*"; }
 }
+
+until_pool() { quietly kubectl -n $namespace wait workerpool/demo --for=jsonpath="$1" --timeout 90s; }
 
 show_pool() { kubectl -n $namespace get workerpools; }
 
@@ -91,16 +96,16 @@ demo_router() { target/debug/demo --nats-url "nats://127.0.0.1:$nats_port" "$@";
 
 what_next() {
   step "Done. It stays up. What to try next:"
-  uses_current_context || echo "  export KUBECONFIG=$KUBECONFIG"
+  uses_current_context || printf '  %s\n' "export KUBECONFIG=$KUBECONFIG PATH=$(tests/cluster/tools.sh --path kubernetes):\$PATH"
   cat <<EOF
-  kubectl -n $namespace get workerpools -w                        # the queue as it moves
-  kubectl -n $namespace get workerpool demo -o yaml               # the whole status
-  kubectl explain workerpool.spec                                 # the manual
-  kubectl -n $namespace logs -l beamline.dev/pool=demo -f         # what workers say
-  kubectl -n nats port-forward deployment/nats 4222:4222 &        # then, from another terminal:
-  target/debug/demo --nats-url nats://127.0.0.1:4222 storm        #   200 assignments more
+  kubectl -n $namespace get workerpools -w                 # the queue as it moves
+  kubectl -n $namespace get workerpool demo -o yaml        # the whole status
+  kubectl explain workerpool.spec                          # the manual
+  kubectl -n $namespace logs -l beamline.dev/pool=demo -f  # what workers say
+  kubectl -n nats port-forward deployment/nats 4222 &      # a way in, then:
+  target/debug/demo --nats-url nats://127.0.0.1:4222 storm
 EOF
-  uses_current_context || echo "  make cluster-down                                               # leaves nothing behind"
+  uses_current_context || echo "  make cluster-down                                        # leaves nothing behind"
 }
 
 main "$@"

@@ -9,6 +9,7 @@
 )]
 
 pub mod audit; // what must hold over everything that was sent
+pub mod cluster; // a namespace of a real Kubernetes
 pub mod nats; // a broker that can be killed, paused and brought back
 pub mod peer; // whom http.request calls
 pub mod process; // children that end with their owner
