@@ -22,7 +22,7 @@ use crate::admin::Readiness;
 use crate::broker::Brokers;
 use crate::config::Config;
 use crate::desired::names;
-use crate::error::{Error, explain};
+use crate::error::{Error, explain, explain_watch};
 use crate::events::Events;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -136,8 +136,9 @@ impl Watching {
         let events = watcher(self.api::<K>(), config).default_backoff().inspect(move |event| match event {
             Ok(_) => readiness.has(topic),
             Err(error) => {
-                tracing::warn!(%error, "{topic} failed");
-                readiness.waits(topic, error.to_string());
+                let why = explain_watch(error);
+                tracing::warn!("{topic} failed: {why}");
+                readiness.waits(topic, why);
             }
         });
         (cache, events.reflect(writer).touched_objects())

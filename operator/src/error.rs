@@ -1,5 +1,7 @@
 //! Why a pool could not be reconciled. "Not ready yet" is no error, it is a condition.
 
+use kube::runtime::watcher;
+
 use crate::pool::InvalidPool;
 
 /// One variant for each thing that a person can do about it.
@@ -77,5 +79,16 @@ pub(crate) fn explain(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
         other => other.to_string(),
+    }
+}
+
+/// The same for a watch.
+pub(crate) fn explain_watch(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(source)
+        | watcher::Error::WatchStartFailed(source)
+        | watcher::Error::WatchFailed(source) => explain(source),
+        watcher::Error::WatchError(status) => status.message.clone(),
+        watcher::Error::NoResourceVersion => error.to_string(),
     }
 }
