@@ -59,9 +59,7 @@ impl Error {
             Self::Unreadable(_) => "UnreadableSpec",
             Self::InTheWay { .. } => "NameConflict",
             Self::Observe { .. } => "ObserveFailed",
-            Self::Apply { source: kube::Error::Api(status), .. } if status.code == 403 => {
-                if status.message.contains("exceeded quota") { "QuotaExceeded" } else { "Forbidden" }
-            }
+            Self::Apply { source: kube::Error::Api(status), .. } if status.code == 403 => forbidden(&status.message),
             Self::Apply { .. } => "ApplyFailed",
             Self::Publish(_) => "PublishFailed",
             Self::Panicked => "Panicked",
@@ -71,6 +69,17 @@ impl Error {
     /// Whether only a changed spec can help.
     pub const fn waits_for_a_change(&self) -> bool {
         matches!(self, Self::Invalid(_) | Self::Unreadable(_))
+    }
+}
+
+/// The API server has one code for three situations; only its sentence tells them apart.
+fn forbidden(message: &str) -> &'static str {
+    if message.contains("exceeded quota") {
+        "QuotaExceeded"
+    } else if message.contains("is being terminated") {
+        "NamespaceTerminating"
+    } else {
+        "Forbidden"
     }
 }
 

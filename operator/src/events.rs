@@ -7,7 +7,7 @@ use kube::{Client, Resource};
 
 use crate::controller::Watched;
 use crate::desired::names;
-use crate::error::Error;
+use crate::error::{Error, explain};
 use crate::status;
 
 /// Writes events.
@@ -43,7 +43,7 @@ impl Events {
         let note = note.get(..note.floor_char_boundary(1000)).map(str::to_owned);
         let event = Event { type_, reason: reason.to_owned(), note, action: "Reconcile".to_owned(), secondary: None };
         if let Err(error) = self.recorder.publish(&event, about).await {
-            tracing::warn!(%error, "an event was not written");
+            tracing::warn!("an event was not written: {}", explain(&error));
         }
     }
 }
