@@ -31,8 +31,7 @@ programs: ## The image's programs only, for `docker build .`
 	@tests/image.sh programs release
 
 crds: ## Writes crds/workerpools.yaml and the chart's copy from the Rust types
-	@UPDATE=1 cargo test -q -p beamline-crds
-	@install -m 644 crds/workerpools.yaml charts/beamline/crds/workerpools.yaml
+	@UPDATE=1 cargo test --quiet -p beamline-crds
 
 ##@ Check
 check: ## Format, lints, shell scripts

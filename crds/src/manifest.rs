@@ -10,16 +10,18 @@ use crate::WorkerPool;
 /// Client-side apply keeps the whole object in an annotation, which holds no more.
 const LARGEST_ANNOTATION: usize = 262_144;
 
-/// `UPDATE=1 cargo test -p beamline-crds` rewrites the file; without it a stale file fails the build.
+/// `make crds` rewrites the file and the chart's copy; without it a stale one fails the build.
 #[test]
-fn committed_manifest_matches_the_types() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("workerpools.yaml");
+fn committed_manifests_match_the_types() {
     let fresh = serde_saphyr::to_string(&WorkerPool::crd()).expect("a manifest is plain data");
-    if std::env::vars().any(|(name, _)| name == "UPDATE") {
-        std::fs::write(&path, &fresh).expect("the crate directory is writable");
+    for file in ["workerpools.yaml", "../charts/beamline/files/workerpools.yaml"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        if std::env::vars().any(|(name, _)| name == "UPDATE") {
+            std::fs::write(&path, &fresh).expect("the directory is writable");
+        }
+        let committed = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(committed == fresh, "stale CRD: run `make crds` and commit {}", path.display());
     }
-    let committed = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(committed == fresh, "stale CRD: run `UPDATE=1 cargo test -p beamline-crds` and commit {path:?}");
     assert!(fresh.len() < LARGEST_ANNOTATION, "the manifest has {} bytes", fresh.len());
 }
 

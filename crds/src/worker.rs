@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Egress, Filesystem, embedded};
 
 /// What one worker pod looks like and may do. Every pod meets the Pod Security level `restricted`.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.env) || self.env.all(e, !(e.name in ['NATS_CREDS', 'NATS_TLS_CA', 'NATS_TLS_CERT', 'NATS_TLS_KEY', 'NATS_URL', 'OTEL_EXPORTER_OTLP_ENDPOINT', 'PROMETHEUS_ENDPOINT', 'WORKER_CPU_POOL_SIZE', 'WORKER_DRAIN_TIMEOUT', 'WORKER_EGRESS_ALLOW', 'WORKER_EGRESS_DENY', 'WORKER_EGRESS_POLICY', 'WORKER_FS_ROOTS', 'WORKER_GPU_POOL_SIZE', 'WORKER_ID', 'WORKER_IO_POOL_SIZE', 'WORKER_MAX_CPU_TIME_MS', 'WORKER_MAX_MEMORY_MB', 'WORKER_NATS_QUEUE_GROUP', 'WORKER_NATS_SUBJECT', 'WORKER_POOL', 'WORKER_SANDBOX_MODE']))")
@@ -34,9 +34,10 @@ use crate::{Egress, Filesystem, embedded};
         .message("worker.podAnnotations: keys below beamline.dev/ are set by the operator; choose another")
 )]
 pub struct Worker {
-    /// Image of the worker, such as ghcr.io/beamline/beamline:0.1.0.
+    /// Image of the worker. Default: ghcr.io/beamline/beamline of the operator's own version.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512), regex(pattern = "^[^ ]+$"))]
-    pub image: String,
+    pub image: Option<String>,
 
     /// When the image is pulled. Default: what Kubernetes decides (Always for the tag latest, else IfNotPresent).
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -75,7 +75,8 @@ pub struct WorkerPoolSpec {
     pub nats: Nats,
 
     /// What one worker pod looks like and may do.
-    pub worker: Worker,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worker: Option<Worker>,
 
     /// How pods are replaced when the pool changes.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -199,7 +199,7 @@ impl Brokers {
             None => Ok(None),
         };
         Ok(Access {
-            url: nats.url.clone(),
+            url: qualified(&nats.url, namespace),
             credentials: read(&nats.operator_credentials).await?,
             ca: read(&nats.tls.ca_secret_ref).await?,
             certificate: read(&nats.tls.cert_secret_ref).await?,
@@ -220,6 +220,17 @@ impl Brokers {
             .ok_or_else(|| BrokerError::Secret(format!("Secret `{name}` has no key `{key}`")))?;
         String::from_utf8(value.0).map_err(|_| BrokerError::Secret(format!("Secret `{name}`, key `{key}`: not text")))
     }
+}
+
+/// A name without dots means a Service of the pool's namespace, as its workers see it; from here it needs the rest.
+fn qualified(url: &str, namespace: &str) -> String {
+    let Some((scheme, address)) = url.split_once("://") else { return url.to_owned() };
+    let (host, port) =
+        address.split_once(':').map_or((address, String::new()), |(host, port)| (host, format!(":{port}")));
+    if host.contains(['.', '[']) || host == "localhost" {
+        return url.to_owned();
+    }
+    format!("{scheme}://{host}.{namespace}.svc{port}")
 }
 
 async fn connect(access: &Access) -> Result<Broker, BrokerError> {
@@ -287,4 +298,19 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> 
 
 fn unusable(what: &str, error: &dyn std::fmt::Display) -> BrokerError {
     BrokerError::Secret(format!("the NATS TLS {what} is unusable: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_name_is_a_service_of_the_pools_namespace() {
+        assert_eq!(qualified("nats://nats:4222", "shop"), "nats://nats.shop.svc:4222");
+        assert_eq!(qualified("tls://nats", "shop"), "tls://nats.shop.svc");
+        for whole in ["nats://nats.nats.svc:4222", "nats://10.1.2.3:4222", "nats://[::1]:4222", "nats://localhost:4222"]
+        {
+            assert_eq!(qualified(whole, "shop"), whole);
+        }
+    }
 }

@@ -220,7 +220,7 @@ pub fn validate(pool: &crds::WorkerPool) -> Result<ValidPool, InvalidPool> {
         owner: pool.controller_owner_ref(&()).ok_or(InvalidPool::NotStored)?,
         replicas,
         nats: valid_nats(nats)?,
-        worker: valid_worker(worker)?,
+        worker: valid_worker(worker.unwrap_or_default())?,
         rollout: valid_rollout(rollout.unwrap_or_default()),
         disruption: valid_disruption(disruption.unwrap_or_default()),
         otlp_endpoint: observability.and_then(|observability| observability.otlp_endpoint),
@@ -287,7 +287,7 @@ fn valid_worker(worker: crds::Worker) -> Result<Worker, InvalidPool> {
     let crds::Limits { memory_mb, cpu_time_ms } = limits.unwrap_or_default();
     let resources = resources.unwrap_or_else(default_resources);
     Ok(Worker {
-        image,
+        image: image.unwrap_or_else(|| concat!("ghcr.io/beamline/beamline:", env!("CARGO_PKG_VERSION")).to_owned()),
         image_pull_policy,
         image_pull_secrets,
         cpu_slots: cpu.unwrap_or(8),

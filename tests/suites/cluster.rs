@@ -38,7 +38,6 @@ fn pool(name: &str, spec: Value) -> String {
             "replicas": 1,
             "nats": {"url": "nats://nats:4222"},
             "worker": {
-                "image": "ghcr.io/beamline/beamline:0.1.0",
                 "pools": {"cpu": 2, "io": 8},
                 "drainSeconds": 5,
                 "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "512Mi"}},
@@ -143,7 +142,6 @@ async fn a_broken_rule_is_refused_with_the_field_and_the_fix() {
     refused("orders", json!({"nats": {"url": "nats://me:secret@nats:4222"}}), "nats.url: must not hold credentials");
     refused("orders", json!({"nats": {"subject": "orders.ack"}}), "nats.subject: must not end in '.ack'");
     refused("orders", json!({"worker": {"pools": {"io": 0}}}), "spec.worker.pools.io");
-    refused("orders", json!({"worker": {"limits": {"memoryMb": 500}}}), "worker.limits.memoryMb: must be at most 75 %");
     let hostile = json!({"worker": {"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}});
     refused("orders", hostile, "hostPath");
     let both = json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}});
@@ -153,6 +151,14 @@ async fn a_broken_rule_is_refused_with_the_field_and_the_fix() {
     refused("orders", root("/etc"), "filesystem.roots: a path must not be in a system directory");
     refused("orders", json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable");
     refused("orders", json!({"paused": true}), "unknown field \"spec.paused\"");
+
+    // What the API server cannot compare, the operator says.
+    namespace.apply(&pool("orders", json!({"worker": {"limits": {"memoryMb": 500}}})));
+    let pool = namespace.until("workerpool/orders", "it is refused", |pool| is(pool, "Ready", "False")).await;
+    let ready = condition(&pool, "Ready");
+    let message = ready["message"].as_str().unwrap_or_default();
+    assert_eq!(ready["reason"], "InvalidSpec", "{message}");
+    assert!(message.contains("worker.limits.memoryMb") && message.contains("75 %"), "{message}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
