@@ -65,6 +65,13 @@ impl NatsServer {
         assert!(greets(&mut self.process, self.port), "nats-server does not come back on port {}", self.port);
     }
 
+    /// Starts it again with other lines in its configuration.
+    pub fn restart_with(&mut self, settings: &str) {
+        self.process.kill();
+        configure(self.directory.path(), self.port, settings);
+        self.restart();
+    }
+
     /// Stops it where it stands: connections stay open and silent.
     pub fn pause(&self) {
         self.process.pause();

@@ -1,7 +1,8 @@
 //! Whom `http.request` calls: a server whose answers are in the path, and which remembers who asked.
 //!
 //! `/ok`, `/echo`, `/status/<code>`, `/flaky/<n>` and `/retry-after/<seconds>/<n>` (the first `n` requests with the same
-//! `Idempotency-Key` get 503), `/slow/<ms>`, `/gate/<name>` (answers when the test opens it), `/reset`, `/redirect/<n>`,
+//! `Idempotency-Key` get 503), `/slow/<ms>`, `/gate/<name>/<n>` (answers, with `n` bytes if it says so, when the test
+//! opens it), `/reset`, `/redirect/<n>`,
 //! `/gzip`, `/bytes/<n>`. A query only tells cases apart.
 
 use std::collections::{BTreeMap, HashSet};
@@ -175,13 +176,13 @@ fn answer(state: &Arc<State>, hit: &Hit) -> impl Future<Output = Option<Answer>>
                 let gate = words.get(1).cloned().unwrap_or_default();
                 let mut changed = state.changed.subscribe();
                 let _ = changed.wait_for(|_| state.open.lock().unwrap().contains(&gate)).await;
-                Answer::ok()
+                if second > 0 { Answer::bytes(second) } else { Answer::ok() }
             }
             "reset" => return None,
             "redirect" if first > 0 => Answer::status(302).with("location", format!("/redirect/{}", first - 1)),
             "redirect" => Answer::ok(),
             "gzip" => Answer { body: gzip(&Answer::ok().body), ..Answer::ok().with("content-encoding", "gzip") },
-            "bytes" => Answer { body: vec![b'x'; usize::try_from(first).ok()?], ..Answer::ok() },
+            "bytes" => Answer::bytes(first),
             _ => Answer::status(404),
         })
     }
@@ -207,6 +208,10 @@ impl Answer {
 
     fn status(status: u64) -> Self {
         Self::json(u16::try_from(status).unwrap_or(500), &format!(r#"{{"status":{status}}}"#))
+    }
+
+    fn bytes(count: u64) -> Self {
+        Self { body: vec![b'x'; usize::try_from(count).unwrap_or_default()], ..Self::ok() }
     }
 
     fn json(status: u16, body: &str) -> Self {

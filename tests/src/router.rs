@@ -198,40 +198,38 @@ impl Router {
     /// Waits until what was heard about an assignment makes something known.
     pub async fn learn<T>(&self, key: impl Into<Key>, what: &str, known: impl Fn(&Story) -> Option<T>) -> T {
         let key = key.into();
+        match self.known(|| known(&self.story(&key))).await {
+            Some(known) => known,
+            None => panic!("no {what} of {key}; heard: {:#?}", self.story(&key)),
+        }
+    }
+
+    /// Looks each time that something was heard, until there is what is looked for; `None` after a while.
+    async fn known<T>(&self, look: impl Fn() -> Option<T>) -> Option<T> {
         let mut changed = self.changed.clone();
-        let learnt = async {
+        let known = async {
             loop {
                 changed.borrow_and_update();
-                if let Some(known) = known(&self.story(key.clone())) {
+                if let Some(known) = look() {
                     return known;
                 }
                 changed.changed().await.expect("the listener lives as long as the Router");
             }
         };
-        match tokio::time::timeout(SOON * 2, learnt).await {
-            Ok(known) => known,
-            Err(_) => panic!("no {what} of {key}; heard: {:#?}", self.story(key.clone())),
-        }
+        tokio::time::timeout(SOON * 2, known).await.ok()
     }
 
     /// The first thing that was said there and is so, whomever it is about.
     pub async fn find(&self, kind: Kind, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
-        let mut changed = self.changed.clone();
-        let found = async {
-            loop {
-                changed.borrow_and_update();
-                let said = self.heard.lock().unwrap();
-                let found = said.iter().filter(|heard| heard.kind == kind).map(|heard| json(&heard.payload));
-                let found = found.into_iter().find(|json| is_it(json));
-                drop(said);
-                if let Some(found) = found {
-                    return found;
-                }
-                changed.changed().await.expect("the listener lives as long as the Router");
-            }
+        let found = || {
+            let heard = self.heard.lock().unwrap();
+            let of_kind = heard.iter().filter(|heard| heard.kind == kind);
+            of_kind.map(|heard| json(&heard.payload)).find(|said| is_it(said))
         };
-        let found = tokio::time::timeout(SOON * 2, found).await;
-        found.unwrap_or_else(|_| panic!("no {kind:?} about {what}; heard: {:#?}", self.heard()))
+        match self.known(found).await {
+            Some(found) => found,
+            None => panic!("no {kind:?} about {what}; heard: {:#?}", self.heard()),
+        }
     }
 
     /// The first verdict on an assignment.

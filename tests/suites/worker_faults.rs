@@ -1,6 +1,6 @@
 //! The contract under fault: whatever dies, pauses, fills up or vanishes, each assignment ends once. The names carry the
 //! ids of the failure catalogue.
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::peer::Peer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{DLQ, Router, assignment};
+use beamline_tests::router::{DLQ, Router, assignment, json as read};
 use beamline_tests::wait::{until, within};
 use beamline_tests::worker::Setup;
 use serde_json::{Value, json};
@@ -49,6 +49,24 @@ async fn w01_what_a_killed_worker_was_at_is_done_by_another_under_the_same_key()
 }
 
 #[tokio::test]
+async fn long_work_keeps_its_hold() {
+    let rig = Rig::start(&[]).await;
+    let second = rig.another("worker-2").start(&rig.nats).await;
+    let payload = assignment("acme", "long", rig.call("/gate/long"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/long", 1).await;
+    // The time itself is what is tested: one hold and a bit.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    rig.peer.open("long");
+    rig.router.result(&payload).await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/gate/long").len(), 1, "nobody else was given it");
+    for worker in [&rig.worker, &second] {
+        assert_eq!(worker.metric("worker_redeliveries_total").await, 0.0);
+    }
+}
+
+#[tokio::test]
 async fn w04_a_worker_that_was_paused_past_its_hold_publishes_what_another_recorded() {
     let rig = Rig::start(&[]).await;
     let ids: Vec<String> = (0..5).map(|number| format!("w04-{number}")).collect();
@@ -75,6 +93,61 @@ async fn w04_a_worker_that_was_paused_past_its_hold_publishes_what_another_recor
     let payload = assignment("acme", "w04-after", rig.call("/ok"));
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
+}
+
+#[tokio::test]
+async fn w04_work_that_waited_through_a_pause_is_left_to_whom_it_was_given() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let running = assignment("acme", "w04-running", rig.call("/gate/slot"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    let waiting = assignment("acme", "w04-waiting", rig.call("/ok"));
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    rig.worker.pause();
+    assert_eq!(rig.router.result(&waiting).await["metadata"]["worker_id"], "worker-2");
+    rig.peer.arrived("/gate/slot", 2).await;
+    rig.peer.open("slot");
+    rig.worker.resume();
+    rig.router.results(&running, 2).await;
+    let idle = async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await == 0.0;
+    until("the first worker is idle", idle).await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1, "the first worker did not begin it");
+}
+
+#[tokio::test]
+async fn w05_rolling_workers_over_executes_nothing_twice() {
+    const TOTAL: usize = 600;
+    let rig = Rig::start(&["--io-pool-size=4"]).await;
+    let payloads: Vec<Value> =
+        (0..TOTAL).map(|n| assignment("acme", &format!("w05-{n}"), rig.call("/slow/10"))).collect();
+    let generations: Vec<Setup> =
+        (2..6).map(|n| rig.another(&format!("worker-{n}")).flag("--io-pool-size=4")).collect();
+    let Rig { worker, router, peer, nats, files: _files } = rig;
+    let submit = async {
+        for payload in &payloads {
+            router.submit(payload).await;
+        }
+    };
+    let roll = async {
+        let mut old = worker;
+        for (number, next) in generations.into_iter().enumerate() {
+            peer.arrived("/slow", TOTAL / 6 * (number + 1)).await;
+            let next = next.start(&nats).await;
+            old.terminate();
+            assert_eq!(old.ended().await, Some(0));
+            old = next;
+        }
+        old
+    };
+    let (_last, ()) = futures::join!(roll, submit);
+    kept_its_promise(&router, &peer).await;
+    assert_eq!(peer.hits("/slow").len(), TOTAL);
+    for payload in &payloads {
+        assert_eq!(router.result(payload).await["status"], "success");
+    }
 }
 
 #[tokio::test]
@@ -207,6 +280,41 @@ async fn w14_duplicates_have_one_outcome_whatever_they_say() {
         assert!(results.iter().all(|result| *result == results[0]));
     }
     kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn w18_a_result_that_the_broker_no_longer_takes_is_a_final_error() {
+    let mut rig = Rig::start(&[]).await;
+    let small = 64 * 1024;
+    // What surrounds a body in a result, so that one of them fits but for the headers of its record.
+    let measured = assignment("acme", "w18-0", rig.call("/bytes/50000"));
+    rig.router.submit(&measured).await;
+    let around = rig.router.results(&measured, 1).await[0].len() - 50_000;
+    let sizes = [small + 1, small - around - 20, small - around - 4096];
+    rig.router.submit(&assignment("acme", "w18-4", rig.call("/gate/away/70000"))).await;
+    rig.peer.arrived("/gate/away", 1).await;
+    for (number, size) in sizes.into_iter().enumerate() {
+        let job = rig.call(&format!("/gate/w18/{size}"));
+        rig.router.submit(&assignment("acme", &format!("w18-{}", number + 1), job)).await;
+    }
+    rig.peer.arrived("/gate/w18", 3).await;
+    rig.nats.kill();
+    rig.worker.unready("NATS disconnected").await;
+    rig.peer.open("away");
+    let busy = async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await;
+    until("one of them ends while the broker is away", async || busy().await == 3.0).await;
+    rig.nats.restart_with(&format!("max_payload: {small}"));
+    rig.worker.ready().await;
+    rig.peer.open("w18");
+    for (id, is_too_large) in [("w18-1", true), ("w18-2", true), ("w18-3", false), ("w18-4", true)] {
+        let record = within(LAPSE, "a record", async || rig.router.record(("acme", id)).await).await;
+        let result = read(&record.payload);
+        let error = is_too_large.then(|| (json!(2002), json!(false)));
+        let found = result.get("error").map(|error| (error["code"].clone(), error["retryable"].clone()));
+        assert_eq!(found, error, "{id}");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.router.all("CAF_EXEC_DLQ", DLQ).await.len(), 3);
 }
 
 /// 2 000 assignments of every kind, while workers are killed one after the other and the broker once.

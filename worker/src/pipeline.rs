@@ -40,6 +40,8 @@ const OVERLOADED: Duration = Duration::from_secs(30);
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
 const ENVELOPE_BYTES: usize = 8 * 1024;
+/// The broker's limit counts a record's headers too; they have no more than this.
+const HEADER_BYTES: usize = 1024;
 
 /// What an administrator decides about the pipeline.
 #[derive(Clone, Debug)]
@@ -205,9 +207,9 @@ impl Pipeline {
         }
         let failed = execution.failed.clone();
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
-        let result = step.encode(&assignment, &self.settings.worker_id, self.broker.max_payload());
+        let result = self.encode(&mut step, &assignment);
         let _held = self.load.hold_bytes(result.len());
-        let standing = delivery.held(self.record(&delivery, &assignment.key, expected, result)).await;
+        let standing = delivery.held(self.record(&delivery, &assignment, expected, &mut step, result)).await;
         let published = match standing {
             Standing::Ours(result) => {
                 if let Some(fault) = step.error.as_ref().filter(|fault| self.is_dead_letter(fault)) {
@@ -375,12 +377,31 @@ impl Pipeline {
     }
 
     /// Writes the record until its outcome is definite, and returns what stands in the end.
-    async fn record(&self, delivery: &Delivery, key: &AssignmentKey, expected: u64, result: Bytes) -> Standing {
-        let mut expected = expected;
+    async fn record(
+        &self,
+        delivery: &Delivery,
+        assignment: &Assignment,
+        expected: u64,
+        step: &mut StepResult,
+        result: Bytes,
+    ) -> Standing {
+        let key = &assignment.key;
+        let (mut expected, mut result) = (expected, result);
         loop {
-            let write = || self.ledger.write(key, delivery.publication(), expected, result.clone());
+            let may_shrink = step.outputs.is_some();
+            let write = || async {
+                match self.ledger.write(key, delivery.publication(), expected, result.clone()).await {
+                    // The broker has come back with a smaller limit: no other try can succeed.
+                    Err(_) if may_shrink && result.len() > self.largest_result() => Ok(Stored::Refused),
+                    outcome => outcome,
+                }
+            };
             if let Stored::At(_) = self.until_definite(write).await {
                 return Standing::Ours(result);
+            }
+            if may_shrink && result.len() > self.largest_result() {
+                result = self.encode(step, assignment);
+                continue;
             }
             let stored = self.read_records(std::slice::from_ref(key)).await.into_values().next();
             match stored {
@@ -390,6 +411,14 @@ impl Pipeline {
                 Some(record) => return Standing::Theirs(record),
             }
         }
+    }
+
+    fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
+        step.encode(assignment, &self.settings.worker_id, self.largest_result())
+    }
+
+    fn largest_result(&self) -> usize {
+        self.broker.max_payload().saturating_sub(HEADER_BYTES)
     }
 
     async fn keep_dead_letter(
