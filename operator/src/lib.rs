@@ -5,16 +5,16 @@ pub mod config; // what whoever runs the operator may tune
 pub mod controller; // wiring only
 pub mod reconcile; // the whole story
 
-pub mod apply; // making it so
-pub mod desired; // what should exist
 pub mod observe; // what exists
 pub mod pool; // what is asked for, with every default decided
 pub mod scale; // how many workers, and why
+pub mod desired; // what should exist
+pub mod apply; // making it so
 pub mod status; // saying how it went
 
-pub mod broker;
 pub mod signals; // what the broker says about each pool
-pub mod streams; // what the broker must keep // connections to it
+pub mod streams; // what the broker must keep
+pub mod broker; // connections to it
 
 pub mod error; // why it did not go
 pub mod events; // telling Kubernetes

@@ -8,7 +8,7 @@ source "$here/remains.sh"
 bridge_address=10.244.0.1
 services=10.96.0.0/16
 ports=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
-volumes=8
+volumes=24
 patience=120 # seconds for one part; a busy machine needs more than the usual two
 declare -A started
 

@@ -9,12 +9,12 @@
     reason = "test support: a failure here is a test's failure, and says so"
 )]
 
+pub mod rig; // one of each
+pub mod nats; // a broker that can be killed, paused and brought back
+pub mod worker; // the program under test
+pub mod router; // publishes assignments, hears what is said about them
+pub mod peer; // whom http.request calls
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
-pub mod nats; // a broker that can be killed, paused and brought back
-pub mod peer; // whom http.request calls
 pub mod process; // children that end with their owner
-pub mod rig; // one of each
-pub mod router; // publishes assignments, hears what is said about them
 pub mod wait; // until something is so
-pub mod worker; // the program under test

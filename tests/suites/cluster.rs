@@ -147,7 +147,7 @@ async fn a_broken_rule_is_refused_with_the_field_and_the_fix() {
     let both = json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}});
     refused("orders", both, "disruption: set maxUnavailable or minAvailable, not both");
     let root = |path: &str| json!({"worker": {"filesystem": {"roots": [{"path": path, "volume": {"emptyDir": {}}}]}}});
-    refused("orders", root("data"), "spec.worker.filesystem.roots[0].path");
+    refused("orders", root("data"), "filesystem.roots.path: must be absolute");
     refused("orders", root("/etc"), "filesystem.roots: a path must not be in a system directory");
     refused("orders", json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable");
     refused("orders", json!({"paused": true}), "unknown field \"spec.paused\"");

@@ -3,18 +3,18 @@
 pub mod config; // what an administrator may tune
 pub mod pipeline; // the whole story in two functions
 
-pub mod admission; // whether it may run here
-pub mod assignment; // what we are willing to run
-pub mod blocks; // http, fs, sql
 pub mod broker; // the connection, the streams
-pub mod contract; // the JSON that we share with the Router
-pub mod execute; // deadline and retry
-pub mod fault; // the 1xxx–5xxx table: why not, and what follows
 pub mod intake; // bytes in, and the duty to settle them
-pub mod report;
-pub mod schedule; // where and in what order // verdicts, results, dead letters
+pub mod contract; // the JSON that we share with the Router
+pub mod assignment; // what we are willing to run
+pub mod fault; // the 1xxx–5xxx table: why not, and what follows
+pub mod admission; // whether it may run here
+pub mod schedule; // where and in what order
+pub mod execute; // deadline and retry
+pub mod blocks; // http, fs, sql
+pub mod report; // verdicts, results, dead letters
 
 pub mod admin; // probes and scrapes
 pub mod metrics; // what is counted
-pub mod shutdown;
-pub mod telemetry; // logs and traces // one way down
+pub mod telemetry; // logs and traces
+pub mod shutdown; // one way down
