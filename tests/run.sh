@@ -24,7 +24,8 @@ worker() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server)
   cargo build --workspace --bins
-  PATH=$tools:$PATH cargo test --workspace \
+  # Most of the time they wait for a hold to lapse, so more than there are cores run side by side.
+  PATH=$tools:$PATH RUST_TEST_THREADS=6 cargo test --workspace \
     --test house --test contract_examples --test worker_assignment --test worker_blocks --test worker_status \
     --test worker_faults
 }

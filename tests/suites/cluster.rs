@@ -8,6 +8,7 @@ use std::time::Duration;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::cluster::{Namespace, PATIENCE, chart, kubectl, program};
 use beamline_tests::router::{Key, Router, assignment};
+use beamline_tests::wait::within;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
@@ -101,7 +102,9 @@ async fn a_pool_becomes_workers_is_kept_so_and_leaves_its_streams_behind() {
     namespace.kubectl(&["rollout", "status", "deployment/orders", "--timeout=90s"]);
 
     namespace.kubectl(&["scale", "workerpool/orders", "--replicas=1"]);
-    namespace.until("workerpool/orders", "it has one worker", |pool| pool["status"]["readyReplicas"] == 1).await;
+    namespace.until("workerpool/orders", "it has one worker", |pool| pool["status"]["replicas"] == 1).await;
+    let one_pod = async || (namespace.list("pods", "beamline.dev/pool=orders").len() == 1).then_some(());
+    within(PATIENCE, "the other pods are gone", one_pod).await;
     no_write_while_nothing_happens(&namespace, &[children.as_slice(), &["workerpool/orders"]].concat()).await;
 
     namespace.kubectl(&["delete", "workerpool/orders", "--wait"]);
