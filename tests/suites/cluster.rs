@@ -2,6 +2,12 @@
 //!
 //! Every test has a namespace and a NATS of its own; all share one operator, which the chart installs.
 
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "helpers of tests: a failure here is a test's failure"
+)]
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -308,7 +314,7 @@ fn mixed(count: usize) -> Vec<Value> {
         let file = format!("/data/{}.txt", number % 50);
         let job = match number % 10 {
             0 => invalid(number / 10),
-            1 | 2 | 3 => http("/slow/400"),
+            1..=3 => http("/slow/400"),
             4 => http("/echo"),
             5 => http("/status/404"),
             6 => json!({"type": "fs.put", "path": file, "content": format!("number {number}")}),

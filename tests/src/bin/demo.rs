@@ -1,5 +1,6 @@
 //! What `make demo` shows: a Router at work on a WorkerPool, told in lines for a person.
 #![expect(clippy::print_stdout, reason = "it is made to be read on a terminal")]
+#![expect(clippy::indexing_slicing, reason = "a missing field of a JSON value is null")]
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};

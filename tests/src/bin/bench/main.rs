@@ -1,6 +1,7 @@
 //! `make bench`: figures of the worker beside the bare limit, alternating in one run, as rates and as a ratio.
 //!
 //! Machines are shared and noisy: read the ratio, not the rates.
+#![expect(clippy::print_stdout, reason = "its output is its product")]
 
 mod bare; // what the broker allows, with nothing around it
 
