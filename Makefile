@@ -4,13 +4,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 
-# Images for tests and the demo are built without link-time optimisation; `make image` is what is shipped.
-PROFILE ?= fast
-
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
 
-##@ Use
 demo: ## Everything from nothing: cluster, NATS, chart, a WorkerPool at work (CLUSTER=current: on your own cluster)
 	@tests/demo/demo.sh
 
@@ -23,7 +19,6 @@ cluster-down: ## Takes it down and leaves nothing behind
 kubeconfig: ## Prints the path of its kubeconfig: export KUBECONFIG=$(make -s kubeconfig)
 	@tests/cluster/kubeconfig.sh
 
-##@ Build
 image: ## The image as an OCI archive: target/image/beamline.tar
 	@tests/image.sh beamline release
 
@@ -33,7 +28,6 @@ programs: ## The image's programs only, for `docker build .`
 crds: ## Writes crds/workerpools.yaml and the chart's copy from the Rust types
 	@UPDATE=1 cargo test --quiet -p beamline-crds
 
-##@ Check
 check: ## Format, lints, shell scripts
 	@tests/run.sh check
 

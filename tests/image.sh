@@ -2,9 +2,9 @@
 # Builds programs for an image, and from them its OCI archive in target/image/.
 # usage: image.sh programs|beamline|peer [PROFILE]   (release, or fast: for tests, no link-time optimisation)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/cluster/lib.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-cd "$here/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 what=${1:?programs, beamline or peer} profile=${2:-release}
 triple=$(uname -m)-unknown-linux-musl
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
@@ -23,8 +23,10 @@ peer() {
   cp tests/peer/Dockerfile target/image/peer/
 }
 
-# Static programs: an image from scratch has no libraries.
+# Static programs: an image from scratch has no libraries. For another target than all else, so what cargo makes of the
+# selection is built once in any case.
 build() {
+  require_rust
   require cc=gcc musl-gcc=musl-tools
   rustc --print target-libdir --target "$triple" 2>/dev/null | xargs -r test -d || rustup target add "$triple" ||
     die "Rust's target $triple is missing: rustup target add $triple"
@@ -40,17 +42,8 @@ stage() {
   done
 }
 
-# archive REFERENCE NAME CONTEXT: a store of its own, so that nothing stays behind; a fixed time, so that the same
-# programs have the same digest.
 archive() {
-  local temp
-  require buildah=buildah
-  temp=$(mktemp -d "$PWD/target/image/.build.XXXXXX")
-  # shellcheck disable=SC2064  # the name is known now
-  trap "rm -rf '$temp'" EXIT
-  buildah --root "$temp/store" --runroot "$temp/run" --storage-driver vfs build --isolation chroot --quiet \
-    --timestamp 0 -t "oci-archive:$temp/image.tar:$1" "$3" >/dev/null
-  mv "$temp/image.tar" "target/image/$2.tar"
+  build_archive "$1" "$3" "$PWD/target/image/$2.tar"
   say "target/image/$2.tar: $1, $(du -h "target/image/$2.tar" | cut -f1)"
 }
 

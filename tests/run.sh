@@ -2,25 +2,23 @@
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
 # usage: run.sh check|unit|worker|cluster|demo|bench …
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/cluster/lib.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-cd "$here/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Every cargo command selects the whole workspace: another selection would unify features anew and build twice.
 check() {
-  require cc=gcc shellcheck=shellcheck
+  require shellcheck=shellcheck
   cargo fmt --all --check
   cargo clippy --quiet --workspace --all-targets -- -D warnings
   git ls-files '*.sh' .ci/run | xargs shellcheck -x
 }
 
 unit() {
-  require cc=gcc
   cargo test --workspace --lib --bins
 }
 
 worker() {
-  require cc=gcc
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server)
   cargo build --workspace --bins
@@ -32,10 +30,14 @@ worker() {
 
 cluster() {
   local tools
-  tools=$(tests/cluster/tools.sh --path)
   tests/image.sh beamline fast
   tests/image.sh peer fast
-  tests/cluster/selftest.sh
+  if [[ ${CLUSTER:-} ]]; then
+    tools=$(tests/cluster/tools.sh --path helm helm3)
+  else
+    tools=$(tests/cluster/tools.sh --path)
+    tests/cluster/selftest.sh
+  fi
   tests/cluster/up.sh
   tests/cluster/load-image.sh target/image/*.tar
   PATH=$tools:$PATH KUBECONFIG=$(tests/cluster/kubeconfig.sh) cargo test --workspace --test cluster
@@ -46,9 +48,12 @@ demo() { tests/demo/demo.sh; }
 bench() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server)
-  PATH=$tools:$PATH cargo run --release --quiet -p beamline-tests --bin bench
+  cargo build --release --workspace --bins
+  PATH=$tools:$PATH target/release/bench
 }
 
+require_rust
+require cc=gcc
 for step; do
   case $step in
     check | unit | worker | cluster | demo | bench) ;;

@@ -10,6 +10,7 @@ begun=$SECONDS
 
 main() {
   step "Building the programs and their images"
+  require_rust
   require cc=gcc
   tests/image.sh beamline "${PROFILE:-fast}"
   tests/image.sh peer "${PROFILE:-fast}"

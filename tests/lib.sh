@@ -1,0 +1,45 @@
+# What all scripts below tests/ share: messages, prerequisites, images without a Docker daemon.
+# shellcheck shell=bash
+
+say() { printf '%s\n' "$*" >&2; }
+
+# The status says that the user has been told, here or in a script that was called.
+die() {
+  say "error: $*"
+  exit 3
+}
+
+# What nobody foresaw must not end a script without a word, nor go unnoticed in $(…).
+set -E
+shopt -s inherit_errexit
+trap '(($? == 3)) || say "error: ${BASH_SOURCE[0]} line $LINENO: $BASH_COMMAND"' ERR
+
+# require COMMAND=PACKAGE …: installs missing Debian packages; where it cannot, says what is missing.
+require() {
+  local pair missing=()
+  for pair; do
+    type -P "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+  done
+  ((${#missing[@]})) || return 0
+  type -P apt-get >/dev/null || die "missing: ${missing[*]} (install them with your package manager)"
+  ((EUID == 0)) || die "missing: ${missing[*]} (sudo apt-get install -y ${missing[*]})"
+  say "installing Debian packages: ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null ||
+    die "apt-get could not install ${missing[*]}"
+}
+
+require_rust() {
+  type -P cargo >/dev/null || die "cargo is missing: install Rust 1.94 or newer (https://rustup.rs) and put it in PATH"
+}
+
+# build_archive REFERENCE CONTEXT_DIR ARCHIVE: the image of a context as an OCI archive. A store of its own, so that
+# nothing stays behind; a fixed time, so that the same content has the same digest.
+build_archive() (
+  require buildah=buildah
+  temp=$(mktemp -d "$(dirname "$3")/.build.XXXXXX")
+  trap 'rm -rf "$temp"' EXIT
+  buildah --root "$temp/store" --runroot "$temp/run" --storage-driver vfs build --isolation chroot --quiet \
+    --timestamp 0 -t "oci-archive:$temp/image.tar:$1" "$2" >/dev/null
+  mv "$temp/image.tar" "$3"
+)
