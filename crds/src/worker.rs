@@ -152,12 +152,12 @@ pub enum ImagePullPolicy {
 pub struct Pools {
     /// Blocks that ask for the cpu pool. Default: 8.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 10_000))]
+    #[schemars(range(min = 1, max = 4096))]
     pub cpu: Option<i32>,
 
     /// Blocks that wait for networks and disks: all that ask for no pool. Default: 16.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 10_000))]
+    #[schemars(range(min = 1, max = 4096))]
     pub io: Option<i32>,
 }
 
@@ -186,7 +186,8 @@ pub struct Resources {
     #[schemars(schema_with = "embedded::quantities")]
     pub requests: BTreeMap<String, Quantity>,
 
-    /// What a pod may use at most, such as {memory: 2Gi}.
+    /// What a pod may use at most, such as {memory: 2Gi}. Memory must be at least 32Mi (else the pool gets the condition
+    /// Ready=False, InvalidSpec).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(schema_with = "embedded::quantities")]
     pub limits: BTreeMap<String, Quantity>,

@@ -201,6 +201,12 @@ pub enum InvalidPool {
         /// What it holds.
         value: String,
     },
+    /// Too little memory for a worker to start with.
+    #[error("worker.resources.limits.memory: `{value}` is less than a worker needs; set {LEAST_LIMIT_MB}Mi or more")]
+    TooLittleMemory {
+        /// What the container has.
+        value: String,
+    },
     /// More memory for payloads than the container can spare.
     #[error("worker.limits.memoryMb: {memory_mb} is over 75 % of worker.resources.limits.memory ({limit_mb} MiB)")]
     TooMuchMemory {
@@ -325,6 +331,10 @@ fn default_resources() -> Resources {
 
 /// What a pod without a memory limit may hold.
 const UNLIMITED_MEMORY_MB: i64 = 1024;
+/// Half of it is the least that a worker accepts as `--max-memory-mb`.
+const LEAST_LIMIT_MB: i64 = 32;
+/// The most that a worker accepts as `--max-memory-mb`.
+const MOST_MEMORY_MB: i64 = 1_048_576;
 
 fn valid_memory(asked: Option<i64>, resources: &Resources) -> Result<i64, InvalidPool> {
     let Some(limit) = resources.limits.get("memory") else {
@@ -332,12 +342,15 @@ fn valid_memory(asked: Option<i64>, resources: &Resources) -> Result<i64, Invali
     };
     let limit_mb = mebibytes(&limit.0)
         .ok_or_else(|| InvalidPool::Memory { field: "worker.resources.limits.memory", value: limit.0.clone() })?;
+    if limit_mb < LEAST_LIMIT_MB {
+        return Err(InvalidPool::TooLittleMemory { value: limit.0.clone() });
+    }
     match asked {
         Some(memory_mb) if memory_mb > limit_mb / 4 * 3 + limit_mb % 4 * 3 / 4 => {
             Err(InvalidPool::TooMuchMemory { memory_mb, limit_mb })
         }
         Some(memory_mb) => Ok(memory_mb),
-        None => Ok((limit_mb / 2).max(1)),
+        None => Ok((limit_mb / 2).min(MOST_MEMORY_MB)),
     }
 }
 
@@ -425,14 +438,14 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A stored WorkerPool with this spec beside the two required fields.
+    /// A stored WorkerPool with this spec beside the one required field.
     #[track_caller]
     pub(crate) fn stored(spec: &str) -> crds::WorkerPool {
         let mut pool = serde_json::json!({
             "apiVersion": "beamline.dev/v1alpha1",
             "kind": "WorkerPool",
             "metadata": {"name": "default", "namespace": "flows", "uid": "1234", "generation": 3},
-            "spec": {"replicas": 2, "nats": {"url": "nats://nats:4222"}, "worker": {"image": "beamline:1"}},
+            "spec": {"replicas": 2, "nats": {"url": "nats://nats:4222"}},
         });
         let spec: serde_json::Value = serde_json::from_str(spec).expect("JSON");
         merge(&mut pool["spec"], spec);
@@ -483,6 +496,14 @@ pub(crate) mod tests {
         };
         assert_eq!(valid(&asked(768)).worker.memory_mb, 768);
         rejects(&asked(769), "worker.limits.memoryMb: 769 is over 75 % of worker.resources.limits.memory (1024 MiB)");
+    }
+
+    #[test]
+    fn memory_stays_within_what_a_worker_accepts() {
+        let limit = |memory: &str| format!(r#"{{"worker": {{"resources": {{"limits": {{"memory": "{memory}"}}}}}}}}"#);
+        assert_eq!(valid(&limit("32Mi")).worker.memory_mb, 16);
+        assert_eq!(valid(&limit("4Ti")).worker.memory_mb, 1_048_576);
+        rejects(&limit("20Mi"), "worker.resources.limits.memory: `20Mi` is less than a worker needs; set 32Mi or more");
     }
 
     #[test]
