@@ -348,13 +348,16 @@ impl Pipeline {
         };
         let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
-        let work = execute::execute(&self.engine, &arrival.assignment, limits, may_start).instrument(span);
+        let work = execute::execute(&self.engine, &arrival.assignment, limits, may_start).instrument(span.clone());
         let ended = tokio::select! {
             ended = arrival.delivery.held(work) => ended,
             () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
         self.load.finished();
+        if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
+            [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
+        }
         match ended {
             Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
             Ended::Abandoned => arrival.delivery.settle(Settlement::HandBack).await,

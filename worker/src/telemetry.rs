@@ -230,6 +230,8 @@ mod tests {
         let trace_id = opentelemetry::trace::TraceId::from_hex(TRACE_ID).unwrap();
         assert_eq!(count(&trace_id.to_bytes()), 3);
         assert_eq!(count(b"beamline-worker"), 1);
+        // The one that is marked as failed: field 15, a status of which field 3, the code, is 2.
+        assert_eq!(count(&[0x7a, 2, 0x18, 2]), 1);
         for private in ["a span of a library", "thread.id", "code.", "busy_ns", "idle_ns"] {
             assert_eq!(count(private.as_bytes()), 0, "{private}");
         }
