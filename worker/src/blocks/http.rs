@@ -108,6 +108,24 @@ fn next(hop: &Request, response: &Response) -> Result<Option<Request>, Fault> {
     Ok(Some(hop.clone().redirected(status, url)))
 }
 
+/// Whether a header by its name holds what only the origin that it was meant for may see.
+pub(crate) fn is_credential_header(name: &str) -> bool {
+    const MARKS: [&str; 10] = [
+        "authorization",
+        "cookie",
+        "token",
+        "secret",
+        "password",
+        "api-key",
+        "apikey",
+        "access-key",
+        "credential",
+        "session",
+    ];
+    let name = name.to_ascii_lowercase();
+    name.starts_with("x-auth") || MARKS.iter().any(|mark| name.contains(mark))
+}
+
 fn located(fault: Fault, hop: &Request) -> Fault {
     let details = Details { url: Some(request::public(&hop.url)), ..fault.details };
     Fault { details, ..fault }

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use serde_json::value::RawValue;
 
 use crate::assignment::{Addressee, as_object};
+use crate::blocks::http::is_credential_header;
 use crate::broker::{Broker, StoreError};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
@@ -16,9 +17,6 @@ use crate::fault::Fault;
 use crate::intake::Delivery;
 use crate::report::{millis, public_error};
 
-/// Headers whose values are credentials, whatever they hold.
-const CREDENTIAL_HEADERS: [&str; 6] =
-    ["authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-auth-token"];
 const REDACTED: &str = "[redacted]";
 
 /// Where an assignment failed.
@@ -112,6 +110,10 @@ impl DeadLetters {
         let mut letter = self.letter(delivery, addressee, stage, &dlq_id, error, attempts);
         match &original {
             Original::Object(object) => letter.assignment = Some(object),
+            Original::Redacted(object) => {
+                letter.assignment = Some(object);
+                letter.redacted = Some(true);
+            }
             Original::Raw(bytes) => letter.raw_base64 = Some(STANDARD.encode(bytes)),
         }
         let whole = encode(&letter);
@@ -141,7 +143,7 @@ impl DeadLetters {
             error,
             assignment: None,
             raw_base64: None,
-            redacted: self.settings.redact.then_some(true),
+            redacted: None,
             attempts,
             deliveries: delivery.delivered(),
             assignment_id: addressee.assignment_id.as_deref(),
@@ -175,7 +177,7 @@ impl DeadLetters {
     fn original(&self, payload: &Bytes) -> Original {
         match as_object(payload) {
             None => Original::Raw(payload.clone()),
-            Some(object) if self.settings.redact => Original::Object(redact(object)),
+            Some(object) if self.settings.redact => Original::Redacted(redact(object)),
             Some(object) => Original::Object(object.to_owned()),
         }
     }
@@ -187,13 +189,15 @@ fn encode(letter: &DeadLetter<'_>) -> Bytes {
 
 enum Original {
     Object(Box<RawValue>),
+    Redacted(Box<RawValue>),
+    /// Bytes that are no JSON object: nothing in them can be told from a secret.
     Raw(Bytes),
 }
 
 impl Original {
     fn bytes(&self) -> Bytes {
         match self {
-            Self::Object(object) => Bytes::copy_from_slice(object.get().as_bytes()),
+            Self::Object(object) | Self::Redacted(object) => Bytes::copy_from_slice(object.get().as_bytes()),
             Self::Raw(bytes) => bytes.clone(),
         }
     }
@@ -212,7 +216,7 @@ fn redact(object: &RawValue) -> Box<RawValue> {
     let mut value: serde_json::Value = serde_json::from_str(object.get()).unwrap_or_default();
     if let Some(headers) = value.pointer_mut("/job/headers").and_then(|headers| headers.as_object_mut()) {
         for (name, value) in headers {
-            if CREDENTIAL_HEADERS.contains(&name.to_ascii_lowercase().as_str()) {
+            if is_credential_header(name) {
                 *value = REDACTED.into();
             }
         }
@@ -240,7 +244,7 @@ mod tests {
 
     #[test]
     fn redaction_hides_credentials_and_keeps_the_rest() {
-        let original = r#"{"job":{"headers":{"Authorization":"Bearer s3cret","Accept":"*/*"},"connection_string":"postgres://me:s3cret@db/x"},"note":1}"#;
+        let original = r#"{"job":{"headers":{"Authorization":"Bearer s3cret","X-Session-Token":"s3cret","Accept":"*/*"},"connection_string":"postgres://me:s3cret@db/x"},"note":1}"#;
         let object = serde_json::from_str::<&RawValue>(original).expect("an object");
         let redacted = redact(object);
         assert!(!redacted.get().contains("s3cret"), "{redacted}");

@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use super::is_credential_header;
 use crate::blocks::Scope;
 use crate::contract;
 use crate::fault::Invalid;
@@ -93,7 +94,7 @@ impl Request {
             drop_headers(&mut self.headers, |name| name.starts_with("content-"));
         }
         if self.url.origin() != url.origin() {
-            drop_headers(&mut self.headers, is_credential);
+            drop_headers(&mut self.headers, is_credential_header);
         }
         Self { url, ..self }
     }
@@ -186,7 +187,7 @@ fn header_values(values: &Value) -> Result<Vec<&str>, &'static str> {
 
 fn header_value(name: &HeaderName, value: &str) -> Result<HeaderValue, &'static str> {
     let mut value = HeaderValue::from_bytes(value.as_bytes()).map_err(|_| "has a control character in its value")?;
-    value.set_sensitive(is_credential(name.as_str()));
+    value.set_sensitive(is_credential_header(name.as_str()));
     Ok(value)
 }
 
@@ -204,23 +205,6 @@ fn is_ours(name: &HeaderName) -> bool {
             | header::UPGRADE
     );
     is_listed || matches!(name.as_str(), "keep-alive" | "http2-settings") || name.as_str().starts_with("proxy-")
-}
-
-/// Whether a header (in lower case) by its name holds what only the origin that it was meant for may see.
-fn is_credential(name: &str) -> bool {
-    const MARKS: [&str; 10] = [
-        "authorization",
-        "cookie",
-        "token",
-        "secret",
-        "password",
-        "api-key",
-        "apikey",
-        "access-key",
-        "credential",
-        "session",
-    ];
-    name.starts_with("x-auth") || MARKS.iter().any(|mark| name.contains(mark))
 }
 
 fn drop_headers(headers: &mut HeaderMap, is_dropped: impl Fn(&str) -> bool) {
