@@ -6,6 +6,7 @@ pub mod http; // http.request
 pub mod sandbox; // canned results, nothing outside touched
 pub mod sql; // sql.query
 pub mod tenant_dir; // the only way to a file
+mod thread; // where work may wait for a disk
 
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::assignment::TenantId;
+use crate::execute::cpu::CpuTime;
 use crate::fault::{Fault, Invalid};
 
 /// The kinds of work, as the public `job.type` names them.
@@ -96,6 +98,8 @@ pub struct Scope {
     pub deadline: Instant,
     /// The most bytes that the block's output may have as JSON, for the broker to take the result.
     pub max_output_bytes: usize,
+    /// What the block has used and may use; work on a thread counts itself.
+    pub cpu_time: CpuTime,
 }
 
 /// What a block produced, already JSON: a successful result's `result`.

@@ -1,6 +1,7 @@
 //! One block to its end: attempts, delays, deadline.
 
 pub mod backoff; // when a block is tried again
+pub mod cpu; // what a block has used and may use
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::AssertUnwindSafe;
@@ -8,13 +9,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use cpu_time::ThreadTime;
 use futures::FutureExt;
 use jiff::Timestamp;
 
 use crate::assignment::Assignment;
 use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
 use crate::fault::{Cause, Fault, Invalid};
+use cpu::CpuTime;
 
 /// Who does the work.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ pub struct Execution {
     pub attempts: u32,
     /// From the first attempt's start to the end.
     pub latency: Duration,
-    /// Of the thread, while the block was polled.
+    /// Of all threads that worked for it.
     pub cpu_time: Duration,
 }
 
@@ -91,27 +92,29 @@ pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, m
         trace_id: assignment.correlation.trace_id.clone(),
         deadline,
         max_output_bytes: limits.max_output_bytes,
+        cpu_time: CpuTime::new(limits.cpu_time),
     };
     let mut failed = Vec::new();
-    let mut cpu_time = Duration::ZERO;
     for attempt in 1.. {
         if !may_start() {
             return Ended::Abandoned;
         }
         let started_at = Timestamp::now();
         let attempt_started = Instant::now();
-        let work = Metered::new(one_attempt(engine, assignment, &scope, attempt), &mut cpu_time, limits.cpu_time);
+        let work = Metered::new(one_attempt(engine, assignment, &scope, attempt), scope.cpu_time.clone());
         let outcome =
             tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(too_late(assignment)));
         let fault = match outcome {
-            Ok(output) => return Ended::Executed(finished(Ok(output), failed, attempt, started, cpu_time)),
+            Ok(output) => {
+                return Ended::Executed(finished(Ok(output), failed, attempt, started, scope.cpu_time.used()));
+            }
             Err(fault) => fault,
         };
         let delay = fault.cause.is_retried_here().then(|| delay(assignment, &fault, attempt)).flatten();
         failed.push(Attempt { started_at, latency: attempt_started.elapsed(), fault: fault.clone() });
         match delay {
             Some(delay) if Instant::now() + delay < deadline => tokio::time::sleep(delay).await,
-            _ => return Ended::Executed(finished(Err(fault), failed, attempt, started, cpu_time)),
+            _ => return Ended::Executed(finished(Err(fault), failed, attempt, started, scope.cpu_time.used())),
         }
     }
     Ended::Abandoned
@@ -160,30 +163,26 @@ fn finished(
     Execution { outcome, failed, attempts, latency: started.elapsed(), cpu_time }
 }
 
-/// Adds up the thread's CPU time of each poll, and ends the work that uses too much of it.
-struct Metered<'a, F> {
+/// Counts the CPU time of each poll, and ends the work when too much is used.
+struct Metered<F> {
     work: Pin<Box<F>>,
-    used: &'a mut Duration,
-    limit: Duration,
+    cpu_time: CpuTime,
 }
 
-impl<'a, F: Future<Output = Result<Output, Fault>>> Metered<'a, F> {
-    fn new(work: F, used: &'a mut Duration, limit: Duration) -> Self {
-        Self { work: Box::pin(work), used, limit }
+impl<F: Future<Output = Result<Output, Fault>>> Metered<F> {
+    fn new(work: F, cpu_time: CpuTime) -> Self {
+        Self { work: Box::pin(work), cpu_time }
     }
 }
 
-impl<F: Future<Output = Result<Output, Fault>>> Future for Metered<'_, F> {
+impl<F: Future<Output = Result<Output, Fault>>> Future for Metered<F> {
     type Output = Result<Output, Fault>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let before = ThreadTime::now();
-        let polled = self.work.as_mut().poll(context);
-        *self.used += before.elapsed();
-        if polled.is_pending() && *self.used > self.limit {
-            let message = format!("used more than {} ms of CPU time", self.limit.as_millis());
-            return Poll::Ready(Err(Fault::new(Cause::OverCap, message)));
+        let cpu_time = self.cpu_time.clone();
+        match cpu_time.count(|| self.work.as_mut().poll(context)) {
+            Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),
+            done => done,
         }
-        polled
     }
 }

@@ -29,7 +29,7 @@ pub struct StepResult {
     pub latency: Duration,
     /// All attempts.
     pub attempts: u32,
-    /// Of the thread, while the block was polled.
+    /// Of all threads that worked for it.
     pub cpu_time: Duration,
     /// From its arrival here to its first attempt.
     pub queued: Duration,

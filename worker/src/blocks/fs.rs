@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::tenant_dir::{self, Absent, Place, TenantDirs};
+use super::thread::on_thread;
 use super::{Output, Scope};
 use crate::contract;
 use crate::fault::{Cause, Fault, Invalid};
@@ -162,8 +163,8 @@ impl Fs {
     /// # Errors
     /// 2003 for a path that is not allowed, retryable 2002 for a full disk.
     pub async fn put(&self, put: &Put, scope: &Scope) -> Result<Output, Fault> {
-        let (dirs, put, scope) = (self.dirs.clone(), put.clone(), scope.clone());
-        on_thread(move || write(&dirs, &put, &scope)).await
+        let (dirs, put) = (self.dirs.clone(), put.clone());
+        on_thread(scope.clone(), move |scope| write(&dirs, &put, scope)).await
     }
 
     /// Reads a file.
@@ -171,17 +172,8 @@ impl Fs {
     /// # Errors
     /// 2001 for a missing file, 2003 for a path that is not allowed, 2002 for a file that no result can hold.
     pub async fn get(&self, get: &Get, scope: &Scope) -> Result<Output, Fault> {
-        let (dirs, get, scope) = (self.dirs.clone(), get.clone(), scope.clone());
-        on_thread(move || read(&dirs, &get, &scope)).await
-    }
-}
-
-/// Work that may block, where it holds up no other. A panic goes on to whoever waits.
-pub(super) async fn on_thread(work: impl FnOnce() -> Result<Output, Fault> + Send + 'static) -> Result<Output, Fault> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(Fault::new(Cause::ResourceUnavailable, "the worker is shutting down")),
+        let (dirs, get) = (self.dirs.clone(), get.clone());
+        on_thread(scope.clone(), move |scope| read(&dirs, &get, scope)).await
     }
 }
 

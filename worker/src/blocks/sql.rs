@@ -18,8 +18,8 @@ use rusqlite::{CachedStatement, ErrorCode};
 
 pub use job::Query;
 
-use super::fs::on_thread;
 use super::tenant_dir::{Absent, Place, TenantDirs, fault};
+use super::thread::on_thread;
 use super::{Output, Scope};
 use crate::fault::{Cause, Fault, Invalid};
 use connection::Reader;
@@ -65,9 +65,9 @@ impl Sql {
     /// 2003 for a statement or path that is not allowed, 2001 for SQL errors and missing files, 2002 for a locked
     /// database (retryable) and for too many rows or bytes.
     pub async fn run(&self, query: &Query, scope: &Scope) -> Result<Output, Fault> {
-        let (stop, _stops_when_dropped) = Stop::new(scope.deadline);
-        let (dirs, pool, query, scope) = (self.dirs.clone(), Arc::clone(&self.pool), query.clone(), scope.clone());
-        on_thread(move || execute(&dirs, &pool, &query, &scope, &stop)).await
+        let (stop, _stops_when_dropped) = Stop::new(scope.deadline, scope.cpu_time.clone());
+        let (dirs, pool, query) = (self.dirs.clone(), Arc::clone(&self.pool), query.clone());
+        on_thread(scope.clone(), move |scope| execute(&dirs, &pool, &query, scope, &stop)).await
     }
 }
 
@@ -158,6 +158,9 @@ fn explain(failure: Failure, reader: &Reader, stop: &Stop, place: &Place<'_>) ->
 }
 
 fn explain_sqlite(error: &rusqlite::Error, stop: &Stop, place: &Place<'_>) -> Fault {
+    if let (Some(ErrorCode::OperationInterrupted), Err(fault)) = (error.sqlite_error_code(), stop.cpu_time().check()) {
+        return place.fault(fault.cause, fault.message);
+    }
     let (cause, message) = match error.sqlite_error_code() {
         Some(ErrorCode::OperationInterrupted) | Some(ErrorCode::DatabaseBusy) if stop.is_due() => {
             (Cause::DeadlinePassed, "the deadline passed during the query".to_owned())

@@ -6,6 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::assignment::TenantId;
+use crate::execute::cpu::CpuTime;
 
 /// A root of its own with both blocks on it.
 struct Disk {
@@ -61,6 +62,7 @@ fn scope(tenant: &str) -> Scope {
         trace_id: None,
         deadline: Instant::now() + Duration::from_secs(30),
         max_output_bytes: 1 << 20,
+        cpu_time: CpuTime::new(Duration::from_secs(60)),
     }
 }
 

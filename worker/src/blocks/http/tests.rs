@@ -9,6 +9,7 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::assignment::TenantId;
+use crate::execute::cpu::CpuTime;
 
 /// A loopback server that keeps what it was sent, byte for byte, with the number of the connection.
 struct Peer {
@@ -109,6 +110,7 @@ fn scope(tenant: &str) -> Scope {
         trace_id: None,
         deadline: Instant::now() + Duration::from_secs(30),
         max_output_bytes: 1024 * 1024,
+        cpu_time: CpuTime::new(Duration::from_secs(60)),
     }
 }
 

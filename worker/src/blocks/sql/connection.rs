@@ -80,7 +80,7 @@ pub(super) fn open(place: &Place<'_>, stop: &Arc<Stop>) -> rusqlite::Result<io::
     let stop = Arc::clone(stop);
     let confined = std::thread::Builder::new().name("sqlite-open".to_owned()).spawn(move || {
         confine(dir)?;
-        Ok(Reader::open(&path, &stop))
+        Ok(stop.cpu_time().count(|| Reader::open(&path, &stop)))
     });
     match confined.map(std::thread::JoinHandle::join) {
         Ok(Ok(Ok(opened))) => opened.map(Ok),
@@ -136,7 +136,7 @@ impl Reader {
     /// Lets `stop` end what runs on this connection from now on.
     pub(super) fn arm(&mut self, stop: &Arc<Stop>) -> rusqlite::Result<()> {
         let ends = Arc::clone(stop);
-        self.connection.progress_handler(STEPS, Some(move || ends.is_due()))?;
+        self.connection.progress_handler(STEPS, Some(move || ends.must_stop()))?;
         let (waits, mut since) = (Arc::clone(stop), Instant::now());
         self.connection.busy_handler(Some(move |count| {
             if count == 0 {

@@ -1,8 +1,10 @@
-//! When a query must end: at its deadline, or when nobody waits for it any more.
+//! When a query must end: at its deadline, at its limit of CPU time, or when nobody waits for it any more.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use crate::execute::cpu::CpuTime;
 
 /// The longest wait for a writer's lock; a retry waits longer without holding a thread.
 const MAX_BUSY: Duration = Duration::from_secs(1);
@@ -13,6 +15,7 @@ const BUSY_STEP: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(super) struct Stop {
     deadline: Instant,
+    cpu_time: CpuTime,
     is_abandoned: AtomicBool,
 }
 
@@ -20,13 +23,23 @@ pub(super) struct Stop {
 pub(super) struct StopsWhenDropped(Arc<Stop>);
 
 impl Stop {
-    pub(super) fn new(deadline: Instant) -> (Arc<Self>, StopsWhenDropped) {
-        let stop = Arc::new(Self { deadline, is_abandoned: AtomicBool::new(false) });
+    pub(super) fn new(deadline: Instant, cpu_time: CpuTime) -> (Arc<Self>, StopsWhenDropped) {
+        let stop = Arc::new(Self { deadline, cpu_time, is_abandoned: AtomicBool::new(false) });
         (Arc::clone(&stop), StopsWhenDropped(stop))
     }
 
     pub(super) fn is_due(&self) -> bool {
         self.is_abandoned.load(Ordering::Relaxed) || Instant::now() >= self.deadline
+    }
+
+    /// Asked now and then while the query computes; true stops it.
+    pub(super) fn must_stop(&self) -> bool {
+        self.cpu_time.lap();
+        self.is_due() || self.cpu_time.check().is_err()
+    }
+
+    pub(super) fn cpu_time(&self) -> &CpuTime {
+        &self.cpu_time
     }
 
     /// One wait for a lock; false when it is not worth another.

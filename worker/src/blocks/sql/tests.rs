@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::assignment::TenantId;
+use crate::execute::cpu::CpuTime;
 
 /// A root of its own with databases in it.
 struct Disk {
@@ -89,6 +90,7 @@ fn scope(tenant: &str) -> Scope {
         trace_id: None,
         deadline: Instant::now() + Duration::from_secs(30),
         max_output_bytes: 8 << 20,
+        cpu_time: CpuTime::new(Duration::from_secs(60)),
     }
 }
 
@@ -342,7 +344,7 @@ async fn the_authorizer_alone_refuses_what_the_statement_check_would() {
     let dirs = TenantDirs::new(vec![disk.root.path().to_owned()]);
     let path = format!("{root}/x.db");
     let place = dirs.find(&TenantId::parse("acme").unwrap(), &path, Absent::Refuse).unwrap();
-    let (stop, _guard) = Stop::new(Instant::now() + Duration::from_secs(30));
+    let (stop, _guard) = Stop::new(Instant::now() + Duration::from_secs(30), scope("acme").cpu_time);
     let reader = connection::open(&place, &stop).unwrap().unwrap();
     let statements = [
         "DELETE FROM t".to_owned(),
@@ -390,6 +392,18 @@ async fn a_query_without_an_end_stops_at_the_deadline() {
     let fault = disk.run(json!({"connection_string": "sqlite://x.db", "query": ENDLESS}), &brief).await.unwrap_err();
     assert_eq!(fault.cause, Cause::DeadlinePassed);
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_query_stops_at_the_limit_of_cpu_time_and_what_it_used_is_counted() {
+    let disk = Disk::new();
+    let started = Instant::now();
+    let limit = Duration::from_millis(100);
+    let frugal = Scope { cpu_time: CpuTime::new(limit), ..scope("acme") };
+    let fault = disk.run(json!({"connection_string": "sqlite://x.db", "query": ENDLESS}), &frugal).await.unwrap_err();
+    assert_eq!((fault.cause, fault.message.as_str()), (Cause::OverCap, "used more than 100 ms of CPU time"));
+    assert!((limit..Duration::from_secs(1)).contains(&frugal.cpu_time.used()), "{:?}", frugal.cpu_time.used());
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -493,7 +507,7 @@ async fn a_path_that_changes_its_meaning_leads_nowhere_else() {
     let place = dirs.find(&TenantId::parse("acme").unwrap(), &path, Absent::Refuse).unwrap();
     std::fs::rename(root.join("acme"), root.join("moved")).unwrap();
     std::os::unix::fs::symlink(root.join("bolt"), root.join("acme")).unwrap();
-    let (stop, _guard) = Stop::new(Instant::now() + Duration::from_secs(30));
+    let (stop, _guard) = Stop::new(Instant::now() + Duration::from_secs(30), scope("acme").cpu_time);
     let reader = connection::open(&place, &stop).unwrap().expect("the directory itself has only moved");
     assert!(reader.prepare("SELECT * FROM t").is_ok());
     assert!(reader.prepare("SELECT * FROM secrets").is_err());

@@ -1,0 +1,17 @@
+//! Work that may wait for a disk, where it holds up no other.
+
+use super::{Output, Scope};
+use crate::fault::{Cause, Fault};
+
+/// Runs `work` on a thread of its own; the CPU time there counts like any other. A panic goes on to whoever waits.
+pub(super) async fn on_thread(
+    scope: Scope,
+    work: impl FnOnce(&Scope) -> Result<Output, Fault> + Send + 'static,
+) -> Result<Output, Fault> {
+    let cpu_time = scope.cpu_time.clone();
+    match tokio::task::spawn_blocking(move || scope.cpu_time.count(|| work(&scope))).await {
+        Ok(outcome) => outcome.and_then(|output| cpu_time.check().map(|()| output)),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(Fault::new(Cause::ResourceUnavailable, "the worker is shutting down")),
+    }
+}
