@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
 use crate::admin::{Concern, Health};
-use crate::admission::{self, Admitted, Refusal};
+use crate::admission::{self, Refusal};
 use crate::assignment::{Addressee, Assignment, AssignmentKey, Pool, Undecodable};
 use crate::broker::{Broker, StoreError, Stored};
 use crate::execute::{self, Ended, Engine, Execution, Limits};
@@ -249,9 +249,10 @@ impl Pipeline {
         if let Some(invalid) = self.engine.refuses(&assignment.block) {
             return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
         }
-        let Admitted(assignment) = admission::admit(assignment, &self.schedule, self.settings.max_memory_bytes >> 20)
-            .map_err(|refused| Rejection::refused(*refused))?;
-        Ok(assignment)
+        match admission::refusal(&assignment, &self.schedule, self.settings.max_memory_bytes >> 20) {
+            None => Ok(assignment),
+            Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
+        }
     }
 
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept.
@@ -543,7 +544,7 @@ impl Rejection {
         Self { addressee, fault, ends: RejectionEnd::DeadLetter(Stage::Decode) }
     }
 
-    fn refused((assignment, refusal): (Assignment, Refusal)) -> Self {
+    fn refused(assignment: &Assignment, refusal: Refusal) -> Self {
         let ends = match refusal.cause.is_retryable() {
             true => RejectionEnd::Refused(assignment.key.clone()),
             false => RejectionEnd::DeadLetter(Stage::Admit),
