@@ -1,7 +1,7 @@
 //! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self, AckKind};
@@ -9,7 +9,7 @@ use async_nats::{Client, HeaderMap, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::Concern;
@@ -17,6 +17,7 @@ use crate::broker::Broker;
 use crate::broker::streams::{ACK_WAIT, Ready};
 use crate::contract;
 use crate::pipeline::Pipeline;
+use crate::pipeline::load::{Counted, Load, Room, Waiting};
 
 /// A pull that found nothing ends after this, so that a lost one is not waited for longer.
 const PULL_EXPIRES: Duration = Duration::from_secs(20);
@@ -208,92 +209,6 @@ impl Delivery {
     }
 }
 
-/// What the worker holds of the broker's: shared by everything that takes or frees room.
-#[derive(Debug, Default)]
-pub struct Load {
-    waiting: AtomicUsize,
-    bytes: Arc<AtomicUsize>,
-    freed: Notify,
-    finished: AtomicUsize,
-    per_100_ms: AtomicUsize,
-}
-
-impl Load {
-    /// Deliveries here that have not begun.
-    pub fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of payloads and results held.
-    pub fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
-
-    /// One more block has ended.
-    pub fn finished(&self) {
-        self.finished.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// What this worker finishes in 100 ms, as of late.
-    pub fn finished_per_100_ms(&self) -> usize {
-        self.per_100_ms.load(Ordering::Relaxed)
-    }
-
-    /// Closes a sample of the rate that took `elapsed`. A rate rises at once and falls by half a sample.
-    pub fn sample(&self, elapsed: Duration) {
-        let finished = self.finished.swap(0, Ordering::Relaxed) as f64;
-        let now = (finished * 0.1 / elapsed.as_secs_f64().max(0.001)) as usize;
-        let before = self.per_100_ms.load(Ordering::Relaxed);
-        self.per_100_ms.store(now.max(before / 2), Ordering::Relaxed);
-    }
-
-    /// Counts bytes for as long as the guard lives.
-    pub fn hold_bytes(&self, bytes: usize) -> Counted {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Counted { total: Arc::clone(&self.bytes), amount: bytes }
-    }
-}
-
-/// A delivery that is here and has not begun.
-#[derive(Debug)]
-struct Waiting(Arc<Load>);
-
-impl Waiting {
-    fn new(load: &Arc<Load>) -> Self {
-        load.waiting.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(load))
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.0.freed.notify_one();
-    }
-}
-
-/// An amount that is counted until it is dropped.
-#[derive(Debug)]
-pub struct Counted {
-    total: Arc<AtomicUsize>,
-    amount: usize,
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.total.fetch_sub(self.amount, Ordering::Relaxed);
-    }
-}
-
-/// How many deliveries the worker can use at this moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// Free slots and look-ahead, less what waits here already.
-    pub free: usize,
-    /// Free slots and look-ahead of an idle worker: a request for much less than this is not worth its cost.
-    pub whole: usize,
-}
-
 /// Takes deliveries and sends them on in chunks until `stop`; starts anew whenever the stream was made anew.
 pub async fn take(
     pipeline: Arc<Pipeline>,
@@ -303,9 +218,9 @@ pub async fn take(
 ) {
     while !stop.is_cancelled() {
         let ready = streams.borrow_and_update().clone();
-        let intake = Intake::new(pipeline.broker.clone(), ready, Arc::clone(&pipeline.load));
+        let puller = Puller::new(pipeline.broker.clone(), ready, Arc::clone(&pipeline.load));
         tokio::select! {
-            ended = intake.run(|| pipeline.room(), &out, &stop) => {
+            ended = puller.run(|| pipeline.room(), &out, &stop) => {
                 if ended == Err(Vanished) {
                     pipeline.health.raise(Concern::StreamsUnavailable, "the consumer of assignments has vanished");
                     tokio::time::sleep(VANISHED_RETRY).await;
@@ -322,7 +237,7 @@ pub async fn take(
 
 /// Pulls from the durable consumer.
 #[derive(Debug)]
-struct Intake {
+struct Puller {
     broker: Broker,
     stream: Arc<str>,
     created: Arc<str>,
@@ -339,7 +254,7 @@ struct Pulls {
     last_heard: Instant,
 }
 
-impl Intake {
+impl Puller {
     fn new(broker: Broker, ready: Ready, load: Arc<Load>) -> Self {
         Self { broker, stream: ready.stream.into(), created: ready.created.into(), consumer: ready.consumer, load }
     }
@@ -374,7 +289,7 @@ impl Intake {
                             return Ok(());
                         }
                     }
-                    () = self.load.freed.notified() => {}
+                    () = self.load.freed() => {}
                     () = tokio::time::sleep(TICK) => {
                         if pulls.outstanding > 0 && pulls.last_heard.elapsed() > PULL_EXPIRES + ACK_WAIT {
                             tracing::warn!("a pull was never answered: pulling anew");

@@ -1,7 +1,7 @@
 //! Executes flow blocks assigned over NATS. Read the modules top to bottom: that is the data flow.
 
 pub mod config; // what an administrator may tune
-pub mod pipeline; // the whole story in two functions
+pub mod pipeline; // the whole story in three functions
 
 pub mod broker; // the connection, the streams
 pub mod intake; // bytes in, and the duty to settle them

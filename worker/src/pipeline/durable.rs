@@ -1,0 +1,182 @@
+//! Writes that must become definite: each is repeated until the broker has surely done or refused it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Arrival, Pipeline};
+use crate::admin::Concern;
+use crate::assignment::{Addressee, Assignment, AssignmentKey};
+use crate::broker::{StoreError, Stored};
+use crate::execute::{self, Attempt};
+use crate::fault::Fault;
+use crate::intake::Delivery;
+use crate::report::StepResult;
+use crate::report::dead_letter::Stage;
+use crate::report::ledger::Record;
+
+/// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
+/// each byte escaped, and the fixed fields.
+const ENVELOPE_BYTES: usize = 8 * 1024;
+/// The broker's limit counts a record's headers too; they have no more than this.
+const HEADER_BYTES: usize = 1024;
+
+/// What stands in the record at the end.
+pub(super) enum Standing {
+    /// This worker's outcome.
+    Ours(Bytes),
+    /// An outcome that somebody recorded before.
+    Theirs(Record),
+}
+
+impl Pipeline {
+    /// Writes the record until its outcome is definite, and returns what stands in the end.
+    pub(super) async fn record(
+        &self,
+        arrival: &Arrival,
+        expected: u64,
+        step: &mut StepResult,
+        result: Bytes,
+    ) -> Standing {
+        let Arrival { delivery, assignment, .. } = arrival;
+        let key = &assignment.key;
+        let (mut expected, mut result) = (expected, result);
+        loop {
+            let may_shrink = step.outputs.is_some();
+            let write = || async {
+                match self.ledger.write(key, delivery.publication(), expected, result.clone()).await {
+                    // The broker has come back with a smaller limit: no other try can succeed.
+                    Err(_) if may_shrink && result.len() > self.largest_result() => Ok(Stored::Refused),
+                    outcome => outcome,
+                }
+            };
+            if let Stored::At(_) = self.until_definite(write).await {
+                return Standing::Ours(result);
+            }
+            if may_shrink && result.len() > self.largest_result() {
+                result = self.encode(step, assignment);
+                continue;
+            }
+            let stored = self.read_records(std::slice::from_ref(key)).await.into_values().next();
+            match stored {
+                None => expected = 0,
+                Some(record) if record.result == result => return Standing::Ours(result),
+                Some(record) if may_replace(&record, delivery) => expected = record.sequence,
+                Some(record) => return Standing::Theirs(record),
+            }
+        }
+    }
+
+    pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
+        step.encode(assignment, &self.settings.worker_id, self.largest_result())
+    }
+
+    /// The most bytes of an output that leave room for what a record says around it.
+    pub(super) fn largest_output(&self) -> usize {
+        self.broker.max_payload().saturating_sub(ENVELOPE_BYTES)
+    }
+
+    fn largest_result(&self) -> usize {
+        self.broker.max_payload().saturating_sub(HEADER_BYTES)
+    }
+
+    /// Keeps the dead letter of a step that failed for good.
+    pub(super) async fn keep_failure(&self, arrival: &Arrival, step: &StepResult, failed: &[Attempt]) {
+        let Some(fault) = step.error.as_ref().filter(|fault| self.is_dead_letter(fault)) else { return };
+        let addressee = arrival.assignment.addressee();
+        self.keep_dead_letter(&arrival.delivery, &addressee, Stage::Execute, fault, failed).await;
+    }
+
+    pub(super) async fn keep_dead_letter(
+        &self,
+        delivery: &Delivery,
+        addressee: &Addressee,
+        stage: Stage,
+        fault: &Fault,
+        failed: &[Attempt],
+    ) {
+        self.until_definite(|| self.dead_letters.write(delivery, addressee, stage, fault, failed)).await;
+        self.metrics.dead_letter(stage.as_str());
+    }
+
+    /// Repeats a write until the broker has definitely done or refused it; `/readyz` says so meanwhile.
+    pub(super) async fn until_definite<T, F>(&self, write: impl Fn() -> F) -> T
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut attempt = 0;
+        loop {
+            match write().await {
+                Ok(done) => {
+                    if attempt > 0 {
+                        self.health.clear(Concern::StorageRefused);
+                    }
+                    return done;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, attempt, "writing again");
+                    // A stream that is gone gives no answer either, where somebody else listens on its subject.
+                    if attempt > 0 || matches!(error, StoreError::Refused { .. }) {
+                        self.raise_unless_away(Concern::StorageRefused, &error);
+                    }
+                    self.metrics.publish_retried();
+                }
+            }
+            tokio::time::sleep(pause(attempt)).await;
+            attempt += 1;
+        }
+    }
+
+    /// Says so on `/readyz`, and so has the streams looked at; a broker that is away explains enough.
+    fn raise_unless_away(&self, concern: Concern, error: &dyn std::fmt::Display) {
+        if !self.health.is_raised(Concern::NatsDisconnected) {
+            self.health.raise(concern, error.to_string());
+        }
+    }
+
+    /// On a lapsed hold another worker may have recorded an outcome that has been dropped since. Unknown counts as so.
+    pub(super) async fn may_be_answered_already(&self, delivery: &Delivery) -> bool {
+        match self.ledger.may_have_dropped_since(delivery.published()).await {
+            Ok(may_have_dropped) => may_have_dropped,
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell whether a late outcome is still wanted");
+                true
+            }
+        }
+    }
+
+    /// Asks until there is an answer: without one nothing may start.
+    pub(super) async fn read_records(&self, keys: &[AssignmentKey]) -> HashMap<String, Record> {
+        if keys.is_empty() {
+            return HashMap::new();
+        }
+        for attempt in 0.. {
+            match self.ledger.look_up(keys).await {
+                Ok(records) => return records,
+                Err(error) => {
+                    tracing::warn!(%error, "a look-up failed: asking again");
+                    self.raise_unless_away(Concern::StreamsUnavailable, &error);
+                    tokio::time::sleep(pause(attempt)).await;
+                }
+            }
+        }
+        HashMap::new()
+    }
+
+    fn is_dead_letter(&self, fault: &Fault) -> bool {
+        fault.cause.is_dead_letter() || (self.settings.dlq_exhausted && fault.cause.is_retried_here())
+    }
+}
+
+/// Whether a delivery is executed although there is a record: it is a new publication, and either the recorded error
+/// says that a retry may help, or the Router asks for it.
+pub(super) fn may_replace(record: &Record, delivery: &Delivery) -> bool {
+    !record.answers(delivery.publication()) && (record.is_retryable() || delivery.is_replay())
+}
+
+/// Between two tries of a write: doubles from 50 ms to 5 s, half of it at random.
+fn pause(attempt: u32) -> Duration {
+    let ceiling = Duration::from_millis(50).saturating_mul(1 << attempt.min(7)).min(Duration::from_secs(5));
+    ceiling.mul_f64(0.5 + 0.5 * execute::random())
+}

@@ -1,0 +1,160 @@
+//! How much the worker holds, how much more it can use, and when that is too much.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::Pipeline;
+use crate::admin::Concern;
+use crate::assignment::Pool;
+
+/// The most that is fetched ahead of free slots, unless there are more slots.
+const MAX_LOOK_AHEAD: usize = 1000;
+/// A pool that has let work wait for this long without starting any is overloaded.
+const OVERLOADED: Duration = Duration::from_secs(30);
+
+/// Samples what changes by itself, ten times a second, until the worker has stopped.
+pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    let mut last = Instant::now();
+    while !stop.is_cancelled() {
+        ticks.tick().await;
+        pipeline.load.sample(last.elapsed());
+        last = Instant::now();
+        for pool in Pool::ALL {
+            pipeline.metrics.set_queue_depth(pool, pipeline.schedule.waiting(pool));
+            pipeline.metrics.set_slots(pool, pipeline.schedule.size(pool));
+            pipeline.metrics.set_slots_busy(pool, pipeline.schedule.busy(pool));
+        }
+        pipeline.metrics.set_memory_held(pipeline.load.bytes());
+        pipeline.note_overload();
+        pipeline.metrics.set_nats_connected(!pipeline.health.is_raised(Concern::NatsDisconnected));
+    }
+}
+
+impl Pipeline {
+    /// How much may be fetched at this moment.
+    pub(crate) fn room(&self) -> Room {
+        let slots: usize = Pool::ALL.iter().map(|pool| self.schedule.size(*pool)).sum();
+        let busy: usize = Pool::ALL.iter().map(|pool| self.schedule.busy(*pool)).sum();
+        let look_ahead = slots.max(self.load.finished_per_100_ms().min(MAX_LOOK_AHEAD));
+        let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= look_ahead.max(1);
+        // What could not be stored would only pile up here. Whoever could not store it clears the concern.
+        let cannot_store = self.health.is_raised(Concern::StorageRefused);
+        let free = match self.holds_too_much() || cannot_store || Pool::ALL.iter().any(is_full) {
+            true => 0,
+            false => (slots - busy + look_ahead).saturating_sub(self.load.waiting()),
+        };
+        Room { free, whole: slots + look_ahead }
+    }
+
+    fn note_overload(&self) {
+        let stuck = Pool::ALL.into_iter().find(|pool| self.schedule.stuck_for(*pool) >= OVERLOADED);
+        match stuck {
+            Some(pool) => self.health.raise(Concern::PoolOverloaded, format!("work waits for {} slots", pool.as_str())),
+            None => self.health.clear(Concern::PoolOverloaded),
+        }
+        match self.holds_too_much() {
+            true => self.health.raise(Concern::MemoryFull, "payloads and results wait to be settled"),
+            false => self.health.clear(Concern::MemoryFull),
+        }
+    }
+
+    fn holds_too_much(&self) -> bool {
+        self.load.bytes() as u64 >= self.settings.max_memory_bytes
+    }
+}
+
+/// How many deliveries the worker can use at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Free slots and look-ahead, less what waits here already.
+    pub(crate) free: usize,
+    /// Free slots and look-ahead of an idle worker: a request for much less than this is not worth its cost.
+    pub(crate) whole: usize,
+}
+
+/// What the worker holds of the broker's: shared by everything that takes or frees room.
+#[derive(Debug, Default)]
+pub(crate) struct Load {
+    waiting: AtomicUsize,
+    bytes: Arc<AtomicUsize>,
+    freed: Notify,
+    finished: AtomicUsize,
+    per_100_ms: AtomicUsize,
+}
+
+impl Load {
+    /// Deliveries here that have not begun.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of payloads and results held.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// One more block has ended.
+    pub(crate) fn finished(&self) {
+        self.finished.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What this worker finishes in 100 ms, as of late.
+    pub(crate) fn finished_per_100_ms(&self) -> usize {
+        self.per_100_ms.load(Ordering::Relaxed)
+    }
+
+    /// Closes a sample of the rate that took `elapsed`. A rate rises at once and falls by half a sample.
+    pub(crate) fn sample(&self, elapsed: Duration) {
+        let finished = self.finished.swap(0, Ordering::Relaxed) as f64;
+        let now = (finished * 0.1 / elapsed.as_secs_f64().max(0.001)) as usize;
+        let before = self.per_100_ms.load(Ordering::Relaxed);
+        self.per_100_ms.store(now.max(before / 2), Ordering::Relaxed);
+    }
+
+    /// Returns when a delivery has begun or gone since the last look.
+    pub(crate) async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    /// Counts bytes for as long as the guard lives.
+    pub(crate) fn hold_bytes(&self, bytes: usize) -> Counted {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Counted { total: Arc::clone(&self.bytes), amount: bytes }
+    }
+}
+
+/// A delivery that is here and has not begun.
+#[derive(Debug)]
+pub(crate) struct Waiting(Arc<Load>);
+
+impl Waiting {
+    pub(crate) fn new(load: &Arc<Load>) -> Self {
+        load.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(load))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.freed.notify_one();
+    }
+}
+
+/// An amount that is counted until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    total: Arc<AtomicUsize>,
+    amount: usize,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.amount, Ordering::Relaxed);
+    }
+}
