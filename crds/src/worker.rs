@@ -34,7 +34,7 @@ use crate::{Egress, Filesystem, embedded};
         .message("worker.podAnnotations: keys below beamline.dev/ are set by the operator; choose another")
 )]
 pub struct Worker {
-    /// Image of the worker. Default: ghcr.io/beamline/beamline of the operator's own version.
+    /// Image of the worker. Default: the operator's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512), regex(pattern = "^[^ ]+$"))]
     pub image: Option<String>,

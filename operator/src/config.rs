@@ -21,8 +21,17 @@ pub struct Config {
     pub log_format: LogFormat,
 
     /// Which log lines are written, such as info or beamline_operator=debug,info.
-    #[arg(long, env = "RUST_LOG", default_value = "info,async_nats=warn")]
-    pub log: String,
+    #[arg(long, env = "BEAMLINE_LOG", default_value = "info,async_nats=warn")]
+    pub log_level: String,
+
+    /// Image of the workers of a pool that names none.
+    #[arg(
+        long,
+        env = "BEAMLINE_WORKER_IMAGE",
+        default_value = concat!("ghcr.io/beamline/beamline:", env!("CARGO_PKG_VERSION")),
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub worker_image: String,
 
     /// Whether several operators agree, by the Lease beamline-operator, on the one that acts.
     #[arg(long, env = "BEAMLINE_LEADER_ELECTION", default_value_t = true, action = clap::ArgAction::Set)]

@@ -54,6 +54,8 @@ pub struct Context {
     pub events: Events,
     /// The operator's own series.
     pub metrics: Arc<Metrics>,
+    /// Image of the workers of a pool that names none.
+    pub worker_image: String,
 }
 
 /// Reconciles until told to stop.
@@ -79,7 +81,15 @@ pub async fn run(
     let (signals, readings) = Signals::new(Brokers::new(client.clone()), pools.clone(), Arc::clone(&memory));
     let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
     let events = Events::new(client.clone());
-    let context = Arc::new(Context { client, caches, signals, memory, events, metrics });
+    let context = Arc::new(Context {
+        client,
+        caches,
+        signals,
+        memory,
+        events,
+        metrics,
+        worker_image: config.worker_image.clone(),
+    });
     // Our own writes of the status are no reason to look again.
     let pool_changes = pool_changes.predicate_filter(predicates::generation, Default::default());
     Controller::for_stream(pool_changes, pools)

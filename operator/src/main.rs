@@ -9,6 +9,6 @@ async fn main() -> anyhow::Result<()> {
     // Before anything opens a connection: two linked TLS providers would make rustls refuse to choose.
     rustls::crypto::ring::default_provider().install_default().map_err(|_| anyhow!("a TLS provider is set already"))?;
     let config = Config::parse();
-    beamline_operator::telemetry::start(config.log_format, &config.log)?;
+    beamline_operator::telemetry::start(config.log_format, &config.log_level)?;
     beamline_operator::run(config).await
 }

@@ -217,8 +217,8 @@ pub enum InvalidPool {
     },
 }
 
-/// Decides every default and refuses what cannot work.
-pub fn validate(pool: &crds::WorkerPool) -> Result<ValidPool, InvalidPool> {
+/// Decides every default and refuses what cannot work. Workers run `default_image` where the pool names none.
+pub fn validate(pool: &crds::WorkerPool, default_image: &str) -> Result<ValidPool, InvalidPool> {
     let crds::WorkerPoolSpec { replicas, nats, worker, rollout, disruption, observability } = pool.spec.clone();
     Ok(ValidPool {
         name: pool.metadata.name.clone().ok_or(InvalidPool::NotStored)?,
@@ -226,7 +226,7 @@ pub fn validate(pool: &crds::WorkerPool) -> Result<ValidPool, InvalidPool> {
         owner: pool.controller_owner_ref(&()).ok_or(InvalidPool::NotStored)?,
         replicas,
         nats: valid_nats(nats)?,
-        worker: valid_worker(worker.unwrap_or_default())?,
+        worker: valid_worker(worker.unwrap_or_default(), default_image)?,
         rollout: valid_rollout(rollout.unwrap_or_default()),
         disruption: valid_disruption(disruption.unwrap_or_default()),
         otlp_endpoint: observability.and_then(|observability| observability.otlp_endpoint),
@@ -265,7 +265,7 @@ fn duration(field: &'static str, value: Option<String>, default: &str) -> Result
     humantime::parse_duration(&value).map_err(|_| InvalidPool::Duration { field, value })
 }
 
-fn valid_worker(worker: crds::Worker) -> Result<Worker, InvalidPool> {
+fn valid_worker(worker: crds::Worker, default_image: &str) -> Result<Worker, InvalidPool> {
     let crds::Worker {
         image,
         image_pull_policy,
@@ -293,7 +293,7 @@ fn valid_worker(worker: crds::Worker) -> Result<Worker, InvalidPool> {
     let crds::Limits { memory_mb, cpu_time_ms } = limits.unwrap_or_default();
     let resources = resources.unwrap_or_else(default_resources);
     Ok(Worker {
-        image: image.unwrap_or_else(|| concat!("ghcr.io/beamline/beamline:", env!("CARGO_PKG_VERSION")).to_owned()),
+        image: image.unwrap_or_else(|| default_image.to_owned()),
         image_pull_policy,
         image_pull_secrets,
         cpu_slots: cpu.unwrap_or(8),
@@ -430,6 +430,8 @@ fn valid_disruption(disruption: crds::Disruption) -> Disruption {
         (Some(min_available), None) => Disruption::MinAvailable(min_available),
         (_, max_unavailable) => Disruption::MaxUnavailable(max_unavailable.unwrap_or(IntOrString::Int(1))),
     }
+    const IMAGE: &str = "registry.example.com/beamline:1";
+
 }
 
 #[cfg(test)]
@@ -454,7 +456,7 @@ pub(crate) mod tests {
 
     #[track_caller]
     pub(crate) fn valid(spec: &str) -> ValidPool {
-        validate(&stored(spec)).expect("a valid pool")
+        validate(&stored(spec), IMAGE).expect("a valid pool")
     }
 
     fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
@@ -466,11 +468,17 @@ pub(crate) mod tests {
             }
             (into, from) => *into = from,
         }
+    #[test]
+    fn workers_run_the_image_that_the_pool_or_else_the_operator_names() {
+        assert_eq!(valid("{}").worker.image, IMAGE);
+        assert_eq!(valid(r#"{"worker": {"image": "beamline:2"}}"#).worker.image, "beamline:2");
+    }
+
     }
 
     #[track_caller]
     fn rejects(spec: &str, expected: &str) {
-        let invalid = validate(&stored(spec)).expect_err("the pool was accepted");
+        let invalid = validate(&stored(spec), IMAGE).expect_err("the pool was accepted");
         assert_eq!(invalid.to_string(), expected);
     }
 
@@ -531,6 +539,6 @@ pub(crate) mod tests {
     fn a_pool_that_no_server_stored_is_refused() {
         let mut pool = stored("{}");
         pool.metadata.uid = None;
-        assert_eq!(validate(&pool), Err(InvalidPool::NotStored));
+        assert_eq!(validate(&pool, IMAGE), Err(InvalidPool::NotStored));
     }
 }

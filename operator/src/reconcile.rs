@@ -41,7 +41,7 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
 }
 
 async fn converge(pool: &WorkerPool, reference: &ObjectRef<Watched>, ctx: &Context) -> Result<Converged, Error> {
-    let valid = validate(pool)?;
+    let valid = validate(pool, &ctx.worker_image)?;
     let observed = observe(ctx, &valid).await?;
     let scaling = scale::decide(&valid);
     let desired = desired(&valid, &scaling);
