@@ -3,6 +3,7 @@
 //! Alive means that the process answers; ready means that it can do its work, and says what it waits for otherwise.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
@@ -14,21 +15,57 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 
-/// What the operator waits for, by topic. Ready when there is nothing.
+/// What the operator needs to do its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Topic {
+    /// The type itself, and the right to list it.
+    Crd,
+    /// A watch.
+    WorkerPools,
+    /// A watch.
+    ServiceAccounts,
+    /// A watch.
+    ConfigMaps,
+    /// A watch.
+    Services,
+    /// A watch.
+    PodDisruptionBudgets,
+    /// A watch.
+    Deployments,
+    /// A watch.
+    Pods,
+}
+
+impl fmt::Display for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Crd => "crd",
+            Self::WorkerPools => "watch of workerpools",
+            Self::ServiceAccounts => "watch of serviceaccounts",
+            Self::ConfigMaps => "watch of configmaps",
+            Self::Services => "watch of services",
+            Self::PodDisruptionBudgets => "watch of poddisruptionbudgets",
+            Self::Deployments => "watch of deployments",
+            Self::Pods => "watch of pods",
+        })
+    }
+}
+
+/// What the operator waits for. Ready when there is nothing.
 #[derive(Clone, Default)]
 pub struct Readiness {
-    waiting: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    waiting: Arc<Mutex<BTreeMap<Topic, String>>>,
 }
 
 impl Readiness {
     /// Something is missing.
-    pub fn waits(&self, topic: &'static str, why: impl Into<String>) {
+    pub fn waits(&self, topic: Topic, why: impl Into<String>) {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(topic, why.into());
     }
 
     /// It is there.
-    pub fn has(&self, topic: &'static str) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(topic);
+    pub fn has(&self, topic: Topic) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&topic);
     }
 
     fn report(&self) -> Result<(), String> {
@@ -75,9 +112,9 @@ mod tests {
     #[test]
     fn readiness_says_what_it_waits_for() {
         let readiness = Readiness::default();
-        readiness.waits("crd", "workerpools.beamline.dev is not installed");
+        readiness.waits(Topic::Crd, "workerpools.beamline.dev is not installed");
         assert_eq!(readiness.report(), Err("crd: workerpools.beamline.dev is not installed\n".to_owned()));
-        readiness.has("crd");
+        readiness.has(Topic::Crd);
         assert_eq!(readiness.report(), Ok(()));
     }
 }

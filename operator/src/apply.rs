@@ -80,10 +80,11 @@ where
         metadata.insert("uid".to_owned(), uid.into());
     }
     ctx.metrics.applied(K::KIND);
-    tracing::info!(kind = K::KIND, name, namespace, "applying");
-    Api::namespaced(ctx.client.clone(), &namespace)
+    let applied = Api::namespaced(ctx.client.clone(), &namespace)
         .patch(&name, &PatchParams::apply(names::OPERATOR).force(), &Patch::Apply(body))
-        .await
+        .await?;
+    tracing::info!(kind = K::KIND, name, namespace, "applied");
+    Ok(applied)
 }
 
 fn settled(object: &impl Resource, wish: u64) -> Settled {

@@ -18,7 +18,7 @@ use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Readiness;
+use crate::admin::{Readiness, Topic};
 use crate::broker::Brokers;
 use crate::config::Config;
 use crate::desired::names;
@@ -70,13 +70,13 @@ pub async fn run(
     if stop.run_until_cancelled(watching.crd()).await.is_none() {
         return;
     }
-    let (pools, pool_changes) = watching.all::<Watched>("watch of workerpools");
-    let (service_accounts, account_changes) = watching.ours("watch of serviceaccounts");
-    let (config_maps, config_changes) = watching.ours("watch of configmaps");
-    let (services, service_changes) = watching.ours("watch of services");
-    let (budgets, budget_changes) = watching.ours("watch of poddisruptionbudgets");
-    let (deployments, deployment_changes) = watching.ours("watch of deployments");
-    let (pods, pod_changes) = watching.ours::<Pod>("watch of pods");
+    let (pools, pool_changes) = watching.all::<Watched>(Topic::WorkerPools);
+    let (service_accounts, account_changes) = watching.ours(Topic::ServiceAccounts);
+    let (config_maps, config_changes) = watching.ours(Topic::ConfigMaps);
+    let (services, service_changes) = watching.ours(Topic::Services);
+    let (budgets, budget_changes) = watching.ours(Topic::PodDisruptionBudgets);
+    let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
+    let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
     let memory = Arc::<Memory>::default();
     let (signals, readings) = Signals::new(Brokers::new(client.clone()), pools.clone(), Arc::clone(&memory));
     let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
@@ -115,7 +115,7 @@ struct Watching {
 }
 
 impl Watching {
-    fn ours<K>(&self, topic: &'static str) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+    fn ours<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
         K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
@@ -124,7 +124,7 @@ impl Watching {
         self.watch(topic, watcher::Config::default().labels(&ours))
     }
 
-    fn all<K>(&self, topic: &'static str) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
+    fn all<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
         K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
@@ -134,7 +134,7 @@ impl Watching {
 
     fn watch<K>(
         &self,
-        topic: &'static str,
+        topic: Topic,
         config: watcher::Config,
     ) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
@@ -164,10 +164,10 @@ impl Watching {
                 other => format!("WorkerPools cannot be listed: {}", explain(other)),
             };
             tracing::warn!("waiting: {why}");
-            self.readiness.waits("crd", why);
+            self.readiness.waits(Topic::Crd, why);
             tokio::time::sleep(CRD_RETRY).await;
         }
-        self.readiness.has("crd");
+        self.readiness.has(Topic::Crd);
     }
 
     fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {

@@ -59,10 +59,6 @@ impl Leadership {
 
 /// Unique for each start: a restarted operator is a new candidate.
 fn identity() -> String {
-    let host = gethostname();
-    format!("{host}-{:x}", jiff::Timestamp::now().as_nanosecond())
-}
-
-fn gethostname() -> String {
-    std::fs::read_to_string("/etc/hostname").map_or_else(|_| "operator".to_owned(), |name| name.trim().to_owned())
+    let system = rustix::system::uname();
+    format!("{}-{:x}", system.nodename().to_string_lossy(), jiff::Timestamp::now().as_nanosecond())
 }

@@ -1,6 +1,8 @@
 //! `ValidPool`: a WorkerPool that has proved itself. Every default is decided here; nothing behind `validate` asks the
 //! spec again.
 
+mod quantity; // amounts of memory
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -14,6 +16,33 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{Resource, ResourceExt};
 
 pub use crds::{EgressPolicy, ImagePullPolicy, Resources, SecretKeyRef, Storage, Tls};
+
+// What holds where a spec says nothing. `docs/operations.md` lists the same.
+const SUBJECT: &str = "caf.exec.assign.v1";
+const QUEUE_GROUP: &str = "caf-workers";
+const STREAM_REPLICAS: usize = 1;
+const RESULT_RETENTION: Duration = Duration::from_secs(3600);
+const RESULT_MAX_MESSAGES: i64 = 2_000_000;
+const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(720 * 3600);
+const CPU_SLOTS: i32 = 8;
+const IO_SLOTS: i32 = 16;
+const CPU_TIME: Duration = Duration::from_secs(7200);
+const CPU_REQUEST: &str = "250m";
+const MEMORY_REQUEST: &str = "256Mi";
+const MEMORY_LIMIT: &str = "1Gi";
+const DRAIN_SECONDS: i32 = 35;
+const ROOT: &str = "/data";
+const SCRATCH_SIZE: &str = "1Gi";
+const MAX_SURGE: &str = "25%";
+const ROLLOUT_MAX_UNAVAILABLE: i32 = 0;
+const DRAIN_MAX_UNAVAILABLE: i32 = 1;
+/// What a pod without a memory limit may hold.
+const UNLIMITED_MEMORY_MB: i64 = 1024;
+
+/// Half of it is the least that a worker accepts as `--max-memory-mb`.
+const LEAST_LIMIT_MB: i64 = 32;
+/// The most that a worker accepts as `--max-memory-mb`.
+const MOST_MEMORY_MB: i64 = 1_048_576;
 
 /// A pool whose every part is decided.
 #[derive(Clone, Debug, PartialEq)]
@@ -241,8 +270,8 @@ fn valid_nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
         operator_credentials: operator_credentials_secret_ref.or_else(|| credentials_secret_ref.clone()),
         credentials: credentials_secret_ref,
         tls: tls.unwrap_or_default(),
-        subject: subject.unwrap_or_else(|| "caf.exec.assign.v1".to_owned()),
-        queue_group: queue_group.unwrap_or_else(|| "caf-workers".to_owned()),
+        subject: subject.unwrap_or_else(|| SUBJECT.to_owned()),
+        queue_group: queue_group.unwrap_or_else(|| QUEUE_GROUP.to_owned()),
         streams: valid_streams(streams.unwrap_or_default())?,
     })
 }
@@ -252,16 +281,20 @@ fn valid_streams(streams: crds::Streams) -> Result<Streams, InvalidPool> {
         streams;
     Ok(Streams {
         manage: manage.unwrap_or(true),
-        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(1),
+        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(STREAM_REPLICAS),
         storage: storage.unwrap_or(Storage::File),
-        result_retention: duration("nats.streams.resultRetention", result_retention, "1h")?,
-        result_max_messages: result_max_messages.unwrap_or(2_000_000),
-        dead_letter_retention: duration("nats.streams.deadLetterRetention", dead_letter_retention, "720h")?,
+        result_retention: duration("nats.streams.resultRetention", result_retention, RESULT_RETENTION)?,
+        result_max_messages: result_max_messages.unwrap_or(RESULT_MAX_MESSAGES),
+        dead_letter_retention: duration(
+            "nats.streams.deadLetterRetention",
+            dead_letter_retention,
+            DEAD_LETTER_RETENTION,
+        )?,
     })
 }
 
-fn duration(field: &'static str, value: Option<String>, default: &str) -> Result<Duration, InvalidPool> {
-    let value = value.unwrap_or_else(|| default.to_owned());
+fn duration(field: &'static str, value: Option<String>, default: Duration) -> Result<Duration, InvalidPool> {
+    let Some(value) = value else { return Ok(default) };
     humantime::parse_duration(&value).map_err(|_| InvalidPool::Duration { field, value })
 }
 
@@ -296,12 +329,12 @@ fn valid_worker(worker: crds::Worker, default_image: &str) -> Result<Worker, Inv
         image: image.unwrap_or_else(|| default_image.to_owned()),
         image_pull_policy,
         image_pull_secrets,
-        cpu_slots: cpu.unwrap_or(8),
-        io_slots: io.unwrap_or(16),
+        cpu_slots: cpu.unwrap_or(CPU_SLOTS),
+        io_slots: io.unwrap_or(IO_SLOTS),
         memory_mb: valid_memory(memory_mb, &resources)?,
-        cpu_time: Duration::from_millis(cpu_time_ms.and_then(|limit| u64::try_from(limit).ok()).unwrap_or(7_200_000)),
+        cpu_time: cpu_time_ms.and_then(|limit| u64::try_from(limit).ok()).map_or(CPU_TIME, Duration::from_millis),
         resources,
-        drain_seconds: drain_seconds.unwrap_or(35),
+        drain_seconds: drain_seconds.unwrap_or(DRAIN_SECONDS),
         sandbox: sandbox.unwrap_or(false),
         roots: valid_roots(filesystem),
         egress: valid_egress(egress.unwrap_or_default()),
@@ -324,23 +357,16 @@ fn valid_worker(worker: crds::Worker, default_image: &str) -> Result<Worker, Inv
 fn default_resources() -> Resources {
     let amount = |name: &str, quantity: &str| (name.to_owned(), Quantity(quantity.to_owned()));
     Resources {
-        requests: BTreeMap::from([amount("cpu", "250m"), amount("memory", "256Mi")]),
-        limits: BTreeMap::from([amount("memory", "1Gi")]),
+        requests: BTreeMap::from([amount("cpu", CPU_REQUEST), amount("memory", MEMORY_REQUEST)]),
+        limits: BTreeMap::from([amount("memory", MEMORY_LIMIT)]),
     }
 }
-
-/// What a pod without a memory limit may hold.
-const UNLIMITED_MEMORY_MB: i64 = 1024;
-/// Half of it is the least that a worker accepts as `--max-memory-mb`.
-const LEAST_LIMIT_MB: i64 = 32;
-/// The most that a worker accepts as `--max-memory-mb`.
-const MOST_MEMORY_MB: i64 = 1_048_576;
 
 fn valid_memory(asked: Option<i64>, resources: &Resources) -> Result<i64, InvalidPool> {
     let Some(limit) = resources.limits.get("memory") else {
         return Ok(asked.unwrap_or(UNLIMITED_MEMORY_MB));
     };
-    let limit_mb = mebibytes(&limit.0)
+    let limit_mb = quantity::mebibytes(&limit.0)
         .ok_or_else(|| InvalidPool::Memory { field: "worker.resources.limits.memory", value: limit.0.clone() })?;
     if limit_mb < LEAST_LIMIT_MB {
         return Err(InvalidPool::TooLittleMemory { value: limit.0.clone() });
@@ -354,46 +380,10 @@ fn valid_memory(asked: Option<i64>, resources: &Resources) -> Result<i64, Invali
     }
 }
 
-/// A Kubernetes quantity in whole MiB.
-fn mebibytes(quantity: &str) -> Option<i64> {
-    let (number, factor) = match quantity.parse::<f64>() {
-        Ok(bytes) => (bytes, 1.0),
-        Err(_) => {
-            let split = quantity.find(|c: char| c.is_ascii_alphabetic())?;
-            let (number, suffix) = quantity.split_at_checked(split)?;
-            (number.parse().ok()?, bytes_of(suffix)?)
-        }
-    };
-    let mebibytes: f64 = number * factor / 1_048_576.0;
-    #[expect(clippy::cast_possible_truncation, reason = "the range is checked, and fractions of a MiB do not matter")]
-    (0.0..1e12).contains(&mebibytes).then_some(mebibytes as i64)
-}
-
-fn bytes_of(suffix: &str) -> Option<f64> {
-    Some(match suffix {
-        "n" => 1e-9,
-        "u" => 1e-6,
-        "m" => 1e-3,
-        "k" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "T" => 1e12,
-        "P" => 1e15,
-        "E" => 1e18,
-        "Ki" => 1024.0,
-        "Mi" => 1024_f64.powi(2),
-        "Gi" => 1024_f64.powi(3),
-        "Ti" => 1024_f64.powi(4),
-        "Pi" => 1024_f64.powi(5),
-        "Ei" => 1024_f64.powi(6),
-        _ => return None,
-    })
-}
-
 fn valid_roots(filesystem: Option<crds::Filesystem>) -> Vec<Root> {
     let roots = filesystem.map(|filesystem| filesystem.roots).unwrap_or_default();
     if roots.is_empty() {
-        return vec![Root { path: "/data".to_owned(), volume: scratch(None) }];
+        return vec![Root { path: ROOT.to_owned(), volume: scratch(None) }];
     }
     roots.into_iter().map(|crds::Root { path, volume }| Root { path, volume: valid_volume(volume) }).collect()
 }
@@ -408,7 +398,7 @@ fn valid_volume(volume: Option<crds::RootVolume>) -> RootVolume {
 
 fn scratch(empty_dir: Option<crds::EmptyDir>) -> RootVolume {
     let size = empty_dir.and_then(|empty_dir| empty_dir.size_limit);
-    RootVolume::Scratch(size.unwrap_or_else(|| Quantity("1Gi".to_owned())))
+    RootVolume::Scratch(size.unwrap_or_else(|| Quantity(SCRATCH_SIZE.to_owned())))
 }
 
 fn valid_egress(egress: crds::Egress) -> Egress {
@@ -419,8 +409,8 @@ fn valid_egress(egress: crds::Egress) -> Egress {
 fn valid_rollout(rollout: crds::Rollout) -> Rollout {
     let crds::Rollout { max_surge, max_unavailable } = rollout;
     Rollout {
-        max_surge: max_surge.unwrap_or_else(|| IntOrString::String("25%".to_owned())),
-        max_unavailable: max_unavailable.unwrap_or(IntOrString::Int(0)),
+        max_surge: max_surge.unwrap_or_else(|| IntOrString::String(MAX_SURGE.to_owned())),
+        max_unavailable: max_unavailable.unwrap_or(IntOrString::Int(ROLLOUT_MAX_UNAVAILABLE)),
     }
 }
 
@@ -428,10 +418,10 @@ fn valid_disruption(disruption: crds::Disruption) -> Disruption {
     let crds::Disruption { max_unavailable, min_available } = disruption;
     match (min_available, max_unavailable) {
         (Some(min_available), None) => Disruption::MinAvailable(min_available),
-        (_, max_unavailable) => Disruption::MaxUnavailable(max_unavailable.unwrap_or(IntOrString::Int(1))),
+        (_, max_unavailable) => {
+            Disruption::MaxUnavailable(max_unavailable.unwrap_or(IntOrString::Int(DRAIN_MAX_UNAVAILABLE)))
+        }
     }
-    const IMAGE: &str = "registry.example.com/beamline:1";
-
 }
 
 #[cfg(test)]
@@ -439,6 +429,8 @@ pub(crate) mod tests {
     //! Fixtures that go through the real `validate`, and the defaults that users can rely on.
 
     use super::*;
+
+    const IMAGE: &str = "registry.example.com/beamline:1";
 
     /// A stored WorkerPool with this spec beside the one required field.
     #[track_caller]
@@ -468,18 +460,18 @@ pub(crate) mod tests {
             }
             (into, from) => *into = from,
         }
-    #[test]
-    fn workers_run_the_image_that_the_pool_or_else_the_operator_names() {
-        assert_eq!(valid("{}").worker.image, IMAGE);
-        assert_eq!(valid(r#"{"worker": {"image": "beamline:2"}}"#).worker.image, "beamline:2");
-    }
-
     }
 
     #[track_caller]
     fn rejects(spec: &str, expected: &str) {
         let invalid = validate(&stored(spec), IMAGE).expect_err("the pool was accepted");
         assert_eq!(invalid.to_string(), expected);
+    }
+
+    #[test]
+    fn workers_run_the_image_that_the_pool_or_else_the_operator_names() {
+        assert_eq!(valid("{}").worker.image, IMAGE);
+        assert_eq!(valid(r#"{"worker": {"image": "beamline:2"}}"#).worker.image, "beamline:2");
     }
 
     #[test]

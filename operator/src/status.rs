@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use beamline_crds::{Queue, Scaling, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
-use kube::Api;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
+use kube::{Api, Resource};
 use serde_json::json;
 
 use crate::controller::{Context, RESYNC, Watched};
@@ -139,8 +139,8 @@ async fn write(ctx: &Context, pool: &WorkerPool, status: &WorkerPoolStatus) -> R
     let name = pool.metadata.name.as_deref().unwrap_or_default();
     let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), pool.metadata.namespace.as_deref().unwrap_or_default());
     let patch = json!({
-        "apiVersion": "beamline.dev/v1alpha1",
-        "kind": "WorkerPool",
+        "apiVersion": WorkerPool::api_version(&()),
+        "kind": WorkerPool::kind(&()),
         "metadata": {"name": name, "uid": pool.metadata.uid},
         "status": status,
     });
