@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use crate::error::explain;
 use crate::pool::{Nats, SecretKeyRef};
+use crate::reason;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
@@ -103,13 +104,13 @@ impl BrokerError {
     /// Reason of a condition: a closed set.
     pub const fn reason(&self) -> &'static str {
         match self {
-            Self::Secret(_) => "SecretUnusable",
-            Self::Unreachable { .. } => "NatsUnreachable",
-            Self::Unanswered { .. } => "NatsNotAnswering",
-            Self::Refused { .. } => "NatsRefused",
-            Self::Mismatch { .. } => "StreamMismatch",
-            Self::Missing { .. } | Self::Unmanaged { .. } => "StreamMissing",
-            Self::Taken { .. } => "SubjectTaken",
+            Self::Secret(_) => reason::SECRET_UNUSABLE,
+            Self::Unreachable { .. } => reason::NATS_UNREACHABLE,
+            Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,
+            Self::Refused { .. } => reason::NATS_REFUSED,
+            Self::Mismatch { .. } => reason::STREAM_MISMATCH,
+            Self::Missing { .. } | Self::Unmanaged { .. } => reason::STREAM_MISSING,
+            Self::Taken { .. } => reason::SUBJECT_TAKEN,
         }
     }
 }

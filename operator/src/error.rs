@@ -3,6 +3,7 @@
 use kube::runtime::watcher;
 
 use crate::pool::InvalidPool;
+use crate::reason;
 
 /// One variant for each thing that a person can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -55,14 +56,14 @@ impl Error {
     /// Reason of a condition and label of a metric: a closed set.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Invalid(_) => "InvalidSpec",
-            Self::Unreadable(_) => "UnreadableSpec",
-            Self::InTheWay { .. } => "NameConflict",
-            Self::Observe { .. } => "ObserveFailed",
+            Self::Invalid(_) => reason::INVALID_SPEC,
+            Self::Unreadable(_) => reason::UNREADABLE_SPEC,
+            Self::InTheWay { .. } => reason::NAME_CONFLICT,
+            Self::Observe { .. } => reason::OBSERVE_FAILED,
             Self::Apply { source: kube::Error::Api(status), .. } if status.code == 403 => forbidden(&status.message),
-            Self::Apply { .. } => "ApplyFailed",
-            Self::Publish(_) => "PublishFailed",
-            Self::Panicked => "Panicked",
+            Self::Apply { .. } => reason::APPLY_FAILED,
+            Self::Publish(_) => reason::PUBLISH_FAILED,
+            Self::Panicked => reason::PANICKED,
         }
     }
 
@@ -75,11 +76,11 @@ impl Error {
 /// The API server has one code for three situations; only its sentence tells them apart.
 fn forbidden(message: &str) -> &'static str {
     if message.contains("exceeded quota") {
-        "QuotaExceeded"
+        reason::QUOTA_EXCEEDED
     } else if message.contains("is being terminated") {
-        "NamespaceTerminating"
+        reason::NAMESPACE_TERMINATING
     } else {
-        "Forbidden"
+        reason::FORBIDDEN
     }
 }
 

@@ -8,7 +8,7 @@ use kube::{Client, Resource};
 use crate::controller::Watched;
 use crate::desired::names;
 use crate::error::{Error, explain};
-use crate::status;
+use crate::{reason, status};
 
 /// Writes events.
 pub struct Events {
@@ -28,7 +28,7 @@ impl Events {
         if was.is_some_and(|was| (&was.status, &was.reason) == (&now.status, &now.reason)) {
             return;
         }
-        let starting = matches!(now.reason.as_str(), "AskingNats" | "WorkersStarting");
+        let starting = matches!(now.reason.as_str(), reason::ASKING_NATS | reason::WORKERS_STARTING);
         let type_ = if now.status == "True" || starting { EventType::Normal } else { EventType::Warning };
         self.write(type_, &now.reason, &now.message, &pool.object_ref(&())).await;
     }

@@ -17,6 +17,7 @@ pub mod streams; // what the broker must keep
 pub mod broker; // connections to it
 
 pub mod error; // why it did not go
+pub mod reason; // the words for how it went
 pub mod events; // telling Kubernetes
 pub mod memory; // what is known from the last time
 

@@ -322,6 +322,20 @@ fn operations_lists_every_series_of_the_worker() {
 }
 
 #[test]
+fn operations_explains_every_reason_of_the_operator() {
+    let page = read("docs/operations.md");
+    let rows = rows(&page);
+    let source = read("operator/src/reason.rs");
+    let reasons: Vec<_> =
+        source.lines().filter_map(|line| line.strip_prefix("pub const ")?.split('"').nth(1)).collect();
+    assert!(reasons.len() > 20, "only {} reasons were found", reasons.len());
+    for reason in reasons {
+        let is_listed = rows.iter().any(|row| row.contains(&format!("`{reason}`")));
+        assert!(is_listed, "docs/operations.md has no row for the reason {reason}");
+    }
+}
+
+#[test]
 fn operations_lists_every_field_of_a_pool() {
     let page = read("docs/operations.md");
     let rows = rows(&page);

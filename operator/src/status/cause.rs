@@ -4,6 +4,7 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
+use crate::reason;
 use crate::reconcile::Converged;
 
 /// A cause that a person can act on. The first in this order wins.
@@ -29,7 +30,7 @@ fn not_created(deployment: &Deployment) -> Option<Cause> {
     let message = failure.message.clone().unwrap_or_default();
     // `pods "default-5c9-x7k" is forbidden: exceeded quota: …`: the name differs each time.
     let message = message.split_once(" is forbidden: ").map_or(message.as_str(), |(_, why)| why);
-    let reason = if message.contains("exceeded quota") { "QuotaExceeded" } else { "PodsRefused" };
+    let reason = if message.contains("exceeded quota") { reason::QUOTA_EXCEEDED } else { reason::PODS_REFUSED };
     Some(Cause { order: 0, reason, message: format!("pods cannot be created: {message}") })
 }
 
@@ -44,7 +45,11 @@ fn of_pod(pod: &Pod) -> Option<Cause> {
         });
     if let Some(condition) = unschedulable {
         let why = condition.message.clone().unwrap_or_default();
-        return Some(Cause { order: 4, reason: "Unschedulable", message: format!("no node takes a worker: {why}") });
+        return Some(Cause {
+            order: 4,
+            reason: reason::UNSCHEDULABLE,
+            message: format!("no node takes a worker: {why}"),
+        });
     }
     status.container_statuses.iter().flatten().find_map(of_container)
 }
@@ -59,12 +64,12 @@ fn of_container(container: &ContainerStatus) -> Option<Cause> {
         // The kubelet alternates between trying and backing off.
         Some("ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull") => Some(Cause {
             order: 1,
-            reason: "ImagePullBackOff",
+            reason: reason::IMAGE_PULL_BACK_OFF,
             message: format!("the image {} cannot be had; `kubectl describe pod` says why", container.image),
         }),
         Some("CreateContainerConfigError" | "CreateContainerError" | "RunContainerError") => Some(Cause {
             order: 2,
-            reason: "CreateContainerFailed",
+            reason: reason::CREATE_CONTAINER_FAILED,
             message: format!("the container cannot be created: {why}"),
         }),
         _ => crash(container),
@@ -80,7 +85,7 @@ fn crash(container: &ContainerStatus) -> Option<Cause> {
     };
     Some(Cause {
         order: 3,
-        reason: "CrashLoopBackOff",
+        reason: reason::CRASH_LOOP_BACK_OFF,
         message: format!("workers {how}; `kubectl logs --previous` says why"),
     })
 }

@@ -8,6 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use super::cause;
 use crate::broker::BrokerError;
 use crate::error::Error;
+use crate::reason;
 use crate::reconcile::Converged;
 use crate::signals::Reading;
 
@@ -47,9 +48,13 @@ pub(super) fn conditions(
     reading: &Reading,
     now: Timestamp,
 ) -> Vec<Condition> {
-    let queue =
-        answer(before, "QueueReadable", reading.readable.as_ref(), Verdict::yes("QueueRead", "the broker answers"));
-    let fine = Verdict::yes("StreamsMatch", "streams and consumer are as they must be");
+    let queue = answer(
+        before,
+        "QueueReadable",
+        reading.readable.as_ref(),
+        Verdict::yes(reason::QUEUE_READ, "the broker answers"),
+    );
+    let fine = Verdict::yes(reason::STREAMS_MATCH, "streams and consumer are as they must be");
     let streams = answer(before, "StreamsReady", reading.streams.as_ref(), fine);
     let verdicts = [
         ("Ready", readiness(outcome, [&streams, &queue])),
@@ -71,12 +76,12 @@ fn readiness(outcome: Result<&Converged, &Error>, depends_on: [&Verdict; 2]) -> 
     }
     let (ready, desired) = (ready_workers(converged), converged.scaling.desired);
     match (desired, ready) {
-        (0, _) => Verdict::yes("Idle", "no workers are asked for"),
+        (0, _) => Verdict::yes(reason::IDLE, "no workers are asked for"),
         (_, 0) => match cause::cause(converged) {
             Some(cause) => Verdict::no(cause.reason, cause.message),
-            None => Verdict::no("WorkersStarting", format!("0 of {desired} workers ready")),
+            None => Verdict::no(reason::WORKERS_STARTING, format!("0 of {desired} workers ready")),
         },
-        _ => Verdict::yes("WorkersReady", format!("{ready} of {desired} workers ready")),
+        _ => Verdict::yes(reason::WORKERS_READY, format!("{ready} of {desired} workers ready")),
     }
 }
 
@@ -90,13 +95,14 @@ fn progress(outcome: Result<&Converged, &Error>) -> Verdict {
     let (exist, ready) = (existing_workers(converged), ready_workers(converged));
     let updated = status(converged).and_then(|status| status.updated_replicas).unwrap_or(0);
     if is_current(converged) && [exist, ready, updated] == [desired; 3] {
-        return Verdict::no("Complete", format!("{ready} of {desired} workers ready"));
+        return Verdict::no(reason::COMPLETE, format!("{ready} of {desired} workers ready"));
     }
     match cause::cause(converged) {
         Some(cause) => Verdict::yes(cause.reason, cause.message),
-        None => {
-            Verdict::yes("RollingOut", format!("{ready} of {desired} workers ready, {updated} of {exist} up to date"))
-        }
+        None => Verdict::yes(
+            reason::ROLLING_OUT,
+            format!("{ready} of {desired} workers ready, {updated} of {exist} up to date"),
+        ),
     }
 }
 
@@ -107,7 +113,7 @@ fn answer(before: &WorkerPoolStatus, type_: &str, answer: Option<&Result<(), Bro
         Some(Err(error)) => Verdict::no(error.reason(), error.to_string()),
         None => match find(before, type_) {
             Some(before) => Verdict::new(&before.status, &before.reason, &before.message),
-            None => Verdict::new("Unknown", "AskingNats", "the broker has not answered yet"),
+            None => Verdict::new("Unknown", reason::ASKING_NATS, "the broker has not answered yet"),
         },
     }
 }

@@ -1,0 +1,65 @@
+//! Every reason that a condition, an event or a metric may have. `docs/operations.md` explains each: `house.rs` looks.
+
+/// Ready: as asked for, or as far as a worker takes work.
+pub const WORKERS_READY: &str = "WorkersReady";
+/// Ready: nobody is asked for.
+pub const IDLE: &str = "Idle";
+/// Nothing is left to do for the Deployment.
+pub const COMPLETE: &str = "Complete";
+/// Pods come, go or are replaced.
+pub const ROLLING_OUT: &str = "RollingOut";
+/// The broker answers.
+pub const QUEUE_READ: &str = "QueueRead";
+/// Streams and consumer are as they must be.
+pub const STREAMS_MATCH: &str = "StreamsMatch";
+
+/// The broker was asked for the first time and has not answered.
+pub const ASKING_NATS: &str = "AskingNats";
+/// A Secret, or a key of it, is missing or holds something else.
+pub const SECRET_UNUSABLE: &str = "SecretUnusable";
+/// No connection to the broker.
+pub const NATS_UNREACHABLE: &str = "NatsUnreachable";
+/// A connection to the broker, and no answer.
+pub const NATS_NOT_ANSWERING: &str = "NatsNotAnswering";
+/// The broker says no.
+pub const NATS_REFUSED: &str = "NatsRefused";
+/// A stream or the consumer has another setting.
+pub const STREAM_MISMATCH: &str = "StreamMismatch";
+/// A stream or the consumer is missing, and the operator may not create it.
+pub const STREAM_MISSING: &str = "StreamMissing";
+/// Another consumer takes the subject already.
+pub const SUBJECT_TAKEN: &str = "SubjectTaken";
+
+/// No worker takes work yet, and nothing speaks against it.
+pub const WORKERS_STARTING: &str = "WorkersStarting";
+/// The image cannot be had.
+pub const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
+/// The container cannot be created.
+pub const CREATE_CONTAINER_FAILED: &str = "CreateContainerFailed";
+/// Workers end by themselves.
+pub const CRASH_LOOP_BACK_OFF: &str = "CrashLoopBackOff";
+/// No node takes a worker.
+pub const UNSCHEDULABLE: &str = "Unschedulable";
+/// A quota of the namespace is used up.
+pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
+/// The API server lets no pod in.
+pub const PODS_REFUSED: &str = "PodsRefused";
+
+/// The spec cannot be acted on.
+pub const INVALID_SPEC: &str = "InvalidSpec";
+/// The object does not fit the type.
+pub const UNREADABLE_SPEC: &str = "UnreadableSpec";
+/// Somebody else's object has the name that a child needs.
+pub const NAME_CONFLICT: &str = "NameConflict";
+/// A child cannot be read.
+pub const OBSERVE_FAILED: &str = "ObserveFailed";
+/// A child cannot be written.
+pub const APPLY_FAILED: &str = "ApplyFailed";
+/// The operator lacks a right.
+pub const FORBIDDEN: &str = "Forbidden";
+/// The pool's namespace is being deleted.
+pub const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
+/// The status cannot be written.
+pub const PUBLISH_FAILED: &str = "PublishFailed";
+/// A bug.
+pub const PANICKED: &str = "Panicked";
