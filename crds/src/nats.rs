@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("!has(self.subject) || !self.subject.startsWith('caf.') || self.subject.startsWith('caf.exec.assign.')")
         .message("nats.subject: below 'caf.' only 'caf.exec.assign.…' carries assignments; use that or a subject outside 'caf.'"),
     validation = Rule::new("!has(self.queueGroup) || !(self.queueGroup == 'caf-control' || self.queueGroup.endsWith('-gpu'))")
-        .message("nats.queueGroup: 'caf-control' and names ending in '-gpu' are taken by the workers themselves; choose another")
+        .message("nats.queueGroup: 'caf-control' and names ending in '-gpu' are reserved; choose another")
 )]
 pub struct Nats {
     /// Address of the servers, such as nats://nats.nats.svc:4222 or tls://nats.example.com:4222. No credentials in it.
