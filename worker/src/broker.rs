@@ -13,13 +13,16 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 use crate::admin::{Concern, Health};
+use crate::execute::backoff;
 
 /// Two missed pings end a connection, so a silent broker is noticed within three of these.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long one request to the broker may take before its outcome counts as unknown.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(50);
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 /// Messages that may wait between the socket and their reader. A full channel loses messages, so it is larger than
-/// everything that is ever asked for at once: 1 000 look-ahead and 65 535 slots of each pool.
+/// everything that is ever asked for at once: 1 000 look-ahead and 4 096 slots of each pool.
 const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
 
 /// How to reach the broker.
@@ -201,10 +204,9 @@ fn credentials_in_url(address: &Address) -> Option<(String, String)> {
     address.servers.iter().find_map(|server| Some((server.username()?.to_owned(), server.password()?.to_owned())))
 }
 
-/// Doubles from 50 ms to 2 s, half of it at random, so that workers do not come back in step.
 fn reconnect_delay(attempt: usize) -> Duration {
-    let ceiling = Duration::from_millis(50).saturating_mul(1 << attempt.min(6)).min(Duration::from_secs(2));
-    ceiling.mul_f64(0.5 + 0.5 * crate::execute::random())
+    let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
+    backoff::doubling(FIRST_RECONNECT_DELAY, MAX_RECONNECT_DELAY, attempt, fastrand::f64())
 }
 
 async fn open(

@@ -1,9 +1,8 @@
 //! One block to its end: attempts, delays, deadline.
 
-pub mod backoff; // when a block is tried again
+pub mod backoff; // when something is tried again
 pub mod cpu; // what a block has used and may use
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -120,13 +119,6 @@ pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, m
     Ended::Abandoned
 }
 
-/// A number in 0..1 that nobody can foresee, for delays.
-pub fn random() -> f64 {
-    // Every `RandomState` has keys of its own, so an empty hash is a random number without a crate for it.
-    let bits = RandomState::new().build_hasher().finish() >> 11;
-    bits as f64 / (1_u64 << 53) as f64
-}
-
 async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope, attempt: u32) -> Result<Output, Fault> {
     let block = &assignment.block;
     let work = async {
@@ -149,7 +141,7 @@ fn too_late(assignment: &Assignment) -> Fault {
 }
 
 fn delay(assignment: &Assignment, fault: &Fault, attempt: u32) -> Option<Duration> {
-    let delay = assignment.backoff.delay_after(attempt, random())?;
+    let delay = assignment.backoff.delay_after(attempt, fastrand::f64())?;
     Some(fault.retry_after.map_or(delay, |asked| asked.max(delay)))
 }
 

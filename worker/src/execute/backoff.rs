@@ -1,4 +1,4 @@
-//! When a block is tried again. Pure: randomness comes in as a number.
+//! When something is tried again. Pure: randomness comes in as a number.
 
 use std::time::Duration;
 
@@ -45,11 +45,28 @@ impl Backoff {
     }
 }
 
+/// Before try `attempt + 1` of something that has to succeed: doubles from `first` to `ceiling`, half of it at random, so
+/// that workers do not come back in step.
+///
+/// `random` is uniform in 0..1.
+pub fn doubling(first: Duration, ceiling: Duration, attempt: u32, random: f64) -> Duration {
+    let factor = 1_u32.checked_shl(attempt).unwrap_or(u32::MAX);
+    first.saturating_mul(factor).min(ceiling).mul_f64(0.5 + 0.5 * random)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const MIDDLE: f64 = 0.5;
+
+    #[test]
+    fn doubling_keeps_its_ceiling_and_half_of_itself() {
+        let millis = Duration::from_millis;
+        let longest = |attempt| doubling(millis(50), millis(5000), attempt, 1.0);
+        assert_eq!([0, 1, 6, 7, 31, 32, u32::MAX].map(longest), [50, 100, 3200, 5000, 5000, 5000, 5000].map(millis));
+        assert_eq!(doubling(millis(50), millis(5000), 1, 0.0), millis(50));
+    }
 
     #[test]
     fn delays_double_from_100_ms() {

@@ -9,7 +9,7 @@ use super::{Arrival, Pipeline};
 use crate::admin::Concern;
 use crate::assignment::{Addressee, Assignment, AssignmentKey};
 use crate::broker::{StoreError, Stored};
-use crate::execute::{self, Attempt};
+use crate::execute::{Attempt, backoff};
 use crate::fault::Fault;
 use crate::intake::Delivery;
 use crate::report::StepResult;
@@ -21,6 +21,8 @@ use crate::report::ledger::Record;
 const ENVELOPE_BYTES: usize = 8 * 1024;
 /// The broker's limit counts a record's headers too; they have no more than this.
 const HEADER_BYTES: usize = 1024;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// What stands in the record at the end.
 pub(super) enum Standing {
@@ -175,8 +177,7 @@ pub(super) fn may_replace(record: &Record, delivery: &Delivery) -> bool {
     !record.answers(delivery.publication()) && (record.is_retryable() || delivery.is_replay())
 }
 
-/// Between two tries of a write: doubles from 50 ms to 5 s, half of it at random.
+/// Between two tries of a write.
 fn pause(attempt: u32) -> Duration {
-    let ceiling = Duration::from_millis(50).saturating_mul(1 << attempt.min(7)).min(Duration::from_secs(5));
-    ceiling.mul_f64(0.5 + 0.5 * execute::random())
+    backoff::doubling(FIRST_PAUSE, MAX_PAUSE, attempt, fastrand::f64())
 }

@@ -1,9 +1,7 @@
 //! What a job asks for, proved at the door, and what each hop of it sends.
 
 use std::borrow::Cow;
-use std::collections::hash_map::RandomState;
 use std::fmt;
-use std::hash::BuildHasher;
 
 use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use ::http::{Method, StatusCode, Uri};
@@ -226,7 +224,7 @@ fn traceparent(trace_id: &str) -> Option<String> {
     let is_w3c = trace_id.len() == 32
         && trace_id.bytes().all(|byte| byte.is_ascii_hexdigit())
         && trace_id.bytes().any(|byte| byte != b'0');
-    // The standard library's hash keys are random: unique is all that a span id must be. Zero is not allowed.
-    let span = RandomState::new().hash_one(trace_id).max(1);
+    // Unique is all that a span id must be. Zero is not allowed.
+    let span = fastrand::u64(1..);
     is_w3c.then(|| format!("00-{}-{span:016x}-01", trace_id.to_ascii_lowercase()))
 }
