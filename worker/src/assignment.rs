@@ -4,8 +4,6 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::value::RawValue;
-
 use crate::blocks::{Block, BlockKind};
 use crate::contract::{self, ExecAssignment, Job, RetryConfig, SandboxJob};
 use crate::execute::backoff::Backoff;
@@ -331,15 +329,4 @@ fn within<T: TryFrom<i64>>(value: i64, low: i64, high: i64, pointer: &str) -> Re
         return Err(refuse());
     }
     T::try_from(value).map_err(|_| refuse())
-}
-
-/// The payload as the JSON object that a dead letter embeds, where it is one. What only looks like JSON (half of a
-/// surrogate pair, a number that fits nowhere) would make the letter around it unreadable, so that is none.
-pub fn as_object(payload: &[u8]) -> Option<&RawValue> {
-    let json = std::str::from_utf8(payload).ok()?;
-    if contract::is_too_deep(json) {
-        return None;
-    }
-    serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
-    serde_json::from_str::<&RawValue>(json).ok()
 }

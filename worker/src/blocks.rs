@@ -7,15 +7,17 @@ pub mod sandbox; // canned results, nothing outside touched
 pub mod sql; // sql.query
 pub mod tenant_dir; // the only way to a file
 mod thread; // where work may wait for a disk
+mod output; // what a block produced
 
 use std::time::Instant;
 
-use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::assignment::TenantId;
 use crate::execute::cpu::CpuTime;
 use crate::fault::{Fault, Invalid};
+
+pub use output::Output;
 
 /// The kinds of work, as the public `job.type` names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,26 +102,6 @@ pub struct Scope {
     pub max_output_bytes: usize,
     /// What the block has used and may use; work on a thread counts itself.
     pub cpu_time: CpuTime,
-}
-
-/// What a block produced, already JSON: a successful result's `result`.
-#[derive(Debug)]
-pub struct Output(pub Box<RawValue>);
-
-impl Output {
-    /// Encodes a block's result, and refuses what the broker would not take.
-    pub fn encode<T: Serialize>(result: &T, scope: &Scope) -> Result<Self, Fault> {
-        use crate::fault::Cause;
-        let json = serde_json::value::to_raw_value(result)
-            .map_err(|error| Fault::new(Cause::Internal, format!("the result cannot be encoded: {error}")))?;
-        if json.get().len() > scope.max_output_bytes {
-            return Err(Fault::new(
-                Cause::OverCap,
-                format!("the result has {} bytes, the broker takes {}", json.get().len(), scope.max_output_bytes),
-            ));
-        }
-        Ok(Self(json))
-    }
 }
 
 /// Executes blocks. Holds what outlives one assignment: connections, directories.

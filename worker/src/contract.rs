@@ -3,9 +3,11 @@
 #![expect(missing_docs, reason = "the fields are the wire format, which docs/contract.md explains")]
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use serde_path_to_error::Segment;
 
 use crate::fault::{Details, Invalid};
 
@@ -53,6 +55,16 @@ pub fn escape(text: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(token)
+}
+
+/// A duration as every message states it: in whole milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A key as one step of a JSON pointer.
+pub fn pointer_step(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
 }
 
 /// What the Router publishes on [`ASSIGN`]. Unknown fields are ignored here and kept in a dead letter.
@@ -129,7 +141,7 @@ pub struct Resources<'a> {
 /// What a job asks of the sandbox.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct SandboxJob {
-    /// `success` or `error`.
+    /// `success`, `error` or `timeout`.
     pub status: Option<String>,
     pub code: Option<i64>,
     pub delay_ms: Option<i64>,
@@ -162,12 +174,11 @@ fn diagnose<'a, T: Deserialize<'a>>(json: &'a str, base: &str, first: &serde_jso
 }
 
 fn pointer(path: &serde_path_to_error::Path) -> String {
-    use serde_path_to_error::Segment;
     let mut pointer = String::new();
     for segment in path {
         match segment {
             Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
-            Segment::Map { key } => pointer.push_str(&format!("/{}", key.replace('~', "~0").replace('/', "~1"))),
+            Segment::Map { key } => pointer.push_str(&format!("/{}", pointer_step(key))),
             Segment::Enum { variant } => pointer.push_str(&format!("/{variant}")),
             Segment::Unknown => {}
         }
@@ -278,7 +289,7 @@ pub struct ExecResult<'a> {
     pub completed_at: i64,
 }
 
-/// The seed's error object.
+/// The error object of the public contract.
 #[derive(Debug, Serialize)]
 pub struct PublicError<'a> {
     pub code: u16,

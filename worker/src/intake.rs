@@ -98,7 +98,7 @@ impl Hold {
 
     /// The broker answered what was asked at `asked`, or delivered it to us again then.
     pub fn renew_from(&self, asked: Instant) {
-        let millis = u64::try_from(asked.duration_since(self.start).as_millis()).unwrap_or(u64::MAX);
+        let millis = contract::millis(asked.duration_since(self.start));
         self.renewed_ms.fetch_max(millis, Ordering::Relaxed);
     }
 

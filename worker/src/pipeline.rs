@@ -22,6 +22,7 @@ use crate::admin::Health;
 use crate::admission;
 use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
+use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits};
 use crate::intake::{Delivery, Settlement};
 use crate::metrics::Metrics;
@@ -308,7 +309,7 @@ impl Pipeline {
             block_type = kind.as_str(),
             status = step.status.as_str(),
             code = step.error_code(),
-            latency_ms = report::millis(step.latency),
+            latency_ms = contract::millis(step.latency),
             retries_used = step.retries_used(),
             "Step execution completed"
         );

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::assignment::{Addressee, Assignment};
 use crate::blocks::BlockKind;
-use crate::contract::{ExecResult, Metadata, PublicError, Status, Verdict, VerdictError};
+use crate::contract::{self, ExecResult, Metadata, PublicError, Status, Verdict, VerdictError};
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 
@@ -79,7 +79,7 @@ impl StepResult {
             status: self.status,
             result: self.outputs.as_deref(),
             error: self.error.as_ref().map(public_error),
-            latency_ms: millis(self.latency),
+            latency_ms: contract::millis(self.latency),
             metadata: Metadata {
                 block_type: assignment.block.kind().as_str(),
                 provider_id: &correlation.provider_id,
@@ -89,8 +89,8 @@ impl StepResult {
                 worker_id,
                 attempts: self.attempts,
                 retries_used: self.retries_used(),
-                cpu_time_ms: millis(self.cpu_time),
-                queue_ms: millis(self.queued),
+                cpu_time_ms: contract::millis(self.cpu_time),
+                queue_ms: contract::millis(self.queued),
             },
             request_id: &correlation.request_id,
             trace_id: correlation.trace_id.as_deref(),
@@ -141,11 +141,6 @@ pub fn public_error(fault: &Fault) -> PublicError<'_> {
         retryable: fault.cause.is_retryable(),
         details: &fault.details,
     }
-}
-
-/// Whole milliseconds.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Our own structs have string keys and finite numbers only, so encoding them cannot fail.

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::output::encoded_len;
 use super::tenant_dir::{self, Absent, Place, TenantDirs};
 use super::thread::on_thread;
 use super::{Output, Scope};
@@ -287,19 +288,6 @@ fn read_at_most(file: &File, limit: usize, place: &Place<'_>) -> Result<Vec<u8>,
 
 fn too_large(place: &Place<'_>, limit: usize) -> Fault {
     place.fault(Cause::OverCap, format!("the file does not fit into a result of {limit} bytes"))
-}
-
-/// How long the content is as a JSON string: known before the memory for it is used.
-pub(super) fn encoded_len(bytes: &[u8], text: Option<&str>) -> usize {
-    let escaped = |byte: &u8| match byte {
-        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
-        0..0x20 => 6,
-        _ => 1,
-    };
-    match text {
-        Some(_) => bytes.iter().map(escaped).sum::<usize>() + 2,
-        None => bytes.len().div_ceil(3) * 4 + 2,
-    }
 }
 
 #[cfg(test)]

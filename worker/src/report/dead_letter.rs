@@ -8,14 +8,14 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
 
-use crate::assignment::{Addressee, as_object};
+use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
 use crate::broker::{Broker, StoreError};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
 use crate::fault::Fault;
 use crate::intake::Delivery;
-use crate::report::{millis, public_error};
+use crate::report::public_error;
 
 const REDACTED: &str = "[redacted]";
 
@@ -183,6 +183,17 @@ impl DeadLetters {
     }
 }
 
+/// The payload as the JSON object that a dead letter embeds, where it is one. What only looks like JSON (half of a
+/// surrogate pair, a number that fits nowhere) would make the letter around it unreadable, so that is none.
+fn as_object(payload: &[u8]) -> Option<&RawValue> {
+    let json = std::str::from_utf8(payload).ok()?;
+    if contract::is_too_deep(json) {
+        return None;
+    }
+    serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
+    serde_json::from_str::<&RawValue>(json).ok()
+}
+
 fn encode(letter: &DeadLetter<'_>) -> Bytes {
     serde_json::to_vec(letter).unwrap_or_default().into()
 }
@@ -206,7 +217,7 @@ impl Original {
 fn attempt_record(attempt: &Attempt) -> AttemptRecord<'_> {
     AttemptRecord {
         started_at: attempt.started_at.as_millisecond(),
-        latency_ms: millis(attempt.latency),
+        latency_ms: contract::millis(attempt.latency),
         error: public_error(&attempt.fault),
     }
 }

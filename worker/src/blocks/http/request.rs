@@ -159,7 +159,7 @@ fn body(text: Option<Cow<'_, str>>, base64: Option<Cow<'_, str>>) -> Result<Byte
 fn headers(wire: Map<String, Value>) -> Result<HeaderMap, Invalid> {
     let mut headers = HeaderMap::new();
     for (name, values) in wire {
-        let at = format!("/job/headers/{}", name.replace('~', "~0").replace('/', "~1"));
+        let at = format!("/job/headers/{}", contract::pointer_step(&name));
         let name = header_name(&name).map_err(|reason| Invalid::format(&at, reason))?;
         for value in header_values(&values).map_err(|reason| Invalid::format(&at, reason))? {
             let value = header_value(&name, value).map_err(|reason| Invalid::format(&at, reason))?;

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::failure;
 use crate::blocks::{Output, Scope};
+use crate::contract;
 use crate::fault::{Cause, Details, Fault};
 
 /// The most bytes of a decompressed body, where the broker would take more.
@@ -45,7 +46,7 @@ pub(super) async fn success(response: Response, started: Instant, scope: &Scope)
     let status_code = response.status().as_u16();
     let headers = public_headers(response.headers());
     let bytes = read_capped(response, MAX_BODY_BYTES.min(scope.max_output_bytes)).await?;
-    let latency_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let latency_ms = contract::millis(started.elapsed());
     let body = match std::str::from_utf8(&bytes) {
         Ok(text) => Body::Body(text),
         Err(_) => Body::BodyBase64(STANDARD.encode(&bytes)),

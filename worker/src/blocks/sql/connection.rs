@@ -8,6 +8,7 @@
 //! A database with a rollback journal is read without anything being made; a hot journal is not rolled back.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,7 +92,6 @@ pub(super) fn open(place: &Place<'_>, stop: &Arc<Stop>) -> rusqlite::Result<io::
 
 /// Where the open directory is now, without a symbolic link.
 fn real_path(place: &Place<'_>) -> io::Result<PathBuf> {
-    use std::os::fd::AsRawFd;
     let link = format!("/proc/self/fd/{}", place.dir.as_raw_fd());
     Ok(std::fs::read_link(link)?.join(place.name))
 }

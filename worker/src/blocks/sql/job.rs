@@ -150,8 +150,9 @@ fn parameters(json: Option<&RawValue>) -> Result<Parameters, Invalid> {
     match json.get().as_bytes().first() {
         Some(b'{') => {
             let named: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_str(json.get()).map_err(wrong)?;
-            let values =
-                named.iter().map(|(name, json)| Ok((bare(name).to_owned(), value(json, &format!("{AT}/{name}"))?)));
+            let values = named.iter().map(|(name, json)| {
+                Ok((bare(name).to_owned(), value(json, &format!("{AT}/{}", contract::pointer_step(name)))?))
+            });
             values.collect::<Result<_, Invalid>>().map(Parameters::Named)
         }
         _ => {

@@ -9,7 +9,7 @@ use rusqlite::types::ValueRef;
 use serde_json::value::RawValue;
 
 use super::Failure;
-use crate::blocks::fs::encoded_len;
+use crate::blocks::output::encoded_len;
 use crate::fault::Cause;
 
 /// The most rows.

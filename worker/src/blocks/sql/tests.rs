@@ -156,6 +156,11 @@ fn queries_and_parameters_are_checked_at_the_door() {
     for number in ["18446744073709551615", "9223372036854775808", "-9223372036854775809", "1e999"] {
         invalid(&with(&format!(r#""query": "SELECT ?", "parameters": [0, {number}]"#)), 1003, "/job/parameters/1");
         invalid(&with(&format!(r#""query": "SELECT :a", "parameters": {{"a": {number}}}"#)), 1003, "/job/parameters/a");
+        invalid(
+            &with(&format!(r#""query": "SELECT :a", "parameters": {{"a/~": {number}}}"#)),
+            1003,
+            "/job/parameters/a~1~0",
+        );
     }
 }
 
