@@ -1,6 +1,7 @@
 //! `ValidPool`: a WorkerPool that has proved itself. Every default is decided here; nothing behind `validate` asks the
 //! spec again.
 
+mod egress; // entries of lists of addresses
 mod quantity; // amounts of memory
 
 use std::collections::BTreeMap;
@@ -230,6 +231,14 @@ pub enum InvalidPool {
         /// What it holds.
         value: String,
     },
+    /// An entry that workers cannot read.
+    #[error("{field}: `{value}` is no CIDR, address, host or *.suffix with an optional :port; correct or remove it")]
+    Egress {
+        /// Which list.
+        field: &'static str,
+        /// The entry.
+        value: String,
+    },
     /// Too little memory for a worker to start with.
     #[error("worker.resources.limits.memory: `{value}` is less than a worker needs; set {LEAST_LIMIT_MB}Mi or more")]
     TooLittleMemory {
@@ -337,7 +346,7 @@ fn valid_worker(worker: crds::Worker, default_image: &str) -> Result<Worker, Inv
         drain_seconds: drain_seconds.unwrap_or(DRAIN_SECONDS),
         sandbox: sandbox.unwrap_or(false),
         roots: valid_roots(filesystem),
-        egress: valid_egress(egress.unwrap_or_default()),
+        egress: valid_egress(egress.unwrap_or_default())?,
         env,
         scheduling: Scheduling {
             node_selector,
@@ -401,9 +410,20 @@ fn scratch(empty_dir: Option<crds::EmptyDir>) -> RootVolume {
     RootVolume::Scratch(size.unwrap_or_else(|| Quantity(SCRATCH_SIZE.to_owned())))
 }
 
-fn valid_egress(egress: crds::Egress) -> Egress {
+fn valid_egress(egress: crds::Egress) -> Result<Egress, InvalidPool> {
     let crds::Egress { policy, allow, deny } = egress;
-    Egress { policy: policy.unwrap_or(EgressPolicy::Internal), allow, deny }
+    Ok(Egress {
+        policy: policy.unwrap_or(EgressPolicy::Internal),
+        allow: entries("worker.egress.allow", allow)?,
+        deny: entries("worker.egress.deny", deny)?,
+    })
+}
+
+fn entries(field: &'static str, entries: Vec<String>) -> Result<Vec<String>, InvalidPool> {
+    match entries.iter().find(|entry| !egress::is_entry(entry)) {
+        None => Ok(entries),
+        Some(wrong) => Err(InvalidPool::Egress { field, value: wrong.clone() }),
+    }
 }
 
 fn valid_rollout(rollout: crds::Rollout) -> Rollout {
@@ -504,6 +524,15 @@ pub(crate) mod tests {
         assert_eq!(valid(&limit("32Mi")).worker.memory_mb, 16);
         assert_eq!(valid(&limit("4Ti")).worker.memory_mb, 1_048_576);
         rejects(&limit("20Mi"), "worker.resources.limits.memory: `20Mi` is less than a worker needs; set 32Mi or more");
+    }
+
+    #[test]
+    fn an_entry_that_workers_cannot_read_is_refused() {
+        rejects(
+            r#"{"worker": {"egress": {"deny": ["10.0.0.0/8", "10.0.0.0/33"]}}}"#,
+            "worker.egress.deny: `10.0.0.0/33` is no CIDR, address, host or *.suffix with an optional :port; \
+             correct or remove it",
+        );
     }
 
     #[test]
