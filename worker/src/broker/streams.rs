@@ -185,7 +185,8 @@ async fn ensure(js: &jetstream::Context, intake: &Intake, create: bool) -> Resul
     })
 }
 
-fn assignments(intake: &Intake) -> Config {
+/// Where assignments wait.
+pub fn assignments(intake: &Intake) -> Config {
     Config {
         name: intake.stream(),
         subjects: vec![intake.subject.clone(), intake.routes()],
@@ -196,7 +197,8 @@ fn assignments(intake: &Intake) -> Config {
     }
 }
 
-fn results() -> Config {
+/// Where records are kept.
+pub fn results() -> Config {
     Config {
         name: RESULT_STREAM.to_owned(),
         subjects: vec![format!("{}.*.*", contract::LEDGER), format!("{}.*.*", contract::REFUSED)],
@@ -211,7 +213,8 @@ fn results() -> Config {
     }
 }
 
-fn dead_letters() -> Config {
+/// Where dead letters are kept.
+pub fn dead_letters() -> Config {
     Config {
         name: DLQ_STREAM.to_owned(),
         subjects: vec![contract::DLQ.to_owned(), contract::DLQ_RAW.to_owned()],
@@ -235,7 +238,8 @@ fn unlimited() -> Config {
     }
 }
 
-fn consumer(intake: &Intake) -> pull::Config {
+/// What hands the assignments out.
+pub fn consumer(intake: &Intake) -> pull::Config {
     pull::Config {
         durable_name: Some(intake.queue_group.clone()),
         filter_subject: intake.subject.clone(),

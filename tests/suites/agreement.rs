@@ -1,0 +1,206 @@
+//! Both programs say the same: what the operator sets up is what its workers expect, and nothing that the API server
+//! lets through makes a worker refuse to start.
+
+#![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a test says so when it cannot go on")]
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+
+use beamline_crds::WorkerPool;
+use beamline_operator::desired::{Desired, desired};
+use beamline_operator::pool::{InvalidPool, ValidPool, validate};
+use beamline_operator::{scale, streams};
+use beamline_worker::blocks::egress::Entry;
+use beamline_worker::broker::streams::{self as expected, Intake as Source};
+use beamline_worker::config::Config;
+use kube::CustomResourceExt;
+use serde_json::{Value, json};
+
+/// A pool as the API server stores it, with this spec.
+fn validated(spec: Value) -> Result<ValidPool, InvalidPool> {
+    let stored: WorkerPool = serde_json::from_value(json!({
+        "apiVersion": "beamline.dev/v1alpha1",
+        "kind": "WorkerPool",
+        "metadata": {"name": "default", "namespace": "flows", "uid": "1234", "generation": 1},
+        "spec": spec,
+    }))
+    .expect("a WorkerPool");
+    validate(&stored, "beamline:1")
+}
+
+#[track_caller]
+fn pool(spec: Value) -> ValidPool {
+    validated(spec).expect("a valid pool")
+}
+
+#[track_caller]
+fn expect_the_same_streams(nats: Value) {
+    let pool = pool(json!({"nats": nats}));
+    let source = Source { subject: pool.nats.subject.clone(), queue_group: pool.nats.queue_group.clone() };
+    assert_eq!(
+        streams::streams(&pool.nats),
+        [expected::assignments(&source), expected::results(), expected::dead_letters()]
+    );
+    let consumer = expected::consumer(&source);
+    assert_eq!(streams::consumer(&pool.nats, consumer.max_ack_pending), consumer);
+}
+
+#[test]
+fn the_default_subject_has_the_same_streams() {
+    expect_the_same_streams(json!({"url": "nats://nats:4222"}));
+}
+
+#[test]
+fn another_subject_has_the_same_streams() {
+    expect_the_same_streams(json!({
+        "url": "nats://nats:4222",
+        "subject": "orders.eu_1.assign",
+        "queueGroup": "orders-workers",
+    }));
+}
+
+/// The configuration of a worker that the pool's Deployment starts.
+#[track_caller]
+fn starts(spec: Value) -> Config {
+    let pool = pool(spec);
+    let Desired { config_map, deployment, .. } = desired(&pool, &scale::decide(&pool));
+    let pod = deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
+    let container = pod.containers.into_iter().next().expect("a container");
+    let environment: BTreeMap<String, String> = config_map.data.expect("data");
+    let args = container.args.unwrap_or_default();
+    Config::from_args(args.into_iter().map(OsString::from), |name| environment.get(name).map(OsString::from))
+        .unwrap_or_else(|problems| panic!("a worker of this pool does not start:\n{problems}"))
+}
+
+#[test]
+fn the_operator_refuses_the_entries_that_workers_refuse() {
+    let read = [
+        "10.0.0.0/8",
+        "10.1.2.3/8",
+        "10.1.2.3",
+        "10.1.2.3:443",
+        "fd00::/8",
+        "::1",
+        "[::1]",
+        "[::1]:443",
+        "[fd00::/8]:1",
+        "example.com",
+        "Example.COM.",
+        "*.example.com:8443",
+        "a_b.example",
+        "x.3com",
+        "localhost:1",
+        "[example.com]:80",
+    ];
+    let unreadable = [
+        "10.0.0.0/33",
+        "fd00::/129",
+        "10.0.0.0/",
+        "/8",
+        "example.com/8",
+        "10.1",
+        "0x7f.1",
+        "1.2.3.4.5",
+        "300.1.1.1",
+        "x.0x1",
+        "*",
+        "*.",
+        "*.*.com",
+        "a.*.com",
+        "example.com:0",
+        "example.com:65536",
+        "example.com:",
+        ":443",
+        "[::1",
+        "[::1]443",
+        "[]",
+        "fd00::1::2",
+        "a@b",
+        "a b",
+        "http://a",
+    ];
+    for (entry, is_read) in read.map(|entry| (entry, true)).into_iter().chain(unreadable.map(|entry| (entry, false))) {
+        assert_eq!(entry.parse::<Entry>().is_ok(), is_read, "the worker on {entry}");
+        let spec = json!({"nats": {"url": "nats://nats:4222"}, "worker": {"egress": {"allow": [entry]}}});
+        assert_eq!(validated(spec).is_ok(), is_read, "the operator on {entry}");
+    }
+}
+
+/// What the CRD says about a field of the spec: `minimum`, `maximum`, `maxItems` and the like.
+#[track_caller]
+fn bound(field: &str, keyword: &str) -> Value {
+    let manifest = serde_json::to_value(WorkerPool::crd()).expect("a manifest is plain data");
+    let path: String = field.split('.').map(|name| format!("/properties/{name}")).collect();
+    let schema = &manifest["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+    let found = schema.pointer(&format!("{path}/{keyword}")).unwrap_or_else(|| panic!("{field} has no {keyword}"));
+    found.as_f64().map_or_else(|| found.clone(), |number| json!(number.round() as i64))
+}
+
+#[track_caller]
+fn items(field: &str, item: impl Fn(i64) -> String) -> Vec<String> {
+    (0..bound(field, "maxItems").as_i64().expect("a number")).map(item).collect()
+}
+
+/// Every number of the worker at one end of what the CRD allows.
+fn numbers(end: &str) -> Value {
+    let of = |field: &str| bound(field, end);
+    json!({
+        "pools": {"cpu": of("worker.pools.cpu"), "io": of("worker.pools.io")},
+        "limits": {"memoryMb": of("worker.limits.memoryMb"), "cpuTimeMs": of("worker.limits.cpuTimeMs")},
+        "drainSeconds": of("worker.drainSeconds"),
+    })
+}
+
+#[test]
+fn a_worker_starts_with_nothing_but_the_address() {
+    let config = starts(json!({"nats": {"url": "nats://nats:4222"}}));
+    assert!(!config.nats_create_streams);
+    assert_eq!(config.max_memory_bytes, 512 << 20);
+}
+
+#[test]
+fn a_worker_starts_at_the_least_of_everything() {
+    let mut worker = numbers("minimum");
+    worker["resources"] = json!({"limits": {"memory": "32Mi"}});
+    let config = starts(json!({"nats": {"url": "nats://nats:4222"}, "worker": worker}));
+    assert_eq!((config.cpu_pool_size, config.io_pool_size, config.max_memory_bytes), (1, 1, 16 << 20));
+    worker["limits"] = json!({});
+    assert_eq!(starts(json!({"nats": {"url": "nats://nats:4222"}, "worker": worker})).max_memory_bytes, 16 << 20);
+}
+
+#[test]
+fn a_worker_starts_at_the_most_of_everything() {
+    let mut worker = numbers("maximum");
+    worker["resources"] = json!({"limits": {"memory": "4Ti"}});
+    worker["sandbox"] = json!(true);
+    worker["filesystem"] = json!({
+        "roots": items("worker.filesystem.roots", |index| format!("/data-{index}/{}", "x".repeat(110)))
+            .into_iter()
+            .map(|path| json!({"path": path}))
+            .collect::<Vec<_>>(),
+    });
+    worker["egress"] = json!({
+        "policy": "PublicOnly",
+        "allow": items("worker.egress.allow", |index| match index % 4 {
+            0 => format!("10.{index}.0.0/16:443"),
+            1 => format!("[fd00:{index}::/32]:8443"),
+            2 => format!("*.zone-{index}.example.com:443"),
+            _ => format!("host-{index}.example.com"),
+        }),
+        "deny": items("worker.egress.deny", |index| format!("192.0.2.{index}")),
+    });
+    let secret = json!({"name": "nats", "key": "some.pem"});
+    let config = starts(json!({
+        "nats": {
+            "url": format!("tls://{}.example.com:4222", "n".repeat(60)),
+            "subject": "s".repeat(200),
+            "queueGroup": "q".repeat(100),
+            "credentialsSecretRef": secret,
+            "tls": {"caSecretRef": secret, "certSecretRef": secret, "keySecretRef": secret},
+        },
+        "worker": worker,
+        "observability": {"otlpEndpoint": "http://otel-collector.observability:4318"},
+    }));
+    assert_eq!((config.fs_roots.len(), config.egress_allow.len(), config.egress_deny.len()), (16, 100, 100));
+    assert!(config.nats_tls_identity.is_some() && config.otlp_endpoint.is_some());
+}
