@@ -11,6 +11,7 @@ use crate::assignment::Pool;
 use crate::blocks::BlockKind;
 use crate::contract::Status;
 use crate::fault::Cause;
+use crate::report::dead_letter::Stage;
 
 /// Public: alerts are written against these bounds.
 const LATENCY_BUCKETS_MS: [f64; 12] =
@@ -18,8 +19,13 @@ const LATENCY_BUCKETS_MS: [f64; 12] =
 /// The codes that a refusal can carry, shown from the start.
 const REJECTIONS: [Cause; 5] =
     [Cause::InvalidInput, Cause::MissingField, Cause::InvalidFormat, Cause::NoSuchPool, Cause::NotAllowed];
-/// Where an assignment can become a dead letter, shown from the start.
-const DEAD_LETTER_STAGES: [&str; 3] = ["decode", "admit", "execute"];
+const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";
+const USAGE: &str =
+    "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)";
+const REPLAYED: &str = "Stored results published again instead of running twice";
+const REDELIVERIES: &str = "Deliveries that were not the first of their message";
+const PUBLISH_RETRIES: &str = "Publishes repeated because the broker did not confirm them";
+const LOG_LINES_DROPPED: &str = "Log lines dropped because nothing read them";
 const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
 
 /// Every series of this worker, resolved once, so that recording neither locks nor allocates.
@@ -49,87 +55,24 @@ impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         enlist(&registry, ProcessCollector::for_self());
-        let tasks =
-            counters(&registry, "worker_tasks_total", "Tasks finished, by block type and status", &["type", "status"]);
-        let latency = register(
-            &registry,
-            HistogramVec::new(
-                HistogramOpts::new(
-                    "worker_task_latency_ms",
-                    "Milliseconds from the start of a task to its end, retries included",
-                )
-                .buckets(LATENCY_BUCKETS_MS.to_vec()),
-                &["type"],
-            ),
-        );
-        let usage = register(
-            &registry,
-            GaugeVec::new(
-                Opts::new(
-                    "worker_resource_usage",
-                    "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)",
-                ),
-                &["type"],
-            ),
-        );
-        let retries = counters(&registry, "worker_retries_total", "Attempts after the first, by block type", &["type"]);
-        let queue_depth = gauges(&registry, "worker_pool_queue_depth", "Accepted tasks that wait for a slot", "pool");
-        let slots = gauges(&registry, "worker_slots", "Tasks that can run at once", "pool");
-        let slots_busy = gauges(&registry, "worker_slots_busy", "Tasks that run now", "pool");
-        let rejected =
-            counters(&registry, "worker_assignments_rejected_total", "Assignments refused, by error code", &["code"]);
-        for cause in REJECTIONS {
-            rejected.with_label_values(&[&cause.code().to_string()]);
-        }
-        let dead_letters = counters(
-            &registry,
-            "worker_dead_letters_total",
-            "Dead letters written, by the stage that failed",
-            &["stage"],
-        );
-        for stage in DEAD_LETTER_STAGES {
-            dead_letters.with_label_values(&[stage]);
-        }
-        gauges(&registry, "worker_build_info", "Always 1; its label says which version runs", "version")
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1);
+        build_info(&registry);
+        let usage = usage(&registry);
         Self {
-            tasks: ByKind::new(|kind| {
-                ByStatus::new(|status| tasks.with_label_values(&[kind.as_str(), status.as_str()]))
-            }),
-            latency: ByKind::new(|kind| latency.with_label_values(&[kind.as_str()])),
+            tasks: tasks(&registry),
+            latency: latency(&registry),
             cpu_time: usage.with_label_values(&["cpu_time_ms"]),
             memory: usage.with_label_values(&["memory_mb"]),
-            queue_depth: ByPool::new(|pool| queue_depth.with_label_values(&[pool.as_str()])),
-            slots: ByPool::new(|pool| slots.with_label_values(&[pool.as_str()])),
-            slots_busy: ByPool::new(|pool| slots_busy.with_label_values(&[pool.as_str()])),
-            rejected,
-            dead_letters,
-            replayed: counter(
-                &registry,
-                "worker_results_replayed_total",
-                "Stored results published again instead of running twice",
-            ),
-            redeliveries: counter(
-                &registry,
-                "worker_redeliveries_total",
-                "Deliveries that were not the first of their message",
-            ),
-            retries: ByKind::new(|kind| retries.with_label_values(&[kind.as_str()])),
-            publish_retries: counter(
-                &registry,
-                "worker_publish_retries_total",
-                "Publishes repeated because the broker did not confirm them",
-            ),
-            nats_connected: register(
-                &registry,
-                IntGauge::new("worker_nats_connected", "1 while the broker is connected"),
-            ),
-            log_lines_dropped: counter(
-                &registry,
-                "worker_log_lines_dropped_total",
-                "Log lines dropped because nothing read them",
-            ),
+            queue_depth: by_pool(&registry, "worker_pool_queue_depth", "Accepted tasks that wait for a slot"),
+            slots: by_pool(&registry, "worker_slots", "Tasks that can run at once"),
+            slots_busy: by_pool(&registry, "worker_slots_busy", "Tasks that run now"),
+            rejected: rejected(&registry),
+            dead_letters: dead_letters(&registry),
+            replayed: counter(&registry, "worker_results_replayed_total", REPLAYED),
+            redeliveries: counter(&registry, "worker_redeliveries_total", REDELIVERIES),
+            retries: retries(&registry),
+            publish_retries: counter(&registry, "worker_publish_retries_total", PUBLISH_RETRIES),
+            nats_connected: gauge(&registry, "worker_nats_connected", "1 while the broker is connected"),
+            log_lines_dropped: counter(&registry, "worker_log_lines_dropped_total", LOG_LINES_DROPPED),
             registry,
         }
     }
@@ -166,9 +109,9 @@ impl Metrics {
         self.rejected.with_label_values(&[&cause.code().to_string()]).inc();
     }
 
-    /// A dead letter was written; `stage` is the public word.
-    pub fn dead_letter(&self, stage: &'static str) {
-        self.dead_letters.with_label_values(&[stage]).inc();
+    /// A dead letter was written.
+    pub fn dead_letter(&self, stage: Stage) {
+        self.dead_letters.with_label_values(&[stage.as_str()]).inc();
     }
 
     /// A stored result was published again.
@@ -288,6 +231,59 @@ fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
+fn tasks(registry: &Registry) -> ByKind<ByStatus<IntCounter>> {
+    let tasks =
+        counters(registry, "worker_tasks_total", "Tasks finished, by block type and status", &["type", "status"]);
+    ByKind::new(|kind| ByStatus::new(|status| tasks.with_label_values(&[kind.as_str(), status.as_str()])))
+}
+
+fn latency(registry: &Registry) -> ByKind<Histogram> {
+    let options = HistogramOpts::new("worker_task_latency_ms", LATENCY).buckets(LATENCY_BUCKETS_MS.to_vec());
+    let latency = register(registry, HistogramVec::new(options, &["type"]));
+    ByKind::new(|kind| latency.with_label_values(&[kind.as_str()]))
+}
+
+fn usage(registry: &Registry) -> GaugeVec {
+    register(registry, GaugeVec::new(Opts::new("worker_resource_usage", USAGE), &["type"]))
+}
+
+fn retries(registry: &Registry) -> ByKind<IntCounter> {
+    let retries = counters(registry, "worker_retries_total", "Attempts after the first, by block type", &["type"]);
+    ByKind::new(|kind| retries.with_label_values(&[kind.as_str()]))
+}
+
+fn rejected(registry: &Registry) -> IntCounterVec {
+    let rejected =
+        counters(registry, "worker_assignments_rejected_total", "Assignments refused, by error code", &["code"]);
+    for cause in REJECTIONS {
+        rejected.with_label_values(&[&cause.code().to_string()]);
+    }
+    rejected
+}
+
+fn dead_letters(registry: &Registry) -> IntCounterVec {
+    let help = "Dead letters written, by the stage that failed";
+    let dead_letters = counters(registry, "worker_dead_letters_total", help, &["stage"]);
+    for stage in Stage::ALL {
+        dead_letters.with_label_values(&[stage.as_str()]);
+    }
+    dead_letters
+}
+
+fn build_info(registry: &Registry) {
+    let info = gauges(registry, "worker_build_info", "Always 1; its label says which version runs", "version");
+    info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+}
+
+fn by_pool(registry: &Registry, name: &str, help: &str) -> ByPool<IntGauge> {
+    let gauges = gauges(registry, name, help, "pool");
+    ByPool::new(|pool| gauges.with_label_values(&[pool.as_str()]))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(name, help))
+}
+
 fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
     register(registry, IntCounter::new(name, help))
 }
@@ -399,7 +395,7 @@ mod tests {
         metrics.set_slots_busy(Pool::Gpu, 2);
         metrics.set_memory_held(512 * 1024 * 1024);
         metrics.rejected(Cause::InvalidFormat);
-        metrics.dead_letter("admit");
+        metrics.dead_letter(Stage::Admit);
         metrics.result_replayed();
         metrics.redelivered();
         metrics.retried(BlockKind::Sql);

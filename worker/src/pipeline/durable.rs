@@ -99,7 +99,7 @@ impl Pipeline {
         failed: &[Attempt],
     ) {
         self.until_definite(|| self.dead_letters.write(delivery, addressee, stage, fault, failed)).await;
-        self.metrics.dead_letter(stage.as_str());
+        self.metrics.dead_letter(stage);
     }
 
     /// Repeats a write until the broker has definitely done or refused it; `/readyz` says so meanwhile.
