@@ -149,7 +149,7 @@ impl Blocks {
         }
     }
 
-    /// One attempt. A new kind of block fails to compile here, in `Block::parse` and in `Block::kind`, nowhere else.
+    /// One attempt.
     ///
     /// # Errors
     /// The fault of this attempt.

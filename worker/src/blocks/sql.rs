@@ -24,7 +24,7 @@ use super::{Output, Scope};
 use crate::fault::{Cause, Fault, Invalid};
 use connection::Reader;
 use job::Parameters;
-use pool::{Key, Pool};
+use pool::{Connections, Key};
 use rows::Rows;
 use stop::Stop;
 
@@ -32,7 +32,7 @@ use stop::Stop;
 #[derive(Debug)]
 pub struct Sql {
     dirs: TenantDirs,
-    pool: Arc<Pool>,
+    pool: Arc<Connections>,
 }
 
 /// A failed query: what SQLite said, or what we found ourselves.
@@ -73,7 +73,7 @@ impl Sql {
 
 fn execute(
     dirs: &TenantDirs,
-    pool: &Arc<Pool>,
+    pool: &Arc<Connections>,
     query: &Query,
     scope: &Scope,
     stop: &Arc<Stop>,

@@ -48,7 +48,7 @@ impl Key {
 
 /// All connections of this worker that are not in use, and who uses others.
 #[derive(Debug, Default)]
-pub(super) struct Pool {
+pub(super) struct Connections {
     state: Mutex<State>,
 }
 
@@ -70,11 +70,11 @@ struct Idle {
 /// One query of a tenant; it no longer counts when this is dropped.
 #[derive(Debug)]
 pub(super) struct Permit {
-    pool: Arc<Pool>,
+    pool: Arc<Connections>,
     tenant: TenantId,
 }
 
-impl Pool {
+impl Connections {
     /// Counts a query in, unless there are too many.
     pub(super) fn enter(self: &Arc<Self>, tenant: &TenantId) -> Option<Permit> {
         let mut state = self.lock();

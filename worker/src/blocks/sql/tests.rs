@@ -579,7 +579,7 @@ async fn many_queries_at_once_are_all_answered() {
 
 #[test]
 fn a_tenant_cannot_take_all_threads() {
-    let pool = Arc::new(Pool::default());
+    let pool = Arc::new(Connections::default());
     let tenant = |id: &str| TenantId::parse(id).unwrap();
     let held: Vec<_> = std::iter::from_fn(|| pool.enter(&tenant("acme"))).take(1000).collect();
     assert_eq!(held.len(), 64);
