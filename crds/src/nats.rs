@@ -19,7 +19,10 @@ use serde::{Deserialize, Serialize};
 )]
 pub struct Nats {
     /// Address of the servers, such as nats://nats.nats.svc:4222 or tls://nats.example.com:4222. No credentials in it.
-    #[schemars(length(min = 8, max = 512), regex(pattern = "^(nats|tls)://[^ /,]+$"))]
+    #[schemars(
+        length(min = 8, max = 512),
+        regex(pattern = "^(nats|tls)://([^/,@]*@)?([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[1-9][0-9]{0,4})?$")
+    )]
     pub url: String,
 
     /// Credentials of the workers: a .creds file (JWT and NKey) in a Secret of the pool's namespace.

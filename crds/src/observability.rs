@@ -10,6 +10,9 @@ pub struct Observability {
     /// OTLP over HTTP endpoint of a trace collector, such as http://otel-collector.observability:4318.
     /// Default: no traces.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 512), regex(pattern = "^https?://[^ ]+$"))]
+    #[schemars(
+        length(max = 512),
+        regex(pattern = "^https?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[1-9][0-9]{0,4})?(/[^ ]*)?$")
+    )]
     pub otlp_endpoint: Option<String>,
 }
