@@ -19,8 +19,9 @@ use crate::contract;
 use crate::pipeline::Pipeline;
 use crate::pipeline::load::{Counted, Load, Room, Waiting};
 
-/// A pull that found nothing ends after this, so that a lost one is not waited for longer.
-const PULL_EXPIRES: Duration = Duration::from_secs(20);
+/// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
+/// costs the broker one small request in that time.
+const PULL_EXPIRES: Duration = Duration::from_secs(1);
 /// How often room is looked at when nothing frees any: memory and the measured rate change without a word.
 const TICK: Duration = Duration::from_millis(100);
 /// After a consumer has vanished, before it is tried again.
@@ -259,7 +260,8 @@ impl Puller {
         Self { broker, stream: ready.stream.into(), created: ready.created.into(), consumer: ready.consumer, load }
     }
 
-    /// Sends chunks of deliveries to `out` until `stop`. What was pulled and not yet sent then is handed back.
+    /// Sends chunks of deliveries to `out` until `stop`, and then until its open pulls have ended: what the broker still
+    /// sends to a pull that nobody hears would be out of everybody's reach until its hold has lapsed.
     async fn run(
         &self,
         room: impl Fn() -> Room,
@@ -267,17 +269,19 @@ impl Puller {
         stop: &CancellationToken,
     ) -> Result<(), Vanished> {
         let mut connects = self.broker.connects();
+        let mut stopped: Option<Instant> = None;
         loop {
             connects.mark_unchanged();
             let mut pulls = self.subscribe().await.map_err(|_| Vanished)?;
             loop {
-                self.top_up(&mut pulls, room()).await;
+                match stopped {
+                    None => self.top_up(&mut pulls, room()).await,
+                    Some(at) if pulls.outstanding == 0 || at.elapsed() > PULL_EXPIRES + TICK => return Ok(()),
+                    Some(_) => {}
+                }
                 tokio::select! {
                     biased;
-                    () = stop.cancelled() => {
-                        self.hand_back_rest(pulls).await;
-                        return Ok(());
-                    }
+                    () = stop.cancelled(), if stopped.is_none() => stopped = Some(Instant::now()),
                     changed = connects.changed() => match changed {
                         Ok(()) => break,
                         Err(_) => return Ok(()),
@@ -372,18 +376,6 @@ impl Puller {
             _bytes: self.load.hold_bytes(message.payload.len()),
             message,
         })
-    }
-
-    /// Ends the pulls: what still arrives is handed back. The broker drops the rest when the inbox is gone.
-    async fn hand_back_rest(&self, mut pulls: Pulls) {
-        let _ = pulls.messages.unsubscribe().await;
-        while let Ok(Some(message)) = tokio::time::timeout(Duration::from_millis(200), pulls.messages.next()).await {
-            if message.status.is_none()
-                && let Some(delivery) = self.delivery(message)
-            {
-                delivery.settle(Settlement::HandBack).await;
-            }
-        }
     }
 }
 

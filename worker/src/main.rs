@@ -75,20 +75,22 @@ async fn work(config: Config, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     };
     let Prepared { pipeline, keeper } = prepared;
     tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
-    let intake = CancellationToken::new();
     let (chunks, waiting) = mpsc::channel(CHUNKS);
-    let streams = keeper.watch();
+    let (streams, stop) = (keeper.watch(), CancellationToken::new());
     tokio::spawn(keeper.run(health.clone()));
-    tokio::spawn(intake::take(Arc::clone(&pipeline), streams, chunks, intake.clone()));
-    let processing = tokio::spawn({
-        let pipeline = Arc::clone(&pipeline);
-        async move { pipeline.run(waiting).await }
-    });
+    let intake = shutdown::Intake {
+        stop: stop.clone(),
+        taking: tokio::spawn(intake::take(Arc::clone(&pipeline), streams, chunks, stop)),
+        processing: tokio::spawn({
+            let pipeline = Arc::clone(&pipeline);
+            async move { pipeline.run(waiting).await }
+        }),
+    };
     health.clear(Concern::Starting);
     tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, "taking assignments");
     let signalled = told_to_stop.await;
     tracing::info!("told to stop");
-    shutdown::drain(&pipeline, &intake, processing, config.drain_timeout).await;
+    shutdown::drain(&pipeline, intake, config.drain_timeout).await;
     ended.cancel();
     signalled.map_err(Into::into)
 }

@@ -12,6 +12,17 @@ use crate::pipeline::Pipeline;
 /// After the limit: how long the hand-backs and the records that are on their way may take.
 const CUT_LIMIT: Duration = Duration::from_secs(2);
 
+/// What brings work in.
+#[derive(Debug)]
+pub struct Intake {
+    /// Tells it to take no more.
+    pub stop: CancellationToken,
+    /// Ends when nothing more can arrive.
+    pub taking: JoinHandle<()>,
+    /// Ends when everything that arrived has a task.
+    pub processing: JoinHandle<()>,
+}
+
 /// Returns when the process is told to end, by SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -28,11 +39,14 @@ pub async fn signalled() -> std::io::Result<()> {
 /// Stops intake, hands back what has not started, lets running blocks finish, and cuts them off after `limit`.
 ///
 /// Work that is cut off was never settled, so the broker hands it to another worker.
-pub async fn drain(pipeline: &Pipeline, intake: &CancellationToken, processing: JoinHandle<()>, limit: Duration) {
+pub async fn drain(pipeline: &Pipeline, intake: Intake, limit: Duration) {
+    let Intake { stop, mut taking, processing } = intake;
     pipeline.health.raise(Concern::Draining, "the worker was told to stop");
-    intake.cancel();
-    pipeline.schedule.close();
+    stop.cancel();
     let everything = async {
+        // First the open pulls end: what is handed back before would come back to them.
+        let _ = (&mut taking).await;
+        pipeline.schedule.close();
         // The chunks that were on their way become tasks first; their work is handed back by the closed schedule.
         let _ = processing.await;
         pipeline.tasks.close();
@@ -40,6 +54,11 @@ pub async fn drain(pipeline: &Pipeline, intake: &CancellationToken, processing: 
     };
     if tokio::time::timeout(limit, everything).await.is_err() {
         tracing::warn!(unfinished = pipeline.tasks.len(), ?limit, "drain timed out: handing back what still runs");
+        if !taking.is_finished() {
+            let _ = tokio::time::timeout(CUT_LIMIT, taking).await;
+        }
+        pipeline.schedule.close();
+        pipeline.tasks.close();
         pipeline.cut.cancel();
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.tasks.wait()).await;
     }
