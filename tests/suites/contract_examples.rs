@@ -76,7 +76,7 @@ async fn every_example_is_what_the_code_reads_and_writes() {
             ["job", "rejected", code, pointer] => is_rejected(fixture, around(fixture.value()), code, pointer),
             ["output", "sandbox"] => {
                 let job = job.take().unwrap_or_else(|| panic!("{fixture}: no job before it"));
-                let produced = run(fixture, Engine::Sandbox, job).await;
+                let produced = run(fixture, Engine::Sandbox(blocks("/data")), job).await;
                 assert_eq!(fixture.value(), Value::from(produced), "{fixture}");
             }
             ["output", kind] => {
@@ -306,9 +306,9 @@ async fn is_produced(fixture: &Fixture, kind: &str, mut job: Value) {
     }
     if kind == "fs.get" {
         let put = json!({ "type": "fs.put", "path": job["path"], "content": example["content"], "content_type": example["content_type"] });
-        run(fixture, real(&data), put).await;
+        run(fixture, Engine::Real(blocks(&data)), put).await;
     }
-    let mut produced = run(fixture, real(&data), job).await;
+    let mut produced = run(fixture, Engine::Real(blocks(&data)), job).await;
     if let Some(path) = produced.get_mut("path") {
         *path = text(path, "").replace(&data, "/data").into();
     }
@@ -326,13 +326,13 @@ async fn is_produced(fixture: &Fixture, kind: &str, mut job: Value) {
     assert_eq!(by_type(example), by_type(produced), "{fixture}: the example is left, what the block returns is right");
 }
 
-fn real(root: &str) -> Engine {
+fn blocks(root: &str) -> Blocks {
     let blocks = Blocks::new(blocks::Settings {
         egress: Policy { allow: vec!["127.0.0.1".parse().expect("an entry")], ..Policy::default() },
         http: http::Settings::default(),
         fs_roots: vec![root.into()],
     });
-    Engine::Real(blocks.expect("blocks"))
+    blocks.expect("blocks")
 }
 
 async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value> {

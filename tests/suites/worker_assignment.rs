@@ -161,9 +161,22 @@ async fn the_bounds_themselves_are_allowed() {
 // What cannot be read.
 
 #[tokio::test]
+async fn what_cannot_be_read_is_refused_by_the_ids_that_can() {
+    let rig = Rig::start(&[]).await;
+    let deep = format!("{}{}", "[".repeat(128), "]".repeat(128));
+    for (id, field, code) in [("deep", deep.as_str(), 1001), ("half", r#""\ud800""#, 1001), ("huge", "1e400", 1003)] {
+        let ids = format!(r#""tenant_id":"acme","assignment_id":"{id}","request_id":"r""#);
+        let field = if id == "huge" { format!(r#""priority":{field}"#) } else { format!(r#""trace_id":{field}"#) };
+        rig.router.submit_bytes(format!("{{{ids},{field}}}")).await;
+        let verdict = rig.router.verdict(("acme", id)).await;
+        assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(code)), "{id}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_no_assignment_becomes_a_dead_letter_that_keeps_its_bytes() {
     let rig = Rig::start(&[]).await;
-    let too_deep = format!("{{\"assignment_id\":\"a\",\"x\":{}{}}}", "[".repeat(128), "]".repeat(128));
+    let too_deep = format!("{{\"x\":{}{}}}", "[".repeat(128), "]".repeat(128));
     let payloads: Vec<Vec<u8>> = vec![
         b"".to_vec(),
         b"nonsense".to_vec(),

@@ -1,8 +1,11 @@
 //! What this worker is willing to run: a payload that has proved itself, part by part. Nothing behind it checks again.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+use serde_json::value::RawValue;
 
 use crate::blocks::{Block, BlockKind};
 use crate::contract::{self, ExecAssignment, Job, RetryConfig, SandboxJob};
@@ -153,15 +156,15 @@ impl Assignment {
     /// # Errors
     /// The first field that breaks a rule, with all ids that could be read.
     pub fn decode(payload: &[u8]) -> Result<Self, Undecodable> {
-        let nobody = |invalid| Undecodable { addressee: Addressee::default(), invalid };
         let Ok(json) = std::str::from_utf8(payload) else {
-            return Err(nobody(Invalid::input("", "is not JSON: it is not UTF-8")));
+            let invalid = Invalid::input("", "is not JSON: it is not UTF-8");
+            return Err(Undecodable { addressee: Addressee::default(), invalid });
         };
+        let somebody = |invalid| Undecodable { addressee: Addressee::salvage(json), invalid };
         if contract::is_too_deep(json) {
-            return Err(nobody(Invalid::input("", "nests deeper than 128 levels")));
+            return Err(somebody(Invalid::input("", "nests deeper than 128 levels")));
         }
-        let wire = contract::read::<ExecAssignment>(json, "")
-            .map_err(|invalid| Undecodable { addressee: Addressee::salvage(json), invalid })?;
+        let wire = contract::read::<ExecAssignment>(json, "").map_err(somebody)?;
         Self::validate(&wire).map_err(|invalid| Undecodable { addressee: Addressee::of(&wire), invalid })
     }
 
@@ -224,10 +227,11 @@ impl Addressee {
         }
     }
 
-    /// Reads what ids there are in a payload whose types are wrong somewhere.
+    /// Reads what ids there are in a payload that is wrong somewhere else: no other field is looked into.
     fn salvage(json: &str) -> Self {
-        let value: serde_json::Value = serde_json::from_str(json).unwrap_or_default();
-        let id = |field: &str| value.get(field)?.as_str().filter(|text| is_id(text)).map(str::to_owned);
+        let fields: HashMap<String, &RawValue> = serde_json::from_str(json).unwrap_or_default();
+        let text = |field: &str| serde_json::from_str::<String>(fields.get(field)?.get()).ok();
+        let id = |field: &str| text(field).filter(|text| is_id(text));
         Self {
             assignment_id: id("assignment_id"),
             request_id: id("request_id"),
@@ -329,4 +333,20 @@ fn within<T: TryFrom<i64>>(value: i64, low: i64, high: i64, pointer: &str) -> Re
         return Err(refuse());
     }
     T::try_from(value).map_err(|_| refuse())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_finds_its_addressee_whatever_else_is_wrong() {
+        let deep = format!(r#","zz":{}{}"#, "[".repeat(200), "]".repeat(200));
+        for wrong in [r#","priority":1e400"#, r#","trace_id":"\ud800""#, r#","executor":5"#, &deep] {
+            let payload = format!(r#"{{"assignment_id":"a","request_id":"r"{wrong}}}"#);
+            let addressee = Assignment::decode(payload.as_bytes()).unwrap_err().addressee;
+            let ids = (addressee.assignment_id.as_deref(), addressee.request_id.as_deref());
+            assert_eq!(ids, (Some("a"), Some("r")), "{wrong}");
+        }
+    }
 }

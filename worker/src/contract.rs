@@ -3,9 +3,12 @@
 #![expect(missing_docs, reason = "the fields are the wire format, which docs/contract.md explains")]
 
 use std::borrow::Cow;
+use std::marker::PhantomData;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use serde_path_to_error::Segment;
 
@@ -87,12 +90,13 @@ pub struct ExecAssignment<'a> {
     pub flow_id: Option<Cow<'a, str>>,
     #[serde(borrow)]
     pub step_id: Option<Cow<'a, str>>,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "object")]
     pub executor: Option<Executor<'a>>,
     /// 0 to 9, higher first.
     pub priority: Option<i64>,
+    #[serde(default, deserialize_with = "object")]
     pub retry_config: Option<RetryConfig>,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "object")]
     pub resources: Option<Resources<'a>>,
     /// Read again by the block that it names.
     #[serde(borrow)]
@@ -113,7 +117,9 @@ pub struct Job<'a> {
     pub r#type: Option<Cow<'a, str>>,
     /// Milliseconds for the whole block over all attempts.
     pub timeout_ms: Option<i64>,
+    #[serde(default, deserialize_with = "object")]
     pub retry_config: Option<RetryConfig>,
+    #[serde(default, deserialize_with = "object")]
     pub sandbox: Option<SandboxJob>,
 }
 
@@ -157,9 +163,31 @@ pub fn read<'a, T: Deserialize<'a>>(json: &'a str, base: &str) -> Result<T, Inva
     serde_json::from_str(json).map_err(|error| diagnose::<T>(json, base, &error))
 }
 
+/// A struct or nothing. Serde's own reading of a struct takes an array as well; the contract knows objects only.
+fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    struct Object<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = Option<T>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    deserializer.deserialize_any(Object(PhantomData))
+}
+
 /// Finds out which field was wrong. Only bad input pays for the second reading.
 fn diagnose<'a, T: Deserialize<'a>>(json: &'a str, base: &str, first: &serde_json::Error) -> Invalid {
-    if !first.is_data() {
+    // A number that no type holds is JSON all the same; half of a surrogate pair is no text.
+    if !first.is_data() && !first.to_string().starts_with("number out of range") {
         return Invalid::input(base, "is not JSON");
     }
     if !json.trim_start().starts_with('{') {
@@ -191,6 +219,8 @@ fn expectation(error: &serde_json::Error) -> String {
     let message = error.to_string();
     let expected = message.rsplit_once(", expected ").map(|(_, rest)| rest.split(" at line").next().unwrap_or(rest));
     match expected {
+        Some("i64" | "u64" | "u32") => "has the wrong type or range: expected a whole number".to_owned(),
+        Some("f64") => "has the wrong type or range: expected a number".to_owned(),
         Some(expected) => format!("has the wrong type or range: expected {expected}"),
         None if message.starts_with("duplicate field") => "is given twice".to_owned(),
         None => "has the wrong type or range".to_owned(),
@@ -413,6 +443,25 @@ mod tests {
         let invalid = read::<Job>(r#"{"timeout_ms":"hunter2"}"#, "/job").unwrap_err();
         assert_eq!(invalid.pointer, "/job/timeout_ms");
         assert!(!invalid.reason.contains("hunter2"), "{}", invalid.reason);
+    }
+
+    #[test]
+    fn an_array_is_no_object() {
+        for (json, pointer) in [
+            (r#"{"executor":["p"]}"#, "/executor"),
+            (r#"{"resources":["io",1]}"#, "/resources"),
+            (r#"{"retry_config":[3,100,2.0,10000,0.1]}"#, "/retry_config"),
+        ] {
+            let invalid = read::<ExecAssignment>(json, "").unwrap_err();
+            assert_eq!((invalid.cause.code(), invalid.pointer.as_str()), (1003, pointer), "{json}");
+        }
+        assert!(read::<ExecAssignment>(r#"{"executor":null,"retry_config":{}}"#, "").is_ok());
+    }
+
+    #[test]
+    fn a_number_that_no_type_holds_is_named_by_its_pointer() {
+        let invalid = read::<ExecAssignment>(r#"{"priority":1e400}"#, "").unwrap_err();
+        assert_eq!((invalid.cause.code(), invalid.pointer.as_str()), (1003, "/priority"));
     }
 
     #[test]

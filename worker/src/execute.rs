@@ -21,16 +21,15 @@ use cpu::CpuTime;
 pub enum Engine {
     /// The blocks themselves.
     Real(Blocks),
-    /// Canned results: nothing outside is touched.
-    Sandbox,
+    /// Canned results: nothing outside is touched, but the blocks say what they would refuse.
+    Sandbox(Blocks),
 }
 
 impl Engine {
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
     pub fn refuses(&self, block: &Block) -> Option<Invalid> {
         match self {
-            Self::Real(blocks) => blocks.refuses(block),
-            Self::Sandbox => None,
+            Self::Real(blocks) | Self::Sandbox(blocks) => blocks.refuses(block),
         }
     }
 }
@@ -124,7 +123,7 @@ async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope, at
     let work = async {
         match engine {
             Engine::Real(blocks) => blocks.run(block, scope).await,
-            Engine::Sandbox => sandbox::run(block, &assignment.sandbox, attempt).await,
+            Engine::Sandbox(_) => sandbox::run(block, &assignment.sandbox, attempt).await,
         }
     };
     let outcome = AssertUnwindSafe(work).catch_unwind().await;

@@ -113,9 +113,6 @@ async fn prepare(config: &Config, health: &Health, metrics: Arc<Metrics>) -> any
 }
 
 fn engine(config: &Config) -> Result<Engine, String> {
-    if config.sandbox_mode {
-        return Ok(Engine::Sandbox);
-    }
     let broker = config.nats_servers.hosts().into_iter().map(|(host, port)| egress::Target::parse(&host, port));
     Blocks::new(blocks::Settings {
         egress: egress::Policy {
@@ -127,7 +124,7 @@ fn engine(config: &Config) -> Result<Engine, String> {
         http: http::Settings { connect_timeout: config.http_connect_timeout, ca_file: config.http_ca_file.clone() },
         fs_roots: config.fs_roots.clone(),
     })
-    .map(Engine::Real)
+    .map(if config.sandbox_mode { Engine::Sandbox } else { Engine::Real })
 }
 
 fn address(config: &Config) -> Address {

@@ -167,9 +167,10 @@ impl DeadLetters {
     /// before its letter, is what ties the two together.
     async fn store_beside(&self, dlq_id: &str, original: Bytes) -> Result<(), StoreError> {
         let mut headers = HeaderMap::new();
-        if original.len() + 1024 <= self.broker.max_payload() {
-            headers.insert(NATS_MESSAGE_ID, format!("{dlq_id},raw"));
-            headers.insert(contract::HEADER_DLQ_ID, dlq_id);
+        headers.insert(NATS_MESSAGE_ID, format!("{dlq_id},raw"));
+        headers.insert(contract::HEADER_DLQ_ID, dlq_id);
+        if original.len() + wire_len(&headers) > self.broker.max_payload() {
+            headers = HeaderMap::new();
         }
         self.broker.store(contract::DLQ_RAW.to_owned(), headers, original).await.map(drop)
     }
@@ -192,6 +193,13 @@ fn as_object(payload: &[u8]) -> Option<&RawValue> {
     }
     serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
     serde_json::from_str::<&RawValue>(json).ok()
+}
+
+/// What headers add to a message: a version line, a line for each, an empty line.
+fn wire_len(headers: &HeaderMap) -> usize {
+    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));
+    "NATS/1.0\r\n\r\n".len()
+        + lines.map(|(name, value)| name.to_string().len() + value.as_str().len() + 4).sum::<usize>()
 }
 
 fn encode(letter: &DeadLetter<'_>) -> Bytes {
