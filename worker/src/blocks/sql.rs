@@ -5,6 +5,7 @@
 //! it at the deadline. There is no second parser: where it and SQLite disagreed, only the authorizer would be right.
 
 mod connection; // opened in a confined thread, and told what it may do
+mod functions; // in the place of SQLite's slow ones
 mod job; // what a job asks for
 mod pool; // idle connections, each for one tenant and file
 mod rows; // the answer, written as it is read

@@ -24,42 +24,52 @@ use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::limits::Limit;
 use rusqlite::{CachedStatement, Connection, OpenFlags};
 
+use super::functions;
 use super::job::MAX_QUERY_BYTES;
 use super::stop::Stop;
 use crate::blocks::tenant_dir::Place;
 
-/// Steps of SQLite's machine between two looks at the clock: some ten microseconds.
-const STEPS: i32 = 1000;
+/// Steps of SQLite's machine between two looks at the clock: a microsecond, but a step may be a function call on long
+/// values, of some ten milliseconds. SQLite looks where it jumps only: all columns of one row are computed before.
+const STEPS: i32 = 100;
+/// Looks at the clock for one at the CPU time, which costs ten times as much.
+const LOOKS: u32 = 10;
 
 /// Nothing is stored outside of memory, so memory is bounded: for all queries of this worker together.
 const HEAP_BYTES: u32 = 256 * 1024 * 1024;
 
+/// The longest text or blob.
+pub(super) const MAX_VALUE_BYTES: usize = 8 * 1024 * 1024;
+
 /// SQLite's bounds, each far above what a query by hand needs.
-const LIMITS: [(Limit, i32); 9] = [
-    // A value; functions such as `replace` take time that grows with the product of two of them.
-    (Limit::SQLITE_LIMIT_LENGTH, 8 * 1024 * 1024),
+const LIMITS: [(Limit, i32); 10] = [
+    (Limit::SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES as i32),
     (Limit::SQLITE_LIMIT_SQL_LENGTH, MAX_QUERY_BYTES as i32),
     (Limit::SQLITE_LIMIT_EXPR_DEPTH, 250),
     (Limit::SQLITE_LIMIT_COMPOUND_SELECT, 500),
     (Limit::SQLITE_LIMIT_VDBE_OP, 250_000),
     (Limit::SQLITE_LIMIT_ATTACHED, 0),
-    (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
+    // One call looks for the pattern from each character of a value: a second with this, not to be interrupted.
+    (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100),
+    // `json_remove` goes through the whole value for each.
+    (Limit::SQLITE_LIMIT_FUNCTION_ARG, 100),
     (Limit::SQLITE_LIMIT_TRIGGER_DEPTH, 1),
     (Limit::SQLITE_LIMIT_WORKER_THREADS, 0),
 ];
 
 /// The functions that compute from their arguments or the row alone, and those of full-text search.
-/// Not here: what loads code, writes logs, reads files, or tells how this program was built.
+/// Not here: what loads code, writes logs, reads files, or tells how this program was built; and what takes minutes in
+/// one call, which no deadline interrupts: `json_patch` of two wide objects, `snippet` of a long text with many hits.
 const FUNCTIONS: &str = "\
     -> ->> abs avg bm25 char coalesce concat concat_ws count cume_dist current_date current_time current_timestamp \
     date datetime dense_rank first_value format fts5_get_locale fts5_insttoken fts5_locale glob group_concat hex \
     highlight if ifnull iif instr json json_array json_array_insert json_array_length json_error_position \
-    json_extract json_group_array json_group_object json_insert json_object json_patch json_pretty json_quote \
+    json_extract json_group_array json_group_object json_insert json_object json_pretty json_quote \
     json_remove json_replace json_set json_type json_valid jsonb jsonb_array jsonb_array_insert jsonb_extract \
-    jsonb_group_array jsonb_group_object jsonb_insert jsonb_object jsonb_patch jsonb_remove jsonb_replace \
+    jsonb_group_array jsonb_group_object jsonb_insert jsonb_object jsonb_remove jsonb_replace \
     jsonb_set julianday lag last_value lead length like likelihood likely lower ltrim match matchinfo max min \
     nth_value ntile nullif octet_length offsets percent_rank printf quote random randomblob rank replace round \
-    row_number rtreedepth rtreenode rtrim sign snippet soundex sqlite_version strftime string_agg substr substring \
+    row_number rtreedepth rtreenode rtrim sign soundex sqlite_version strftime string_agg substr substring \
     subtype sum time timediff total trim typeof unhex unicode unistr unistr_quote unixepoch unlikely upper \
     zeroblob";
 
@@ -135,8 +145,12 @@ impl Reader {
 
     /// Lets `stop` end what runs on this connection from now on.
     pub(super) fn arm(&mut self, stop: &Arc<Stop>) -> rusqlite::Result<()> {
-        let ends = Arc::clone(stop);
-        self.connection.progress_handler(STEPS, Some(move || ends.must_stop()))?;
+        let (ends, mut looks) = (Arc::clone(stop), 0_u32);
+        let must_stop = move || {
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(LOOKS) { ends.must_stop() } else { ends.is_due() }
+        };
+        self.connection.progress_handler(STEPS, Some(must_stop))?;
         let (waits, mut since) = (Arc::clone(stop), Instant::now());
         self.connection.busy_handler(Some(move |count| {
             if count == 0 {
@@ -165,6 +179,7 @@ impl Reader {
             "PRAGMA query_only = on; PRAGMA temp_store = memory; PRAGMA mmap_size = 0; PRAGMA cell_size_check = on; \
              PRAGMA cache_size = -1000; PRAGMA hard_heap_limit = {HEAP_BYTES};"
         ))?;
+        functions::replace_slow_ones(connection)?;
         let has_refused = Arc::clone(&self.has_refused);
         connection.authorizer(Some(move |context: AuthContext<'_>| {
             if reads(&context.action) {
@@ -239,15 +254,18 @@ mod tests {
         thread.join().unwrap();
     }
 
-    const REFUSED: [&str; 13] = [
+    const REFUSED: [&str; 16] = [
         "changes",
         "fts3_tokenizer",
         "fts5",
         "fts5_source_id",
+        "json_patch",
+        "jsonb_patch",
         "last_insert_rowid",
         "load_extension",
         "optimize",
         "rtreecheck",
+        "snippet",
         "sqlite_compileoption_get",
         "sqlite_compileoption_used",
         "sqlite_log",

@@ -1,6 +1,7 @@
 //! The answer as JSON, written while it is read: nothing holds all rows in another form.
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -101,22 +102,31 @@ impl Rows {
 /// A name that was there before gets a number, so that no value hides another.
 fn keys<'a>(names: impl Iterator<Item = &'a str>) -> Result<Vec<Vec<u8>>, Failure> {
     let names: Vec<_> = names.collect();
-    let mut taken: HashSet<String> = HashSet::new();
-    let mut keys = Vec::with_capacity(names.len());
-    for name in &names {
-        let mut unique = (*name).to_owned();
-        let mut number = 2;
-        // A number must not make the name of a later column either.
-        while taken.contains(&unique) || (number > 2 && names.contains(&unique.as_str())) {
-            unique = format!("{name}_{number}");
-            number += 1;
-        }
-        let mut key = serde_json::to_vec(&unique).map_err(|error| broken(&error))?;
-        key.push(b':');
-        keys.push(key);
-        taken.insert(unique);
+    // A number must not make the name of another column either.
+    let known: HashSet<_> = names.iter().copied().collect();
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    names.iter().map(|name| key(&numbered(name, counts.entry(name).or_default(), &known))).collect()
+}
+
+/// The name, or the first with a number above `count` that is free.
+fn numbered<'a>(name: &'a str, count: &mut usize, known: &HashSet<&str>) -> Cow<'a, str> {
+    *count += 1;
+    if *count == 1 {
+        return Cow::Borrowed(name);
     }
-    Ok(keys)
+    loop {
+        let unique = format!("{name}_{count}");
+        if !known.contains(unique.as_str()) {
+            return Cow::Owned(unique);
+        }
+        *count += 1;
+    }
+}
+
+fn key(name: &str) -> Result<Vec<u8>, Failure> {
+    let mut key = serde_json::to_vec(name).map_err(|error| broken(&error))?;
+    key.push(b':');
+    Ok(key)
 }
 
 fn broken(error: &dyn std::error::Error) -> Failure {

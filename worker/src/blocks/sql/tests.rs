@@ -196,6 +196,17 @@ async fn a_column_name_that_was_there_before_gets_a_number() {
 }
 
 #[tokio::test]
+async fn many_columns_of_one_name_are_numbered_at_once() {
+    let disk = Disk::new();
+    let text = format!("SELECT 0 a_7{}", ", 1 a".repeat(1999));
+    let started = Instant::now();
+    let answer = disk.query(&text).await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert!(answer.contains(r#""a_6":1,"a_8":1"#) && answer.contains(r#""a_2000":1}"#), "{answer}");
+    assert!(!answer.contains("a_2001"));
+}
+
+#[tokio::test]
 async fn values_keep_their_digits() {
     let disk = Disk::new();
     let text = "SELECT 9007199254740992 i, 9007199254740993 j, -9223372036854775808 k, 1.5 r, 1e300 big, 9e999 inf, \
@@ -397,6 +408,40 @@ async fn a_query_without_an_end_stops_at_the_deadline() {
     let fault = disk.run(json!({"connection_string": "sqlite://x.db", "query": ENDLESS}), &brief).await.unwrap_err();
     assert_eq!(fault.cause, Cause::DeadlinePassed);
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+}
+
+/// SQLite cannot be interrupted inside of a function, so that no call may be long.
+#[tokio::test]
+async fn no_function_call_outlives_the_deadline() {
+    let disk = Disk::new();
+    let calls = [
+        "instr(hex(zeroblob(1000000)), hex(zeroblob(500000)) || '1')",
+        "length(replace(hex(zeroblob(2000000)), hex(zeroblob(100000)) || '1', ''))",
+        "hex(zeroblob(4000000)) LIKE '%' || hex(zeroblob(400)) || '1'",
+        "hex(zeroblob(4000000)) GLOB '*' || hex(zeroblob(400)) || '1'",
+        "json_patch('{}', '{}')",
+        "jsonb_patch('{}', '{}')",
+    ];
+    for call in calls {
+        let started = Instant::now();
+        let brief = Scope { deadline: started + Duration::from_millis(500), ..scope("acme") };
+        let job = json!({"connection_string": "sqlite://x.db", "query": format!("SELECT {call} n")});
+        let outcome = disk.run(job, &brief).await;
+        assert_eq!(outcome.is_ok(), call.contains("instr(") || call.contains("replace("), "{call}: {outcome:?}");
+        assert!(started.elapsed() < Duration::from_secs(1), "{call}: {:?}", started.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn long_calls_in_a_row_end_soon_after_the_deadline() {
+    let disk = Disk::new();
+    let text = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) \
+                SELECT sum(length(hex(zeroblob(4000000 - x)))) FROM c";
+    let started = Instant::now();
+    let brief = Scope { deadline: started + Duration::from_millis(200), ..scope("acme") };
+    let job = json!({"connection_string": "sqlite://x.db", "query": text});
+    assert_eq!(disk.run(job, &brief).await.unwrap_err().cause, Cause::DeadlinePassed);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
