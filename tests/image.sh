@@ -30,7 +30,8 @@ build() {
   require cc=gcc musl-gcc=musl-tools
   rustc --print target-libdir --target "$triple" 2>/dev/null | xargs -r test -d || rustup target add "$triple" ||
     die "Rust's target $triple is missing: rustup target add $triple"
-  env "CC_${triple//-/_}=musl-gcc" cargo build --profile "$profile" --target "$triple" "$@"
+  export "CC_${triple//-/_}=musl-gcc"
+  cargo_build "building $what ($profile)" --profile="$profile" --target="$triple" "$@"
 }
 
 stage() {

@@ -43,3 +43,37 @@ build_archive() (
     --timestamp 0 -t "oci-archive:$temp/image.tar:$1" "$2" >/dev/null
   mv "$temp/image.tar" "$3"
 )
+
+# A line that is rewritten every second on a terminal, and a line every 15 s elsewhere.
+# A line that is rewritten every second on a terminal, and a line every 15 s elsewhere. `shown` is when it was last.
+progress() {
+  if [[ -t 2 ]]; then
+    ((SECONDS > shown)) || return 0
+    printf '\r\033[K%s … %s elapsed' "$1" "$(elapsed)" >&2
+  else
+    ((SECONDS - shown >= 15)) || return 0
+    say "$1 … $(elapsed) elapsed"
+  fi
+  shown=$SECONDS
+}
+
+clear_line() { [[ ! -t 2 ]] || printf '\r\033[K' >&2; }
+
+elapsed() { ((SECONDS < 60)) && echo "${SECONDS}s" || printf '%dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+# cargo_build LABEL OPTION…: builds with a line that says how far it is, instead of one for each crate.
+cargo_build() (
+  label=$1
+  shift
+  crates=$(cargo tree --quiet --workspace --edges normal,build --prefix none | sort -u | wc -l)
+  log=$(mktemp)
+  SECONDS=0 shown=0
+  cargo build --color never "$@" >"$log" 2>&1 &
+  while kill -0 $! 2>/dev/null; do
+    progress "$label: $(grep -c '^ *Compiling' "$log" || true) of at most $crates crates"
+    sleep 0.5
+  done
+  clear_line
+  wait $! || { tail -n 30 "$log" >&2; rm -f "$log"; die "failed: cargo build $*"; }
+  rm -f "$log"
+)

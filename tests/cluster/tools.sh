@@ -124,20 +124,4 @@ require_go() {
   ((${minor%%[!0-9]*} >= 21)) || die "$(go env GOVERSION) is too old: install Go 1.26 or newer"
 }
 
-# A line that is rewritten every second on a terminal, and a line every 15 s elsewhere.
-progress() {
-  if [[ -t 2 ]]; then
-    ((SECONDS > shown)) || return 0
-    printf '\r\033[K%s … %s elapsed' "$1" "$(elapsed)" >&2
-  else
-    ((SECONDS - shown >= 15)) || return 0
-    say "$1 … $(elapsed) elapsed"
-  fi
-  shown=$SECONDS
-}
-
-clear_line() { [[ ! -t 2 ]] || printf '\r\033[K' >&2; }
-
-elapsed() { ((SECONDS < 60)) && echo "${SECONDS}s" || printf '%dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60)); }
-
 main "$@"

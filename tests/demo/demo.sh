@@ -14,7 +14,7 @@ main() {
   require cc=gcc
   tests/image.sh beamline "${PROFILE:-fast}"
   tests/image.sh peer "${PROFILE:-fast}"
-  cargo build --quiet --workspace --bins
+  cargo_build "building the demo's Router" --workspace --bins
   uses_current_context || PATH=$(tests/cluster/tools.sh --path kubernetes helm):$PATH
 
   step "Bringing the cluster up"
