@@ -59,7 +59,11 @@ progress() {
 
 clear_line() { [[ ! -t 2 ]] || printf '\r\033[K' >&2; }
 
-elapsed() { ((SECONDS < 60)) && echo "${SECONDS}s" || printf '%dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60)); }
+# Since the moment in `since`.
+elapsed() {
+  local seconds=$((SECONDS - since))
+  ((seconds < 60)) && echo "${seconds}s" || printf '%dm%02ds\n' $((seconds / 60)) $((seconds % 60))
+}
 
 # cargo_build LABEL OPTION…: builds with a line that says how far it is, instead of one for each crate.
 cargo_build() (
@@ -67,7 +71,7 @@ cargo_build() (
   shift
   crates=$(cargo tree --quiet --workspace --edges normal,build --prefix none | sort -u | wc -l)
   log=$(mktemp)
-  SECONDS=0 shown=0
+  since=$SECONDS shown=$SECONDS
   cargo build --color never "$@" >"$log" 2>&1 &
   while kill -0 $! 2>/dev/null; do
     progress "$label: $(grep -c '^ *Compiling' "$log" || true) of at most $crates crates"

@@ -90,7 +90,7 @@ build() {
   temp=$(mktemp -d "$cache/tools/.$tool.XXXXXX")
   chmod 755 "$temp"
   trap 'kill $compiler 2>/dev/null || true; rm -rf "$temp"' EXIT
-  SECONDS=0 shown=-15 compiler=
+  since=$SECONDS shown=-15 compiler=
   : >"$log"
   for program in "${programs[@]}"; do
     count=$((count + 1))
