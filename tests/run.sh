@@ -36,6 +36,8 @@ cluster() {
     tools=$(tests/cluster/tools.sh --path helm helm3)
   else
     tools=$(tests/cluster/tools.sh --path)
+    # One cluster at a time fits a machine, and the first thing to test is how it comes and goes.
+    tests/cluster/down.sh
     tests/cluster/selftest.sh
   fi
   tests/cluster/up.sh
