@@ -44,7 +44,6 @@ build_archive() (
   mv "$temp/image.tar" "$3"
 )
 
-# A line that is rewritten every second on a terminal, and a line every 15 s elsewhere.
 # A line that is rewritten every second on a terminal, and a line every 15 s elsewhere. `shown` is when it was last.
 progress() {
   if [[ -t 2 ]]; then

@@ -16,6 +16,8 @@ check() {
 
 unit() {
   cargo test --workspace --lib --bins
+  # These need a process of their own.
+  cargo test --workspace --lib -- --ignored
 }
 
 worker() {

@@ -162,3 +162,19 @@ impl Blocks {
         }
     }
 }
+
+#[cfg(test)]
+impl Scope {
+    /// The scope of a test that asks for nothing else.
+    pub(crate) fn of(tenant: &str) -> Self {
+        use std::time::Duration;
+        Self {
+            tenant: TenantId::parse(tenant).expect("a tenant id"),
+            idempotency_key: format!("{tenant}.a1"),
+            trace_id: None,
+            deadline: Instant::now() + Duration::from_secs(30),
+            max_output_bytes: 1 << 20,
+            cpu_time: CpuTime::new(Duration::from_secs(60)),
+        }
+    }
+}

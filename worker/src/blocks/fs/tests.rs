@@ -1,12 +1,9 @@
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
-use crate::assignment::TenantId;
-use crate::execute::cpu::CpuTime;
 
 /// A root of its own with both blocks on it.
 struct Disk {
@@ -31,7 +28,7 @@ impl Disk {
     }
 
     async fn put(&self, tenant: &str, name: &str, content: &str) -> Result<Value, Fault> {
-        self.put_job(json!({"path": self.path(name), "content": content}), &scope(tenant)).await
+        self.put_job(json!({"path": self.path(name), "content": content}), &Scope::of(tenant)).await
     }
 
     async fn put_job(&self, job: Value, scope: &Scope) -> Result<Value, Fault> {
@@ -40,7 +37,7 @@ impl Disk {
     }
 
     async fn get(&self, tenant: &str, name: &str) -> Result<Value, Fault> {
-        self.get_in(name, &scope(tenant)).await
+        self.get_in(name, &Scope::of(tenant)).await
     }
 
     async fn get_in(&self, name: &str, scope: &Scope) -> Result<Value, Fault> {
@@ -52,17 +49,6 @@ impl Disk {
     fn names(&self, tenant: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.root.path().join(tenant)).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
-    }
-}
-
-fn scope(tenant: &str) -> Scope {
-    Scope {
-        tenant: TenantId::parse(tenant).unwrap(),
-        idempotency_key: "key".to_owned(),
-        trace_id: None,
-        deadline: Instant::now() + Duration::from_secs(30),
-        max_output_bytes: 1 << 20,
-        cpu_time: CpuTime::new(Duration::from_secs(60)),
     }
 }
 
@@ -117,7 +103,7 @@ async fn a_file_comes_back_as_it_was_written() {
 async fn bytes_that_are_not_utf_8_travel_as_base64() {
     let disk = Disk::new();
     let job = json!({"path": disk.path("x.bin"), "content_base64": "//4A"});
-    assert_eq!(disk.put_job(job, &scope("acme")).await.unwrap()["size_bytes"], 3);
+    assert_eq!(disk.put_job(job, &Scope::of("acme")).await.unwrap()["size_bytes"], 3);
     let got = disk.get("acme", "x.bin").await.unwrap();
     assert_eq!((&got["content_base64"], &got["content"]), (&json!("//4A"), &Value::Null));
     assert_eq!(std::fs::read(disk.real("acme", "x.bin")).unwrap(), [0xff, 0xfe, 0]);
@@ -127,7 +113,7 @@ async fn bytes_that_are_not_utf_8_travel_as_base64() {
 async fn a_content_type_is_kept_with_the_file_or_guessed_from_its_name() {
     let disk = Disk::new();
     let job = json!({"path": disk.path("x.txt"), "content": "", "content_type": "text/markdown; charset=utf-8"});
-    assert_eq!(disk.put_job(job, &scope("acme")).await.unwrap()["content_type"], "text/markdown; charset=utf-8");
+    assert_eq!(disk.put_job(job, &Scope::of("acme")).await.unwrap()["content_type"], "text/markdown; charset=utf-8");
     let file = File::open(disk.real("acme", "x.txt")).unwrap();
     let has_attributes = rustix::fs::fgetxattr(&file, TYPE_ATTRIBUTE, &mut [0_u8; 255][..]).is_ok();
     let expected = if has_attributes { "text/markdown; charset=utf-8" } else { "text/plain" };
@@ -188,7 +174,7 @@ async fn links_and_what_is_no_file_are_left_alone() {
 async fn a_failed_write_leaves_the_old_file_and_no_other() {
     let disk = Disk::new();
     disk.put("acme", "x", "old").await.unwrap();
-    let late = Scope { deadline: Instant::now(), ..scope("acme") };
+    let late = Scope { deadline: Instant::now(), ..Scope::of("acme") };
     let job = json!({"path": disk.path("x"), "content": "new"});
     assert_eq!(disk.put_job(job, &late).await.unwrap_err().cause, Cause::DeadlinePassed);
     assert_eq!(disk.names("acme"), ["x"]);
@@ -217,7 +203,7 @@ async fn a_full_disk_is_temporary_and_leaves_no_trace() {
 #[tokio::test]
 async fn a_file_that_no_result_can_hold_is_refused_by_its_size() {
     let disk = Disk::new();
-    let narrow = Scope { max_output_bytes: 300, ..scope("acme") };
+    let narrow = Scope { max_output_bytes: 300, ..Scope::of("acme") };
     disk.put("acme", "small", "text").await.unwrap();
     assert!(disk.get_in("small", &narrow).await.is_ok());
     disk.put("acme", "quotes", &"\"".repeat(160)).await.unwrap();
@@ -249,7 +235,7 @@ fn the_length_of_a_json_string_is_known_beforehand() {
 async fn a_missing_root_is_a_missing_file() {
     let fs = Fs::new(TenantDirs::new(vec!["/nowhere/at/all".into()]));
     let put = Put::parse(&raw(&json!({"path": "/nowhere/at/all/x", "content": ""}))).unwrap();
-    assert_eq!(fs.put(&put, &scope("acme")).await.unwrap_err().cause, Cause::ExecutionFailed);
+    assert_eq!(fs.put(&put, &Scope::of("acme")).await.unwrap_err().cause, Cause::ExecutionFailed);
     let put = Put::parse(&raw(&json!({"path": "/elsewhere/x", "content": ""}))).unwrap();
-    assert_eq!(fs.put(&put, &scope("acme")).await.unwrap_err().cause, Cause::NotAllowed);
+    assert_eq!(fs.put(&put, &Scope::of("acme")).await.unwrap_err().cause, Cause::NotAllowed);
 }

@@ -9,7 +9,6 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::assignment::TenantId;
-use crate::execute::cpu::CpuTime;
 
 /// A loopback server that keeps what it was sent, byte for byte, with the number of the connection.
 struct Peer {
@@ -103,19 +102,8 @@ fn parse(job: &Value) -> Result<Request, Invalid> {
     Request::parse(&to_raw_value(job).unwrap())
 }
 
-fn scope(tenant: &str) -> Scope {
-    Scope {
-        tenant: TenantId::parse(tenant).unwrap(),
-        idempotency_key: format!("{tenant}.a1"),
-        trace_id: None,
-        deadline: Instant::now() + Duration::from_secs(30),
-        max_output_bytes: 1024 * 1024,
-        cpu_time: CpuTime::new(Duration::from_secs(60)),
-    }
-}
-
 async fn run(http: &Http, job: Value) -> Result<Value, Fault> {
-    let output = http.run(&parse(&job).unwrap(), &scope("acme")).await?;
+    let output = http.run(&parse(&job).unwrap(), &Scope::of("acme")).await?;
     Ok(serde_json::from_str(output.0.get()).unwrap())
 }
 
@@ -231,16 +219,16 @@ async fn a_peer_can_recognise_a_repetition_and_join_the_trace() {
         let request = peer.requests().pop().unwrap();
         request.lines().find_map(|line| line.strip_prefix(&format!("{header}: "))).map(str::to_owned)
     };
-    let long = Scope { idempotency_key: "k".repeat(256), ..scope("acme") };
+    let long = Scope { idempotency_key: "k".repeat(256), ..Scope::of("acme") };
     let digest = "ce16fe78208a4e93f7158e62393680e025b2ad584f4e875ce903a654bb74cf93";
     assert_eq!(sent(long, &job, "idempotency-key").await.as_deref(), Some(digest));
-    let longest = Scope { idempotency_key: "k".repeat(255), ..scope("acme") };
+    let longest = Scope { idempotency_key: "k".repeat(255), ..Scope::of("acme") };
     assert_eq!(sent(longest, &job, "idempotency-key").await, Some("k".repeat(255)));
     let own = json!({"url": peer.url("/"), "headers": {"Idempotency-Key": "mine", "traceparent": "own"}});
-    assert_eq!(sent(scope("acme"), &own, "idempotency-key").await.as_deref(), Some("mine"));
+    assert_eq!(sent(Scope::of("acme"), &own, "idempotency-key").await.as_deref(), Some("mine"));
 
     let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-    let traced = |id: &str| Scope { trace_id: Some(id.to_owned()), ..scope("acme") };
+    let traced = |id: &str| Scope { trace_id: Some(id.to_owned()), ..Scope::of("acme") };
     let first = sent(traced(id), &job, "traceparent").await.unwrap();
     let second = sent(traced(id), &job, "traceparent").await.unwrap();
     for parent in [&first, &second] {
@@ -267,7 +255,7 @@ async fn a_result_holds_status_body_headers_and_latency() {
     })
     .await;
     let http = http();
-    let output = http.run(&parse(&json!({"url": peer.url("/")})).unwrap(), &scope("acme")).await.unwrap();
+    let output = http.run(&parse(&json!({"url": peer.url("/")})).unwrap(), &Scope::of("acme")).await.unwrap();
     let (start, latency) = output.0.get().rsplit_once(':').unwrap();
     assert_eq!(
         start,
@@ -317,7 +305,7 @@ async fn a_body_over_its_cap_is_an_error_found_while_reading() {
     .await;
     let http = http();
     let run = async |path: &str| {
-        let scope = Scope { max_output_bytes: 1000, ..scope("acme") };
+        let scope = Scope { max_output_bytes: 1000, ..Scope::of("acme") };
         http.run(&parse(&json!({"url": peer.url(path)})).unwrap(), &scope).await
     };
     for path in ["/announced", "/streamed"] {
@@ -642,7 +630,7 @@ async fn tenants_share_no_connection_and_each_keeps_its_own() {
     let http = http();
     let request = parse(&json!({"url": peer.url("/")})).unwrap();
     for tenant in ["a", "b", "a", "b", "a"] {
-        http.run(&request, &scope(tenant)).await.unwrap();
+        http.run(&request, &Scope::of(tenant)).await.unwrap();
     }
     assert_eq!(peer.connections(), [0, 1, 0, 1, 0]);
 }

@@ -84,14 +84,7 @@ fn hash_into(dir: &Path, contents: &mut BTreeMap<String, String>) {
 }
 
 fn scope(tenant: &str) -> Scope {
-    Scope {
-        tenant: TenantId::parse(tenant).unwrap(),
-        idempotency_key: "key".to_owned(),
-        trace_id: None,
-        deadline: Instant::now() + Duration::from_secs(30),
-        max_output_bytes: 8 << 20,
-        cpu_time: CpuTime::new(Duration::from_secs(60)),
-    }
+    Scope { max_output_bytes: 8 << 20, ..Scope::of(tenant) }
 }
 
 fn raw(job: &Json) -> Box<RawValue> {
