@@ -26,7 +26,7 @@ worker() {
   cargo build --workspace --bins
   # Most of the time they wait for a hold to lapse, so more than there are cores run side by side.
   PATH=$tools:$PATH RUST_TEST_THREADS=6 cargo test --workspace \
-    --test house --test agreement --test contract_examples --test worker_assignment --test worker_blocks --test worker_status \
+    --test house --test agreement --test contract_examples --test worker_assignment --test worker_blocks --test worker_http --test worker_status \
     --test worker_faults
 }
 

@@ -3,16 +3,21 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "a test says so when it cannot go on")]
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use beamline_worker::assignment::{Addressee, Assignment};
 use beamline_worker::blocks::egress::Policy;
+use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, BlockKind, Blocks, Output, http};
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
 use beamline_worker::execute::{self, Ended, Engine, Execution, Limits};
 use beamline_worker::fault::{Cause, Details, Fault};
 use beamline_worker::report::{self, StepResult};
+use futures::future::BoxFuture;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 
@@ -89,6 +94,7 @@ async fn every_example_is_what_the_code_reads_and_writes() {
             ["result", "error" | "timeout", code] => result(fixture, "http.request", Some(code)),
             ["dead", "letter", stage] => dead_letter(fixture, stage),
             ["consumer"] => consumer_config(fixture),
+            ["chunk"] => chunk(fixture),
             _ => panic!("{fixture} is no kind of fixture"),
         }
     }
@@ -200,6 +206,23 @@ fn result(fixture: &Fixture, kind: &str, code: Option<&str>) {
     let mut step = StepResult::of(execution, kind, millis(&example, "/metadata/queue_ms"));
     let written = step.encode(&behind(&example), text(&example, "/metadata/worker_id"), MAX_PAYLOAD);
     is_written(fixture, &written, "completed_at");
+}
+
+fn chunk(fixture: &Fixture) {
+    let example = fixture.value();
+    let data = match example["data"].as_str() {
+        Some(text) => text.to_owned().into(),
+        None => STANDARD.decode(text(&example, "/data_base64")).expect("base64").into(),
+    };
+    let piece = Piece {
+        attempt: number(&example, "/attempt").try_into().expect("an attempt"),
+        seq: number(&example, "/seq"),
+        data,
+        is_last: example["last"].as_bool().expect("true or false"),
+    };
+    let written = report::stream::encode(&piece, &behind(&example).key, example["trace_id"].as_str());
+    let written: Value = serde_json::from_slice(&written).expect("what we write is JSON");
+    assert_eq!(example, written, "{fixture}: the example is left, what the code writes is right");
 }
 
 fn dead_letter(fixture: &Fixture, stage: &str) {
@@ -335,10 +358,21 @@ fn blocks(root: &str) -> Blocks {
     blocks.expect("blocks")
 }
 
+/// Takes the pieces of a streamed body and keeps none.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn take(&self, _: Piece) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+}
+
 async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value> {
     let assignment = decode(&around(job));
     let limits = Limits { cpu_time: Duration::from_secs(60), max_output_bytes: MAX_PAYLOAD };
-    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, || true).await else {
+    let sink: Option<Arc<dyn Sink>> = assignment.block.is_streamed().then(|| -> Arc<dyn Sink> { Arc::new(Nowhere) });
+    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, sink, || true).await else {
         panic!("{fixture}: it was not executed");
     };
     let output: Box<RawValue> = execution.outcome.unwrap_or_else(|fault| panic!("{fixture}: {fault:?}")).0;
@@ -349,7 +383,8 @@ async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value
 async fn peer(example: &Value) -> String {
     let status = u16::try_from(number(example, "/status_code")).expect("a status");
     let status = axum::http::StatusCode::from_u16(status).expect("a status");
-    let body = text(example, "/body").to_owned();
+    let streamed = || "x".repeat(example["size_bytes"].as_u64().and_then(|size| size.try_into().ok()).unwrap_or(0));
+    let body = example["body"].as_str().map_or_else(streamed, str::to_owned);
     let content_type = text(example, "/headers/Content-Type").to_owned();
     let answer = move || async move { (status, [(axum::http::header::CONTENT_TYPE, content_type)], body) };
     let router = axum::Router::new().route("/endpoint", axum::routing::post(answer));

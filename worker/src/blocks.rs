@@ -6,9 +6,11 @@ pub mod http; // http.request
 pub mod sandbox; // canned results, nothing outside touched
 pub mod sql; // sql.query
 pub mod tenant_dir; // the only way to a file
+pub mod pieces; // what leaves while a block still runs
 mod thread; // where work may wait for a disk
 mod output; // what a block produced
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::value::RawValue;
@@ -76,6 +78,14 @@ impl Block {
         })
     }
 
+    /// Whether its output leaves while it still runs.
+    pub const fn is_streamed(&self) -> bool {
+        match self {
+            Self::Http(request) => request.is_streamed(),
+            Self::FsPut(_) | Self::FsGet(_) | Self::Sql(_) => false,
+        }
+    }
+
     /// What it is called in public.
     pub const fn kind(&self) -> BlockKind {
         match self {
@@ -96,6 +106,10 @@ pub struct Scope {
     pub idempotency_key: String,
     /// The Router's trace id, passed on to peers.
     pub trace_id: Option<String>,
+    /// Which attempt this is, counted from 1.
+    pub attempt: u32,
+    /// Where a streamed output goes, piece by piece; none for a block that returns its output whole.
+    pub sink: Option<Arc<dyn pieces::Sink>>,
     /// When the block must have ended. The caller drops an async block then; work on a thread stops itself.
     pub deadline: Instant,
     /// The most bytes that the block's output may have as JSON, for the broker to take the result.
@@ -172,6 +186,8 @@ impl Scope {
             tenant: TenantId::parse(tenant).expect("a tenant id"),
             idempotency_key: format!("{tenant}.a1"),
             trace_id: None,
+            attempt: 1,
+            sink: None,
             deadline: Instant::now() + Duration::from_secs(30),
             max_output_bytes: 1 << 20,
             cpu_time: CpuTime::new(Duration::from_secs(60)),

@@ -159,6 +159,13 @@ impl Broker {
         }
     }
 
+    /// Waits until what was published has left this process, however long that takes.
+    pub async fn sent(&self) {
+        if let Err(error) = self.client.flush().await {
+            tracing::warn!(%error, "cannot flush");
+        }
+    }
+
     /// Sends what is buffered; gives up after a second.
     pub async fn flush(&self) {
         let _ = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;

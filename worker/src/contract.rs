@@ -22,6 +22,8 @@ pub const RESULT: &str = "caf.exec.result.v1";
 pub const DLQ: &str = "caf.exec.dlq.v1";
 /// Where the original of a dead letter goes when the envelope would be too large for the broker.
 pub const DLQ_RAW: &str = "caf.exec.dlq.raw.v1";
+/// The body of a streamed answer goes out below it, at `caf.exec.stream.v1.<tenant>.<assignment_id>`.
+pub const STREAM: &str = "caf.exec.stream.v1";
 /// One record per assignment lives at `caf.exec.ledger.<tenant>.<assignment_id>`.
 pub const LEDGER: &str = "caf.exec.ledger";
 /// A stored refusal lives at `caf.exec.refused.<tenant>.<assignment_id>`.
@@ -344,6 +346,28 @@ pub struct Metadata<'a> {
     pub retries_used: u32,
     pub cpu_time_ms: u64,
     pub queue_ms: u64,
+}
+
+/// A piece of a streamed body.
+#[derive(Debug, Serialize)]
+pub struct Chunk<'a> {
+    pub assignment_id: &'a str,
+    pub tenant_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<&'a str>,
+    pub attempt: u32,
+    pub seq: u64,
+    #[serde(flatten)]
+    pub data: ChunkData<'a>,
+    pub last: bool,
+}
+
+/// What a chunk carries.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChunkData<'a> {
+    Data(&'a str),
+    DataBase64(String),
 }
 
 /// What is kept of an assignment that failed for good.

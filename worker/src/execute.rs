@@ -5,6 +5,7 @@ pub mod cpu; // what a block has used and may use
 
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use futures::FutureExt;
 use jiff::Timestamp;
 
 use crate::assignment::Assignment;
+use crate::blocks::pieces::Sink;
 use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
 use crate::fault::{Cause, Fault, Invalid};
 use cpu::CpuTime;
@@ -80,14 +82,22 @@ pub enum Ended {
 
 /// Runs the block until it succeeds, fails for good, runs out of attempts or passes its deadline.
 ///
-/// `may_start` is asked before each attempt.
-pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, may_start: impl Fn() -> bool) -> Ended {
+/// A streamed output goes to `sink`. `may_start` is asked before each attempt.
+pub async fn execute(
+    engine: &Engine,
+    assignment: &Assignment,
+    limits: Limits,
+    sink: Option<Arc<dyn Sink>>,
+    may_start: impl Fn() -> bool,
+) -> Ended {
     let started = Instant::now();
     let deadline = started + assignment.timeout;
-    let scope = Scope {
+    let mut scope = Scope {
         tenant: assignment.key.tenant.clone(),
         idempotency_key: assignment.key.token(),
         trace_id: assignment.correlation.trace_id.clone(),
+        attempt: 1,
+        sink,
         deadline,
         max_output_bytes: limits.max_output_bytes,
         cpu_time: CpuTime::new(limits.cpu_time),
@@ -97,9 +107,10 @@ pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, m
         if !may_start() {
             return Ended::Abandoned;
         }
+        scope.attempt = attempt;
         let started_at = Timestamp::now();
         let attempt_started = Instant::now();
-        let work = Metered::new(one_attempt(engine, assignment, &scope, attempt), scope.cpu_time.clone());
+        let work = Metered::new(one_attempt(engine, assignment, &scope), scope.cpu_time.clone());
         let outcome =
             tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(too_late(assignment)));
         let fault = match outcome {
@@ -108,7 +119,8 @@ pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, m
             }
             Err(fault) => fault,
         };
-        let delay = fault.cause.is_retried_here().then(|| delay(assignment, &fault, attempt)).flatten();
+        let is_repeated = fault.may_repeat && fault.cause.is_retried_here();
+        let delay = is_repeated.then(|| delay(assignment, &fault, attempt)).flatten();
         failed.push(Attempt { started_at, latency: attempt_started.elapsed(), fault: fault.clone() });
         match delay {
             Some(delay) if Instant::now() + delay < deadline => tokio::time::sleep(delay).await,
@@ -118,12 +130,12 @@ pub async fn execute(engine: &Engine, assignment: &Assignment, limits: Limits, m
     Ended::Abandoned
 }
 
-async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope, attempt: u32) -> Result<Output, Fault> {
+async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope) -> Result<Output, Fault> {
     let block = &assignment.block;
     let work = async {
         match engine {
             Engine::Real(blocks) => blocks.run(block, scope).await,
-            Engine::Sandbox(_) => sandbox::run(block, &assignment.sandbox, attempt).await,
+            Engine::Sandbox(_) => sandbox::run(block, &assignment.sandbox, scope).await,
         }
     };
     let outcome = AssertUnwindSafe(work).catch_unwind().await;

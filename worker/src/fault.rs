@@ -116,6 +116,8 @@ pub struct Fault {
     pub details: Details,
     /// How long the peer asked to be left alone.
     pub retry_after: Option<Duration>,
+    /// False where a part of the output has left already: this worker does not try the block again.
+    pub may_repeat: bool,
 }
 
 /// The `details` of a public error. Never holds a credential.
@@ -144,7 +146,7 @@ pub struct Details {
 impl Fault {
     /// A fault without details.
     pub fn new(cause: Cause, message: impl Into<String>) -> Self {
-        Self { cause, message: message.into(), details: Details::default(), retry_after: None }
+        Self { cause, message: message.into(), details: Details::default(), retry_after: None, may_repeat: true }
     }
 
     /// The same fault with details.

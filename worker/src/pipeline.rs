@@ -179,7 +179,9 @@ impl Pipeline {
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
         let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
-        let work = execute::execute(&self.engine, &arrival.assignment, limits, may_start).instrument(span.clone());
+        let sink = report::stream::sink(&self.broker, assignment);
+        let work =
+            execute::execute(&self.engine, &arrival.assignment, limits, sink, may_start).instrument(span.clone());
         let ended = tokio::select! {
             ended = arrival.delivery.held(work) => ended,
             () = self.cut.cancelled() => Ended::Abandoned,

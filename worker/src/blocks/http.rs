@@ -4,6 +4,7 @@ mod client; // one pool of connections for each tenant, behind the guard
 mod failure; // what went wrong below HTTP
 mod request; // what a job asks for
 mod response; // what comes back
+mod stream; // what comes back, piece by piece
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -69,7 +70,10 @@ impl Http {
         let answered = follow(&client, &mut hop).await;
         let ended = match answered {
             Ok(response) if response.status().as_u16() >= 400 => Err(response::failure(response).await),
-            Ok(response) => response::success(response, started, scope).await,
+            Ok(response) => match &scope.sink {
+                Some(sink) => stream::forward(response, started, scope, sink.as_ref()).await,
+                None => response::success(response, started, scope).await,
+            },
             Err(fault) => Err(fault),
         };
         ended.map_err(|fault| located(fault, &hop))

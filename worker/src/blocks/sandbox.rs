@@ -2,23 +2,29 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde::Serialize;
 use serde_json::value::to_raw_value;
 
-use super::{Block, Output};
+use super::pieces::{Piece, Sink};
+use super::{Block, Output, Scope};
 use crate::contract::SandboxJob;
 use crate::fault::{Cause, Details, Fault};
 
-/// One attempt, counted from 1.
+/// One attempt.
 ///
 /// # Errors
 /// The failure that the job asked for, with `sandbox` in its details.
-pub async fn run(block: &Block, sandbox: &SandboxJob, attempt: u32) -> Result<Output, Fault> {
+pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<Output, Fault> {
     if let Some(delay_ms @ 1..) = sandbox.delay_ms {
         tokio::time::sleep(Duration::from_millis(delay_ms.unsigned_abs())).await;
     }
+    let attempt = scope.attempt;
     match failure(sandbox, attempt) {
-        None => canned(block),
+        None => match &scope.sink {
+            Some(sink) => streamed(attempt, sink.as_ref()).await,
+            None => canned(block),
+        },
         Some(cause) => Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks"))
             .with(Details { sandbox: Some(true), ..Details::default() })),
     }
@@ -52,6 +58,20 @@ fn cause(code: i64) -> Cause {
         5002 => Cause::DeadlinePassed,
         _ => Cause::Network,
     }
+}
+
+/// An empty body, in its one piece.
+async fn streamed(attempt: u32, sink: &dyn Sink) -> Result<Output, Fault> {
+    sink.take(Piece { attempt, seq: 0, data: Bytes::new(), is_last: true }).await;
+    encode(&Streamed {
+        status_code: 200,
+        headers: NoHeaders {},
+        latency_ms: 0,
+        streamed: true,
+        chunks: 1,
+        size_bytes: 0,
+        sandbox: true,
+    })
 }
 
 fn canned(block: &Block) -> Result<Output, Fault> {
@@ -88,6 +108,17 @@ struct Http {
     body: &'static str,
     headers: NoHeaders,
     latency_ms: u64,
+    sandbox: bool,
+}
+
+#[derive(Serialize)]
+struct Streamed {
+    status_code: u16,
+    headers: NoHeaders,
+    latency_ms: u64,
+    streamed: bool,
+    chunks: u64,
+    size_bytes: u64,
     sandbox: bool,
 }
 
@@ -133,7 +164,7 @@ mod tests {
         let sandbox: SandboxJob = serde_json::from_value(sandbox).unwrap();
         let mut codes = [0; 3];
         for (attempt, code) in (1..).zip(&mut codes) {
-            *code = match run(&get(), &sandbox, attempt).await {
+            *code = match run(&get(), &sandbox, &Scope { attempt, ..Scope::of("acme") }).await {
                 Ok(_) => 0,
                 Err(fault) => {
                     assert_eq!(fault.details.sandbox, Some(true));
@@ -168,10 +199,25 @@ mod tests {
             ),
         ];
         for (block, expected) in cases {
-            let output = run(&block, &SandboxJob::default(), 1).await.unwrap();
+            let output = run(&block, &SandboxJob::default(), &Scope::of("acme")).await.unwrap();
             let answer: serde_json::Value = serde_json::from_str(output.0.get()).unwrap();
             assert_eq!(answer, expected);
         }
+    }
+
+    #[tokio::test]
+    async fn a_streamed_body_is_canned_too() {
+        let kept = std::sync::Arc::new(crate::blocks::pieces::Kept::default());
+        let sink: std::sync::Arc<dyn Sink> = std::sync::Arc::<crate::blocks::pieces::Kept>::clone(&kept);
+        let scope = Scope { sink: Some(sink), ..Scope::of("acme") };
+        let block = block(BlockKind::Http, json!({"url": "http://example.com/", "stream": true}));
+        let output = run(&block, &SandboxJob::default(), &scope).await.unwrap();
+        let answer: serde_json::Value = serde_json::from_str(output.0.get()).unwrap();
+        assert_eq!(
+            (&answer["streamed"], &answer["chunks"], &answer["sandbox"]),
+            (&json!(true), &json!(1), &json!(true))
+        );
+        assert_eq!(kept.pieces(), [Piece { attempt: 1, seq: 0, data: Bytes::new(), is_last: true }]);
     }
 
     #[tokio::test]
@@ -191,14 +237,14 @@ mod tests {
     #[test]
     fn without_a_delay_nothing_is_waited_for() {
         let (block, sandbox) = (get(), SandboxJob::default());
-        assert!(run(&block, &sandbox, 1).now_or_never().is_some());
+        assert!(run(&block, &sandbox, &Scope::of("acme")).now_or_never().is_some());
     }
 
     #[tokio::test]
     async fn a_delay_is_kept() {
         let sandbox = SandboxJob { delay_ms: Some(30), ..SandboxJob::default() };
         let started = std::time::Instant::now();
-        assert!(run(&get(), &sandbox, 1).await.is_ok());
+        assert!(run(&get(), &sandbox, &Scope::of("acme")).await.is_ok());
         assert!(started.elapsed() >= Duration::from_millis(30));
     }
 }

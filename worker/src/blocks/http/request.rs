@@ -33,6 +33,8 @@ pub struct Request {
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
+    /// Whether the answer's body leaves as it comes.
+    pub(super) is_streamed: bool,
 }
 
 #[derive(Deserialize)]
@@ -46,6 +48,7 @@ struct Wire<'a> {
     body: Option<Cow<'a, str>>,
     #[serde(borrow)]
     body_base64: Option<Cow<'a, str>>,
+    stream: Option<bool>,
 }
 
 impl Request {
@@ -63,7 +66,13 @@ impl Request {
             },
             headers: headers(wire.headers.unwrap_or_default())?,
             body: body(wire.body, wire.body_base64)?,
+            is_streamed: wire.stream.unwrap_or(false),
         })
+    }
+
+    /// Whether the answer's body leaves as it comes.
+    pub const fn is_streamed(&self) -> bool {
+        self.is_streamed
     }
 
     /// The first hop: what the job asks for, and what we add where the job does not say it itself.

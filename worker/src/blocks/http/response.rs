@@ -114,7 +114,7 @@ fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
 }
 
 /// One string for each name: several values are joined as HTTP allows, but for cookies, which stand one a line.
-fn public_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
+pub(super) fn public_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
     let text = |value: &HeaderValue| value.as_bytes().iter().copied().map(char::from).collect::<String>();
     let joined = |name: &HeaderName| {
         let values: Vec<_> = headers.get_all(name).iter().map(text).collect();
