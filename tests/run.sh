@@ -21,13 +21,14 @@ unit() {
 }
 
 worker() {
-  local tools
+  local tools suite suites=()
   tools=$(tests/cluster/tools.sh --path nats-server)
+  for suite in tests/suites/*.rs; do
+    [[ $suite == */cluster.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
+  done
   cargo build --workspace --bins
   # Most of the time they wait for a hold to lapse, so more than there are cores run side by side.
-  PATH=$tools:$PATH RUST_TEST_THREADS=6 cargo test --workspace \
-    --test house --test agreement --test contract_examples --test worker_assignment --test worker_blocks --test worker_http --test worker_status \
-    --test worker_faults
+  PATH=$tools:$PATH RUST_TEST_THREADS=6 cargo test --workspace "${suites[@]}"
 }
 
 cluster() {

@@ -87,6 +87,14 @@ impl Worker {
         .await
     }
 
+    /// The most memory that it has ever held, in MiB.
+    pub fn peak_memory_mib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).expect("the worker runs");
+        let peak =
+            status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+        peak.map_or(0, |kib: u64| kib / 1024)
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         self.process.kill();

@@ -126,10 +126,10 @@ pub struct Details {
     /// The block that failed; the pipeline fills it in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub block_type: Option<&'static str>,
-    /// Without query and fragment.
+    /// Without query and fragment; cut where it is very long.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
-    /// As the assignment wrote it.
+    /// As the assignment wrote it; cut where it is very long.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// The peer's answer.
@@ -141,6 +141,18 @@ pub struct Details {
     /// True where nothing outside was touched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<bool>,
+}
+
+/// What a detail repeats of a text that came from outside, in bytes: an error has to fit the broker many times over.
+const EXCERPT_BYTES: usize = 2048;
+
+/// The beginning of a text as a detail repeats it; one that is cut ends in an ellipsis.
+pub fn excerpt(mut text: String) -> String {
+    if text.len() > EXCERPT_BYTES {
+        text.truncate(text.floor_char_boundary(EXCERPT_BYTES));
+        text.push('…');
+    }
+    text
 }
 
 impl Fault {
@@ -210,6 +222,13 @@ mod tests {
         for status in [400, 401, 404, 410, 451] {
             assert!(Cause::HttpStatus(status).is_dead_letter(), "{status}");
         }
+    }
+
+    #[test]
+    fn a_long_detail_is_cut_between_characters() {
+        assert_eq!(excerpt("/data/x".to_owned()), "/data/x");
+        let cut = excerpt("é".repeat(EXCERPT_BYTES));
+        assert_eq!(cut, format!("{}…", "é".repeat(EXCERPT_BYTES / 2)));
     }
 
     #[test]

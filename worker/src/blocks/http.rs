@@ -15,7 +15,7 @@ use reqwest::Response;
 pub use request::Request;
 
 use super::{Output, Scope, egress};
-use crate::fault::{Cause, Details, Fault, Invalid};
+use crate::fault::{Cause, Details, Fault, Invalid, excerpt};
 use client::{Client, Clients};
 
 /// The most redirects that are followed; browsers follow 20, and none of those loops was meant.
@@ -131,7 +131,7 @@ pub(crate) fn is_credential_header(name: &str) -> bool {
 }
 
 fn located(fault: Fault, hop: &Request) -> Fault {
-    let details = Details { url: Some(request::public(&hop.url)), ..fault.details };
+    let details = Details { url: Some(excerpt(request::public(&hop.url))), ..fault.details };
     Fault { details, ..fault }
 }
 

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::assignment::TenantId;
 use crate::contract;
-use crate::fault::{Cause, Details, Fault, Invalid};
+use crate::fault::{Cause, Details, Fault, Invalid, excerpt};
 
 /// The longest name that Linux file systems take, in bytes.
 const MAX_NAME_BYTES: usize = 255;
@@ -239,7 +239,7 @@ fn explain(error: &io::Error, path: &str) -> Fault {
 
 /// A fault that names the path as the assignment wrote it.
 pub fn fault(cause: Cause, path: &str, message: impl Into<String>) -> Fault {
-    Fault::new(cause, message).with(Details { path: Some(path.to_owned()), ..Details::default() })
+    Fault::new(cause, message).with(Details { path: Some(excerpt(path.to_owned())), ..Details::default() })
 }
 
 #[cfg(test)]

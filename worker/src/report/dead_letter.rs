@@ -122,7 +122,12 @@ impl DeadLetters {
             return self.store(contract::DLQ, &dlq_id, whole).await;
         }
         (letter.assignment, letter.raw_base64) = (None, None);
-        let envelope = encode(&letter);
+        let mut envelope = encode(&letter);
+        if envelope.len() + 1024 > self.broker.max_payload() {
+            // Very many attempts, at a broker that takes very little: the last one says most.
+            letter.attempts.drain(..letter.attempts.len().saturating_sub(1));
+            envelope = encode(&letter);
+        }
         self.store_beside(&dlq_id, original.bytes()).await?;
         self.store(contract::DLQ, &dlq_id, envelope).await
     }
