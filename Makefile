@@ -5,7 +5,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
 
 demo: ## Everything from nothing: cluster, NATS, chart, a WorkerPool at work (CLUSTER=current: on your own cluster)
 	@tests/demo/demo.sh
@@ -31,8 +31,8 @@ crds: ## Writes crds/workerpools.yaml and the chart's copy from the Rust types
 check: ## Format, lints, shell scripts
 	@tests/run.sh check
 
-test: ## Every test: lints, units, the worker on a real NATS, operator and chart on a real Kubernetes, the demo
-	@tests/run.sh check unit worker cluster demo
+test: ## Every test: lints, units, the worker on a real NATS and under faults, operator and chart on a real Kubernetes, the demo
+	@tests/run.sh check unit worker faults cluster demo
 
 test-worker: ## The worker's suites on a real NATS
 	@tests/run.sh worker
@@ -40,7 +40,13 @@ test-worker: ## The worker's suites on a real NATS
 test-cluster: ## The operator's and the chart's suites on a real Kubernetes
 	@tests/run.sh cluster
 
+test-faults: ## Workers and the broker killed under load, for a minute
+	@tests/run.sh faults
+
+campaign-kill: ## The same at length, with pauses and partitions: N assignments (2000000), SEED
+	@tests/run.sh campaign-kill
+
 bench: ## Figures of the worker beside the bare limit, in one run
 	@tests/run.sh bench
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster bench
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill bench

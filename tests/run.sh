@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh check|unit|worker|cluster|demo|bench …
+# usage: run.sh check|unit|worker|faults|cluster|demo|bench|campaign-kill …
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -50,6 +50,27 @@ cluster() {
 
 demo() { tests/demo/demo.sh; }
 
+# Short enough for every `make test`; a seed by chance each time, which the output names.
+faults() {
+  cargo build --workspace --bins
+  campaign debug kill --assignments 20000 --rate 400 --least worker-kill=20 --least broker-kill=2
+}
+
+campaign-kill() {
+  local assignments=${N:-2000000}
+  cargo build --release --workspace --bins
+  campaign release kill --assignments "$assignments" --workers 8 --broker-every 30 --disturb-every 5 \
+    --least worker-kill=$((assignments / 10000)) --least broker-kill=$((assignments / 200000))
+}
+
+# campaign PROFILE ARGUMENT…: its last line is the answer, as JSON.
+campaign() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server)
+  PATH=$tools:$PATH "target/$1/campaign" "${@:2}" ${SEED:+--seed "$SEED"} \
+    --commit "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+}
+
 bench() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server)
@@ -61,8 +82,8 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | worker | cluster | demo | bench) ;;
-    *) die "there is no step $step: choose from check, unit, worker, cluster, demo, bench" ;;
+    check | unit | worker | faults | cluster | demo | bench | campaign-kill) ;;
+    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill" ;;
   esac
   say "== $step"
   started=$SECONDS

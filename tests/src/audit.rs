@@ -1,11 +1,15 @@
-//! What must hold over everything that was sent, whatever broke meanwhile: I1 to I6 of the promise.
+//! What must hold over everything that was sent, whatever broke meanwhile: I1 to I6 of the promise. It knows each
+//! assignment by some dozens of bytes, so that millions of them can be audited.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::HashMap;
+use std::time::Duration;
 
-use bytes::Bytes;
-
+use crate::journal::{Fact, Outcome};
 use crate::peer::Hit;
 use crate::router::{Heard, Key, Kind, Router, json};
+
+/// How many violations are told one by one; all are counted.
+const TOLD: usize = 20;
 
 /// What the test allowed to happen.
 #[derive(Clone, Copy, Debug)]
@@ -14,175 +18,416 @@ pub struct Allowed {
     pub attempts: u64,
 }
 
-/// Everything that can be known from outside when all is settled.
-#[derive(Debug, Default)]
-pub struct Facts {
-    /// What each publication was about.
-    pub submitted: Vec<Option<Key>>,
-    /// What was said, in order.
-    pub heard: Vec<Heard>,
-    /// Whether everything that was said was heard.
-    pub heard_all: bool,
-    /// The records.
-    pub records: Vec<Bytes>,
-    /// Ids of whatever is a dead letter.
-    pub letters: Vec<Option<Key>>,
-    /// Messages that the intake's stream still keeps, that nobody has taken, that nobody has settled.
-    pub left: [u64; 3],
+/// What a campaign allowed to happen.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// How often a block may be tried in one delivery.
+    pub attempts: u64,
+    /// How often a peer may be asked for one assignment, where that is limited.
+    pub effects: Option<u32>,
+    /// How long after a final record whoever had begun before may still be at it, where that is limited.
+    pub at_it: Option<Duration>,
+}
+
+/// What is kept by the broker about an assignment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Its record.
+    Record {
+        /// What it says.
+        outcome: Outcome,
+        /// When it was stored, in milliseconds since 1970.
+        at: i64,
+    },
+    /// The refusal that redeliveries repeat.
+    Refusal,
+    /// A dead letter.
+    Letter,
+}
+
+/// How the intake and its consumer stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Messages that the intake's stream still keeps.
+    pub messages: u64,
+    /// Messages that nobody has taken.
+    pub pending: u64,
+    /// Deliveries that nobody has settled.
+    pub unsettled: u64,
     /// Deliveries by the broker, all assignments together.
     pub deliveries: u64,
-    /// `Idempotency-Key`s of the requests that peers got.
-    pub effects: Vec<String>,
+}
+
+/// What is known so far.
+#[derive(Debug)]
+pub struct Audit {
+    rules: Rules,
+    stories: HashMap<Box<str>, Story>,
+    publications: u64,
+    effects: u64,
+    missed: u64,
+    recoveries: Vec<i64>,
+}
+
+/// What is known of one assignment.
+#[derive(Debug, Default)]
+struct Story {
+    tried: u32,
+    is_acked: bool,
+    is_accepted: bool,
+    is_rejected: bool,
+    is_refused: bool,
+    has_letter: bool,
+    result_came_first: bool,
+    record: Option<(Outcome, i64)>,
+    results: Vec<Outcome>,
+    effects: u32,
+    last_effect: i64,
+    orphaned: Option<i64>,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Assignments that the broker accepted.
+    pub assignments: u64,
+    /// Tries to publish one.
+    pub publications: u64,
+    /// Assignments with a record.
+    pub recorded: u64,
+    /// Assignments that were rejected.
+    pub rejected: u64,
+    /// Requests that peers got.
+    pub effects: u64,
+    /// Assignments that a peer was asked for more than once.
+    pub repeated: u64,
+    /// Records whose result was not heard, because the listener was away.
+    pub unheard: u64,
+    /// From the moment in which a peer's caller died until the peer was asked again, in milliseconds, sorted.
+    pub recoveries: Vec<i64>,
+    /// Violations of I1.
+    pub lost: u64,
+    /// Violations of I2.
+    pub duplicates: u64,
+    /// Violations of I3.
+    pub phantoms: u64,
+    /// Violations of I4.
+    pub disorder: u64,
+    /// Violations of I5.
+    pub excess: u64,
+    /// Violations of I6: what is left of the intake, by whichever count is the largest.
+    pub stranded: u64,
+    /// The first of them, one sentence each.
+    pub violations: Vec<String>,
 }
 
 /// Gathers the facts when everything is settled, and returns what does not hold: one sentence for each violation.
 pub async fn audit(router: &Router, hits: &[Hit], allowed: Allowed) -> Vec<String> {
-    let intake = router.stream(&router.intake_stream()).await.cached_info().state.messages;
+    let mut audit = Audit::new(Rules { attempts: allowed.attempts, effects: None, at_it: None });
+    for key in router.submissions().iter().flatten() {
+        audit.learn(&key.token(), Fact::Tried);
+        audit.learn(&key.token(), Fact::Acked);
+    }
+    for (token, fact) in router.heard().iter().filter_map(heard) {
+        audit.learn(&token, fact);
+    }
+    if !router.heard_all() {
+        audit.learn("", Fact::Missed);
+    }
+    hits.iter().for_each(|hit| audit.learn(hit.key(), Fact::Effect { at: 0 }));
+    for record in router.all("CAF_EXEC_RESULT", "caf.exec.ledger.>").await {
+        audit.find(&token(&record.subject), Kept::Record { outcome: Outcome::of(&record.payload), at: 0 });
+    }
+    for letter in router.all("CAF_EXEC_DLQ", "caf.exec.dlq.v1").await {
+        if let Some(key) = Key::read(&letter.payload) {
+            audit.find(&key.token(), Kept::Letter);
+        }
+    }
+    let messages = router.stream(&router.intake_stream()).await.cached_info().state.messages;
     let consumer = router.consumer().await.expect("the workers' consumer is there");
-    let ledger = router.all("CAF_EXEC_RESULT", "caf.exec.ledger.>").await;
-    let letters = router.all("CAF_EXEC_DLQ", "caf.exec.dlq.v1").await;
-    let facts = Facts {
-        submitted: router.submissions(),
-        heard: router.heard(),
-        heard_all: router.heard_all(),
-        records: ledger.into_iter().map(|kept| kept.payload).collect(),
-        letters: letters.iter().map(|kept| Key::read(&kept.payload)).collect(),
-        left: [intake, consumer.num_pending, u64::try_from(consumer.num_ack_pending).unwrap_or(u64::MAX)],
+    let left = Left {
+        messages,
+        pending: consumer.num_pending,
+        unsettled: u64::try_from(consumer.num_ack_pending).unwrap_or(u64::MAX),
         deliveries: consumer.delivered.consumer_sequence,
-        effects: hits.iter().map(|hit| hit.key().to_owned()).collect(),
     };
-    violations(&facts, allowed)
+    audit.end(left).violations
 }
 
-/// What does not hold. Pure, so that it can be shown to notice.
-pub fn violations(facts: &Facts, allowed: Allowed) -> Vec<String> {
-    let mut submitted: BTreeMap<&Key, u64> = BTreeMap::new();
-    for key in facts.submitted.iter().flatten() {
-        *submitted.entry(key).or_default() += 1;
-    }
-    let records: HashMap<Key, &Bytes> =
-        facts.records.iter().filter_map(|record| Some((Key::read(record)?, record))).collect();
-    let mut about: HashMap<&Key, Vec<&Heard>> = HashMap::new();
-    for (key, heard) in facts.heard.iter().filter_map(|heard| Some((heard.key.as_ref()?, heard))) {
-        about.entry(key).or_default().push(heard);
-    }
-    let mut found = Vec::new();
-    for (key, publications) in &submitted {
-        let about = about.remove(*key).unwrap_or_default();
-        found.extend(of_one(key, *publications, records.get(*key).copied(), &about, facts));
-    }
-    found.extend(no_phantom(&submitted, &records, facts));
-    found.extend(bounded_effects(&submitted, facts, allowed));
-    if facts.left != [0, 0, 0] {
-        found.push(format!("I6: stream messages, pending, unsettled at the end: {:?}", facts.left));
-    }
-    found
+/// The fact in something that was heard, and the token of the assignment that it is about.
+pub fn heard(heard: &Heard) -> Option<(String, Fact)> {
+    let fact = match heard.kind {
+        Kind::Verdict => Fact::Verdict { is_accepted: json(&heard.payload)["status"] == "accepted" },
+        Kind::Result => Fact::Result(Outcome::of(&heard.payload)),
+        Kind::Letter | Kind::Original => return None,
+    };
+    Some((heard.key.as_ref()?.token(), fact))
 }
 
-/// I1, I2 and I4 for one assignment.
-fn of_one(key: &Key, publications: u64, record: Option<&Bytes>, about: &[&Heard], facts: &Facts) -> Vec<String> {
-    let mut found = Vec::new();
-    let of = |kind: Kind| about.iter().filter(move |heard| heard.kind == kind).map(|heard| &heard.payload);
-    let refused = of(Kind::Verdict).filter(|verdict| json(verdict)["status"] == "rejected").count();
-    let is_kept = facts.letters.contains(&Some(key.clone()));
-    if record.is_none() && refused == 0 && !is_kept {
-        found.push(format!("I1: {key} has neither a record nor a refusal"));
-    }
-    let distinct: BTreeSet<&Bytes> = of(Kind::Result).chain(record).collect();
-    let is_final = |result: &&&Bytes| json(result)["error"]["retryable"] != true;
-    if distinct.len() as u64 > publications || distinct.iter().filter(is_final).count() > 1 {
-        found.push(format!("I2: {key} has {} different results for {publications} publications", distinct.len()));
-    }
-    if facts.heard_all && record.is_some_and(|record| !of(Kind::Result).any(|result| result == record)) {
-        found.push(format!("I2: the record of {key} was never published"));
-    }
-    let result_at = about.iter().position(|heard| heard.kind == Kind::Result);
-    let accepted = |heard: &&Heard| heard.kind == Kind::Verdict && json(&heard.payload)["status"] == "accepted";
-    let accepted_at = about.iter().position(accepted);
-    if facts.heard_all && result_at.is_some_and(|result| accepted_at.is_none_or(|accepted| accepted > result)) {
-        found.push(format!("I4: {key} has a result before its verdict"));
-    }
-    if publications == 1 && refused > 0 && result_at.is_some() {
-        found.push(format!("I4: {key} was refused and has a result"));
-    }
-    found
+/// The assignment's token in the subject of its record or refusal: the last two of four.
+pub fn token(subject: &str) -> String {
+    subject.splitn(4, '.').nth(3).unwrap_or_default().to_owned()
 }
 
-/// I3: every result and record belongs to something that was submitted.
-fn no_phantom(submitted: &BTreeMap<&Key, u64>, records: &HashMap<Key, &Bytes>, facts: &Facts) -> Vec<String> {
-    let results = facts.heard.iter().filter(|heard| heard.kind == Kind::Result).map(|heard| heard.key.clone());
-    let named: HashSet<Option<Key>> = results.chain(records.keys().cloned().map(Some)).collect();
-    let phantoms = named.into_iter().filter(|key| !key.as_ref().is_some_and(|key| submitted.contains_key(key)));
-    phantoms.map(|key| format!("I3: nobody submitted {key:?}")).collect()
+impl Audit {
+    /// Nothing is known yet.
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, stories: HashMap::new(), publications: 0, effects: 0, missed: 0, recoveries: Vec::new() }
+    }
+
+    /// One more thing that was seen, in the order in which it was seen.
+    pub fn learn(&mut self, token: &str, fact: Fact) {
+        if fact == Fact::Missed {
+            self.missed += 1;
+            return;
+        }
+        let story = story(&mut self.stories, token);
+        match fact {
+            Fact::Tried => {
+                story.tried += 1;
+                self.publications += 1;
+            }
+            Fact::Acked => story.is_acked = true,
+            Fact::Verdict { is_accepted: true } => story.is_accepted = true,
+            Fact::Verdict { is_accepted: false } => story.is_rejected = true,
+            Fact::Result(outcome) => {
+                story.result_came_first |= !story.is_accepted;
+                if !story.results.contains(&outcome) {
+                    story.results.push(outcome);
+                }
+            }
+            Fact::Effect { at } => {
+                story.effects += 1;
+                story.last_effect = story.last_effect.max(at);
+                self.effects += 1;
+                self.recoveries.extend(story.orphaned.take().map(|orphaned| at - orphaned));
+            }
+            Fact::Orphaned { at } => story.orphaned = Some(at),
+            Fact::Missed => {}
+        }
+    }
+
+    /// One more thing that the broker keeps.
+    pub fn find(&mut self, token: &str, kept: Kept) {
+        let story = story(&mut self.stories, token);
+        match kept {
+            Kept::Record { outcome, at } => story.record = Some((outcome, at)),
+            Kept::Refusal => story.is_refused = true,
+            Kept::Letter => story.has_letter = true,
+        }
+    }
+
+    /// What does not hold.
+    pub fn end(mut self, left: Left) -> Findings {
+        self.recoveries.sort_unstable();
+        let mut found = Findings {
+            publications: self.publications,
+            effects: self.effects,
+            recoveries: std::mem::take(&mut self.recoveries),
+            ..Findings::default()
+        };
+        for (token, story) in &self.stories {
+            found.assignments += u64::from(story.is_acked);
+            found.recorded += u64::from(story.record.is_some());
+            found.rejected += u64::from(story.is_rejected);
+            found.repeated += u64::from(story.effects > 1);
+            self.of_one(token, story, &mut found);
+        }
+        if self.effects > left.deliveries * self.rules.attempts {
+            found.excess += 1;
+            found.tell(format!("I5: {} requests in {} deliveries", self.effects, left.deliveries));
+        }
+        found.stranded = left.messages.max(left.pending).max(left.unsettled);
+        if found.stranded > 0 {
+            found.tell(format!("I6: at the end there is still {left:?}"));
+        }
+        found
+    }
+
+    fn of_one(&self, token: &str, story: &Story, found: &mut Findings) {
+        if story.tried == 0 {
+            return phantom(token, story, found);
+        }
+        self.no_loss(token, story, found);
+        self.one_outcome(token, story, found);
+        self.order(token, story, found);
+        self.bounded_effects(token, story, found);
+    }
+
+    /// I1: what the broker accepted has a record, or was refused.
+    fn no_loss(&self, token: &str, story: &Story, found: &mut Findings) {
+        let is_ended = story.record.is_some() || story.is_refused || story.is_rejected || story.has_letter;
+        if story.is_acked && !is_ended {
+            found.lost += 1;
+            found.tell(format!("I1: {token} has neither a record nor a refusal"));
+        }
+    }
+
+    /// I2: never two results of one publication, never two final ones, and what is recorded is what was said.
+    fn one_outcome(&self, token: &str, story: &Story, found: &mut Findings) {
+        let record = story.record.map(|(outcome, _)| outcome);
+        let unheard = record.filter(|record| !story.results.contains(record));
+        let all = || story.results.iter().copied().chain(unheard);
+        let finals = all().filter(|outcome| !outcome.is_retryable).count();
+        if all().count() > story.tried as usize || finals > 1 {
+            found.duplicates += 1;
+            let tried = story.tried;
+            found.tell(format!("I2: {token} has {} different results for {tried} publications", all().count()));
+        }
+        match unheard {
+            Some(_) if self.missed == 0 => {
+                found.lost += 1;
+                found.tell(format!("I2: the record of {token} was never published"));
+            }
+            Some(_) => found.unheard += 1,
+            None => {}
+        }
+    }
+
+    /// I4: the verdict comes first, and what was refused has no result.
+    fn order(&self, token: &str, story: &Story, found: &mut Findings) {
+        if self.missed == 0 && story.result_came_first {
+            found.disorder += 1;
+            found.tell(format!("I4: {token} has a result before its verdict"));
+        }
+        if story.tried == 1 && story.is_rejected && !story.results.is_empty() {
+            found.disorder += 1;
+            found.tell(format!("I4: {token} was refused and has a result"));
+        }
+    }
+
+    /// I5: no more effects than are allowed, and none that began after a final record.
+    fn bounded_effects(&self, token: &str, story: &Story, found: &mut Findings) {
+        if self.rules.effects.is_some_and(|most| story.effects > most) {
+            found.excess += 1;
+            found.tell(format!("I5: {} requests for {token}", story.effects));
+        }
+        let recorded = story.record.filter(|(outcome, _)| !outcome.is_retryable).map(|(_, at)| at);
+        if let Some((limit, at)) = self.rules.at_it.zip(recorded) {
+            let after = story.last_effect - at;
+            if u128::try_from(after).is_ok_and(|after| after > limit.as_millis()) {
+                found.excess += 1;
+                found.tell(format!("I5: a request for {token} came {after} ms after its record"));
+            }
+        }
+    }
 }
 
-/// I5: no more effects than deliveries and attempts allow, each under the key of its assignment.
-fn bounded_effects(submitted: &BTreeMap<&Key, u64>, facts: &Facts, allowed: Allowed) -> Vec<String> {
-    let tokens: HashSet<String> = submitted.keys().map(|key| key.token()).collect();
-    let strangers = facts.effects.iter().filter(|key| !tokens.contains(*key));
-    let mut found: Vec<String> = strangers.map(|key| format!("I5: a request under the key {key:?}")).collect();
-    let effects = facts.effects.len() as u64;
-    if effects > facts.deliveries * allowed.attempts {
-        found.push(format!("I5: {effects} requests in {} deliveries", facts.deliveries));
+/// I3: nothing is said, kept or done about what nobody submitted.
+fn phantom(token: &str, story: &Story, found: &mut Findings) {
+    if !story.results.is_empty() || story.record.is_some() {
+        found.phantoms += 1;
+        found.tell(format!("I3: nobody submitted {token:?}"));
     }
-    found
+    if story.effects > 0 {
+        found.excess += 1;
+        found.tell(format!("I5: a request under the key {token:?}"));
+    }
+}
+
+fn story<'a>(stories: &'a mut HashMap<Box<str>, Story>, token: &str) -> &'a mut Story {
+    if !stories.contains_key(token) {
+        stories.insert(token.into(), Story::default());
+    }
+    stories.get_mut(token).expect("it has just been put there")
+}
+
+impl Findings {
+    fn tell(&mut self, violation: String) {
+        if self.violations.len() < TOLD {
+            self.violations.push(violation);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json as value};
-
     use super::*;
 
-    fn message(kind: Kind, body: &Value) -> Heard {
-        let payload = Bytes::from(body.to_string());
-        Heard { kind, key: Key::read(&payload), payload, headers: Default::default() }
+    const FINAL: Outcome = Outcome { digest: 1, is_retryable: false };
+    const OTHER: Outcome = Outcome { digest: 2, is_retryable: false };
+    const RETRYABLE: Outcome = Outcome { digest: 3, is_retryable: true };
+    const ACCEPTED: Fact = Fact::Verdict { is_accepted: true };
+    const REJECTED: Fact = Fact::Verdict { is_accepted: false };
+    const SETTLED: Left = Left { messages: 0, pending: 0, unsettled: 0, deliveries: 1 };
+    /// One assignment that went well: submitted, accepted, executed, published.
+    const GOOD: [Fact; 5] = [Fact::Tried, Fact::Acked, ACCEPTED, Fact::Effect { at: 900 }, Fact::Result(FINAL)];
+
+    fn record(outcome: Outcome) -> Kept {
+        Kept::Record { outcome, at: 1_000 }
     }
 
-    fn verdict(status: &str) -> Heard {
-        message(Kind::Verdict, &value!({"tenant_id": "t", "assignment_id": "a", "status": status}))
-    }
-
-    fn result(number: u64) -> Heard {
-        message(Kind::Result, &value!({"tenant_id": "t", "assignment_id": "a", "status": "success", "result": number}))
-    }
-
-    /// One assignment that went well: submitted, accepted, executed, recorded, published.
-    fn good() -> Facts {
-        Facts {
-            submitted: vec![Some(("t", "a").into())],
-            heard: vec![verdict("accepted"), result(1)],
-            heard_all: true,
-            records: vec![result(1).payload],
-            deliveries: 1,
-            effects: vec!["t.a".to_owned()],
-            ..Facts::default()
-        }
+    fn found(facts: &[Fact], kept: &[Kept], left: Left) -> Findings {
+        let rules = Rules { attempts: 1, effects: None, at_it: Some(Duration::from_secs(5)) };
+        let mut audit = Audit::new(rules);
+        facts.iter().for_each(|fact| audit.learn("t.a", *fact));
+        kept.iter().for_each(|kept| audit.find("t.a", *kept));
+        audit.end(left)
     }
 
     #[track_caller]
-    fn notices(invariant: &str, change: impl FnOnce(&mut Facts)) {
-        let mut facts = good();
-        change(&mut facts);
-        let found = violations(&facts, Allowed { attempts: 1 });
-        assert!(found.iter().any(|violation| violation.starts_with(invariant)), "{found:?}");
+    fn notices(invariant: &str, facts: &[Fact], kept: &[Kept], left: Left) {
+        let found = found(facts, kept, left);
+        assert!(found.violations.iter().any(|violation| violation.starts_with(invariant)), "{found:?}");
+    }
+
+    #[track_caller]
+    fn is_fine(facts: &[Fact], kept: &[Kept]) -> Findings {
+        let found = found(facts, kept, SETTLED);
+        assert_eq!(found.violations, Vec::<String>::new());
+        found
     }
 
     #[test]
     fn nothing_is_wrong_with_what_went_well() {
-        assert_eq!(violations(&good(), Allowed { attempts: 1 }), Vec::<String>::new());
+        is_fine(&GOOD, &[record(FINAL)]);
+        is_fine(&[Fact::Tried, Fact::Acked, REJECTED], &[Kept::Letter]);
+        // Nobody knows whether the broker has it.
+        is_fine(&[Fact::Tried], &[]);
     }
 
     #[test]
     fn each_broken_promise_is_noticed() {
-        notices("I1", |facts| facts.records.clear());
-        notices("I2", |facts| facts.heard.push(result(2)));
-        notices("I2", |facts| facts.heard.truncate(1));
-        notices("I3", |facts| facts.submitted.clear());
-        notices("I4", |facts| facts.heard.reverse());
-        notices("I4", |facts| facts.heard.push(verdict("rejected")));
-        notices("I5", |facts| facts.effects.push("t.a".to_owned()));
-        notices("I5", |facts| facts.effects = vec!["t.b".to_owned()]);
-        notices("I6", |facts| facts.left = [1, 0, 1]);
+        let also = |fact: Fact| [&GOOD[..], &[fact]].concat();
+        notices("I1", &GOOD[..3], &[], SETTLED);
+        notices("I2", &also(Fact::Result(OTHER)), &[record(FINAL)], SETTLED);
+        notices("I2", &GOOD, &[record(OTHER)], SETTLED);
+        notices("I2", &GOOD[..4], &[record(FINAL)], SETTLED);
+        notices("I3", &GOOD[2..], &[record(FINAL)], SETTLED);
+        notices("I4", &[Fact::Tried, Fact::Acked, Fact::Result(FINAL), ACCEPTED], &[record(FINAL)], SETTLED);
+        notices("I4", &also(REJECTED), &[record(FINAL)], SETTLED);
+        notices("I5", &also(Fact::Effect { at: 900 }), &[record(FINAL)], SETTLED);
+        notices("I5", &GOOD[3..4], &[], SETTLED);
+        notices("I6", &GOOD, &[record(FINAL)], Left { unsettled: 1, ..SETTLED });
+        notices("I6", &GOOD, &[record(FINAL)], Left { messages: 1, ..SETTLED });
+    }
+
+    #[test]
+    fn a_request_long_after_the_final_record_was_not_begun_before_it() {
+        let late = [&GOOD[..], &[Fact::Effect { at: 6_100 }]].concat();
+        let twice = Left { deliveries: 2, ..SETTLED };
+        notices("I5", &late, &[record(FINAL)], twice);
+        let again = [Fact::Tried, Fact::Acked, ACCEPTED, Fact::Result(RETRYABLE), Fact::Effect { at: 6_100 }];
+        is_fine(&again, &[record(RETRYABLE)]);
+    }
+
+    #[test]
+    fn a_new_publication_may_replace_a_retryable_error() {
+        let again = [&GOOD[..4], &[Fact::Tried, Fact::Result(RETRYABLE), Fact::Result(FINAL)]].concat();
+        is_fine(&again, &[record(FINAL)]);
+    }
+
+    #[test]
+    fn what_a_listener_may_have_missed_is_counted_and_not_held_against_anybody() {
+        let missed = [&GOOD[..4], &[Fact::Missed]].concat();
+        assert_eq!(is_fine(&missed, &[record(FINAL)]).unheard, 1);
+    }
+
+    #[test]
+    fn a_recovery_lasts_from_the_callers_death_to_the_next_request() {
+        let orphaned = [&GOOD[..4], &[Fact::Orphaned { at: 950 }]].concat();
+        assert_eq!(found(&orphaned, &[record(FINAL)], SETTLED).recoveries, Vec::<i64>::new());
+        let again = [&orphaned[..], &[Fact::Effect { at: 5_000 }]].concat();
+        assert_eq!(found(&again, &[record(FINAL)], SETTLED).recoveries, [4_050]);
     }
 }

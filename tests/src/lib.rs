@@ -14,6 +14,8 @@ pub mod nats; // a broker that can be killed, paused and brought back
 pub mod worker; // the program under test
 pub mod router; // publishes assignments, hears what is said about them
 pub mod peer; // whom http.request calls
+pub mod tcpfault; // a network that breaks
+pub mod journal; // what a campaign writes down
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
 pub mod process; // children that end with their owner

@@ -95,6 +95,11 @@ impl Worker {
         peak.map_or(0, |kib: u64| kib / 1024)
     }
 
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.process.status().is_none()
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         self.process.kill();
