@@ -41,8 +41,13 @@ pub struct Address {
 }
 
 /// A connection that comes back by itself, and a second one for look-ups: a large answer never delays a delivery.
+///
+/// Cheap to clone: every delivery has one.
 #[derive(Clone, Debug)]
-pub struct Broker {
+pub struct Broker(Arc<Connections>);
+
+#[derive(Debug)]
+struct Connections {
     client: Client,
     lookups: Client,
     jetstream: jetstream::Context,
@@ -91,38 +96,38 @@ impl Broker {
         let lookups = open(options(address, "look-ups")?, address, health, None).await;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(REQUEST_TIMEOUT);
-        Ok(Self { client, lookups, jetstream, connects })
+        Ok(Self(Arc::new(Connections { client, lookups, jetstream, connects })))
     }
 
     /// The connection that everything but look-ups uses.
     pub fn client(&self) -> &Client {
-        &self.client
+        &self.0.client
     }
 
     /// The connection for look-ups.
     pub fn lookups(&self) -> &Client {
-        &self.lookups
+        &self.0.lookups
     }
 
     /// JetStream's management API.
     pub fn jetstream(&self) -> &jetstream::Context {
-        &self.jetstream
+        &self.0.jetstream
     }
 
     /// Counts connects: whoever holds state in the broker's session makes it anew when this changes.
     pub fn connects(&self) -> watch::Receiver<u64> {
-        self.connects.clone()
+        self.0.connects.clone()
     }
 
     /// Which session the commands of this moment go to. Unchanged between two looks: no reconnect in between.
     pub fn session(&self) -> (String, u64) {
-        let info = self.client.server_info();
+        let info = self.0.client.server_info();
         (info.server_id, info.client_id)
     }
 
     /// The largest message that the broker takes, in bytes, headers included.
     pub fn max_payload(&self) -> usize {
-        self.client.max_payload()
+        self.0.client.max_payload()
     }
 
     /// Asks a stream to keep a message, once.
@@ -130,7 +135,7 @@ impl Broker {
     /// # Errors
     /// Refused for another reason than the precondition, or unknown; see [`StoreError`].
     pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
-        let answer = self.client.request_with_headers(subject.clone(), headers, payload).await;
+        let answer = self.0.client.request_with_headers(subject.clone(), headers, payload).await;
         let answer = answer.map_err(|error| match error.kind() {
             RequestErrorKind::NoResponders => {
                 StoreError::Refused { subject: subject.clone(), reason: "no stream listens there".to_owned() }
@@ -154,21 +159,21 @@ impl Broker {
 
     /// Publishes to whoever listens. Waits only while the connection's own queue is full.
     pub async fn say(&self, subject: impl Into<Subject>, payload: Bytes) {
-        if let Err(error) = self.client.publish(subject.into(), payload).await {
+        if let Err(error) = self.0.client.publish(subject.into(), payload).await {
             tracing::warn!(%error, "cannot publish");
         }
     }
 
     /// Waits until what was published has left this process, however long that takes.
     pub async fn sent(&self) {
-        if let Err(error) = self.client.flush().await {
+        if let Err(error) = self.0.client.flush().await {
             tracing::warn!(%error, "cannot flush");
         }
     }
 
     /// Sends what is buffered; gives up after a second.
     pub async fn flush(&self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.0.client.flush()).await;
     }
 }
 

@@ -1,11 +1,12 @@
 //! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
 
+mod hold; // until when the broker leaves a delivery to us
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::{self, AckKind};
-use async_nats::{Client, HeaderMap, StatusCode, Subscriber};
+use async_nats::jetstream::AckKind;
+use async_nats::{HeaderMap, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
@@ -18,6 +19,9 @@ use crate::broker::streams::{ACK_WAIT, Ready};
 use crate::contract;
 use crate::pipeline::Pipeline;
 use crate::pipeline::load::{Counted, Load, Room, Waiting};
+use hold::Held;
+
+pub use hold::{Hold, Holds, renew};
 
 /// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
 /// costs the broker one small request in that time.
@@ -65,12 +69,13 @@ impl Publication {
 #[must_use = "settle it, or the broker redelivers"]
 #[derive(Debug)]
 pub struct Delivery {
-    message: async_nats::Message,
-    client: Client,
+    payload: Bytes,
+    headers: Option<HeaderMap>,
+    broker: Broker,
     publication: Publication,
     delivered: i64,
     published: Timestamp,
-    hold: Arc<Hold>,
+    held: Held,
     received: Instant,
     waiting: Option<Waiting>,
     _bytes: Counted,
@@ -85,38 +90,15 @@ pub enum Settlement {
     HandBack,
 }
 
-/// Until when the broker leaves a delivery to us.
-#[derive(Debug)]
-pub struct Hold {
-    start: Instant,
-    renewed_ms: AtomicU64,
-}
-
-impl Hold {
-    fn new() -> Self {
-        Self { start: Instant::now(), renewed_ms: AtomicU64::new(0) }
-    }
-
-    /// The broker answered what was asked at `asked`, or delivered it to us again then.
-    pub fn renew_from(&self, asked: Instant) {
-        let millis = contract::millis(asked.duration_since(self.start));
-        self.renewed_ms.fetch_max(millis, Ordering::Relaxed);
-    }
-
-    fn age(&self) -> Duration {
-        self.start.elapsed().saturating_sub(Duration::from_millis(self.renewed_ms.load(Ordering::Relaxed)))
-    }
-}
-
 impl Delivery {
     /// What the Router published.
     pub fn payload(&self) -> &Bytes {
-        &self.message.payload
+        &self.payload
     }
 
     /// Its headers.
     pub fn headers(&self) -> Option<&HeaderMap> {
-        self.message.headers.as_ref()
+        self.headers.as_ref()
     }
 
     /// Which publication it carries.
@@ -143,41 +125,7 @@ impl Delivery {
 
     /// Whether the broker may have given it to another worker by now: then nothing may start on it.
     pub fn is_lapsed(&self) -> bool {
-        self.hold.age() >= ACK_WAIT
-    }
-
-    /// Awaits `work`, renewing the hold meanwhile. Only answered renewals count.
-    pub async fn held<T>(&self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        loop {
-            let due = (ACK_WAIT / 3).saturating_sub(self.hold.age());
-            tokio::select! {
-                biased;
-                done = &mut work => return done,
-                () = tokio::time::sleep(due.max(TICK)) => {}
-            }
-            tokio::select! {
-                biased;
-                done = &mut work => return done,
-                () = self.renew() => {}
-            }
-        }
-    }
-
-    /// Tells the broker that it is being worked on; on a lapsed hold it says nothing, since another may hold it now.
-    async fn renew(&self) {
-        if self.is_lapsed() {
-            return tokio::time::sleep(ACK_WAIT / 3).await;
-        }
-        let asked = Instant::now();
-        let Some(reply) = self.message.reply.clone() else { return };
-        match self.client.request(reply, AckKind::Progress.into()).await {
-            Ok(_) => self.hold.renew_from(asked),
-            Err(error) => {
-                tracing::debug!(%error, "a progress ack was not answered");
-                tokio::time::sleep(TICK).await;
-            }
-        }
+        self.held.hold().is_lapsed()
     }
 
     /// When the broker stored it.
@@ -187,7 +135,7 @@ impl Delivery {
 
     /// Its hold, for whoever hears of a renewal.
     pub fn hold(&self) -> Arc<Hold> {
-        Arc::clone(&self.hold)
+        Arc::clone(self.held.hold())
     }
 
     /// It has begun, or ended without beginning: it no longer counts as waiting here.
@@ -203,8 +151,8 @@ impl Delivery {
             Settlement::HandBack if self.is_lapsed() => return,
             Settlement::HandBack => AckKind::Nak(None),
         };
-        let Some(reply) = self.message.reply.clone() else { return };
-        if let Err(error) = self.client.publish(reply, kind.into()).await {
+        let reply = self.held.hold().reply().clone();
+        if let Err(error) = self.broker.client().publish(reply, kind.into()).await {
             tracing::debug!(%error, ?settlement, "cannot settle");
         }
     }
@@ -219,7 +167,7 @@ pub async fn take(
 ) {
     while !stop.is_cancelled() {
         let ready = streams.borrow_and_update().clone();
-        let puller = Puller::new(pipeline.broker.clone(), ready, Arc::clone(&pipeline.load));
+        let puller = Puller::new(&pipeline, ready);
         tokio::select! {
             ended = puller.run(|| pipeline.room(), &out, &stop) => {
                 if ended == Err(Vanished) {
@@ -244,6 +192,7 @@ struct Puller {
     created: Arc<str>,
     consumer: String,
     load: Arc<Load>,
+    holds: Holds,
 }
 
 /// One subscription's worth of pulls. A new one is made after each reconnect, so that what the broker still owed to
@@ -256,8 +205,15 @@ struct Pulls {
 }
 
 impl Puller {
-    fn new(broker: Broker, ready: Ready, load: Arc<Load>) -> Self {
-        Self { broker, stream: ready.stream.into(), created: ready.created.into(), consumer: ready.consumer, load }
+    fn new(pipeline: &Pipeline, ready: Ready) -> Self {
+        Self {
+            broker: pipeline.broker.clone(),
+            stream: ready.stream.into(),
+            created: ready.created.into(),
+            consumer: ready.consumer,
+            load: Arc::clone(&pipeline.load),
+            holds: pipeline.holds.clone(),
+        }
     }
 
     /// Sends chunks of deliveries to `out` until `stop`, and then until its open pulls have ended: what the broker still
@@ -352,30 +308,54 @@ impl Puller {
     }
 
     fn delivery(&self, message: async_nats::Message) -> Option<Delivery> {
-        let message = jetstream::Message { message, context: self.broker.jetstream().clone() };
-        let (sequence, delivered, published) = match message.info() {
-            Ok(info) => (info.stream_sequence, info.delivered, info.published.unix_timestamp_nanos()),
-            Err(error) => {
-                tracing::error!(%error, "the broker sent a message that is no delivery");
-                return None;
-            }
+        let async_nats::Message { payload, headers, reply, .. } = message;
+        let Some((reply, described)) = reply.and_then(|reply| Described::parse(&reply).map(|it| (reply, it))) else {
+            tracing::error!(subject = %message.subject, "the broker sent a message that is no delivery");
+            return None;
         };
-        let first_identity = message.headers.as_ref().and_then(|headers| headers.get(contract::HEADER_PUBLICATION));
-        let publication = first_identity.and_then(|header| Publication::parse(header.as_str())).unwrap_or_else(|| {
-            Publication { stream: Arc::clone(&self.stream), created: Arc::clone(&self.created), sequence }
-        });
-        let message = message.message;
+        let first_identity = headers.as_ref().and_then(|headers| headers.get(contract::HEADER_PUBLICATION));
+        let publication = first_identity.and_then(|header| Publication::parse(header.as_str()));
         Some(Delivery {
-            client: self.broker.client().clone(),
-            publication,
-            delivered,
-            hold: Arc::new(Hold::new()),
-            published: Timestamp::from_nanosecond(published).unwrap_or_default(),
+            broker: self.broker.clone(),
+            publication: publication.unwrap_or_else(|| Publication {
+                stream: Arc::clone(&self.stream),
+                created: Arc::clone(&self.created),
+                sequence: described.sequence,
+            }),
+            delivered: described.delivered,
+            published: described.published,
+            held: self.holds.take(reply),
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.load)),
-            _bytes: self.load.hold_bytes(message.payload.len()),
-            message,
+            _bytes: self.load.hold_bytes(payload.len()),
+            payload,
+            headers,
         })
+    }
+}
+
+/// What the broker says of a delivery, in the subject on which it wants to hear about it.
+#[derive(Debug, PartialEq, Eq)]
+struct Described {
+    /// How often it has been delivered, this time included.
+    delivered: i64,
+    /// Its place in the stream.
+    sequence: u64,
+    /// When the stream took it.
+    published: Timestamp,
+}
+
+impl Described {
+    /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<nanoseconds>.<pending>`; newer brokers
+    /// put a domain and an account before the stream, and may put more at the end.
+    fn parse(reply: &str) -> Option<Self> {
+        let tokens = reply.strip_prefix("$JS.ACK.")?;
+        let names = if tokens.split('.').count() > 7 { 4 } else { 2 };
+        let mut numbers = tokens.split('.').skip(names);
+        let delivered = numbers.next()?.parse().ok()?;
+        let sequence = numbers.next()?.parse().ok()?;
+        let nanoseconds: i64 = numbers.nth(1)?.parse().ok()?;
+        Some(Self { delivered, sequence, published: Timestamp::from_nanosecond(nanoseconds.into()).ok()? })
     }
 }
 
@@ -415,6 +395,22 @@ mod tests {
         assert_eq!(publication(header).to_header(), header);
         for bad in ["", "a,b", "a,b,c", "a,b,-1"] {
             assert_eq!(Publication::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_delivery_is_described_by_its_reply_subject_old_and_new() {
+        let published = "2026-11-26T01:02:03.000000004Z".parse().expect("a time");
+        let described = Some(Described { delivered: 2, sequence: 42, published });
+        for reply in [
+            "$JS.ACK.CAF_EXEC_ASSIGN.caf-workers.2.42.7.1795654923000000004.5",
+            "$JS.ACK._.AccountHash.CAF_EXEC_ASSIGN.caf-workers.2.42.7.1795654923000000004.5",
+            "$JS.ACK.hub.AccountHash.CAF_EXEC_ASSIGN.caf-workers.2.42.7.1795654923000000004.5.random",
+        ] {
+            assert_eq!(Described::parse(reply), described, "{reply}");
+        }
+        for other in ["_INBOX.a", "$JS.ACK.S.c.2", "$JS.ACK.S.c.two.42.7.1795654923000000004.5"] {
+            assert_eq!(Described::parse(other), None, "{other}");
         }
     }
 

@@ -75,6 +75,7 @@ async fn work(config: Config, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     };
     let Prepared { pipeline, keeper } = prepared;
     tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
+    tokio::spawn(intake::renew(Arc::clone(&pipeline), ended.clone()));
     let (chunks, waiting) = mpsc::channel(CHUNKS);
     let (streams, stop) = (keeper.watch(), CancellationToken::new());
     tokio::spawn(keeper.run(health.clone()));

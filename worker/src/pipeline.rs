@@ -24,7 +24,7 @@ use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits};
-use crate::intake::{Delivery, Settlement};
+use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
 use crate::report::dead_letter::DeadLetters;
 use crate::report::ledger::{Ledger, Record};
@@ -70,6 +70,7 @@ pub struct Pipeline {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) health: Health,
     pub(crate) load: Arc<Load>,
+    pub(crate) holds: Holds,
     /// Everything that still has a delivery.
     pub(crate) tasks: TaskTracker,
     /// Ends what still runs when the drain's time is up.
@@ -116,6 +117,7 @@ impl Pipeline {
             metrics,
             health,
             load: Arc::new(Load::default()),
+            holds: Holds::default(),
             tasks: TaskTracker::new(),
             cut: CancellationToken::new(),
             in_flight: InFlight::default(),
@@ -171,7 +173,7 @@ impl Pipeline {
     async fn execute(&self, mut arrival: Arrival, expected: u64) {
         let assignment = &arrival.assignment;
         let turn = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority);
-        let Ok(slot) = arrival.delivery.held(turn).await else {
+        let Ok(slot) = turn.await else {
             return arrival.delivery.settle(Settlement::HandBack).await;
         };
         arrival.delivery.started();
@@ -183,7 +185,7 @@ impl Pipeline {
         let work =
             execute::execute(&self.engine, &arrival.assignment, limits, sink, may_start).instrument(span.clone());
         let ended = tokio::select! {
-            ended = arrival.delivery.held(work) => ended,
+            ended = work => ended,
             () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
@@ -200,7 +202,7 @@ impl Pipeline {
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
     async fn finish(&self, arrival: Arrival, expected: u64, queued: Duration, execution: Execution) {
         let Arrival { delivery, assignment, .. } = &arrival;
-        if delivery.is_lapsed() && delivery.held(self.may_be_answered_already(delivery)).await {
+        if delivery.is_lapsed() && self.may_be_answered_already(delivery).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return;
         }
@@ -208,9 +210,9 @@ impl Pipeline {
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
         let result = self.encode(&mut step, assignment);
         let _held = self.load.hold_bytes(result.len());
-        match delivery.held(self.record(&arrival, expected, &mut step, result)).await {
+        match self.record(&arrival, expected, &mut step, result).await {
             Standing::Ours(result) => {
-                delivery.held(self.keep_failure(&arrival, &step, &failed)).await;
+                self.keep_failure(&arrival, &step, &failed).await;
                 self.note_outcome(assignment, &step);
                 self.publish(arrival, result).await;
             }
@@ -228,8 +230,7 @@ impl Pipeline {
             && let Some(fault) = record.fault.as_ref().filter(|fault| !fault.retryable)
         {
             let addressee = assignment.addressee();
-            let write = || self.dead_letters.rewrite(delivery, &addressee, fault);
-            delivery.held(self.until_definite(write)).await;
+            self.until_definite(|| self.dead_letters.rewrite(delivery, &addressee, fault)).await;
         }
         self.publish(arrival, record.result).await;
     }
@@ -238,7 +239,7 @@ impl Pipeline {
     async fn publish(&self, arrival: Arrival, result: Bytes) {
         let Arrival { delivery, assignment, span } = arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
-        delivery.held(self.outbox.publish(result).instrument(publish)).await;
+        self.outbox.publish(result).instrument(publish).await;
         delivery.settle(Settlement::Done).await;
     }
 

@@ -47,12 +47,12 @@ impl Pipeline {
         let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.settings.worker_id);
         match &ends {
             RejectionEnd::DeadLetter(stage) => {
-                delivery.held(self.keep_dead_letter(&delivery, &addressee, *stage, &fault, &[])).await;
+                self.keep_dead_letter(&delivery, &addressee, *stage, &fault, &[]).await;
             }
             RejectionEnd::Refused(key) => {
                 let stored = verdict.clone().unwrap_or_default();
                 let store = || self.ledger.write_refusal(key, delivery.publication(), stored.clone());
-                delivery.held(self.until_definite(store)).await;
+                self.until_definite(store).await;
             }
         }
         self.metrics.rejected(fault.cause);
