@@ -74,6 +74,8 @@ pub struct Config {
     pub dlq_exhausted: bool,
     /// Whether secrets in dead letters are replaced.
     pub dlq_redact: bool,
+    /// Where outcomes wait that the broker does not take.
+    pub outbox_dir: Option<PathBuf>,
     /// How long running work may take after SIGTERM.
     pub drain_timeout: Duration,
     /// Where probes and scrapes are answered.
@@ -170,6 +172,7 @@ impl Config {
             http_ca_file: input.optional(&s::HTTP_CA_FILE, values::file),
             dlq_exhausted: input.value(&s::DLQ_EXHAUSTED, values::switch),
             dlq_redact: input.value(&s::DLQ_REDACT, values::switch),
+            outbox_dir: input.optional(&s::OUTBOX_DIR, values::file),
             drain_timeout: input.value(&s::DRAIN_TIMEOUT, values::duration("0s", "1day")),
             prometheus_endpoint: input.value(&s::PROMETHEUS_ENDPOINT, values::socket_address),
             otlp_endpoint: input.optional(&s::OTLP_ENDPOINT, values::collector_url),

@@ -15,6 +15,7 @@ use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
 use beamline_worker::report::dead_letter::{self, DeadLetters};
+use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::{shutdown, telemetry};
 use tokio::net::TcpListener;
@@ -106,10 +107,11 @@ async fn prepare(config: &Config, health: &Health, metrics: Arc<Metrics>) -> any
     let engine = engine(config).map_err(anyhow::Error::msg)?;
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
-    let settings = pipeline_settings(config, &intake);
+    let settings = pipeline_settings(config, &intake)?;
     let keeper = Keeper::start(broker.clone(), intake, config.nats_create_streams, health).await?;
     let dead_letters = DeadLetters::new(broker.clone(), dead_letter_settings(config));
     let pipeline = Pipeline::new(settings, broker, dead_letters, schedule(config), engine, metrics, health.clone());
+    pipeline.record_spooled().await;
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
 }
 
@@ -138,14 +140,19 @@ fn address(config: &Config) -> Address {
     }
 }
 
-fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Settings {
-    pipeline::Settings {
+fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Result<pipeline::Settings> {
+    let spool = config.outbox_dir.clone().map(|directory| {
+        let failed = format!("--outbox-dir: {} cannot be used", directory.display());
+        Spool::open(directory).context(failed)
+    });
+    Ok(pipeline::Settings {
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
         dlq_exhausted: config.dlq_exhausted,
-    }
+        spool: spool.transpose()?,
+    })
 }
 
 fn dead_letter_settings(config: &Config) -> dead_letter::Settings {

@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::report::dead_letter::DeadLetters;
 use crate::report::ledger::{Ledger, Record};
 use crate::report::outbox::Outbox;
+use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::Schedule;
 use crate::telemetry::{self, SpanIds};
@@ -55,6 +56,8 @@ pub struct Settings {
     pub max_cpu_time: Duration,
     /// Whether retryable errors become dead letters when their attempts are used up.
     pub dlq_exhausted: bool,
+    /// Where outcomes wait that the broker does not take.
+    pub spool: Option<Spool>,
 }
 
 /// Everything that an assignment meets between the broker's delivery and its settlement.
@@ -202,7 +205,7 @@ impl Pipeline {
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
     async fn finish(&self, arrival: Arrival, expected: u64, queued: Duration, execution: Execution) {
         let Arrival { delivery, assignment, .. } = &arrival;
-        if delivery.is_lapsed() && self.may_be_answered_already(delivery).await {
+        if delivery.is_lapsed() && self.may_be_answered_already(delivery.published()).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return;
         }

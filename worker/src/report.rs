@@ -3,6 +3,7 @@
 pub mod dead_letter; // what is kept of an assignment that failed for good
 pub mod ledger; // one record per assignment
 pub mod outbox; // results on their way to the Router
+pub mod spool; // outcomes on a disk while the broker is away
 pub mod stream; // bodies on their way to the Router while their block still runs
 
 use std::time::Duration;

@@ -140,6 +140,13 @@ pub(super) const DLQ_EXHAUSTED: Setting = setting(
 );
 pub(super) const DLQ_REDACT: Setting =
     setting("dlq-redact", "WORKER_DLQ_REDACT", "", Some("false"), "Replace secrets in dead letters by \"[redacted]\"");
+pub(super) const OUTBOX_DIR: Setting = setting(
+    "outbox-dir",
+    "WORKER_OUTBOX_DIR",
+    "DIR",
+    None,
+    "Keeps outcomes that the broker does not take, over a restart too",
+);
 pub(super) const DRAIN_TIMEOUT: Setting = setting(
     "drain-timeout",
     "WORKER_DRAIN_TIMEOUT",
@@ -191,7 +198,7 @@ pub(super) const GROUPS: [(&str, &[Setting]); 6] = [
         ],
     ),
     ("Blocks", &[SANDBOX_MODE, FS_ROOTS, EGRESS_POLICY, EGRESS_ALLOW, EGRESS_DENY, HTTP_CONNECT_TIMEOUT, HTTP_CA_FILE]),
-    ("Shutdown and dead letters", &[DRAIN_TIMEOUT, DLQ_EXHAUSTED, DLQ_REDACT]),
+    ("Shutdown and dead letters", &[DRAIN_TIMEOUT, OUTBOX_DIR, DLQ_EXHAUSTED, DLQ_REDACT]),
     ("Observability", &[PROMETHEUS_ENDPOINT, OTLP_ENDPOINT, LOG_FORMAT, LOG_LEVEL]),
 ];
 

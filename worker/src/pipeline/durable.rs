@@ -1,26 +1,32 @@
 //! Writes that must become definite: each is repeated until the broker has surely done or refused it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use jiff::Timestamp;
+use serde_json::value::RawValue;
 
 use super::{Arrival, Pipeline};
 use crate::admin::Concern;
-use crate::assignment::{Addressee, Assignment, AssignmentKey};
+use crate::assignment::{Addressee, Assignment, AssignmentKey, TenantId};
 use crate::broker::{StoreError, Stored};
 use crate::execute::{Attempt, backoff};
 use crate::fault::Fault;
-use crate::intake::Delivery;
+use crate::intake::{Delivery, Publication};
 use crate::report::StepResult;
 use crate::report::dead_letter::Stage;
 use crate::report::ledger::Record;
+use crate::report::spool::Outcome;
 
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
 const ENVELOPE_BYTES: usize = 8 * 1024;
 /// The broker's limit counts a record's headers too; they have no more than this.
 const HEADER_BYTES: usize = 1024;
+/// So long may the broker take before an outcome is kept on the disk too.
+const SPOOL_AFTER: Duration = Duration::from_millis(500);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
@@ -53,7 +59,8 @@ impl Pipeline {
                     outcome => outcome,
                 }
             };
-            if let Stored::At(_) = self.until_definite(write).await {
+            let outcome = || outcome(delivery, key, expected, &result);
+            if let Stored::At(_) = self.spooled(outcome, self.until_definite(write)).await {
                 return Standing::Ours(result);
             }
             if may_shrink && result.len() > self.largest_result() {
@@ -67,6 +74,57 @@ impl Pipeline {
                 Some(record) if may_replace(&record, delivery) => expected = record.sequence,
                 Some(record) => return Standing::Theirs(record),
             }
+        }
+    }
+
+    /// Awaits a write; where that takes long and there is a disk for it, the outcome lies there meanwhile.
+    async fn spooled<T>(&self, outcome: impl Fn() -> Option<Outcome>, writing: impl Future<Output = T>) -> T {
+        let Some(spool) = self.settings.spool.clone() else { return writing.await };
+        let mut writing = std::pin::pin!(writing);
+        if let Ok(written) = tokio::time::timeout(SPOOL_AFTER, &mut writing).await {
+            return written;
+        }
+        let Some(outcome) = outcome().map(Arc::new) else { return writing.await };
+        let keeping = tokio::task::spawn_blocking({
+            let (spool, outcome) = (spool.clone(), Arc::clone(&outcome));
+            move || spool.keep(&outcome)
+        });
+        if let Ok(Err(error)) = keeping.await {
+            tracing::warn!(%error, "an outcome cannot be kept on the disk: only this worker's memory has it");
+        }
+        let written = writing.await;
+        spool.forget(&outcome);
+        written
+    }
+
+    /// Records what a worker that ended could not: before anything is pulled, so that its redelivery finds it.
+    pub async fn record_spooled(&self) {
+        let Some(spool) = &self.settings.spool else { return };
+        let kept = spool.kept().unwrap_or_else(|error| {
+            tracing::error!(%error, "the outcomes on the disk cannot be read");
+            Vec::new()
+        });
+        for outcome in kept {
+            self.record_outcome(&outcome).await;
+            spool.forget(&outcome);
+        }
+    }
+
+    async fn record_outcome(&self, outcome: &Outcome) {
+        let assignment_id = outcome.assignment_id.as_str();
+        let result = Bytes::copy_from_slice(outcome.result.get().as_bytes());
+        let identity = TenantId::parse(&outcome.tenant_id).zip(Publication::parse(&outcome.publication));
+        let Some((tenant, publication)) = identity.filter(|_| result.len() <= self.largest_result()) else {
+            return tracing::error!(assignment_id, "discarded an outcome from the disk that cannot be recorded");
+        };
+        if self.may_be_answered_already(outcome.published).await {
+            return tracing::warn!(assignment_id, "discarded a late outcome from the disk");
+        }
+        let key = AssignmentKey { tenant, assignment_id: assignment_id.into() };
+        let write = || self.ledger.write(&key, &publication, outcome.expected, result.clone());
+        match self.until_definite(write).await {
+            Stored::At(_) => tracing::info!(assignment_id, "recorded an outcome from the disk"),
+            Stored::Refused => tracing::info!(assignment_id, "an outcome from the disk was superseded"),
         }
     }
 
@@ -138,8 +196,8 @@ impl Pipeline {
     }
 
     /// On a lapsed hold another worker may have recorded an outcome that has been dropped since. Unknown counts as so.
-    pub(super) async fn may_be_answered_already(&self, delivery: &Delivery) -> bool {
-        match self.ledger.may_have_dropped_since(delivery.published()).await {
+    pub(super) async fn may_be_answered_already(&self, published: Timestamp) -> bool {
+        match self.ledger.may_have_dropped_since(published).await {
             Ok(may_have_dropped) => may_have_dropped,
             Err(error) => {
                 tracing::warn!(%error, "cannot tell whether a late outcome is still wanted");
@@ -180,4 +238,16 @@ pub(super) fn may_replace(record: &Record, delivery: &Delivery) -> bool {
 /// Between two tries of a write.
 fn pause(attempt: u32) -> Duration {
     backoff::doubling(FIRST_PAUSE, MAX_PAUSE, attempt, fastrand::f64())
+}
+
+/// As it is kept on the disk. What we encode ourselves is JSON, so there is always one.
+fn outcome(delivery: &Delivery, key: &AssignmentKey, expected: u64, result: &Bytes) -> Option<Outcome> {
+    Some(Outcome {
+        tenant_id: key.tenant.as_str().to_owned(),
+        assignment_id: key.assignment_id.to_string(),
+        publication: delivery.publication().to_header(),
+        published: delivery.published(),
+        expected,
+        result: RawValue::from_string(String::from_utf8(result.to_vec()).ok()?).ok()?,
+    })
 }

@@ -1,0 +1,75 @@
+//! Outcomes while the broker is away: kept in memory, with `--outbox-dir` on a disk, and published when it is back.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::path::Path;
+use std::time::Duration;
+
+use beamline_tests::rig::Rig;
+use beamline_tests::router::{Router, assignment};
+use beamline_tests::wait::{until, within};
+use beamline_tests::worker::Worker;
+
+/// After a hold has lapsed.
+const LAPSE: Duration = Duration::from_secs(40);
+
+fn files(directory: &Path) -> usize {
+    std::fs::read_dir(directory).map_or(0, |entries| {
+        entries.filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|ext| ext == "json")).count()
+    })
+}
+
+#[tokio::test]
+async fn an_outcome_survives_its_worker_while_the_broker_is_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let flag = format!("--outbox-dir={}", directory.path().join("outbox").display());
+    let mut rig = Rig::start(&[&flag]).await;
+    let payload = assignment("acme", "kept", rig.call("/gate/kept"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/kept", 1).await;
+    rig.nats.kill();
+    rig.worker.unready("connection").await;
+    rig.peer.open("kept");
+    until("the outcome is on the disk", async || files(&directory.path().join("outbox")) == 1).await;
+    rig.worker.kill();
+    rig.nats.restart();
+    let second = rig.another("worker-2").flag(&flag).start(&rig.nats).await;
+    let router = Router::connect(&rig.nats.url()).await;
+    let record = within(LAPSE, "the outcome is recorded", async || router.record(&payload).await).await;
+    assert_eq!(files(&directory.path().join("outbox")), 0);
+    router.settled(LAPSE).await;
+    assert_eq!(rig.peer.hits("/gate/kept").len(), 1, "it has run once");
+    assert_eq!(second.metric("worker_results_replayed_total").await, 1.0, "the redelivery was answered by the record");
+    let result: serde_json::Value = serde_json::from_slice(&record.payload).unwrap();
+    assert_eq!(result["metadata"]["worker_id"], "worker-1");
+}
+
+#[tokio::test]
+async fn an_outcome_in_memory_is_recorded_when_the_broker_is_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(&[&format!("--outbox-dir={}", directory.path().display())]).await;
+    let payload = assignment("acme", "back", rig.call("/gate/back"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/back", 1).await;
+    rig.nats.kill();
+    rig.worker.unready("connection").await;
+    rig.peer.open("back");
+    until("the outcome is on the disk", async || files(directory.path()) == 1).await;
+    rig.nats.restart();
+    let router = Router::connect(&rig.nats.url()).await;
+    within(LAPSE, "the outcome is recorded", async || router.record(&payload).await).await;
+    until("the disk is empty", async || files(directory.path()) == 0).await;
+    router.settled(LAPSE).await;
+    assert_eq!(rig.peer.hits("/gate/back").len(), 1, "it has run once");
+}
+
+#[tokio::test]
+async fn an_outbox_that_cannot_be_written_is_said_at_the_start() {
+    let rig = Rig::start(&[]).await;
+    let ending = Worker::named("worker-2")
+        .flag("--outbox-dir=/proc/outbox")
+        .flag(format!("--nats-url={}", rig.nats.url()))
+        .end()
+        .await;
+    assert_eq!(ending.code, Some(1));
+    assert!(ending.said.contains("--outbox-dir: /proc/outbox cannot be used"), "{}", ending.said);
+}

@@ -1,0 +1,155 @@
+//! Outcomes that wait for the broker on a disk, where they survive the end of this worker.
+//!
+//! One file each, and only while its record cannot be written: the dead letter, the publication and the settlement
+//! follow from the record when the broker delivers the assignment again.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+
+/// A directory of outcomes.
+#[derive(Clone, Debug)]
+pub struct Spool {
+    directory: PathBuf,
+}
+
+/// An outcome whose record has not been written yet.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Whose work it was.
+    pub tenant_id: String,
+    /// The Router's id of it.
+    pub assignment_id: String,
+    /// Which publication it answers, as a header says it.
+    pub publication: String,
+    /// When the broker stored that publication.
+    pub published: Timestamp,
+    /// What the record's sequence must be for it to be written.
+    pub expected: u64,
+    /// The ExecResult, byte for byte.
+    pub result: Box<RawValue>,
+}
+
+impl Spool {
+    /// Makes the directory where it is missing, and proves that files can be written there.
+    ///
+    /// # Errors
+    /// Why that is not so.
+    pub fn open(directory: PathBuf) -> io::Result<Self> {
+        std::fs::create_dir_all(&directory)?;
+        let spool = Self { directory };
+        let proof = spool.directory.join(".proof");
+        write_whole(&proof, b"")?;
+        std::fs::remove_file(proof)?;
+        Ok(spool)
+    }
+
+    /// Keeps an outcome until [`Self::forget`]; a power failure does not undo it.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn keep(&self, outcome: &Outcome) -> io::Result<()> {
+        write_whole(&self.file_of(outcome), &serde_json::to_vec(outcome)?)
+    }
+
+    /// Forgets an outcome whose record stands.
+    pub fn forget(&self, outcome: &Outcome) {
+        match std::fs::remove_file(self.file_of(outcome)) {
+            // Another worker with the same directory was faster.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "an outcome on the disk could not be removed: it is written again at the next start");
+            }
+            _ => {}
+        }
+    }
+
+    /// Everything that was kept. A file that is none of ours is left where it is.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn kept(&self) -> io::Result<Vec<Outcome>> {
+        let mut kept = Vec::new();
+        for entry in std::fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "json") {
+                match std::fs::read(&path).map(|bytes| serde_json::from_slice(&bytes)) {
+                    Ok(Ok(outcome)) => kept.push(outcome),
+                    Ok(Err(error)) => tracing::error!(file = %path.display(), %error, "this file is no outcome"),
+                    Err(error) => tracing::error!(file = %path.display(), %error, "an outcome cannot be read"),
+                }
+            }
+        }
+        Ok(kept)
+    }
+
+    fn file_of(&self, outcome: &Outcome) -> PathBuf {
+        let identity = [&outcome.tenant_id, &outcome.assignment_id, &outcome.publication].map(|part| part.as_bytes());
+        let digest = Sha256::digest(identity.join(&b'\0'));
+        let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.directory.join(name + ".json")
+    }
+}
+
+/// A file is there whole or not at all.
+fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temp = path.with_extension("tmp");
+    let mut file = File::create(&temp)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&temp, path)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(assignment_id: &str) -> Outcome {
+        Outcome {
+            tenant_id: "acme".to_owned(),
+            assignment_id: assignment_id.to_owned(),
+            publication: "CAF_EXEC_ASSIGN,2026-11-23T09:00:00Z,7".to_owned(),
+            published: "2026-11-23T09:00:01Z".parse().unwrap(),
+            expected: 0,
+            result: RawValue::from_string(r#"{"status": "success"}"#.to_owned()).unwrap(),
+        }
+    }
+
+    #[test]
+    fn an_outcome_is_kept_byte_for_byte_until_it_is_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let spool = Spool::open(directory.path().join("outbox")).unwrap();
+        for id in ["a", "../../b", &"é".repeat(100)] {
+            spool.keep(&outcome(id)).unwrap();
+            spool.keep(&outcome(id)).unwrap();
+            let again = Spool::open(directory.path().join("outbox")).unwrap();
+            let kept = again.kept().unwrap();
+            assert_eq!(kept.len(), 1);
+            assert_eq!((kept[0].assignment_id.as_str(), kept[0].result.get()), (id, r#"{"status": "success"}"#));
+            again.forget(&kept[0]);
+            again.forget(&kept[0]);
+            assert!(again.kept().unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_no_outcome_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let spool = Spool::open(directory.path().to_owned()).unwrap();
+        for (name, content) in [("half.json", "{\"tenant_id\":"), ("x.tmp", "{}"), ("README", "")] {
+            std::fs::write(directory.path().join(name), content).unwrap();
+        }
+        assert!(spool.kept().unwrap().is_empty());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_place_where_nothing_can_be_written_is_noticed_at_once() {
+        assert!(Spool::open("/proc/outbox".into()).is_err());
+    }
+}
