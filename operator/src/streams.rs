@@ -1,8 +1,8 @@
-//! The streams and the consumer of a pool: what they must be, what is created, what is compared. Nothing here deletes,
+//! The streams, buckets and consumers of a pool: what they must be, what is created, what is compared. Nothing here deletes,
 //! and of what exists only `max_ack_pending` is ever altered, upwards.
 //!
 //! A worker that is started alone creates the same ones. Subjects, retention, storage, discard, `max_msgs_per_subject`,
-//! `allow_direct`, `no_ack` and the consumer's filter, ack policy, `ack_wait` and `max_deliver` must match; replicas,
+//! `allow_direct`, `no_ack`, `allow_msg_ttl` and the consumers' filter, ack policy, `ack_wait` and `max_deliver` must match; replicas,
 //! ages and sizes are the administrator's once a stream exists.
 
 use std::time::Duration;
@@ -26,6 +26,16 @@ pub const RESULTS: &str = "CAF_EXEC_RESULT";
 pub const DEAD_LETTERS: &str = "CAF_EXEC_DLQ";
 /// Subject of the dead letters themselves; very large originals travel beside them.
 pub const DEAD_LETTER_SUBJECT: &str = "caf.exec.dlq.v1";
+
+/// Cancels and answers to approvals, of all pools.
+const CONTROL: &str = "CAF_EXEC_CONTROL";
+/// What all workers of all pools take them from.
+const CONTROL_CONSUMER: &str = "caf-control";
+
+/// A control message is of no use after the longest deadline that an assignment can have.
+const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+/// What is known about one assignment, beside its record.
+const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
 
 /// How long a worker holds a delivery before another gets it.
 const ACK_WAIT: Duration = Duration::from_secs(10);
@@ -53,8 +63,17 @@ fn escaped(text: &str) -> String {
 }
 
 /// All streams that a pool depends on.
-pub fn streams(nats: &Nats) -> [Config; 3] {
-    [intake(nats), results(nats), dead_letters(nats)]
+pub fn streams(nats: &Nats) -> [Config; 8] {
+    [
+        intake(nats),
+        results(nats),
+        dead_letters(nats),
+        control(nats),
+        bucket(nats, "caf-cancel", NOTE_RETENTION),
+        bucket(nats, "caf-approvals", Duration::ZERO),
+        bucket(nats, "caf-answers", NOTE_RETENTION),
+        bucket(nats, "caf-deliveries", NOTE_RETENTION),
+    ]
 }
 
 /// Assignments: each for one worker, never dropped to make room.
@@ -102,6 +121,36 @@ fn dead_letters(nats: &Nats) -> Config {
     }
 }
 
+/// Control messages: a worker answers whoever asks for an answer, so the broker must not.
+fn control(nats: &Nats) -> Config {
+    Config {
+        name: CONTROL.to_owned(),
+        subjects: vec!["caf.exec.cancel.v1".to_owned(), "caf.human.response.v1".to_owned()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_age: CONTROL_RETENTION,
+        no_ack: true,
+        ..stream(nats)
+    }
+}
+
+/// Small values by key, as every client of NATS keeps them.
+fn bucket(nats: &Nats, name: &str, max_age: Duration) -> Config {
+    Config {
+        name: format!("KV_{name}"),
+        subjects: vec![format!("$KV.{name}.>")],
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::New,
+        max_messages_per_subject: 1,
+        max_age,
+        allow_direct: true,
+        allow_rollup: true,
+        deny_delete: true,
+        allow_message_ttl: true,
+        ..stream(nats)
+    }
+}
+
 fn stream(nats: &Nats) -> Config {
     Config {
         storage: match nats.streams.storage {
@@ -131,6 +180,18 @@ pub fn consumer(nats: &Nats, max_ack_pending: i64) -> pull::Config {
     }
 }
 
+/// The durable consumer that shares the control messages among the workers of all pools.
+pub fn control_consumer() -> pull::Config {
+    pull::Config {
+        durable_name: Some(CONTROL_CONSUMER.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_deliver: UNLIMITED,
+        max_waiting: MAX_WAITING,
+        ..pull::Config::default()
+    }
+}
+
 /// Deliveries that this many workers may hold at once: the broker's limit is for all of them together, and one that is
 /// too low idles workers silently.
 pub fn max_ack_pending(workers: i32, slots_per_worker: i32) -> i64 {
@@ -146,7 +207,8 @@ pub async fn ensure(jetstream: &Context, nats: &Nats, max_ack_pending: i64) -> R
     for wanted in streams(nats) {
         ensure_stream(jetstream, wanted, nats.streams.manage).await?;
     }
-    ensure_consumer(jetstream, nats, max_ack_pending).await
+    ensure_consumer(jetstream, nats, CONTROL, control_consumer()).await?;
+    ensure_consumer(jetstream, nats, &intake_stream(&nats.subject), consumer(nats, max_ack_pending)).await
 }
 
 async fn ensure_stream(jetstream: &Context, wanted: Config, manage: bool) -> Result<(), BrokerError> {
@@ -173,19 +235,22 @@ pub(crate) fn is_missing(kind: &GetStreamErrorKind) -> bool {
     matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
-async fn ensure_consumer(jetstream: &Context, nats: &Nats, max_ack_pending: i64) -> Result<(), BrokerError> {
-    let stream = intake_stream(&nats.subject);
-    let name = &nats.queue_group;
-    let wanted = consumer(nats, max_ack_pending);
+async fn ensure_consumer(
+    jetstream: &Context,
+    nats: &Nats,
+    stream: &str,
+    wanted: pull::Config,
+) -> Result<(), BrokerError> {
+    let name = wanted.durable_name.clone().unwrap_or_default();
     let handle = jetstream
-        .get_stream_no_info(&stream)
+        .get_stream_no_info(stream)
         .await
         .map_err(|error| BrokerError::unanswered(format!("for stream {stream}"), &error))?;
-    match handle.consumer_info(name).await {
+    match handle.consumer_info(&name).await {
         Ok(found) => {
-            compare_consumer(&stream, &wanted, &found.config)?;
-            if nats.streams.manage && found.config.max_ack_pending < max_ack_pending {
-                grow(jetstream, &stream, found.config, max_ack_pending).await?;
+            compare_consumer(stream, &wanted, &found.config)?;
+            if nats.streams.manage && found.config.max_ack_pending < wanted.max_ack_pending {
+                grow(jetstream, stream, found.config, wanted.max_ack_pending).await?;
             }
             Ok(())
         }
@@ -193,25 +258,26 @@ async fn ensure_consumer(jetstream: &Context, nats: &Nats, max_ack_pending: i64)
             if !nats.streams.manage {
                 return Err(BrokerError::Unmanaged { what: format!("consumer {name} of stream {stream}") });
             }
-            create_consumer(&handle, nats, wanted).await
+            create_consumer(&handle, stream, wanted).await
         }
         Err(error) => Err(BrokerError::unanswered(format!("for consumer {name} of stream {stream}"), &error)),
     }
 }
 
-async fn create_consumer(stream: &Stream<()>, nats: &Nats, wanted: pull::Config) -> Result<(), BrokerError> {
-    let (stream_name, name) = (intake_stream(&nats.subject), &nats.queue_group);
-    match stream.create_consumer_strict(wanted).await {
+async fn create_consumer(handle: &Stream<()>, stream: &str, wanted: pull::Config) -> Result<(), BrokerError> {
+    let name = wanted.durable_name.clone().unwrap_or_default();
+    let subject = wanted.filter_subject.clone();
+    match handle.create_consumer_strict(wanted).await {
         Ok(_) => {
-            tracing::info!(stream = %stream_name, consumer = %name, "created the consumer");
+            tracing::info!(%stream, consumer = %name, "created the consumer");
             Ok(())
         }
-        Err(error) if is_not_unique(&error.kind()) => Err(match rival(stream, &nats.subject).await {
-            Some(group) => BrokerError::Taken { subject: nats.subject.clone(), group, pool: None },
-            None => BrokerError::refused(format!("consumer {name} of stream {stream_name} cannot be created"), &error),
+        Err(error) if is_not_unique(&error.kind()) => Err(match rival(handle, &subject).await {
+            Some(group) => BrokerError::Taken { subject, group, pool: None },
+            None => BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error),
         }),
         Err(error) => {
-            Err(BrokerError::refused(format!("consumer {name} of stream {stream_name} cannot be created"), &error))
+            Err(BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error))
         }
     }
 }
@@ -261,7 +327,8 @@ fn compare_stream(wanted: &Config, found: &Config) -> Result<(), BrokerError> {
     let per_subject = |config: &Config| limit(config.max_messages_per_subject);
     same(&what, "max_msgs_per_subject", &per_subject(wanted), &per_subject(found))?;
     same(&what, "allow_direct", &wanted.allow_direct, &found.allow_direct)?;
-    same(&what, "no_ack", &wanted.no_ack, &found.no_ack)
+    same(&what, "no_ack", &wanted.no_ack, &found.no_ack)?;
+    same(&what, "allow_msg_ttl", &wanted.allow_message_ttl, &found.allow_message_ttl)
 }
 
 fn compare_consumer(stream: &str, wanted: &pull::Config, found: &consumer::Config) -> Result<(), BrokerError> {
@@ -364,7 +431,7 @@ mod tests {
     fn each_setting_that_the_contract_names_is_compared() {
         type Alter = fn(&mut Config);
         let wanted = results(&nats("{}"));
-        let broken: [(&str, Alter); 7] = [
+        let broken: [(&str, Alter); 8] = [
             ("subjects", |config| config.subjects = vec!["caf.exec.ledger.>".to_owned()]),
             ("retention", |config| config.retention = RetentionPolicy::Interest),
             ("storage", |config| config.storage = StorageType::Memory),
@@ -372,6 +439,7 @@ mod tests {
             ("max_msgs_per_subject", |config| config.max_messages_per_subject = -1),
             ("allow_direct", |config| config.allow_direct = false),
             ("no_ack", |config| config.no_ack = true),
+            ("allow_msg_ttl", |config| config.allow_message_ttl = true),
         ];
         for (name, alter) in broken {
             let mut found = wanted.clone();

@@ -37,10 +37,21 @@ fn pool(spec: Value) -> ValidPool {
 fn expect_the_same_streams(nats: Value) {
     let pool = pool(json!({"nats": nats}));
     let source = Source { subject: pool.nats.subject.clone(), queue_group: pool.nats.queue_group.clone() };
+    let [cancels, approvals, answers, deliveries] = expected::buckets();
     assert_eq!(
         streams::streams(&pool.nats),
-        [expected::assignments(&source), expected::results(), expected::dead_letters()]
+        [
+            expected::assignments(&source),
+            expected::results(),
+            expected::dead_letters(),
+            expected::control(),
+            cancels,
+            approvals,
+            answers,
+            deliveries,
+        ]
     );
+    assert_eq!(streams::control_consumer(), expected::control_consumer());
     let consumer = expected::consumer(&source);
     assert_eq!(streams::consumer(&pool.nats, consumer.max_ack_pending), consumer);
 }

@@ -643,8 +643,21 @@ async fn missing_streams_are_made_as_the_contract_says() {
             retention: RetentionPolicy::Limits,
             discard: DiscardPolicy::New,
             max_age: std::time::Duration::from_secs(30 * 24 * 3600),
-            ..common
+            ..common.clone()
         },
+        Config {
+            name: "CAF_EXEC_CONTROL".to_owned(),
+            subjects: vec!["caf.exec.cancel.v1".to_owned(), "caf.human.response.v1".to_owned()],
+            retention: RetentionPolicy::WorkQueue,
+            discard: DiscardPolicy::New,
+            max_age: std::time::Duration::from_secs(30 * 24 * 3600),
+            no_ack: true,
+            ..common.clone()
+        },
+        bucket("caf-cancel", 24, &common),
+        bucket("caf-approvals", 0, &common),
+        bucket("caf-answers", 24, &common),
+        bucket("caf-deliveries", 24, &common),
     ];
     let names: BTreeSet<String> = {
         use futures::TryStreamExt;
@@ -662,7 +675,9 @@ async fn missing_streams_are_made_as_the_contract_says() {
         let settings = |config: &Config| {
             let Config { subjects, retention, discard, storage, max_age, num_replicas, no_ack, .. } = config.clone();
             let subjects: BTreeSet<String> = subjects.into_iter().collect();
-            format!("{subjects:?} {retention:?} {discard:?} {storage:?} {max_age:?} {num_replicas} {no_ack}")
+            let allow_message_ttl = config.allow_message_ttl;
+            let ages = format!("{max_age:?} {allow_message_ttl}");
+            format!("{subjects:?} {retention:?} {discard:?} {storage:?} {ages} {num_replicas} {no_ack}")
         };
         assert_eq!(settings(&found), settings(&wanted), "{name}");
         assert!(found.allow_direct || !wanted.allow_direct, "{name}");
@@ -671,6 +686,23 @@ async fn missing_streams_are_made_as_the_contract_says() {
     assert_eq!((consumer.durable_name.as_deref(), consumer.filter_subject.as_str()), (Some("caf-workers"), ASSIGN));
     assert_eq!((consumer.ack_policy, consumer.ack_wait), (AckPolicy::Explicit, std::time::Duration::from_secs(10)));
     assert_eq!((consumer.max_deliver, consumer.deliver_subject), (-1, None));
+    let control = rig.router.stream("CAF_EXEC_CONTROL").await.consumer_info("caf-control").await.unwrap().config;
+    assert_eq!((control.ack_policy, control.ack_wait), (AckPolicy::Explicit, std::time::Duration::from_secs(10)));
+    assert_eq!((control.max_deliver, control.filter_subject.as_str()), (-1, ""));
+}
+
+fn bucket(name: &str, hours: u64, common: &Config) -> Config {
+    Config {
+        name: format!("KV_{name}"),
+        subjects: vec![format!("$KV.{name}.>")],
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::New,
+        max_messages_per_subject: 1,
+        max_age: std::time::Duration::from_secs(hours * 3600),
+        allow_direct: true,
+        allow_message_ttl: true,
+        ..common.clone()
+    }
 }
 
 /// The streams and the consumer that another worker has made, so that a test can make them anew with a change.
@@ -678,7 +710,7 @@ async fn made_by_a_worker() -> (Rig, Vec<Config>, pull::Config) {
     let mut rig = Rig::start(&[]).await;
     rig.worker.kill();
     let mut configs = Vec::new();
-    for name in ["CAF_EXEC_ASSIGN", "CAF_EXEC_RESULT", "CAF_EXEC_DLQ"] {
+    for name in ["CAF_EXEC_ASSIGN", "CAF_EXEC_RESULT", "CAF_EXEC_DLQ", "CAF_EXEC_CONTROL", "KV_caf-cancel"] {
         configs.push(rig.router.stream(name).await.cached_info().config.clone());
     }
     let consumer = pull::Config {
@@ -691,6 +723,10 @@ async fn made_by_a_worker() -> (Rig, Vec<Config>, pull::Config) {
         ..pull::Config::default()
     };
     (rig, configs, consumer)
+}
+
+fn named(name: &str, consumer: &pull::Config) -> pull::Config {
+    pull::Config { durable_name: Some(name.to_owned()), ..consumer.clone() }
 }
 
 async fn make_anew(router: &Router, config: &Config) {
@@ -717,6 +753,9 @@ async fn a_stream_that_breaks_the_contract_ends_the_worker_and_stays_as_it_is() 
         ("storage", change(1, |config| config.storage = StorageType::Memory)),
         ("subjects", change(2, |config| config.subjects = vec![DLQ.to_owned()])),
         ("discard", change(2, |config| config.discard = DiscardPolicy::Old)),
+        ("no_ack", change(3, |config| config.no_ack = false)),
+        ("max_msgs_per_subject", change(4, |config| config.max_messages_per_subject = 2)),
+        ("allow_msg_ttl", change(4, |config| config.allow_message_ttl = false)),
     ];
     for (field, config) in cases {
         make_anew(&rig.router, &config).await;
@@ -785,8 +824,12 @@ async fn told_not_to_create_streams_a_worker_waits_for_them() {
     for config in &good {
         make_anew(&rig.router, config).await;
     }
-    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
     let reasons = worker.unready("consumer").await;
+    assert!(reasons.contains("caf-control"), "{reasons}");
+    let control = pull::Config { filter_subject: String::new(), ..named("caf-control", &consumer) };
+    rig.router.stream("CAF_EXEC_CONTROL").await.create_consumer(control).await.unwrap();
+    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
+    let reasons = worker.unready("caf-workers").await;
     assert!(reasons.contains("caf-workers"), "{reasons}");
     stream.create_consumer(consumer).await.unwrap();
     worker.ready().await;

@@ -1,5 +1,6 @@
 //! The connection to NATS: the only place that knows how to reach it and what its answers mean.
 
+pub mod kv; // small values by key
 pub mod streams; // what the worker needs there, and how it must be set
 
 use std::path::PathBuf;

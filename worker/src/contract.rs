@@ -28,6 +28,10 @@ pub const STREAM: &str = "caf.exec.stream.v1";
 pub const LEDGER: &str = "caf.exec.ledger";
 /// A stored refusal lives at `caf.exec.refused.<tenant>.<assignment_id>`.
 pub const REFUSED: &str = "caf.exec.refused";
+/// Where cancels come in.
+pub const CANCEL: &str = "caf.exec.cancel.v1";
+/// Where answers to requests for approval come in.
+pub const APPROVAL_ANSWER: &str = "caf.human.response.v1";
 
 /// The version of every message here.
 pub const VERSION: &str = "1";

@@ -1,4 +1,4 @@
-//! The streams and the consumer that the contract needs. Creates what is missing; never alters or deletes.
+//! The streams, buckets and consumers that the contract needs. Creates what is missing; never alters or deletes.
 //!
 //! The operator decides the same in a pool's name; a test holds the two together.
 
@@ -22,6 +22,20 @@ pub const DLQ_STREAM: &str = "CAF_EXEC_DLQ";
 /// Holds assignments that came in on [`contract::ASSIGN`].
 pub const ASSIGN_STREAM: &str = "CAF_EXEC_ASSIGN";
 
+/// Holds cancels and answers to approvals until a worker takes them: they outlive a pool at zero.
+pub const CONTROL_STREAM: &str = "CAF_EXEC_CONTROL";
+/// What all workers of all pools take control messages from.
+pub const CONTROL_CONSUMER: &str = "caf-control";
+
+/// Cancels that stand.
+pub const CANCEL_BUCKET: &str = "caf-cancel";
+/// Open requests for approval.
+pub const APPROVAL_BUCKET: &str = "caf-approvals";
+/// Answers that came before their request.
+pub const ANSWER_BUCKET: &str = "caf-answers";
+/// Deliveries that came back on purpose.
+pub const DELIVERY_BUCKET: &str = "caf-deliveries";
+
 /// A hold on a delivery lasts this long from its last progress ack.
 pub const ACK_WAIT: Duration = Duration::from_secs(10);
 /// How many deliveries may be unsettled over all workers, where no operator sizes it to its pool.
@@ -35,6 +49,10 @@ const LOOK_ANYWAY: Duration = Duration::from_secs(30);
 const RESULT_RETENTION: Duration = Duration::from_secs(3600);
 const RESULT_MAX_MESSAGES: i64 = 2_000_000;
 const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+/// A control message is of no use after the longest deadline that an assignment can have.
+const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+/// What is known about one assignment, beside its record.
+const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
 
 /// Where this worker's assignments wait.
 #[derive(Clone, Debug)]
@@ -172,9 +190,11 @@ impl Intake {
 /// # Errors
 /// See [`StreamsError`]; a mismatch never heals by waiting.
 async fn ensure(js: &jetstream::Context, intake: &Intake, create: bool) -> Result<Ready, StreamsError> {
-    for wanted in [results(), dead_letters()] {
+    for wanted in [results(), dead_letters()].into_iter().chain(buckets()) {
         ensure_stream(js, wanted, create).await?;
     }
+    let stream = ensure_stream(js, control(), create).await?;
+    ensure_consumer(&stream, control_consumer(), create).await?;
     let stream = ensure_stream(js, assignments(intake), create).await?;
     ensure_consumer(&stream, consumer(intake), create).await?;
     let info = stream.cached_info();
@@ -227,6 +247,48 @@ pub fn dead_letters() -> Config {
     }
 }
 
+/// Where control messages wait. The broker acknowledges none of them: a request is answered by a worker.
+pub fn control() -> Config {
+    Config {
+        name: CONTROL_STREAM.to_owned(),
+        subjects: vec![contract::CANCEL.to_owned(), contract::APPROVAL_ANSWER.to_owned()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        max_age: CONTROL_RETENTION,
+        no_ack: true,
+        ..unlimited()
+    }
+}
+
+/// The streams of all buckets.
+pub fn buckets() -> [Config; 4] {
+    [
+        bucket(CANCEL_BUCKET, NOTE_RETENTION),
+        bucket(APPROVAL_BUCKET, Duration::ZERO),
+        bucket(ANSWER_BUCKET, NOTE_RETENTION),
+        bucket(DELIVERY_BUCKET, NOTE_RETENTION),
+    ]
+}
+
+/// As every client of NATS keeps a bucket; the mark of a removed key may have an age of its own.
+fn bucket(name: &str, max_age: Duration) -> Config {
+    Config {
+        name: format!("KV_{name}"),
+        subjects: vec![format!("$KV.{name}.>")],
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        max_messages_per_subject: 1,
+        max_age,
+        allow_direct: true,
+        allow_rollup: true,
+        deny_delete: true,
+        allow_message_ttl: true,
+        ..unlimited()
+    }
+}
+
 fn unlimited() -> Config {
     Config {
         max_bytes: -1,
@@ -247,6 +309,18 @@ pub fn consumer(intake: &Intake) -> pull::Config {
         ack_wait: ACK_WAIT,
         max_deliver: -1,
         max_ack_pending: MAX_ACK_PENDING,
+        max_waiting: MAX_WAITING,
+        ..pull::Config::default()
+    }
+}
+
+/// What hands control messages out.
+pub fn control_consumer() -> pull::Config {
+    pull::Config {
+        durable_name: Some(CONTROL_CONSUMER.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_deliver: -1,
         max_waiting: MAX_WAITING,
         ..pull::Config::default()
     }
@@ -327,6 +401,7 @@ fn compare_stream(what: &str, found: &Config, wanted: &Config) -> Result<(), Str
         ("max_msgs_per_subject", per_subject(found), per_subject(wanted)),
         ("allow_direct", found.allow_direct.to_string(), wanted.allow_direct.to_string()),
         ("no_ack", found.no_ack.to_string(), wanted.no_ack.to_string()),
+        ("allow_msg_ttl", found.allow_message_ttl.to_string(), wanted.allow_message_ttl.to_string()),
     ];
     first_mismatch(what, settings)
 }

@@ -1,0 +1,349 @@
+//! Small values by key: a bucket is a stream that keeps one message for each key.
+//!
+//! Reads go to the stream's leader, never to a replica that lags: whoever stores first and looks second misses nothing.
+
+use std::time::Duration;
+
+use async_nats::header::{NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, NATS_LAST_CONSUMER, NATS_MESSAGE_TTL};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
+use async_nats::jetstream::stream::LastRawMessageErrorKind;
+use async_nats::{HeaderMap, StatusCode, Subscriber, jetstream};
+use bytes::Bytes;
+use futures::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+
+use super::{Broker, StoreError, Stored};
+use crate::admin::{Concern, Health};
+use crate::execute::backoff;
+
+const OPERATION: &str = "KV-Operation";
+const REMOVAL: &str = "DEL";
+/// The broker's own mark for a key whose value it has removed.
+const MARKER: &str = "Nats-Marker-Reason";
+/// Seconds that the mark of a removed key is kept, for watchers that are away: a bucket may have no age limit.
+const REMOVAL_SECONDS: &str = "3600";
+/// A silent bucket says that it is there this often.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How long the broker keeps what follows a bucket for somebody who has gone.
+const GONE: Duration = Duration::from_secs(30);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// Changes that may wait for whoever watches.
+const CHANGES: usize = 1024;
+
+/// A bucket; cheap to clone. A key is made of tokens, each escaped ([`crate::contract::escape`]), with dots between.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    broker: Broker,
+    name: &'static str,
+}
+
+/// A value as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its key.
+    pub key: String,
+    /// Byte for byte.
+    pub value: Bytes,
+    /// The precondition for replacing or removing it.
+    pub revision: u64,
+    /// When the broker stored it.
+    pub stored: Timestamp,
+}
+
+/// What a watcher is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Forget what was known: everything that there is follows. The first change, and again after each break.
+    Anew,
+    /// The key has this value.
+    Put(Entry),
+    /// The key has been removed. Nobody says so of a value that was too old.
+    Removed(String),
+    /// Everything that there was has been told.
+    Current,
+}
+
+/// The broker could not be asked, or did not answer: ask again.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read bucket {bucket}: {reason}")]
+pub struct ReadError {
+    bucket: &'static str,
+    reason: String,
+}
+
+impl Bucket {
+    /// The bucket of this name, which [`super::streams`] looks after.
+    pub const fn new(broker: Broker, name: &'static str) -> Self {
+        Self { broker, name }
+    }
+
+    /// The value of a key.
+    ///
+    /// # Errors
+    /// Not known: ask again.
+    pub async fn get(&self, key: &str) -> Result<Option<Entry>, ReadError> {
+        Ok(self.last(key).await?.and_then(Kept::value))
+    }
+
+    /// Stores a value for a key that has none; [`Stored::Refused`] where it has one.
+    ///
+    /// # Errors
+    /// Not stored or not known, see [`StoreError`]. Asked again, a refusal may mean that the first try was stored.
+    pub async fn create(&self, key: &str, value: Bytes) -> Result<Stored, StoreError> {
+        match self.update(key, value.clone(), 0).await? {
+            Stored::At(revision) => Ok(Stored::At(revision)),
+            // The mark of a removed key counts as a message, but not as a value.
+            Stored::Refused => match self.last(key).await {
+                Ok(Some(Kept::Removed { revision, .. })) => self.update(key, value, revision).await,
+                Ok(Some(Kept::Value(_)) | None) => Ok(Stored::Refused),
+                Err(error) => Err(StoreError::Unknown { subject: self.subject(key), reason: error.to_string() }),
+            },
+        }
+    }
+
+    /// Stores a value whatever there is, and returns its revision.
+    ///
+    /// # Errors
+    /// Not stored or not known, see [`StoreError`].
+    pub async fn put(&self, key: &str, value: Bytes) -> Result<u64, StoreError> {
+        match self.broker.store(self.subject(key), HeaderMap::new(), value).await? {
+            Stored::At(revision) => Ok(revision),
+            Stored::Refused => {
+                Err(StoreError::Refused { subject: self.subject(key), reason: "a precondition".to_owned() })
+            }
+        }
+    }
+
+    /// Replaces the value of this revision; [`Stored::Refused`] where the key has another one, or none.
+    ///
+    /// # Errors
+    /// Not stored or not known, see [`StoreError`]. Asked again, a refusal may mean that the first try was stored.
+    pub async fn update(&self, key: &str, value: Bytes, revision: u64) -> Result<Stored, StoreError> {
+        self.broker.store(self.subject(key), expecting(revision), value).await
+    }
+
+    /// Removes the value of this revision; [`Stored::Refused`] where the key has another one, or none.
+    ///
+    /// # Errors
+    /// Not removed or not known, see [`StoreError`]. Asked again, a refusal may mean that the first try did it.
+    pub async fn delete(&self, key: &str, revision: u64) -> Result<Stored, StoreError> {
+        let mut headers = expecting(revision);
+        headers.insert(OPERATION, REMOVAL);
+        headers.insert(NATS_MESSAGE_TTL, REMOVAL_SECONDS);
+        self.broker.store(self.subject(key), headers, Bytes::new()).await
+    }
+
+    /// All values whose key fits a pattern such as `acme.*` or `>`, in the order in which they were stored.
+    ///
+    /// # Errors
+    /// Not known: ask again.
+    pub async fn list(&self, pattern: &str) -> Result<Vec<Entry>, ReadError> {
+        let mut follower = self.follow(pattern).await?;
+        let mut entries: Vec<Entry> = Vec::new();
+        loop {
+            match follower.next().await? {
+                Change::Put(entry) => {
+                    entries.retain(|known| known.key != entry.key);
+                    entries.push(entry);
+                }
+                Change::Removed(key) => entries.retain(|known| known.key != key),
+                Change::Current => return Ok(entries),
+                Change::Anew => {}
+            }
+        }
+    }
+
+    /// Tells everything that there is and each change, for as long as the receiver lives. It begins again from the
+    /// start when the connection was lost, a message was missed or the bucket was made anew.
+    pub fn watch(&self, health: Health) -> mpsc::Receiver<Change> {
+        let (changes, receiver) = mpsc::channel(CHANGES);
+        let bucket = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = bucket.tell(&changes, &health) => {}
+                () = changes.closed() => {}
+            }
+        });
+        receiver
+    }
+
+    async fn tell(&self, changes: &mpsc::Sender<Change>, health: &Health) {
+        let mut connects = self.broker.connects();
+        let mut failures = 0;
+        loop {
+            connects.mark_unchanged();
+            let told = tokio::select! {
+                told = self.tell_once(changes, &mut failures) => told,
+                _ = connects.changed() => Ok(()),
+            };
+            if let Err(error) = told {
+                tracing::debug!(%error, "watching a bucket anew");
+                // Whoever keeps the streams makes a missing one, once it knows.
+                if failures > 0 && !health.is_raised(Concern::NatsDisconnected) {
+                    health.raise(Concern::StreamsUnavailable, error.to_string());
+                }
+                tokio::time::sleep(backoff::doubling(FIRST_PAUSE, MAX_PAUSE, failures, fastrand::f64())).await;
+                failures += 1;
+            }
+        }
+    }
+
+    async fn tell_once(&self, changes: &mpsc::Sender<Change>, failures: &mut u32) -> Result<(), ReadError> {
+        let mut follower = self.follow(">").await?;
+        *failures = 0;
+        let mut change = Change::Anew;
+        while changes.send(change).await.is_ok() {
+            change = follower.next().await?;
+        }
+        Ok(())
+    }
+
+    async fn follow(&self, pattern: &str) -> Result<Follower, ReadError> {
+        let client = self.broker.client();
+        let inbox = client.new_inbox();
+        let messages = client.subscribe(inbox.clone()).await.map_err(|error| self.unread(&error))?;
+        let config = push::Config {
+            deliver_subject: inbox,
+            deliver_policy: DeliverPolicy::LastPerSubject,
+            filter_subject: self.subject(pattern),
+            ack_policy: AckPolicy::None,
+            max_deliver: 1,
+            idle_heartbeat: HEARTBEAT,
+            flow_control: true,
+            memory_storage: true,
+            num_replicas: 1,
+            inactive_threshold: GONE,
+            ..push::Config::default()
+        };
+        let made = self.broker.jetstream().create_consumer_on_stream(config, self.stream()).await;
+        let made = made.map_err(|error| self.unread(&error))?;
+        // The broker may have sent some before it counted what is left: only each message says that for certain.
+        let info = made.cached_info();
+        let is_empty = info.num_pending == 0 && info.delivered.consumer_sequence == 0;
+        let left = if is_empty { 0 } else { u64::MAX };
+        Ok(Follower { bucket: self.clone(), messages, sequence: 0, left, is_current: false })
+    }
+
+    /// The last message of a key, a mark included.
+    async fn last(&self, key: &str) -> Result<Option<Kept>, ReadError> {
+        let stream = self.broker.jetstream().get_stream_no_info(self.stream()).await;
+        let stream = stream.map_err(|error| self.unread(&error))?;
+        match stream.get_last_raw_message_by_subject(&self.subject(key)).await {
+            Ok(message) => {
+                let stored = Timestamp::from_nanosecond(message.time.unix_timestamp_nanos()).unwrap_or_default();
+                Ok(Some(Kept::read(key.to_owned(), Some(&message.headers), message.payload, message.sequence, stored)))
+            }
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(self.unread(&error)),
+        }
+    }
+
+    fn stream(&self) -> String {
+        format!("KV_{}", self.name)
+    }
+
+    fn subject(&self, key: &str) -> String {
+        format!("$KV.{}.{key}", self.name)
+    }
+
+    fn unread(&self, reason: &dyn std::fmt::Display) -> ReadError {
+        ReadError { bucket: self.name, reason: reason.to_string() }
+    }
+}
+
+fn expecting(revision: u64) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, revision.to_string());
+    headers
+}
+
+/// The last message of a key.
+enum Kept {
+    Value(Entry),
+    Removed { key: String, revision: u64 },
+}
+
+impl Kept {
+    fn read(key: String, headers: Option<&HeaderMap>, value: Bytes, revision: u64, stored: Timestamp) -> Self {
+        match headers.is_some_and(|headers| headers.get(OPERATION).or_else(|| headers.get(MARKER)).is_some()) {
+            true => Self::Removed { key, revision },
+            false => Self::Value(Entry { key, value, revision, stored }),
+        }
+    }
+
+    fn value(self) -> Option<Entry> {
+        match self {
+            Self::Value(entry) => Some(entry),
+            Self::Removed { .. } => None,
+        }
+    }
+}
+
+/// What the broker sends to one inbox, without a gap: the last message of each key, then each further one.
+struct Follower {
+    bucket: Bucket,
+    messages: Subscriber,
+    /// Of the last message.
+    sequence: u64,
+    /// What had been stored when this began and has not come yet.
+    left: u64,
+    is_current: bool,
+}
+
+impl Follower {
+    /// # Errors
+    /// A gap, or no sign of life: what has changed since is not known.
+    async fn next(&mut self) -> Result<Change, ReadError> {
+        loop {
+            if self.left == 0 && !self.is_current {
+                self.is_current = true;
+                return Ok(Change::Current);
+            }
+            let next = tokio::time::timeout(3 * HEARTBEAT, self.messages.next()).await;
+            let message = next.ok().flatten().ok_or_else(|| self.bucket.unread(&"it has gone silent"))?;
+            match message.status {
+                None => return self.change(message),
+                Some(StatusCode::IDLE_HEARTBEAT) => self.heartbeat(message).await?,
+                Some(status) => return Err(self.bucket.unread(&status)),
+            }
+        }
+    }
+
+    fn change(&mut self, message: async_nats::Message) -> Result<Change, ReadError> {
+        let message = jetstream::Message { message, context: self.bucket.broker.jetstream().clone() };
+        let info = message.info().map_err(|error| self.bucket.unread(&error))?;
+        if info.consumer_sequence != self.sequence + 1 {
+            return Err(self.bucket.unread(&"a message was missed"));
+        }
+        (self.sequence, self.left) = (info.consumer_sequence, self.left.saturating_sub(1).min(info.pending));
+        let stored = Timestamp::from_nanosecond(info.published.unix_timestamp_nanos()).unwrap_or_default();
+        let revision = info.stream_sequence;
+        let message = message.message;
+        let key = message.subject.strip_prefix(&self.bucket.subject("")).unwrap_or_default().to_owned();
+        Ok(match Kept::read(key, message.headers.as_ref(), message.payload, revision, stored) {
+            Kept::Value(entry) => Change::Put(entry),
+            Kept::Removed { key, .. } => Change::Removed(key),
+        })
+    }
+
+    /// A request to go on sending is answered; a sign of silence shows whether everything has come.
+    async fn heartbeat(&mut self, message: async_nats::Message) -> Result<(), ReadError> {
+        if let Some(reply) = message.reply {
+            self.bucket.broker.say(reply, Bytes::new()).await;
+            return Ok(());
+        }
+        let header = |name| message.headers.as_ref().and_then(|headers| headers.get(name));
+        if header("Nats-Consumer-Stalled").is_some() {
+            return Ok(());
+        }
+        let sent = header(NATS_LAST_CONSUMER.as_ref()).and_then(|sent| sent.as_str().parse().ok());
+        if sent.is_some_and(|sent: u64| sent != self.sequence) {
+            return Err(self.bucket.unread(&"a message was missed"));
+        }
+        // What was too old by now does not come any more.
+        self.left = 0;
+        Ok(())
+    }
+}
