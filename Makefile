@@ -40,13 +40,16 @@ test-worker: ## The worker's suites on a real NATS
 test-cluster: ## The operator's and the chart's suites on a real Kubernetes
 	@tests/run.sh cluster
 
-test-faults: ## Workers and the broker killed under load, for a minute
+test-faults: ## Workers and the broker killed under load, and workers killed between any two steps: two minutes
 	@tests/run.sh faults
 
 campaign-kill: ## The same at length, with pauses and partitions: N assignments (2000000), SEED
 	@tests/run.sh campaign-kill
 
+campaign-crash: ## Every kind of work meets every fault between any two of its steps: SEED
+	@tests/run.sh campaign-crash
+
 bench: ## Figures of the worker beside the bare limit, in one run
 	@tests/run.sh bench
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill bench
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill campaign-crash bench

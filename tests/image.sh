@@ -14,6 +14,7 @@ programs() {
   [[ -r /etc/ssl/certs/ca-certificates.crt ]] || require update-ca-certificates=ca-certificates
   build -p beamline-worker -p beamline-operator
   stage target/image/context beamline_worker beamline-operator
+  ! grep -q BEAMLINE_FAILPOINTS target/image/context/* || die "the worker of the image has fail-points"
   install -m 644 /etc/ssl/certs/ca-certificates.crt target/image/context/
 }
 

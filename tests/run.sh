@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh check|unit|worker|faults|cluster|demo|bench|campaign-kill …
+# usage: run.sh check|unit|worker|faults|cluster|demo|bench|campaign-kill|campaign-crash …
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -54,6 +54,7 @@ demo() { tests/demo/demo.sh; }
 faults() {
   cargo build --workspace --bins
   campaign debug kill --assignments 20000 --rate 400 --least worker-kill=20 --least broker-kill=2
+  campaign debug crash --faults kill
 }
 
 campaign-kill() {
@@ -61,6 +62,12 @@ campaign-kill() {
   cargo build --release --workspace --bins
   campaign release kill --assignments "$assignments" --workers 8 --broker-every 30 --disturb-every 5 \
     --least worker-kill=$((assignments / 10000)) --least broker-kill=$((assignments / 200000))
+}
+
+# A build with debug assertions: only such ones have fail-points.
+campaign-crash() {
+  cargo build --workspace --bins
+  campaign debug crash
 }
 
 # campaign PROFILE ARGUMENT…: its last line is the answer, as JSON.
@@ -82,8 +89,8 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | worker | faults | cluster | demo | bench | campaign-kill) ;;
-    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill" ;;
+    check | unit | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash) ;;
+    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash" ;;
   esac
   say "== $step"
   started=$SECONDS

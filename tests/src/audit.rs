@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::journal::{Fact, Outcome};
+use serde::Serialize;
+
+use crate::journal::{End, Fact, Outcome};
 use crate::peer::Hit;
 use crate::router::{Heard, Key, Kind, Router, json};
 
@@ -119,6 +121,26 @@ pub struct Findings {
     pub stranded: u64,
     /// The first of them, one sentence each.
     pub violations: Vec<String>,
+}
+
+/// How long orphaned work waited until it ran again, in milliseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Recovery {
+    samples: usize,
+    p50: i64,
+    p99: i64,
+    max: i64,
+}
+
+impl Recovery {
+    /// Of sorted times.
+    pub fn of(times: &[i64]) -> Self {
+        let at = |share: f64| {
+            let index = (times.len() as f64 * share) as usize;
+            times.get(index.min(times.len().saturating_sub(1))).copied().unwrap_or(0)
+        };
+        Self { samples: times.len(), p50: at(0.5), p99: at(0.99), max: at(1.0) }
+    }
 }
 
 /// Gathers the facts when everything is settled, and returns what does not hold: one sentence for each violation.
@@ -254,12 +276,16 @@ impl Audit {
         self.bounded_effects(token, story, found);
     }
 
-    /// I1: what the broker accepted has a record, or was refused.
+    /// I1: what the broker accepted has a record, or was refused; what failed for good is also a dead letter.
     fn no_loss(&self, token: &str, story: &Story, found: &mut Findings) {
         let is_ended = story.record.is_some() || story.is_refused || story.is_rejected || story.has_letter;
         if story.is_acked && !is_ended {
             found.lost += 1;
             found.tell(format!("I1: {token} has neither a record nor a refusal"));
+        }
+        if !story.has_letter && story.record.is_some_and(|(outcome, _)| outcome.end == End::Failed) {
+            found.lost += 1;
+            found.tell(format!("I1: {token} failed for good, and there is no dead letter of it"));
         }
     }
 
@@ -268,7 +294,7 @@ impl Audit {
         let record = story.record.map(|(outcome, _)| outcome);
         let unheard = record.filter(|record| !story.results.contains(record));
         let all = || story.results.iter().copied().chain(unheard);
-        let finals = all().filter(|outcome| !outcome.is_retryable).count();
+        let finals = all().filter(|outcome| outcome.end != End::Retryable).count();
         if all().count() > story.tried as usize || finals > 1 {
             found.duplicates += 1;
             let tried = story.tried;
@@ -302,7 +328,7 @@ impl Audit {
             found.excess += 1;
             found.tell(format!("I5: {} requests for {token}", story.effects));
         }
-        let recorded = story.record.filter(|(outcome, _)| !outcome.is_retryable).map(|(_, at)| at);
+        let recorded = story.record.filter(|(outcome, _)| outcome.end != End::Retryable).map(|(_, at)| at);
         if let Some((limit, at)) = self.rules.at_it.zip(recorded) {
             let after = story.last_effect - at;
             if u128::try_from(after).is_ok_and(|after| after > limit.as_millis()) {
@@ -344,9 +370,10 @@ impl Findings {
 mod tests {
     use super::*;
 
-    const FINAL: Outcome = Outcome { digest: 1, is_retryable: false };
-    const OTHER: Outcome = Outcome { digest: 2, is_retryable: false };
-    const RETRYABLE: Outcome = Outcome { digest: 3, is_retryable: true };
+    const FINAL: Outcome = Outcome { digest: 1, end: End::Done };
+    const OTHER: Outcome = Outcome { digest: 2, end: End::Done };
+    const RETRYABLE: Outcome = Outcome { digest: 3, end: End::Retryable };
+    const FAILED: Outcome = Outcome { digest: 4, end: End::Failed };
     const ACCEPTED: Fact = Fact::Verdict { is_accepted: true };
     const REJECTED: Fact = Fact::Verdict { is_accepted: false };
     const SETTLED: Left = Left { messages: 0, pending: 0, unsettled: 0, deliveries: 1 };
@@ -390,6 +417,7 @@ mod tests {
     fn each_broken_promise_is_noticed() {
         let also = |fact: Fact| [&GOOD[..], &[fact]].concat();
         notices("I1", &GOOD[..3], &[], SETTLED);
+        notices("I1", &[&GOOD[..4], &[Fact::Result(FAILED)]].concat(), &[record(FAILED)], SETTLED);
         notices("I2", &also(Fact::Result(OTHER)), &[record(FINAL)], SETTLED);
         notices("I2", &GOOD, &[record(OTHER)], SETTLED);
         notices("I2", &GOOD[..4], &[record(FINAL)], SETTLED);

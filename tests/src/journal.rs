@@ -45,8 +45,19 @@ pub enum Fact {
 pub struct Outcome {
     /// Of the bytes.
     pub digest: u64,
-    /// Whether it is an error that a new publication may replace.
-    pub is_retryable: bool,
+    /// What follows from it.
+    pub end: End,
+}
+
+/// What follows from a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Nothing more: success, cancelled, too late for good.
+    Done,
+    /// An error for good, of which a dead letter is kept.
+    Failed,
+    /// A new publication may replace it.
+    Retryable,
 }
 
 impl Outcome {
@@ -54,7 +65,13 @@ impl Outcome {
     pub fn of(result: &[u8]) -> Self {
         let mut hasher = DefaultHasher::new();
         result.hash(&mut hasher);
-        Self { digest: hasher.finish(), is_retryable: json(result)["error"]["retryable"] == true }
+        let said = json(result);
+        let end = match (said["status"] == "error", said["error"]["retryable"] == true) {
+            (_, true) => End::Retryable,
+            (true, false) => End::Failed,
+            (false, false) => End::Done,
+        };
+        Self { digest: hasher.finish(), end }
     }
 }
 
@@ -109,8 +126,9 @@ impl Display for Fact {
             Self::Acked => f.write_str("acked"),
             Self::Verdict { is_accepted: true } => f.write_str("accepted"),
             Self::Verdict { is_accepted: false } => f.write_str("rejected"),
-            Self::Result(Outcome { digest, is_retryable: false }) => write!(f, "final {digest:x}"),
-            Self::Result(Outcome { digest, is_retryable: true }) => write!(f, "retryable {digest:x}"),
+            Self::Result(Outcome { digest, end: End::Done }) => write!(f, "done {digest:x}"),
+            Self::Result(Outcome { digest, end: End::Failed }) => write!(f, "failed {digest:x}"),
+            Self::Result(Outcome { digest, end: End::Retryable }) => write!(f, "retryable {digest:x}"),
             Self::Effect { at } => write!(f, "effect {at}"),
             Self::Orphaned { at } => write!(f, "orphaned {at}"),
             Self::Missed => f.write_str("missed"),
@@ -128,17 +146,18 @@ impl FromStr for Fact {
     fn from_str(line: &str) -> Result<Self, Unknown> {
         let (word, number) = line.split_once(' ').unwrap_or((line, ""));
         let at = || number.parse().map_err(|_| Unknown);
-        let outcome = |is_retryable| {
+        let outcome = |end| {
             let digest = u64::from_str_radix(number, 16).map_err(|_| Unknown)?;
-            Ok(Self::Result(Outcome { digest, is_retryable }))
+            Ok(Self::Result(Outcome { digest, end }))
         };
         match word {
             "tried" => Ok(Self::Tried),
             "acked" => Ok(Self::Acked),
             "accepted" => Ok(Self::Verdict { is_accepted: true }),
             "rejected" => Ok(Self::Verdict { is_accepted: false }),
-            "final" => outcome(false),
-            "retryable" => outcome(true),
+            "done" => outcome(End::Done),
+            "failed" => outcome(End::Failed),
+            "retryable" => outcome(End::Retryable),
             "effect" => Ok(Self::Effect { at: at()? }),
             "orphaned" => Ok(Self::Orphaned { at: at()? }),
             "missed" => Ok(Self::Missed),
@@ -155,14 +174,15 @@ mod tests {
     fn what_is_written_is_read() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("facts");
-        let outcome = |is_retryable| Fact::Result(Outcome { digest: u64::MAX, is_retryable });
+        let outcome = |end| Fact::Result(Outcome { digest: u64::MAX, end });
         let facts = [
             Fact::Tried,
             Fact::Acked,
             Fact::Verdict { is_accepted: true },
             Fact::Verdict { is_accepted: false },
-            outcome(true),
-            outcome(false),
+            outcome(End::Done),
+            outcome(End::Failed),
+            outcome(End::Retryable),
             Fact::Effect { at: 7 },
             Fact::Orphaned { at: 8 },
             Fact::Missed,

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use beamline_crds::WorkerPool;
+use beamline_tests::failpoint::POINTS;
 use beamline_worker::config::Invocation;
+use beamline_worker::failpoint::Point;
 use beamline_worker::metrics::Metrics;
 use kube::CustomResourceExt;
 use serde_json::Value;
@@ -227,6 +229,21 @@ fn the_command_list_names_the_commands() {
     for command in ["demo", "test", "check", "bench", "image", "cluster-up", "cluster-down", "kubeconfig"] {
         let is_listed = help.lines().any(|line| line.split_whitespace().next() == Some(command));
         assert!(is_listed, "`make help` does not name {command}:\n{help}");
+    }
+}
+
+#[test]
+fn the_crash_sweep_knows_every_point_of_the_worker() {
+    assert_eq!(POINTS, Point::ALL.map(Point::as_str));
+}
+
+#[test]
+fn shipped_programs_have_no_fail_points() {
+    for profile in ["profile.release", "profile.fast"] {
+        let manifest = read("Cargo.toml");
+        let settings = manifest.split(&format!("[{profile}]")).nth(1).expect("a profile");
+        let settings = settings.split("\n[").next().unwrap_or_default();
+        assert!(!settings.contains("debug-assertions"), "{profile} has debug assertions");
     }
 }
 

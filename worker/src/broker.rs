@@ -55,6 +55,13 @@ struct Connections {
     connects: watch::Receiver<u64>,
 }
 
+/// One connection to one server, from its greeting to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    server: Arc<str>,
+    connection: u64,
+}
+
 /// What became of a message that a stream was asked to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
@@ -121,9 +128,9 @@ impl Broker {
     }
 
     /// Which session the commands of this moment go to. Unchanged between two looks: no reconnect in between.
-    pub fn session(&self) -> (String, u64) {
+    pub fn session(&self) -> Session {
         let info = self.0.client.server_info();
-        (info.server_id, info.client_id)
+        Session { server: info.server_id.into(), connection: info.client_id }
     }
 
     /// The largest message that the broker takes, in bytes, headers included.

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use crate::assignment::Assignment;
 use crate::blocks::pieces::Sink;
 use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
+use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
 use cpu::CpuTime;
 
@@ -133,10 +134,13 @@ pub async fn execute(
 async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope) -> Result<Output, Fault> {
     let block = &assignment.block;
     let work = async {
-        match engine {
+        failpoint::reach(Point::BeforeEffect).await;
+        let outcome = match engine {
             Engine::Real(blocks) => blocks.run(block, scope).await,
             Engine::Sandbox(_) => sandbox::run(block, &assignment.sandbox, scope).await,
-        }
+        };
+        failpoint::reach(Point::AfterEffect).await;
+        outcome
     };
     let outcome = AssertUnwindSafe(work).catch_unwind().await;
     outcome.unwrap_or_else(|panic| Err(Fault::new(Cause::Internal, format!("internal error: {}", words(&*panic)))))

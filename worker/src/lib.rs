@@ -18,3 +18,4 @@ pub mod admin; // probes and scrapes
 pub mod metrics; // what is counted
 pub mod telemetry; // logs and traces
 pub mod shutdown; // one way down
+pub mod failpoint; // where a fault campaign stops a test build

@@ -24,11 +24,12 @@ use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits};
+use crate::failpoint::{self, Point};
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
 use crate::report::dead_letter::DeadLetters;
 use crate::report::ledger::{Ledger, Record};
-use crate::report::outbox::Outbox;
+use crate::report::outbox::{Outbox, Said};
 use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::Schedule;
@@ -86,6 +87,7 @@ pub struct Pipeline {
 struct Arrival {
     delivery: Delivery,
     assignment: Assignment,
+    said: Said,
     /// `worker.assignment.receive`: from its arrival to its settlement.
     span: Span,
 }
@@ -110,9 +112,9 @@ impl Pipeline {
         health: Health,
     ) -> Self {
         Self {
-            settings,
             ledger: Ledger::new(broker.clone()),
-            outbox: Outbox::start(broker.clone()),
+            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
+            settings,
             broker,
             dead_letters,
             schedule,
@@ -138,16 +140,20 @@ impl Pipeline {
     /// request what is recorded of the rest.
     async fn accept(self: &Arc<Self>, chunk: Vec<Delivery>) -> Vec<Accepted> {
         let mut arrivals = Vec::with_capacity(chunk.len());
+        let session = self.broker.session();
         for delivery in chunk {
             if delivery.delivered() > 1 {
                 self.metrics.redelivered();
             }
+            failpoint::reach(Point::Pulled).await;
             match self.judge(&delivery) {
                 Ok(assignment) => {
                     let verdict = report::accepted(&assignment, &self.settings.worker_id);
-                    self.broker.say(self.settings.verdict_subject.clone(), verdict).await;
+                    self.broker.say(self.settings.verdict_subject.clone(), verdict.clone()).await;
+                    failpoint::reach(Point::Accepted).await;
                     let span = self.receive_span(&delivery, &assignment);
-                    arrivals.push(Arrival { delivery, assignment, span });
+                    let said = Said { verdict, session: session.clone() };
+                    arrivals.push(Arrival { delivery, assignment, said, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -158,6 +164,7 @@ impl Pipeline {
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
     async fn carry_out(self: Arc<Self>, accepted: Accepted) {
         let Accepted { arrival, record, flight } = accepted;
+        failpoint::reach(Point::LookedUp).await;
         match record {
             Some(record) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
@@ -180,6 +187,7 @@ impl Pipeline {
             return arrival.delivery.settle(Settlement::HandBack).await;
         };
         arrival.delivery.started();
+        failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
         let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
@@ -213,8 +221,10 @@ impl Pipeline {
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
         let result = self.encode(&mut step, assignment);
         let _held = self.load.hold_bytes(result.len());
+        failpoint::reach(Point::BeforeRecord).await;
         match self.record(&arrival, expected, &mut step, result).await {
             Standing::Ours(result) => {
+                failpoint::reach(Point::AfterRecord).await;
                 self.keep_failure(&arrival, &step, &failed).await;
                 self.note_outcome(assignment, &step);
                 self.publish(arrival, result).await;
@@ -233,17 +243,22 @@ impl Pipeline {
             && let Some(fault) = record.fault.as_ref().filter(|fault| !fault.retryable)
         {
             let addressee = assignment.addressee();
+            failpoint::reach(Point::BeforeDeadLetter).await;
             self.until_definite(|| self.dead_letters.rewrite(delivery, &addressee, fault)).await;
+            failpoint::reach(Point::AfterDeadLetter).await;
         }
         self.publish(arrival, record.result).await;
     }
 
     /// Settles the delivery once the broker has its result.
     async fn publish(&self, arrival: Arrival, result: Bytes) {
-        let Arrival { delivery, assignment, span } = arrival;
+        let Arrival { delivery, assignment, said, span } = arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
-        self.outbox.publish(result).instrument(publish).await;
+        failpoint::reach(Point::BeforeResult).await;
+        self.outbox.publish(result, said).instrument(publish).await;
+        failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
+        failpoint::reach(Point::AfterSettle).await;
     }
 
     fn judge(&self, delivery: &Delivery) -> Result<Assignment, Rejection> {

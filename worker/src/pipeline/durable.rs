@@ -13,6 +13,7 @@ use crate::admin::Concern;
 use crate::assignment::{Addressee, Assignment, AssignmentKey, TenantId};
 use crate::broker::{StoreError, Stored};
 use crate::execute::{Attempt, backoff};
+use crate::failpoint::{self, Point};
 use crate::fault::Fault;
 use crate::intake::{Delivery, Publication};
 use crate::report::StepResult;
@@ -156,7 +157,9 @@ impl Pipeline {
         fault: &Fault,
         failed: &[Attempt],
     ) {
+        failpoint::reach(Point::BeforeDeadLetter).await;
         self.until_definite(|| self.dead_letters.write(delivery, addressee, stage, fault, failed)).await;
+        failpoint::reach(Point::AfterDeadLetter).await;
         self.metrics.dead_letter(stage);
     }
 

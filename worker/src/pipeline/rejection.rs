@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::Pipeline;
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, AssignmentKey, Undecodable};
+use crate::failpoint::{self, Point};
 use crate::fault::Fault;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
@@ -41,7 +42,8 @@ impl Rejection {
 }
 
 impl Pipeline {
-    /// Dead letter or stored refusal first, verdict second, so that what was said is also kept.
+    /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
+    /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
         let Rejection { addressee, fault, ends } = rejection;
         let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.settings.worker_id);
@@ -65,8 +67,11 @@ impl Pipeline {
             "Assignment rejected"
         );
         if let Some(verdict) = verdict {
-            self.broker.say(self.settings.verdict_subject.clone(), verdict).await;
+            failpoint::reach(Point::BeforeResult).await;
+            self.outbox.refuse(verdict).await;
         }
+        failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
+        failpoint::reach(Point::AfterSettle).await;
     }
 }

@@ -1,17 +1,18 @@
-//! Results on their way to the Router. A result counts as published when the broker has certainly read it.
+//! What is on its way to the Router. A result or a refusal counts as published when the broker has certainly read it.
 //!
-//! Results are core messages, which nobody acknowledges. But the broker reads one connection in order: when a message
-//! that we send to ourselves comes back over the same session, it has read everything sent before. So results go out
-//! in batches, each followed by such a fence.
+//! They are core messages, which nobody acknowledges. But the broker reads one connection in order: when a message
+//! that we send to ourselves comes back over the same session, it has read everything sent before. So they go out in
+//! batches, each followed by such a fence. The verdict that came before a result was said in the same session, or it is
+//! said again: a session that breaks takes with it what nobody knows the broker has read.
 
 use std::time::Duration;
 
-use async_nats::Subscriber;
+use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::Broker;
+use crate::broker::{Broker, Session};
 use crate::contract;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
@@ -19,38 +20,62 @@ const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
 
-/// Publishes results in the order in which they were handed in.
+/// Publishes in the order in which it was handed in.
 #[derive(Clone, Debug)]
 pub struct Outbox(mpsc::Sender<Outgoing>);
 
+/// A verdict that was said.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// Its bytes.
+    pub verdict: Bytes,
+    /// The session at that time; a later one may have carried it.
+    pub session: Session,
+}
+
 #[derive(Debug)]
 struct Outgoing {
-    result: Bytes,
+    message: Message,
     published: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Result { result: Bytes, said: Said },
+    Refusal { verdict: Bytes },
 }
 
 impl Outbox {
     /// Starts the task that publishes; it ends when the last handle is dropped.
-    pub fn start(broker: Broker) -> Self {
+    pub fn start(broker: Broker, verdicts: Subject) -> Self {
         let (sender, waiting) = mpsc::channel(BATCH);
-        tokio::spawn(publish(broker, waiting));
+        tokio::spawn(publish(broker, verdicts, waiting));
         Self(sender)
     }
 
-    /// Returns when the broker has the result, however long that takes.
-    pub async fn publish(&self, result: Bytes) {
+    /// Returns when the broker has the result, and before it the verdict, however long that takes.
+    pub async fn publish(&self, result: Bytes, said: Said) {
+        self.hand_in(Message::Result { result, said }).await;
+    }
+
+    /// Returns when the broker has the verdict on what will not run.
+    pub async fn refuse(&self, verdict: Bytes) {
+        self.hand_in(Message::Refusal { verdict }).await;
+    }
+
+    async fn hand_in(&self, message: Message) {
         let (published, done) = oneshot::channel();
-        if self.0.send(Outgoing { result, published }).await.is_ok() {
+        if self.0.send(Outgoing { message, published }).await.is_ok() {
             let _ = done.await;
         }
     }
 }
 
-async fn publish(broker: Broker, mut waiting: mpsc::Receiver<Outgoing>) {
+async fn publish(broker: Broker, verdicts: Subject, mut waiting: mpsc::Receiver<Outgoing>) {
     let mut batch = Vec::with_capacity(BATCH);
     while waiting.recv_many(&mut batch, BATCH).await > 0 {
-        while !send(&broker, &batch).await {
-            tracing::warn!(results = batch.len(), "not sure that the broker has the results: sending them again");
+        while !send(&broker, &verdicts, &batch).await {
+            tracing::warn!(messages = batch.len(), "not sure that the broker has the results: sending them again");
         }
         for outgoing in batch.drain(..) {
             let _ = outgoing.published.send(());
@@ -59,12 +84,20 @@ async fn publish(broker: Broker, mut waiting: mpsc::Receiver<Outgoing>) {
 }
 
 /// Whether the broker certainly has the batch.
-async fn send(broker: &Broker, batch: &[Outgoing]) -> bool {
+async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     let session = broker.session();
     let inbox = broker.client().new_inbox();
     let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return false };
     for outgoing in batch {
-        broker.say(contract::RESULT, outgoing.result.clone()).await;
+        match &outgoing.message {
+            Message::Result { result, said } => {
+                if said.session != session {
+                    broker.say(verdicts.clone(), said.verdict.clone()).await;
+                }
+                broker.say(contract::RESULT, result.clone()).await;
+            }
+            Message::Refusal { verdict } => broker.say(verdicts.clone(), verdict.clone()).await,
+        }
     }
     broker.say(inbox, Bytes::new()).await;
     came_back(fence).await && broker.session() == session

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use beamline_tests::audit::{Audit, Findings, Rules};
+use beamline_tests::audit::{Audit, Findings, Recovery, Rules};
 use beamline_tests::journal;
 use clap::Parser;
 use serde::Serialize;
@@ -79,14 +79,6 @@ struct Line<'a> {
     commit: &'a str,
 }
 
-#[derive(Serialize)]
-struct Recovery {
-    samples: usize,
-    p50: i64,
-    p99: i64,
-    max: i64,
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match audit(&Arguments::parse()).await {
@@ -146,17 +138,6 @@ fn line<'a>(arguments: &'a Arguments, found: &Findings, faults: &'a Faults, deli
         seconds: faults.seconds,
         seed: arguments.seed,
         commit: &arguments.commit,
-    }
-}
-
-impl Recovery {
-    /// Of sorted times.
-    fn of(times: &[i64]) -> Self {
-        let at = |share: f64| {
-            let index = (times.len() as f64 * share) as usize;
-            times.get(index.min(times.len().saturating_sub(1))).copied().unwrap_or(0)
-        };
-        Self { samples: times.len(), p50: at(0.5), p99: at(0.99), max: at(1.0) }
     }
 }
 

@@ -13,6 +13,7 @@ use beamline_tests::worker::{Setup, Worker};
 pub(crate) struct Member {
     name: String,
     root: PathBuf,
+    env: Vec<(&'static str, String)>,
     pub(crate) network: TcpFault,
     pub(crate) worker: Worker,
 }
@@ -20,14 +21,24 @@ pub(crate) struct Member {
 impl Member {
     /// A worker that runs, and whose blocks may touch `root` and loopback addresses.
     pub(crate) async fn start(name: String, root: &Path, nats: &NatsServer) -> Self {
+        Self::start_with(name, root, nats, &[]).await
+    }
+
+    /// The same, with these variables.
+    pub(crate) async fn start_with(
+        name: String,
+        root: &Path,
+        nats: &NatsServer,
+        env: &[(&'static str, String)],
+    ) -> Self {
         let network = TcpFault::before(SocketAddr::from(([127, 0, 0, 1], nats.port()))).await;
-        let worker = setup(&name, root, &network).spawn();
-        Self { name, root: root.to_owned(), network, worker }
+        let worker = setup(&name, root, &network, env).spawn();
+        Self { name, root: root.to_owned(), env: env.to_owned(), network, worker }
     }
 
     /// Starts it again after its process has ended.
     pub(crate) fn restart(&mut self) {
-        self.worker = setup(&self.name, &self.root, &self.network).spawn();
+        self.worker = setup(&self.name, &self.root, &self.network, &self.env).spawn();
     }
 
     /// Its name.
@@ -36,8 +47,9 @@ impl Member {
     }
 }
 
-fn setup(name: &str, root: &Path, network: &TcpFault) -> Setup {
-    Worker::named(name)
+fn setup(name: &str, root: &Path, network: &TcpFault, env: &[(&'static str, String)]) -> Setup {
+    let setup = env.iter().fold(Worker::named(name), |setup, (variable, value)| setup.env(variable, value));
+    setup
         .flag(format!("--nats-url=nats://127.0.0.1:{}", network.port()))
         .flag(format!("--fs-roots={}", root.display()))
         .flag("--egress-allow=127.0.0.0/8")

@@ -78,7 +78,8 @@ impl World {
             match size.rate {
                 0 if number % 500 == 0 => room(&js).await,
                 0 => {}
-                rate => tokio::time::sleep_until(started + Duration::from_secs_f64(number as f64 / rate as f64)).await,
+                // In bursts: much is at the same step when something breaks.
+                rate => tokio::time::sleep_until(started + Duration::from_secs(number / rate)).await,
             }
             let payload = self.assignment(number);
             let again = (rng.u64(..100) < size.duplicates).then(|| self.again(number, size.latest, &mut rng));

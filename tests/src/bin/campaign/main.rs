@@ -1,9 +1,15 @@
 //! Fault campaigns: real workers on a real broker under load, while something breaks all the time. Each ends with the
 //! auditor, a program of its own, whose JSON line is the answer. The seed makes the same assignments and the same
 //! faults; what they meet is up to the machine.
-#![expect(clippy::print_stderr, reason = "a campaign says how far it is")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "test support: a failure here is the campaign's failure, and its output is its product"
+)]
 
 mod kill; // workers and the broker are killed, paused and cut off
+mod crash; // one fault exactly between two steps, everywhere
 mod nemesis; // who does that, and when
 mod crew; // workers, each behind a network that breaks
 mod load; // the Router
@@ -38,6 +44,8 @@ struct Origin {
 enum Campaign {
     /// Workers and the broker are killed under load (G1, G2; W-01, W-06, W-14).
     Kill(kill::Plan),
+    /// One fault exactly between two steps of an assignment, everywhere (G3).
+    Crash(crash::Plan),
 }
 
 #[tokio::main]
@@ -46,6 +54,7 @@ async fn main() -> ExitCode {
     eprintln!("seed {}", origin.seed);
     let ended = match &campaign {
         Campaign::Kill(plan) => kill::run(plan, &origin).await,
+        Campaign::Crash(plan) => crash::run(plan, &origin).await,
     };
     match ended {
         Ok(true) => ExitCode::SUCCESS,

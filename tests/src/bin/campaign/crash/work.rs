@@ -1,0 +1,104 @@
+//! What runs in a crash sweep: every kind of block, as it succeeds and as it fails for good, and what is refused.
+
+use std::path::Path;
+
+use beamline_tests::failpoint::POINTS;
+use beamline_tests::peer::Peer;
+use serde_json::{Value, json};
+
+/// One assignment's worth of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    Http,
+    HttpFails,
+    Put,
+    Get,
+    GetFails,
+    Sql,
+    SqlFails,
+    Refused,
+}
+
+/// How it must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Success,
+    /// An error for good with this code, and a dead letter.
+    Error(u16),
+    /// A verdict with this code, and a dead letter.
+    Refusal(u16),
+}
+
+/// Where what is refused never comes.
+const NOT_REFUSED: [&str; 7] =
+    ["accepted", "looked-up", "slot-taken", "before-effect", "after-effect", "before-record", "after-record"];
+
+/// Whose work it is.
+pub(crate) const TENANT: &str = "acme";
+const DATABASE: &str = "sweep.db";
+const READ: &str = "read.txt";
+
+impl Work {
+    pub(crate) const ALL: [Self; 8] =
+        [Self::Http, Self::HttpFails, Self::Put, Self::Get, Self::GetFails, Self::Sql, Self::SqlFails, Self::Refused];
+
+    /// For people.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::HttpFails => "http-fails",
+            Self::Put => "put",
+            Self::Get => "get",
+            Self::GetFails => "get-fails",
+            Self::Sql => "sql",
+            Self::SqlFails => "sql-fails",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// What the assignment asks for; files lie below `root`.
+    pub(crate) fn job(self, root: &Path, peer: &Peer) -> Value {
+        let path = |name: &str| root.join(name).to_string_lossy().into_owned();
+        let call = |path: &str| json!({"type": "http.request", "method": "POST", "url": peer.url(path), "body": "{}"});
+        let query = |query: &str| json!({"type": "sql.query", "connection_string": format!("sqlite://{DATABASE}"), "query": query});
+        match self {
+            Self::Http => call("/ok"),
+            Self::HttpFails => call("/status/404"),
+            Self::Put => json!({"type": "fs.put", "path": path("written.txt"), "content": "something"}),
+            Self::Get => json!({"type": "fs.get", "path": path(READ)}),
+            Self::GetFails => json!({"type": "fs.get", "path": path("not-there.txt")}),
+            Self::Sql => query("SELECT n FROM numbers"),
+            Self::SqlFails => query("SELECT n FROM not_there"),
+            Self::Refused => json!({"type": "no.such.block"}),
+        }
+    }
+
+    /// How it must end, whatever breaks meanwhile.
+    pub(crate) const fn end(self) -> End {
+        match self {
+            Self::Http | Self::Put | Self::Get | Self::Sql => End::Success,
+            Self::HttpFails => End::Error(3003),
+            Self::GetFails | Self::SqlFails => End::Error(2001),
+            Self::Refused => End::Refusal(1001),
+        }
+    }
+
+    /// The points that it meets.
+    pub(crate) fn points(self) -> impl Iterator<Item = &'static str> {
+        POINTS.into_iter().filter(move |point| match self.end() {
+            End::Success => !point.ends_with("dead-letter"),
+            End::Error(_) => true,
+            End::Refusal(_) => !NOT_REFUSED.contains(point),
+        })
+    }
+}
+
+/// Makes what the tenant's work needs below `root`.
+pub(crate) fn prepare(root: &Path) -> anyhow::Result<()> {
+    let directory = root.join(TENANT);
+    std::fs::create_dir(&directory)?;
+    std::fs::write(directory.join(READ), "something to read")?;
+    let database = rusqlite::Connection::open(directory.join(DATABASE))?;
+    database.execute_batch("CREATE TABLE numbers (n INTEGER); INSERT INTO numbers VALUES (1), (2), (3);")?;
+    Ok(())
+}
