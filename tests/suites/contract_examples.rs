@@ -436,7 +436,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::NeverFits => "more `memory_mb` than the worker may ever hold",
         Cause::ExecutionFailed => "a missing file, an SQL error",
         Cause::ResourceUnavailable => "database busy, disk full",
-        Cause::OverCap => "over a cap (bytes, rows, CPU time), or more than the broker takes",
+        Cause::OverCap => "over a cap (bytes, headers, rows, CPU time), or more than the broker takes",
         Cause::NotAllowed => "a path, host or statement that is not allowed",
         Cause::Network => "the peer refuses or resets, the name does not resolve",
         Cause::Tls => "TLS or certificate failure",

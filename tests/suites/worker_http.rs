@@ -1,8 +1,9 @@
-//! `http.request` over the wire: bodies that leave as they come.
+//! `http.request` over the wire: bodies that leave as they come, HTTPS and HTTP/2.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_nats::Subscriber;
@@ -10,10 +11,19 @@ use beamline_tests::rig::Rig;
 use beamline_tests::router::assignment;
 use beamline_tests::wait::{SOON, until};
 use futures::StreamExt;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper::{Request, Response, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::{HandshakeKind, ServerConfig};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
 
 /// A peer whose answer is written by the test, piece by piece; it ends when the test lets go.
 struct Tap {
@@ -230,4 +240,179 @@ async fn a_slow_broker_slows_the_peer_down() {
     }
     let (_, result) = next(&mut messages).await;
     assert_eq!((size, &result["result"]["size_bytes"]), (5 + PARTS * PART, &json!(5 + PARTS * PART)));
+}
+
+// HTTPS.
+
+/// An https origin for `localhost`, and what it has seen.
+struct Origin {
+    port: u16,
+    ca: PathBuf,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    _directory: TempDir,
+}
+
+/// A request that an origin has seen.
+#[derive(Clone, Debug)]
+struct Seen {
+    connection: usize,
+    is_resumed: bool,
+    version: Version,
+    uri: String,
+    key: String,
+}
+
+impl Origin {
+    /// Offers these protocols; its certificate ends in that year.
+    async fn start(protocols: &[&str], ends: i32) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut certificate = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();
+        (certificate.not_before, certificate.not_after) =
+            (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(ends, 1, 1));
+        let certificate = certificate.self_signed(&key).unwrap();
+        let ca = directory.path().join("ca.pem");
+        std::fs::write(&ca, certificate.pem()).unwrap();
+        let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], PrivatePkcs8KeyDer::from(key.serialize_der()).into())
+            .unwrap();
+        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let seen = Arc::default();
+        tokio::spawn(serve_tls(listener, TlsAcceptor::from(Arc::new(config)), Arc::clone(&seen)));
+        Self { port, ca, seen, _directory: directory }
+    }
+
+    fn flags(&self) -> [String; 2] {
+        ["--egress-allow=127.0.0.0/8,localhost".to_owned(), format!("--http-ca-file={}", self.ca.display())]
+    }
+
+    fn job(&self, path: &str) -> Value {
+        let url = format!("https://localhost:{}{path}", self.port);
+        json!({"type": "http.request", "method": "POST", "url": url, "body": "hello", "retry_config": {"base_delay_ms": 1}})
+    }
+
+    fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+async fn serve_tls(listener: TcpListener, acceptor: TlsAcceptor, seen: Arc<Mutex<Vec<Seen>>>) {
+    for connection in 0.. {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (acceptor, seen) = (acceptor.clone(), Arc::clone(&seen));
+        tokio::spawn(async move {
+            let Ok(stream) = acceptor.accept(stream).await else { return };
+            let tls = stream.get_ref().1;
+            let is_h2 = tls.alpn_protocol() == Some(b"h2");
+            let is_resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
+            let service = service_fn(move |request: Request<Incoming>| {
+                let key = request.headers().get("idempotency-key").map(|key| key.to_str().unwrap().to_owned());
+                let (version, uri, key) = (request.version(), request.uri().to_string(), key.unwrap_or_default());
+                seen.lock().unwrap().push(Seen { connection, is_resumed, version, uri, key });
+                let path = request.uri().path().to_owned();
+                async move { respond(&path) }
+            });
+            let stream = TokioIo::new(stream);
+            match is_h2 {
+                true => drop(http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await),
+                false => drop(http1::Builder::new().serve_connection(stream, service).await),
+            }
+        });
+    }
+}
+
+/// An error breaks the stream off.
+fn respond(path: &str) -> Result<Response<String>, std::io::Error> {
+    let answer = Response::builder();
+    match path {
+        "/reset" => Err(std::io::ErrorKind::Other.into()),
+        "/close" => Ok(answer.header("connection", "close").body("closed".to_owned()).unwrap()),
+        "/heads" => {
+            let large = "x".repeat(3_000);
+            let answer = (0..100).fold(answer, |answer, _| answer.header("x-large", &large));
+            Ok(answer.body(String::new()).unwrap())
+        }
+        _ => Ok(answer.body("secret".to_owned()).unwrap()),
+    }
+}
+
+async fn run(rig: &Rig, tenant: &str, id: &str, job: Value) -> Value {
+    let payload = assignment(tenant, id, job);
+    rig.router.submit(&payload).await;
+    rig.router.result(&payload).await
+}
+
+#[tokio::test]
+async fn https_speaks_http_2_where_the_peer_does_and_1_1_where_not() {
+    for (protocols, version, uri) in [
+        (&["h2", "http/1.1"][..], Version::HTTP_2, true),
+        (&["http/1.1"], Version::HTTP_11, false),
+        (&[], Version::HTTP_11, false),
+    ] {
+        let origin = Origin::start(protocols, 2100).await;
+        let rig = Rig::start(&origin.flags().each_ref().map(String::as_str)).await;
+        for id in ["one", "two"] {
+            let result = run(&rig, "acme", id, origin.job("/p?q=1")).await;
+            assert_eq!(
+                (&result["status"], &result["result"]["body"]),
+                (&json!("success"), &json!("secret")),
+                "{result}"
+            );
+        }
+        let seen = origin.seen();
+        assert!(seen.iter().all(|seen| seen.version == version && seen.connection == 0), "one connection: {seen:?}");
+        assert_eq!(seen.iter().map(|seen| seen.key.as_str()).collect::<Vec<_>>(), ["acme.one", "acme.two"]);
+        let absolute = format!("https://localhost:{}/p?q=1", origin.port);
+        assert_eq!(seen[0].uri, if uri { absolute.as_str() } else { "/p?q=1" });
+    }
+}
+
+#[tokio::test]
+async fn http_2_streams_break_and_headers_are_capped_as_the_table_says() {
+    let origin = Origin::start(&["h2"], 2100).await;
+    let rig = Rig::start(&origin.flags().each_ref().map(String::as_str)).await;
+    let result = run(&rig, "acme", "reset", origin.job("/reset")).await;
+    assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(3001), &json!(true)), "{result}");
+    assert_eq!((&result["metadata"]["attempts"], origin.seen().len()), (&json!(3), 3));
+    assert!(origin.seen().iter().all(|seen| seen.key == "acme.reset"), "each attempt under the same key");
+    let result = run(&rig, "acme", "heads", origin.job("/heads")).await;
+    assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(2002), &json!(false)), "{result}");
+}
+
+#[tokio::test]
+async fn w28_a_certificate_that_nobody_vouches_for_or_that_has_ended_is_final() {
+    let (good, ended) = (Origin::start(&["h2"], 2100).await, Origin::start(&["h2"], 2021).await);
+    let rig = Rig::start(&ended.flags().each_ref().map(String::as_str)).await;
+    for (id, origin) in [("unknown", &good), ("ended", &ended)] {
+        let result = run(&rig, "acme", id, origin.job("/")).await;
+        let error = &result["error"];
+        assert_eq!((&error["code"], &error["retryable"]), (&json!(3001), &json!(false)), "{result}");
+        assert!(error["message"].as_str().unwrap().starts_with("TLS failed: "), "{result}");
+        assert_eq!(rig.router.letter(("acme", id)).await["error"]["code"], 3001);
+        assert!(origin.seen().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn s22_tenants_share_no_connection_and_no_tls_session() {
+    for protocols in [&["http/1.1"][..], &["h2"]] {
+        let origin = Origin::start(protocols, 2100).await;
+        let rig = Rig::start(&origin.flags().each_ref().map(String::as_str)).await;
+        // Over HTTP/1.1 each connection is closed, so that the next one may resume its session.
+        let path = if protocols == ["h2"] { "/" } else { "/close" };
+        for (tenant, id) in [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"), ("a", "3")] {
+            assert_eq!(run(&rig, tenant, id, origin.job(path)).await["status"], "success");
+        }
+        let seen: Vec<_> = origin.seen().iter().map(|seen| (seen.connection, seen.is_resumed)).collect();
+        let expected = match path {
+            "/close" => [(0, false), (1, true), (2, false), (3, true), (4, true)],
+            _ => [(0, false), (0, false), (1, false), (1, false), (0, false)],
+        };
+        assert_eq!(seen, expected, "a new tenant begins with a full handshake on a connection of its own");
+    }
 }

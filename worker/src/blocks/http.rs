@@ -68,6 +68,7 @@ impl Http {
         let client = self.clients.of(&scope.tenant, started)?;
         let mut hop = request.first_hop(scope);
         let answered = follow(&client, &mut hop).await;
+        let answered = answered.and_then(|response| response::check_head(&response, &hop).map(|()| response));
         let ended = match answered {
             Ok(response) if response.status().as_u16() >= 400 => Err(response::failure(response).await),
             Ok(response) => match &scope.sink {

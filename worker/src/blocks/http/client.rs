@@ -24,6 +24,8 @@ const MAX_TENANTS: usize = 256;
 const MAX_QUIET: Duration = Duration::from_secs(600);
 /// Below the keep-alive of most servers, or a request meets a connection that is just being closed.
 const MAX_IDLE_CONNECTION: Duration = Duration::from_secs(15);
+/// The most that HTTP/2 headers may have for the client to read them at all; the cap of an answer is lower.
+const MAX_READ_HEADER_BYTES: u32 = 1024 * 1024;
 const USER_AGENT: &str = concat!("beamline/", env!("CARGO_PKG_VERSION"));
 
 tokio::task_local! {
@@ -117,6 +119,7 @@ impl Client {
             .referer(false)
             .user_agent(USER_AGENT)
             .connect_timeout(connect_timeout)
+            .http2_max_header_list_size(MAX_READ_HEADER_BYTES)
             .pool_idle_timeout(MAX_IDLE_CONNECTION)
             .build()
             .map_err(|error| format!("cannot set up an HTTP client: {}", failure::root(&error)))?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use ::http::Method;
 use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -11,13 +12,15 @@ use jiff::fmt::rfc2822::DateTimeParser;
 use reqwest::Response;
 use serde::Serialize;
 
-use super::failure;
+use super::{Request, failure};
 use crate::blocks::{Output, Scope};
 use crate::contract;
 use crate::fault::{Cause, Details, Fault};
 
 /// The most bytes of a decompressed body, where the broker would take more.
 const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
+/// The most bytes of all headers together. HTTP/1.1 answers may have 100 headers.
+const MAX_HEADER_BYTES: usize = 256 * 1024;
 /// What an error repeats of a body.
 const EXCERPT_BYTES: usize = 2048;
 /// How long an error's body may take: its status is what matters, and must not be lost to a stalling peer.
@@ -39,6 +42,28 @@ struct Success<'a> {
 enum Body<'a> {
     Body(&'a str),
     BodyBase64(String),
+}
+
+/// Refuses an answer for what its head says: one that nobody asked for, or that nobody could read.
+pub(super) fn check_head(response: &Response, hop: &Request) -> Result<(), Fault> {
+    let (status, headers) = (response.status(), response.headers());
+    if status.is_informational() {
+        return Err(Fault::new(Cause::Network, format!("the peer answered {status}, which was not asked for")));
+    }
+    let size = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+    if size > MAX_HEADER_BYTES {
+        let message = format!("the peer's headers have {size} bytes, {MAX_HEADER_BYTES} are read");
+        return Err(Fault::new(Cause::OverCap, message));
+    }
+    let has_body = hop.method != Method::HEAD && !matches!(status.as_u16(), 204 | 304);
+    let encoding = headers.get(header::CONTENT_ENCODING).filter(|encoding| *encoding != "identity");
+    match encoding {
+        Some(encoding) if has_body && status.as_u16() < 400 && !hop.headers.contains_key(header::ACCEPT_ENCODING) => {
+            let message = format!("the peer answered with the encoding {encoding:?}: only gzip was asked for");
+            Err(Fault::new(Cause::ExecutionFailed, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads an answer that is no error.
@@ -106,8 +131,9 @@ async fn excerpt(mut response: Response) -> String {
 /// Seconds or an HTTP date; a date in the past is no delay.
 fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // More than a number holds is more than is believed.
+        return Some(text.parse().map_or(MAX_RETRY_AFTER, Duration::from_secs).min(MAX_RETRY_AFTER));
     }
     let at = DateTimeParser::new().parse_timestamp(text).ok()?;
     Some(Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO).min(MAX_RETRY_AFTER))
@@ -139,14 +165,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn retry_after_is_seconds_or_a_date() {
+    fn retry_after_is_seconds_or_a_date_and_never_more_than_30_days() {
         let now: Timestamp = "2015-10-21T07:28:00Z".parse().unwrap();
         let read = |text: &'static str| retry_after(&HeaderValue::from_static(text), now);
         assert_eq!(read("120"), Some(Duration::from_secs(120)));
         assert_eq!(read("Wed, 21 Oct 2015 07:28:30 GMT"), Some(Duration::from_secs(30)));
         assert_eq!(read("Wed, 21 Oct 2015 07:00:00 GMT"), Some(Duration::ZERO));
         assert_eq!(read("18446744073709551615"), Some(MAX_RETRY_AFTER));
-        for nonsense in ["", "-1", "soon", "1.5", "18446744073709551616"] {
+        for absurd in ["18446744073709551616", "99999999999999999999999999", "Wed, 29 Dec 9999 23:59:59 GMT"] {
+            assert_eq!(read(absurd), Some(MAX_RETRY_AFTER), "{absurd}");
+        }
+        for nonsense in ["", "-1", "+1", "soon", "1.5", "1 2"] {
             assert_eq!(read(nonsense), None, "{nonsense}");
         }
     }

@@ -2,6 +2,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use base64::Engine as _;
 use serde_json::value::to_raw_value;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -568,13 +569,11 @@ async fn a_broken_connection_is_a_network_fault() {
         "/dropped" => Vec::new(),
         "/garbage" => b"220 smtp ready\r\n\r\n".to_vec(),
         "/chunks" => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n".to_vec(),
-        "/header" => [&b"HTTP/1.1 200 OK\r\nx: "[..], &[b'x'; 1_000_000], b"\r\n\r\n"].concat(),
-        "/headers" => [&b"HTTP/1.1 200 OK\r\n"[..], "x: x\r\n".repeat(1000).as_bytes(), b"\r\n"].concat(),
         _ => b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\nconnection: close\r\n\r\n".to_vec(),
     })
     .await;
     let http = http();
-    let urls = ["/dropped", "/garbage", "/chunks", "/header", "/headers"].map(|path| peer.url(path));
+    let urls = ["/dropped", "/garbage", "/chunks"].map(|path| peer.url(path));
     for url in urls.into_iter().chain([format!("http://{closed}/"), "http://name.invalid/".to_owned()]) {
         let fault = fault(&http, json!({"url": format!("{url}?key=hunter2")})).await;
         assert_eq!((fault.cause, fault.details.url), (Cause::Network, Some(url)), "{}", fault.message);
@@ -582,26 +581,166 @@ async fn a_broken_connection_is_a_network_fault() {
     }
 }
 
-/// Cuts a valid answer at every byte: no cut is ever passed off as a whole one.
 #[tokio::test]
-async fn a_cut_answer_is_never_a_whole_one() {
-    let whole = reply("200 OK\r\nx-a: b", "0123456789");
+async fn w26_headers_over_a_cap_are_a_final_error() {
+    let peer = Peer::new(|request| match path(request) {
+        "/line" => [&b"HTTP/1.1 200 OK\r\nx: "[..], &[b'x'; 1_000_000], b"\r\n\r\n"].concat(),
+        "/many" => [&b"HTTP/1.1 200 OK\r\n"[..], "x: x\r\n".repeat(100_000).as_bytes(), b"\r\n"].concat(),
+        "/endless" => [&b"HTTP/1.1 200 OK\r\n"[..], "x: x\r\n".repeat(200_000).as_bytes()].concat(),
+        _ => reply(&("200 OK".to_owned() + &format!("\r\nx: {}", "x".repeat(30_000)).repeat(10)), ""),
+    })
+    .await;
+    let http = http();
+    for path in ["/line", "/many", "/endless", "/sum"] {
+        let fault = fault(&http, json!({"url": peer.url(path)})).await;
+        assert_eq!(fault.cause, Cause::OverCap, "{path}: {}", fault.message);
+        assert!(!fault.cause.is_retryable() && fault.details.url == Some(peer.url(path)));
+    }
+}
+
+/// Sends its bytes over and over, slowly or as fast as they go; says when the client has hung up.
+async fn drip(
+    head: &'static [u8],
+    bytes: &'static [u8],
+    pause: Duration,
+) -> (String, tokio::sync::oneshot::Receiver<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let (hung_up, waits) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+        stream.write_all(head).await.unwrap();
+        while stream.write_all(bytes).await.is_ok() {
+            tokio::time::sleep(pause).await;
+        }
+        let _ = hung_up.send(());
+    });
+    (url, waits)
+}
+
+#[tokio::test]
+async fn w26_a_peer_that_never_finishes_is_left_at_the_deadline() {
+    for (what, head, bytes, pause) in [
+        ("a header, byte by byte", &b"HTTP/1.1 200 OK\r\nx: "[..], &b"x"[..], 20),
+        ("header by header", b"HTTP/1.1 200 OK\r\n", b"x: x\r\n", 20),
+        ("endless 100, at full speed", b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0),
+        ("endless 103, slowly", b"", b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", 5),
+        ("a body, byte by byte", b"HTTP/1.1 200 OK\r\n\r\n", b"x", 20),
+    ] {
+        let (url, hung_up) = drip(head, bytes, Duration::from_millis(pause)).await;
+        let request = parse(&json!({"url": url})).unwrap();
+        let scope = Scope { max_output_bytes: 1 << 30, ..Scope::of("acme") };
+        let http = http();
+        let ended = tokio::time::timeout(Duration::from_millis(300), http.run(&request, &scope)).await;
+        // Whoever keeps the deadline drops the attempt.
+        assert!(ended.is_err(), "{what}: {ended:?}");
+        let left = tokio::time::timeout(Duration::from_secs(10), hung_up).await;
+        assert!(left.is_ok(), "{what}: the connection stays open");
+    }
+}
+
+#[tokio::test]
+async fn a_status_that_is_none_counts_as_the_rules_of_http_say() {
+    let peer = Peer::new(|request| match path(request) {
+        "/101" => b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n".to_vec(),
+        path => reply(&format!("{} What", &path[1..]), "what"),
+    })
+    .await;
+    let http = http();
+    for status in [600, 700, 999] {
+        let fault = fault(&http, json!({"url": peer.url(&format!("/{status}"))})).await;
+        assert_eq!((fault.cause, fault.cause.is_retryable()), (Cause::HttpStatus(status), true));
+    }
+    for path in ["/101", "/099", "/1000", "/-1", "/abc"] {
+        let fault = fault(&http, json!({"url": peer.url(path)})).await;
+        assert_eq!(fault.cause, Cause::Network, "{path}: {}", fault.message);
+    }
+}
+
+#[tokio::test]
+async fn w27_an_encoding_that_nobody_asked_for_is_refused() {
+    let peer = Peer::new(|request| {
+        let encoding = path(request)[1..].replace('+', ", ");
+        reply(&format!("200 OK\r\ncontent-encoding: {encoding}"), gzip(&gzip(b"text")))
+    })
+    .await;
+    let http = http();
+    for encoding in ["br", "zstd", "deflate", "gzip+gzip", "compress", "x-gzip"] {
+        let fault = fault(&http, json!({"url": peer.url(&format!("/{encoding}"))})).await;
+        assert_eq!(fault.cause, Cause::ExecutionFailed, "{encoding}");
+        assert!(fault.message.ends_with("only gzip was asked for"), "{}", fault.message);
+    }
+    // Unpacked once: what is inside is nobody's business.
+    let result = run(&http, json!({"url": peer.url("/gzip")})).await.unwrap();
+    assert_eq!(result["body_base64"], base64::engine::general_purpose::STANDARD.encode(gzip(b"text")));
+    assert!(run(&http, json!({"url": peer.url("/identity")})).await.is_ok());
+    let own = json!({"url": peer.url("/br"), "headers": {"Accept-Encoding": "br"}});
+    assert_eq!(
+        run(&http, own).await.unwrap()["headers"]["Content-Encoding"],
+        "br",
+        "as it came, for whoever asks for it"
+    );
+    let head = json!({"method": "HEAD", "url": peer.url("/br")});
+    assert_eq!(run(&http, head).await.unwrap()["status_code"], 200);
+}
+
+#[tokio::test]
+async fn w28_a_body_is_as_long_as_it_says_or_an_error() {
+    let peer = Peer::new(|request| match path(request) {
+        "/more" => b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nfirstHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"
+            .to_vec(),
+        "/twice" => b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nfirst!".to_vec(),
+        "/list" => b"HTTP/1.1 200 OK\r\ncontent-length: 5, 6\r\n\r\nfirst!".to_vec(),
+        "/minus" => b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\nfirst".to_vec(),
+        "/huge" => b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999999\r\n\r\nfirst".to_vec(),
+        "/chunk-size" => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\nfirst".to_vec(),
+        "/chunk-end" => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirstXX0\r\n\r\n".to_vec(),
+        "/chunk-word" => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfive\r\nfirst\r\n0\r\n\r\n".to_vec(),
+        "/codings" => b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\ncontent-length: 5\r\n\r\nfirst".to_vec(),
+        _ => reply("200 OK", "mine"),
+    })
+    .await;
+    let http = http();
+    let job = |path: &str| json!({"url": peer.url(path)});
+    assert_eq!(run(&http, job("/more")).await.unwrap()["body"], "first");
+    assert_eq!(run(&http, job("/next")).await.unwrap()["body"], "mine", "what was left over answers nobody");
+    for path in ["/twice", "/list", "/minus", "/huge", "/chunk-size", "/chunk-end", "/chunk-word"] {
+        let fault = fault(&http, job(path)).await;
+        assert_eq!(fault.cause, Cause::Network, "{path}: {}", fault.message);
+        assert_eq!(run(&http, job("/next")).await.unwrap()["body"], "mine", "{path}");
+    }
+}
+
+/// Cuts a valid answer at every byte, by an end and by a reset: no cut is ever passed off as a whole one.
+#[tokio::test]
+async fn w28_a_cut_answer_is_never_a_whole_one() {
+    let body = "0123456789".repeat(50);
+    let whole = reply(&format!("200 OK\r\nx-a: {}", "b".repeat(70)), &body);
     let length = whole.len();
+    assert!(length >= 600);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     tokio::spawn(async move {
         for cut in 0..=length {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let mut request = [0; 1024];
-            assert!(stream.read(&mut request).await.unwrap() > 0);
-            stream.write_all(&whole[..cut]).await.unwrap();
+            for is_reset in [true, false] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 1024];
+                assert!(stream.read(&mut request).await.unwrap() > 0);
+                stream.write_all(&whole[..cut]).await.unwrap();
+                if is_reset && cut < length {
+                    stream.set_zero_linger().unwrap();
+                }
+            }
         }
     });
     let http = http();
     for cut in 0..length {
-        assert_eq!(fault(&http, json!({"url": url})).await.cause, Cause::Network, "{cut}");
+        for how in ["reset", "ended"] {
+            assert_eq!(fault(&http, json!({"url": url})).await.cause, Cause::Network, "{how} at {cut}");
+        }
     }
-    assert_eq!(run(&http, json!({"url": url})).await.unwrap()["body"], "0123456789");
+    assert_eq!(run(&http, json!({"url": url})).await.unwrap()["body"], body);
 }
 
 #[tokio::test]
