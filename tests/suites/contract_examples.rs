@@ -14,7 +14,7 @@ use beamline_worker::blocks::egress::Policy;
 use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, BlockKind, Blocks, Output, http};
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
-use beamline_worker::execute::{self, Ended, Engine, Execution, Limits};
+use beamline_worker::execute::{self, Ended, Engine, Execution, Limits, Links};
 use beamline_worker::fault::{Cause, Details, Fault};
 use beamline_worker::report::{self, StepResult};
 use futures::future::BoxFuture;
@@ -371,8 +371,9 @@ impl Sink for Nowhere {
 async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value> {
     let assignment = decode(&around(job));
     let limits = Limits { cpu_time: Duration::from_secs(60), max_output_bytes: MAX_PAYLOAD };
-    let sink: Option<Arc<dyn Sink>> = assignment.block.is_streamed().then(|| -> Arc<dyn Sink> { Arc::new(Nowhere) });
-    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, sink, || true).await else {
+    let sink = assignment.block.is_streamed().then(|| -> Arc<dyn Sink> { Arc::new(Nowhere) });
+    let links = Links { trace: None, sink };
+    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, links, || true).await else {
         panic!("{fixture}: it was not executed");
     };
     let output: Box<RawValue> = execution.outcome.unwrap_or_else(|fault| panic!("{fixture}: {fault:?}")).0;

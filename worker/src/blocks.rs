@@ -18,6 +18,7 @@ use serde_json::value::RawValue;
 use crate::assignment::TenantId;
 use crate::execute::cpu::CpuTime;
 use crate::fault::{Fault, Invalid};
+use crate::telemetry::TraceContext;
 
 pub use output::Output;
 
@@ -104,8 +105,8 @@ pub struct Scope {
     pub tenant: TenantId,
     /// `<tenant>.<assignment_id>`, escaped: the same for every attempt and redelivery.
     pub idempotency_key: String,
-    /// The Router's trace id, passed on to peers.
-    pub trace_id: Option<String>,
+    /// The trace that calls of peers belong to.
+    pub trace: Option<TraceContext>,
     /// Which attempt this is, counted from 1.
     pub attempt: u32,
     /// Where a streamed output goes, piece by piece; none for a block that returns its output whole.
@@ -185,7 +186,7 @@ impl Scope {
         Self {
             tenant: TenantId::parse(tenant).expect("a tenant id"),
             idempotency_key: format!("{tenant}.a1"),
-            trace_id: None,
+            trace: None,
             attempt: 1,
             sink: None,
             deadline: Instant::now() + Duration::from_secs(30),

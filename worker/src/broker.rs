@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::admin::{Concern, Health};
 use crate::execute::backoff;
+use crate::telemetry::TraceContext;
 
 /// Two missed pings end a connection, so a silent broker is noticed within three of these.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
@@ -167,7 +168,20 @@ impl Broker {
 
     /// Publishes to whoever listens. Waits only while the connection's own queue is full.
     pub async fn say(&self, subject: impl Into<Subject>, payload: Bytes) {
-        if let Err(error) = self.0.client.publish(subject.into(), payload).await {
+        self.say_in(None, subject, payload).await;
+    }
+
+    /// The same, with the trace that it belongs to.
+    pub async fn say_in(&self, trace: Option<&TraceContext>, subject: impl Into<Subject>, payload: Bytes) {
+        let said = match trace {
+            None => self.0.client.publish(subject.into(), payload).await,
+            Some(trace) => {
+                let mut headers = HeaderMap::new();
+                trace.add_to(&mut headers);
+                self.0.client.publish_with_headers(subject.into(), headers, payload).await
+            }
+        };
+        if let Err(error) = said {
             tracing::warn!(%error, "cannot publish");
         }
     }

@@ -17,6 +17,7 @@ use crate::blocks::pieces::Sink;
 use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
+use crate::telemetry::TraceContext;
 use cpu::CpuTime;
 
 /// Who does the work.
@@ -44,6 +45,15 @@ pub struct Limits {
     pub cpu_time: Duration,
     /// The most bytes that an output may have as JSON.
     pub max_output_bytes: usize,
+}
+
+/// What ties a block to the world around it.
+#[derive(Clone, Debug, Default)]
+pub struct Links {
+    /// The trace that its calls belong to.
+    pub trace: Option<TraceContext>,
+    /// Where a streamed output goes.
+    pub sink: Option<Arc<dyn Sink>>,
 }
 
 /// How one attempt failed.
@@ -83,12 +93,12 @@ pub enum Ended {
 
 /// Runs the block until it succeeds, fails for good, runs out of attempts or passes its deadline.
 ///
-/// A streamed output goes to `sink`. `may_start` is asked before each attempt.
+/// `may_start` is asked before each attempt.
 pub async fn execute(
     engine: &Engine,
     assignment: &Assignment,
     limits: Limits,
-    sink: Option<Arc<dyn Sink>>,
+    links: Links,
     may_start: impl Fn() -> bool,
 ) -> Ended {
     let started = Instant::now();
@@ -96,9 +106,9 @@ pub async fn execute(
     let mut scope = Scope {
         tenant: assignment.key.tenant.clone(),
         idempotency_key: assignment.key.token(),
-        trace_id: assignment.correlation.trace_id.clone(),
+        trace: links.trace,
         attempt: 1,
-        sink,
+        sink: links.sink,
         deadline,
         max_output_bytes: limits.max_output_bytes,
         cpu_time: CpuTime::new(limits.cpu_time),

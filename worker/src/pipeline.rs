@@ -23,7 +23,7 @@ use crate::admission;
 use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
 use crate::contract;
-use crate::execute::{self, Ended, Engine, Execution, Limits};
+use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
@@ -33,7 +33,7 @@ use crate::report::outbox::{Outbox, Said};
 use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::Schedule;
-use crate::telemetry::{self, SpanIds};
+use crate::telemetry::{self, SpanIds, TraceContext};
 use durable::{Standing, may_replace};
 use in_flight::{Claim, Flight, InFlight};
 use load::Load;
@@ -88,6 +88,8 @@ struct Arrival {
     delivery: Delivery,
     assignment: Assignment,
     said: Said,
+    /// The trace that it came with.
+    trace: Option<TraceContext>,
     /// `worker.assignment.receive`: from its arrival to its settlement.
     span: Span,
 }
@@ -149,11 +151,13 @@ impl Pipeline {
             match self.judge(&delivery) {
                 Ok(assignment) => {
                     let verdict = report::accepted(&assignment, &self.settings.worker_id);
-                    self.broker.say(self.settings.verdict_subject.clone(), verdict.clone()).await;
+                    let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
+                    let subject = self.settings.verdict_subject.clone();
+                    self.broker.say_in(trace.as_ref(), subject, verdict.clone()).await;
                     failpoint::reach(Point::Accepted).await;
-                    let span = self.receive_span(&delivery, &assignment);
+                    let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone() };
-                    arrivals.push(Arrival { delivery, assignment, said, span });
+                    arrivals.push(Arrival { delivery, assignment, said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -192,9 +196,12 @@ impl Pipeline {
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
         let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
-        let sink = report::stream::sink(&self.broker, assignment);
+        let links = Links {
+            trace: telemetry::context_of(&span).or_else(|| arrival.trace.clone()),
+            sink: report::stream::sink(&self.broker, assignment, arrival.trace.as_ref()),
+        };
         let work =
-            execute::execute(&self.engine, &arrival.assignment, limits, sink, may_start).instrument(span.clone());
+            execute::execute(&self.engine, &arrival.assignment, limits, links, may_start).instrument(span.clone());
         let ended = tokio::select! {
             ended = work => ended,
             () = self.cut.cancelled() => Ended::Abandoned,
@@ -252,10 +259,10 @@ impl Pipeline {
 
     /// Settles the delivery once the broker has its result.
     async fn publish(&self, arrival: Arrival, result: Bytes) {
-        let Arrival { delivery, assignment, said, span } = arrival;
+        let Arrival { delivery, assignment, said, trace, span } = arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
         failpoint::reach(Point::BeforeResult).await;
-        self.outbox.publish(result, said).instrument(publish).await;
+        self.outbox.publish(result, said, trace).instrument(publish).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
@@ -301,11 +308,6 @@ impl Pipeline {
         F: Future<Output = ()> + Send + 'static,
     {
         self.tasks.spawn(step(Arc::clone(self), work));
-    }
-
-    fn receive_span(&self, delivery: &Delivery, assignment: &Assignment) -> Span {
-        let trace_id = assignment.correlation.trace_id.as_deref();
-        telemetry::receive_span(telemetry::remote_parent(delivery.headers(), trace_id), &self.span_ids(assignment))
     }
 
     fn span_ids<'a>(&'a self, assignment: &'a Assignment) -> SpanIds<'a> {

@@ -4,6 +4,7 @@
 mod lines; // an event as a line
 mod output; // lines to standard output, from a thread of its own
 mod spans; // the three public spans
+mod trace_context; // which trace an assignment belongs to
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -25,7 +26,8 @@ use crate::metrics::Metrics;
 use lines::LineLayer;
 use output::Output;
 
-pub use spans::{SpanIds, execute_span, mark_failed, publish_span, receive_span, remote_parent};
+pub use spans::{SpanIds, context_of, execute_span, mark_failed, publish_span, receive_span};
+pub use trace_context::TraceContext;
 
 /// How long a collector may take for one batch; also a stop waits for it.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -179,8 +181,13 @@ mod tests {
     }
 
     fn three_spans() {
-        let receive = receive_span(remote_parent(None, IDS.trace_id), &IDS);
-        execute_span(&receive, &IDS).in_scope(|| tracing::error_span!("a span of a library"));
+        let trace = TraceContext::of(None, IDS.trace_id);
+        let receive = receive_span(trace.as_ref(), &IDS);
+        let execute = execute_span(&receive, &IDS);
+        let child = context_of(&execute).unwrap().parent;
+        assert!(child.starts_with(&format!("00-{TRACE_ID}-")) && child.ends_with("-01"), "{child}");
+        assert_ne!(Some(child), trace.map(|trace| trace.parent));
+        execute.in_scope(|| tracing::error_span!("a span of a library"));
         mark_failed(&receive);
         publish_span(&receive, &IDS);
     }

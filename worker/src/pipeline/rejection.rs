@@ -10,6 +10,7 @@ use crate::fault::Fault;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
 use crate::report::dead_letter::Stage;
+use crate::telemetry::TraceContext;
 
 /// Why a delivery does not run.
 pub(super) struct Rejection {
@@ -68,7 +69,8 @@ impl Pipeline {
         );
         if let Some(verdict) = verdict {
             failpoint::reach(Point::BeforeResult).await;
-            self.outbox.refuse(verdict).await;
+            let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
+            self.outbox.refuse(verdict, trace).await;
         }
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;

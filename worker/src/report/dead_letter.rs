@@ -16,6 +16,7 @@ use crate::execute::Attempt;
 use crate::fault::Fault;
 use crate::intake::Delivery;
 use crate::report::public_error;
+use crate::telemetry::TraceContext;
 
 const REDACTED: &str = "[redacted]";
 
@@ -116,10 +117,11 @@ impl DeadLetters {
             }
             Original::Raw(bytes) => letter.raw_base64 = Some(STANDARD.encode(bytes)),
         }
+        let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
         let whole = encode(&letter);
-        // The broker's limit counts the headers too; 1 KiB is more than these have.
-        if whole.len() + 1024 <= self.broker.max_payload() {
-            return self.store(contract::DLQ, &dlq_id, whole).await;
+        // The broker's limit counts the headers too; 2 KiB is more than these have.
+        if whole.len() + 2048 <= self.broker.max_payload() {
+            return self.store(contract::DLQ, &dlq_id, trace.as_ref(), whole).await;
         }
         (letter.assignment, letter.raw_base64) = (None, None);
         let mut envelope = encode(&letter);
@@ -129,7 +131,7 @@ impl DeadLetters {
             envelope = encode(&letter);
         }
         self.store_beside(&dlq_id, original.bytes()).await?;
-        self.store(contract::DLQ, &dlq_id, envelope).await
+        self.store(contract::DLQ, &dlq_id, trace.as_ref(), envelope).await
     }
 
     fn letter<'a>(
@@ -162,9 +164,18 @@ impl DeadLetters {
         }
     }
 
-    async fn store(&self, subject: &str, dlq_id: &str, letter: Bytes) -> Result<(), StoreError> {
+    async fn store(
+        &self,
+        subject: &str,
+        dlq_id: &str,
+        trace: Option<&TraceContext>,
+        letter: Bytes,
+    ) -> Result<(), StoreError> {
         let mut headers = HeaderMap::new();
         headers.insert(NATS_MESSAGE_ID, dlq_id);
+        if let Some(trace) = trace {
+            trace.add_to(&mut headers);
+        }
         self.broker.store(subject.to_owned(), headers, letter).await.map(drop)
     }
 

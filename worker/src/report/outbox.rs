@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::{Broker, Session};
 use crate::contract;
+use crate::telemetry::TraceContext;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,6 +37,7 @@ pub struct Said {
 #[derive(Debug)]
 struct Outgoing {
     message: Message,
+    trace: Option<TraceContext>,
     published: oneshot::Sender<()>,
 }
 
@@ -54,18 +56,18 @@ impl Outbox {
     }
 
     /// Returns when the broker has the result, and before it the verdict, however long that takes.
-    pub async fn publish(&self, result: Bytes, said: Said) {
-        self.hand_in(Message::Result { result, said }).await;
+    pub async fn publish(&self, result: Bytes, said: Said, trace: Option<TraceContext>) {
+        self.hand_in(Message::Result { result, said }, trace).await;
     }
 
     /// Returns when the broker has the verdict on what will not run.
-    pub async fn refuse(&self, verdict: Bytes) {
-        self.hand_in(Message::Refusal { verdict }).await;
+    pub async fn refuse(&self, verdict: Bytes, trace: Option<TraceContext>) {
+        self.hand_in(Message::Refusal { verdict }, trace).await;
     }
 
-    async fn hand_in(&self, message: Message) {
+    async fn hand_in(&self, message: Message, trace: Option<TraceContext>) {
         let (published, done) = oneshot::channel();
-        if self.0.send(Outgoing { message, published }).await.is_ok() {
+        if self.0.send(Outgoing { message, trace, published }).await.is_ok() {
             let _ = done.await;
         }
     }
@@ -89,14 +91,15 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     let inbox = broker.client().new_inbox();
     let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return false };
     for outgoing in batch {
+        let trace = outgoing.trace.as_ref();
         match &outgoing.message {
             Message::Result { result, said } => {
                 if said.session != session {
-                    broker.say(verdicts.clone(), said.verdict.clone()).await;
+                    broker.say_in(trace, verdicts.clone(), said.verdict.clone()).await;
                 }
-                broker.say(contract::RESULT, result.clone()).await;
+                broker.say_in(trace, contract::RESULT, result.clone()).await;
             }
-            Message::Refusal { verdict } => broker.say(verdicts.clone(), verdict.clone()).await,
+            Message::Refusal { verdict } => broker.say_in(trace, verdicts.clone(), verdict.clone()).await,
         }
     }
     broker.say(inbox, Bytes::new()).await;

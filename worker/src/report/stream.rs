@@ -12,15 +12,17 @@ use crate::assignment::{Assignment, AssignmentKey};
 use crate::blocks::pieces::{Piece, Sink};
 use crate::broker::Broker;
 use crate::contract::{self, Chunk, ChunkData};
+use crate::telemetry::TraceContext;
 
 /// Where the pieces of a streamed output go; none for a block that returns its output whole.
-pub fn sink(broker: &Broker, assignment: &Assignment) -> Option<Arc<dyn Sink>> {
+pub fn sink(broker: &Broker, assignment: &Assignment, trace: Option<&TraceContext>) -> Option<Arc<dyn Sink>> {
     assignment.block.is_streamed().then(|| -> Arc<dyn Sink> {
         Arc::new(Chunks {
             broker: broker.clone(),
             subject: format!("{}.{}", contract::STREAM, assignment.key.token()),
             key: assignment.key.clone(),
             trace_id: assignment.correlation.trace_id.clone(),
+            trace: trace.cloned(),
         })
     })
 }
@@ -47,13 +49,15 @@ struct Chunks {
     subject: String,
     key: AssignmentKey,
     trace_id: Option<String>,
+    trace: Option<TraceContext>,
 }
 
 impl Sink for Chunks {
     /// A piece has to have left before the next one is read: a slow broker slows the peer down, and fills no memory.
     fn take(&self, piece: Piece) -> BoxFuture<'_, ()> {
         async move {
-            self.broker.say(self.subject.clone(), encode(&piece, &self.key, self.trace_id.as_deref())).await;
+            let chunk = encode(&piece, &self.key, self.trace_id.as_deref());
+            self.broker.say_in(self.trace.as_ref(), self.subject.clone(), chunk).await;
             self.broker.sent().await;
         }
         .boxed()

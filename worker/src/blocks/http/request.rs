@@ -18,6 +18,7 @@ use super::is_credential_header;
 use crate::blocks::Scope;
 use crate::contract;
 use crate::fault::Invalid;
+use crate::telemetry::TraceContext;
 
 const METHODS: [Method; 7] =
     [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
@@ -78,13 +79,15 @@ impl Request {
     /// The first hop: what the job asks for, and what we add where the job does not say it itself.
     pub(super) fn first_hop(&self, scope: &Scope) -> Self {
         let mut hop = self.clone();
-        let mut add = |name: HeaderName, value: Option<String>| {
-            if let Some(value) = value.and_then(|value| HeaderValue::try_from(value).ok()) {
-                hop.headers.entry(name).or_insert(value);
+        if let Ok(key) = HeaderValue::try_from(idempotency_key(&scope.idempotency_key)) {
+            hop.headers.entry(IDEMPOTENCY_KEY).or_insert(key);
+        }
+        if !hop.headers.contains_key(TRACEPARENT) {
+            for (name, value) in scope.trace.iter().flat_map(TraceContext::pairs) {
+                hop.headers
+                    .extend(HeaderValue::try_from(value).ok().map(|value| (HeaderName::from_static(name), value)));
             }
-        };
-        add(IDEMPOTENCY_KEY, Some(idempotency_key(&scope.idempotency_key)));
-        add(TRACEPARENT, scope.trace_id.as_deref().and_then(traceparent));
+        }
         hop
     }
 
@@ -226,14 +229,4 @@ fn idempotency_key(key: &str) -> String {
         return key.to_owned();
     }
     Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A W3C trace context, where the Router's id is a W3C trace id.
-fn traceparent(trace_id: &str) -> Option<String> {
-    let is_w3c = trace_id.len() == 32
-        && trace_id.bytes().all(|byte| byte.is_ascii_hexdigit())
-        && trace_id.bytes().any(|byte| byte != b'0');
-    // Unique is all that a span id must be. Zero is not allowed.
-    let span = fastrand::u64(1..);
-    is_w3c.then(|| format!("00-{}-{span:016x}-01", trace_id.to_ascii_lowercase()))
 }
