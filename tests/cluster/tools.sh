@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-all=(nats-server etcd kubernetes coredns helm helm3)
+all=(nats-server etcd kubernetes coredns helm helm3 promlint)
 
 main() {
   local print_path='' path='' tool dir
@@ -49,6 +49,10 @@ recipe() {
     helm3)
       module=helm.sh/helm/v3 duration="60 seconds"
       programs=("helm3=$module/cmd/helm")
+      ;;
+    promlint)
+      module=github.com/prometheus/client_golang duration="10 seconds"
+      programs=("promlint=.")
       ;;
     *) die "there is no tool $1: choose from ${all[*]}" ;;
   esac

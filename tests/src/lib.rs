@@ -19,5 +19,6 @@ pub mod tcpfault; // a network that breaks
 pub mod journal; // what a campaign writes down
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
+pub mod tool; // pinned programs
 pub mod process; // children that end with their owner
 pub mod wait; // until something is so

@@ -3,13 +3,13 @@
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::process::{Process, free_port};
+use crate::tool;
 
 /// How long a server may take to greet; 30 ms are usual.
 const START: Duration = Duration::from_secs(20);
@@ -90,7 +90,7 @@ fn configure(directory: &Path, port: u16, settings: &str) {
 }
 
 fn run(directory: &Path) -> Process {
-    let mut command = Command::new(program());
+    let mut command = Command::new(tool::program("nats-server"));
     command.arg("--config").arg(directory.join("nats.conf")).arg("--log").arg(log(directory));
     Process::start("nats-server", &mut command)
 }
@@ -114,17 +114,4 @@ fn greets(process: &mut Process, port: u16) -> bool {
         std::thread::sleep(Duration::from_millis(5));
     }
     false
-}
-
-/// The pinned nats-server, built by `tests/cluster/tools.sh` where that has not been done.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/tools.sh");
-        let mut command = Command::new("bash");
-        let built = command.arg(&script).args(["--path", "nats-server"]).stderr(Stdio::inherit()).output();
-        let built = built.unwrap_or_else(|error| panic!("cannot run {}: {error}", script.display()));
-        assert!(built.status.success(), "no nats-server: run `{} nats-server` and see why", script.display());
-        PathBuf::from(String::from_utf8_lossy(&built.stdout).trim()).join("nats-server")
-    })
 }

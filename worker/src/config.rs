@@ -361,6 +361,17 @@ mod tests {
     }
 
     #[test]
+    fn a_level_alone_makes_no_library_tell_more_than_it_should() {
+        for (given, filter) in [
+            ("debug", "async_nats=warn,beamline_worker=debug,info"),
+            ("TRACE,hyper=debug", "async_nats=warn,beamline_worker=trace,hyper=debug,info"),
+            ("warn", "warn"),
+        ] {
+            assert_eq!(accepted(&format!("--log-level={given}"), "").log_filter.to_string(), filter, "{given}");
+        }
+    }
+
+    #[test]
     fn a_certificate_and_its_key_belong_together() {
         let identity = accepted("--nats-tls-cert=/c", "NATS_TLS_KEY=/k").nats_tls_identity;
         assert_eq!(identity, Some(TlsIdentity { cert: "/c".into(), key: "/k".into() }));

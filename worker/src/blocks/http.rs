@@ -115,7 +115,7 @@ fn next(hop: &Request, response: &Response) -> Result<Option<Request>, Fault> {
 
 /// Whether a header by its name holds what only the origin that it was meant for may see.
 pub(crate) fn is_credential_header(name: &str) -> bool {
-    const MARKS: [&str; 10] = [
+    const MARKS: [&str; 12] = [
         "authorization",
         "cookie",
         "token",
@@ -126,9 +126,12 @@ pub(crate) fn is_credential_header(name: &str) -> bool {
         "access-key",
         "credential",
         "session",
+        "signature",
+        "passwd",
     ];
     let name = name.to_ascii_lowercase();
-    name.starts_with("x-auth") || MARKS.iter().any(|mark| name.contains(mark))
+    let is_key = name.ends_with("-key") && name != "idempotency-key";
+    is_key || name.starts_with("x-auth") || MARKS.iter().any(|mark| name.contains(mark))
 }
 
 fn located(fault: Fault, hop: &Request) -> Fault {

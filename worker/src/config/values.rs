@@ -229,7 +229,13 @@ pub(super) fn collector_url(text: &str) -> Result<Url, String> {
 pub(super) fn log_filter(text: &str) -> Result<EnvFilter, String> {
     // A lone word that is no level would silently become the name of a target, and the log would go quiet.
     let is_deliberate = |directive: &str| directive.contains(['=', '[']) || is_level(directive.trim());
-    match (text.split(',').all(is_deliberate), EnvFilter::builder().parse(text)) {
+    // Libraries may quote what they carry when they tell all they do: a level alone makes only the worker tell more.
+    let of_the_worker = |directive: &str| match directive.trim().to_ascii_lowercase() {
+        level if level == "debug" || level == "trace" => format!("info,async_nats=warn,beamline_worker={level}"),
+        _ => directive.to_owned(),
+    };
+    let directives = text.split(',').map(of_the_worker).collect::<Vec<_>>().join(",");
+    match (text.split(',').all(is_deliberate), EnvFilter::builder().parse(directives)) {
         (true, Ok(filter)) => Ok(filter),
         _ => Err("off, error, warn, info, debug or trace, or target=level, separated by commas".to_owned()),
     }

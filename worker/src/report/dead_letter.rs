@@ -116,6 +116,7 @@ impl DeadLetters {
                 letter.redacted = Some(true);
             }
             Original::Raw(bytes) => letter.raw_base64 = Some(STANDARD.encode(bytes)),
+            Original::Withheld => letter.redacted = Some(true),
         }
         let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
         let whole = encode(&letter);
@@ -193,6 +194,7 @@ impl DeadLetters {
 
     fn original(&self, payload: &Bytes) -> Original {
         match as_object(payload) {
+            None if self.settings.redact => Original::Withheld,
             None => Original::Raw(payload.clone()),
             Some(object) if self.settings.redact => Original::Redacted(redact(object)),
             Some(object) => Original::Object(object.to_owned()),
@@ -225,8 +227,10 @@ fn encode(letter: &DeadLetter<'_>) -> Bytes {
 enum Original {
     Object(Box<RawValue>),
     Redacted(Box<RawValue>),
-    /// Bytes that are no JSON object: nothing in them can be told from a secret.
+    /// Bytes that are no JSON object.
     Raw(Bytes),
+    /// The same, where secrets are to be replaced: nothing in them can be told from one, so nothing is kept.
+    Withheld,
 }
 
 impl Original {
@@ -234,6 +238,7 @@ impl Original {
         match self {
             Self::Object(object) | Self::Redacted(object) => Bytes::copy_from_slice(object.get().as_bytes()),
             Self::Raw(bytes) => bytes.clone(),
+            Self::Withheld => Bytes::new(),
         }
     }
 }
@@ -246,43 +251,87 @@ fn attempt_record(attempt: &Attempt) -> AttemptRecord<'_> {
     }
 }
 
-/// The same object with `[redacted]` for credential headers and for the passwords of connection strings.
+/// The same object with `[redacted]` for what may be a credential in headers, URLs and connection strings.
 fn redact(object: &RawValue) -> Box<RawValue> {
     let mut value: serde_json::Value = serde_json::from_str(object.get()).unwrap_or_default();
-    if let Some(headers) = value.pointer_mut("/job/headers").and_then(|headers| headers.as_object_mut()) {
-        for (name, value) in headers {
-            if is_credential_header(name) {
-                *value = REDACTED.into();
-            }
+    match value.pointer_mut("/job/headers") {
+        Some(serde_json::Value::Object(headers)) => {
+            let credentials = headers.iter_mut().filter(|(name, _)| is_credential_header(name));
+            credentials.for_each(|(_, value)| *value = REDACTED.into());
         }
+        Some(other) if !other.is_null() => *other = REDACTED.into(),
+        _ => {}
     }
-    for pointer in ["/job/connection_string", "/job/url"] {
-        if let Some(text) = value.pointer_mut(pointer)
-            && let Some(redacted) = text.as_str().and_then(without_password)
-        {
-            *text = redacted.into();
+    for pointer in ["/job/connection_string", "/job/url", "/executor/endpoint"] {
+        if let Some(text) = value.pointer_mut(pointer).filter(|text| !text.is_null()) {
+            *text = text.as_str().map_or_else(|| REDACTED.to_owned(), without_secrets).into();
         }
     }
     serde_json::value::to_raw_value(&value).unwrap_or_else(|_| object.to_owned())
 }
 
-fn without_password(text: &str) -> Option<String> {
-    let mut url = url::Url::parse(text).ok()?;
-    url.password()?;
-    url.set_password(Some(REDACTED)).ok()?;
-    Some(url.to_string())
+/// A URL without its password, the values of its query and its fragment; what is no URL may be a secret as a whole.
+fn without_secrets(text: &str) -> String {
+    let Ok(mut url) = url::Url::parse(text) else { return REDACTED.to_owned() };
+    let has_user = !url.username().is_empty() || url.password().is_some();
+    if !has_user && url.query().is_none() && url.fragment().is_none() {
+        return text.to_owned();
+    }
+    let is_hidden = match (url.password().is_some(), has_user) {
+        (true, _) => url.set_password(Some(REDACTED)).is_ok(),
+        (false, true) => url.set_username(REDACTED).is_ok(),
+        (false, false) => true,
+    };
+    if !is_hidden {
+        return REDACTED.to_owned();
+    }
+    let hidden = |pair: &str| match pair.split_once('=') {
+        Some((name, _)) => format!("{name}={REDACTED}"),
+        None => REDACTED.to_owned(),
+    };
+    let query = url.query().map(|query| query.split('&').map(hidden).collect::<Vec<_>>().join("&"));
+    url.set_query(query.as_deref());
+    url.set_fragment(None);
+    url.to_string()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn redacted(original: serde_json::Value) -> serde_json::Value {
+        let object = serde_json::value::to_raw_value(&original).expect("JSON");
+        serde_json::from_str(redact(&object).get()).expect("JSON")
+    }
+
     #[test]
     fn redaction_hides_credentials_and_keeps_the_rest() {
-        let original = r#"{"job":{"headers":{"Authorization":"Bearer s3cret","X-Session-Token":"s3cret","Accept":"*/*"},"connection_string":"postgres://me:s3cret@db/x"},"note":1}"#;
-        let object = serde_json::from_str::<&RawValue>(original).expect("an object");
-        let redacted = redact(object);
-        assert!(!redacted.get().contains("s3cret"), "{redacted}");
-        assert!(redacted.get().contains(r#""Accept":"*/*""#) && redacted.get().contains(r#""note":1"#), "{redacted}");
+        let original = serde_json::json!({
+            "executor": {"provider_id": "p", "endpoint": "https://u:s3cret@h/v1?k=s3cret"},
+            "job": {
+                "headers": {
+                    "Authorization": "Bearer s3cret", "X-Session-Token": ["s3cret"], "X-Vault-Token": "s3cret",
+                    "apikey": "s3cret", "api-key": "s3cret", "X-Auth-User": "s3cret", "X-Functions-Key": "s3cret",
+                    "Ocp-Apim-Subscription-Key": "s3cret", "X-Amz-Signature": "s3cret", "Accept": "*/*",
+                },
+                "url": "https://s3cret@h/p?token=s3cret&s3cret#s3cret",
+                "connection_string": "postgres://me:s3cret@db/x?sslpassword=s3cret",
+            },
+            "note": 1,
+        });
+        let redacted = redacted(original);
+        assert!(!redacted.to_string().contains("s3cret"), "{redacted}");
+        assert_eq!((&redacted["job"]["headers"]["Accept"], &redacted["note"]), (&"*/*".into(), &1.into()));
+        let url = "https://%5Bredacted%5D@h/p?token=[redacted]&[redacted]";
+        assert_eq!(redacted["job"]["url"], url);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_hidden_whole_and_what_holds_nothing_stays() {
+        let (no_url, plain) = ("host=db password=s3cret", "sqlite://db.sqlite");
+        let original = serde_json::json!({"job": {"headers": ["s3cret"], "url": no_url, "connection_string": plain}});
+        let job = &redacted(original)["job"];
+        assert_eq!((&job["headers"], &job["url"]), (&REDACTED.into(), &REDACTED.into()));
+        assert_eq!(job["connection_string"], plain);
     }
 }

@@ -1,0 +1,337 @@
+//! What leaves the worker beside results: traces, metrics, and no secret.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use async_nats::HeaderMap;
+use axum::body::Bytes;
+use axum::routing::post;
+use beamline_tests::rig::Rig;
+use beamline_tests::router::{Key, Kind, assignment};
+use beamline_tests::tool;
+use beamline_tests::wait::SOON;
+use futures::StreamExt;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::common::v1::KeyValue;
+use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use prost::Message;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+fn traced() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("traceparent", PARENT);
+    headers.insert("tracestate", "router=1");
+    headers
+}
+
+/// A collector that keeps what it is sent.
+struct Collector {
+    endpoint: String,
+    bodies: Arc<Mutex<Vec<Bytes>>>,
+}
+
+impl Collector {
+    async fn start() -> Self {
+        let bodies: Arc<Mutex<Vec<Bytes>>> = Arc::default();
+        let kept = Arc::clone(&bodies);
+        let take = move |body: Bytes| async move { kept.lock().unwrap().push(body) };
+        let router = axum::Router::new().route("/v1/traces", post(take));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { endpoint, bodies }
+    }
+
+    fn flag(&self) -> String {
+        format!("--otlp-endpoint={}", self.endpoint)
+    }
+
+    fn requests(&self) -> Vec<ExportTraceServiceRequest> {
+        let bodies = self.bodies.lock().unwrap();
+        bodies.iter().map(|body| ExportTraceServiceRequest::decode(body.as_ref()).expect("OTLP")).collect()
+    }
+}
+
+/// Ends the worker, which sends its last spans.
+async fn end(rig: &mut Rig) {
+    rig.router.settled(SOON).await;
+    rig.worker.terminate();
+    assert_eq!(rig.worker.ended().await, Some(0));
+}
+
+// Trace context.
+
+/// `traceparent` and `tracestate` of everything that was said about an assignment.
+fn contexts(rig: &Rig, key: impl Into<Key>) -> Vec<(Kind, Option<String>, Option<String>)> {
+    let key = Some(key.into());
+    let header = |headers: &HeaderMap, name: &str| headers.get(name).map(|value| value.to_string());
+    let heard = rig.router.heard().into_iter().filter(|heard| heard.key == key);
+    heard
+        .map(|heard| (heard.kind, header(&heard.headers, "traceparent"), header(&heard.headers, "tracestate")))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_trace_context_is_passed_on_with_all_that_is_said_and_to_the_peer() {
+    let rig = Rig::start(&[]).await;
+    let mut chunks = rig.router.client().subscribe("caf.exec.stream.v1.acme.fails").await.unwrap();
+    let mut streams = rig.router.client().subscribe("caf.exec.stream.v1.acme.streams").await.unwrap();
+    let fails = assignment("acme", "fails", rig.call("/status/404"));
+    let mut streamed = assignment("acme", "streams", rig.call("/ok"));
+    streamed["job"]["stream"] = json!(true);
+    let mut refused = assignment("acme", "refused", rig.call("/ok"));
+    refused["priority"] = json!(10);
+    for payload in [&fails, &streamed, &refused] {
+        rig.router.submit_with(payload, traced()).await;
+    }
+    let mut by_id = assignment("acme", "by-id", rig.call("/ok?by-id"));
+    by_id["trace_id"] = json!(TRACE);
+    rig.router.submit(&by_id).await;
+    rig.router.submit(&assignment("acme", "none", rig.call("/ok?none"))).await;
+    rig.router.settled(SOON).await;
+
+    let (parent, state) = (Some(PARENT.to_owned()), Some("router=1".to_owned()));
+    for (id, kinds) in [
+        ("fails", &[Kind::Verdict, Kind::Letter, Kind::Result][..]),
+        ("streams", &[Kind::Verdict, Kind::Result]),
+        ("refused", &[Kind::Letter, Kind::Verdict]),
+    ] {
+        let expected: Vec<_> = kinds.iter().map(|kind| (*kind, parent.clone(), state.clone())).collect();
+        assert_eq!(contexts(&rig, ("acme", id)), expected, "{id}");
+    }
+    let chunk = streams.next().await.unwrap();
+    assert_eq!(chunk.headers.unwrap().get("traceparent").unwrap().as_str(), PARENT);
+    let made = format!("00-{TRACE}-8448eb211c80319c-01");
+    assert!(
+        contexts(&rig, ("acme", "by-id"))
+            .iter()
+            .all(|(_, parent, state)| parent.as_ref() == Some(&made) && state.is_none())
+    );
+    assert!(contexts(&rig, ("acme", "none")).iter().all(|(_, parent, state)| parent.is_none() && state.is_none()));
+    let record = rig.router.record(("acme", "fails")).await.unwrap();
+    assert_eq!(record.payload, rig.router.story(&fails).results[0]);
+
+    let sent = |path: &str, name: &str| rig.peer.hits(path)[0].headers.get(name).cloned();
+    assert_eq!((sent("/status/404", "traceparent"), sent("/status/404", "tracestate")), (parent, state));
+    assert_eq!(sent("/ok?by-id", "traceparent"), Some(made));
+    assert_eq!(sent("/ok?none", "traceparent"), None);
+    assert!(futures::FutureExt::now_or_never(chunks.next()).is_none(), "an error is not streamed");
+}
+
+// Spans.
+
+fn attributes(pairs: &[KeyValue]) -> BTreeMap<&str, &str> {
+    let text = |pair: &KeyValue| match pair.value.as_ref().and_then(|value| value.value.as_ref()) {
+        Some(Attribute::StringValue(text)) => text.clone(),
+        other => panic!("{}: {other:?}", pair.key),
+    };
+    pairs.iter().map(|pair| (pair.key.as_str(), &*text(pair).leak())).collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[tokio::test]
+async fn a_collector_gets_three_spans_of_each_assignment_in_the_routers_trace() {
+    let collector = Collector::start().await;
+    let mut rig = Rig::start(&[&collector.flag()]).await;
+    for (id, path) in [("good", "/ok"), ("bad", "/status/404")] {
+        let mut payload = assignment("acme", id, rig.call(path));
+        (payload["trace_id"], payload["run_id"]) = (json!(id), json!("run-1"));
+        rig.router.submit_with(&payload, traced()).await;
+    }
+    end(&mut rig).await;
+
+    let requests = collector.requests();
+    let mut spans: Vec<&Span> = Vec::new();
+    for resource in requests.iter().flat_map(|request| &request.resource_spans) {
+        let names = attributes(&resource.resource.as_ref().unwrap().attributes);
+        assert_eq!((names["service.name"], names["service.instance.id"]), ("beamline-worker", "worker-1"));
+        assert!(names.contains_key("service.version"));
+        spans.extend(resource.scope_spans.iter().flat_map(|scope| &scope.spans));
+    }
+    assert_eq!(spans.len(), 6, "{spans:#?}");
+    for (id, path, status) in [("good", "/ok", 0), ("bad", "/status/404", 2)] {
+        let find = |name: &str| {
+            let is_it = |span: &&&Span| span.name == name && attributes(&span.attributes)["trace_id"] == id;
+            *spans.iter().find(is_it).unwrap_or_else(|| panic!("no span {name} of {id}"))
+        };
+        let receive = find("worker.assignment.receive");
+        let (execute, publish) = (find("worker.block.execute"), find("worker.result.publish"));
+        let expected = BTreeMap::from([
+            ("tenant_id", "acme"),
+            ("trace_id", id),
+            ("run_id", "run-1"),
+            ("block_type", "http.request"),
+            ("worker_id", "worker-1"),
+        ]);
+        for span in [receive, execute, publish] {
+            assert_eq!(attributes(&span.attributes), expected, "{}", span.name);
+            assert_eq!((hex(&span.trace_id).as_str(), span.trace_state.as_str()), (TRACE, "router=1"));
+            assert!(span.start_time_unix_nano > 0 && span.end_time_unix_nano >= span.start_time_unix_nano);
+        }
+        assert_eq!(hex(&receive.parent_span_id), "b7ad6b7169203331");
+        assert_eq!((&execute.parent_span_id, &publish.parent_span_id), (&receive.span_id, &receive.span_id));
+        assert!(receive.start_time_unix_nano <= execute.start_time_unix_nano);
+        assert!(publish.end_time_unix_nano <= receive.end_time_unix_nano, "to its settlement");
+        // Consumer, internal, producer.
+        assert_eq!([receive.kind, execute.kind, publish.kind], [5, 1, 4]);
+        let code = |span: &Span| span.status.as_ref().map_or(0, |status| status.code);
+        assert_eq!([code(receive), code(execute), code(publish)], [status, status, 0], "{id}");
+        let child = format!("00-{TRACE}-{}-01", hex(&execute.span_id));
+        assert_eq!(rig.peer.hits(path)[0].headers["traceparent"], child, "the peer's parent is our span");
+    }
+    let said = rig.router.heard();
+    let passed_on =
+        |name: &str| said.iter().all(|heard| heard.headers.get("traceparent").is_some_and(|v| v.as_str() == name));
+    assert!(passed_on(PARENT), "the Router gets its own context back");
+}
+
+// Metrics.
+
+#[tokio::test]
+async fn metrics_keep_the_rules_of_prometheus_but_for_the_published_name() {
+    let rig = Rig::start(&[]).await;
+    let directory = rig.files.path().join("acme");
+    std::fs::create_dir_all(&directory).unwrap();
+    rusqlite::Connection::open(directory.join("db.sqlite")).unwrap().execute_batch("CREATE TABLE t (a)").unwrap();
+    let database = format!("sqlite://{}", rig.path("db.sqlite"));
+    let jobs = [
+        rig.call("/ok"),
+        rig.call("/status/404"),
+        rig.put("x", "x"),
+        json!({"type": "fs.get", "path": rig.path("x")}),
+        json!({"type": "sql.query", "connection_string": database, "query": "SELECT 1"}),
+        json!({"type": "fs.get"}),
+    ];
+    for (id, job) in jobs.into_iter().enumerate() {
+        rig.router.submit(&assignment("acme", &id.to_string(), job)).await;
+    }
+    rig.router.settled(SOON).await;
+    let (_, metrics) = rig.worker.get("/metrics").await.unwrap();
+    let mut lint = Command::new(tool::program("promlint"));
+    let mut lint = lint.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    lint.stdin.take().unwrap().write_all(metrics.as_bytes()).unwrap();
+    let said = String::from_utf8(lint.wait_with_output().unwrap().stdout).unwrap();
+    // The description has given this one its name.
+    let known = "worker_task_latency_ms: metric names should not contain abbreviated units";
+    let problems: BTreeSet<&str> = said.lines().filter(|line| *line != known).collect();
+    assert_eq!(problems, BTreeSet::new());
+}
+
+// Secrets.
+
+/// In places that hold credentials: nobody ever sees it again.
+const CREDENTIAL: &str = "hunter2-credential";
+/// In what an assignment carries: only a dead letter, which can be replayed, repeats it.
+const CONTENT: &str = "hunter2-content";
+
+fn with_secrets(rig: &Rig, path: &str) -> Value {
+    let mut job = rig.call(&format!("{path}?token={CREDENTIAL}"));
+    let names = [
+        "Authorization",
+        "Cookie",
+        "X-Vault-Token",
+        "apikey",
+        "api-key",
+        "X-Auth-Key",
+        "X-Auth-User",
+        "Ocp-Apim-Subscription-Key",
+        "X-Amz-Security-Token",
+        "X-Functions-Key",
+        "X-Hub-Signature",
+    ];
+    job["headers"] =
+        names.iter().map(|name| ((*name).to_owned(), json!(CREDENTIAL))).collect::<serde_json::Map<_, _>>().into();
+    job["body"] = json!(CONTENT);
+    job["retry_config"] = json!({"max_attempts": 2, "base_delay_ms": 1});
+    job
+}
+
+#[tokio::test]
+async fn s14_no_secret_leaves_but_where_it_is_meant_to() {
+    let collector = Collector::start().await;
+    let flags = ["--log-level=trace", "--dlq-redact", "--dlq-exhausted", &collector.flag()];
+    let mut rig = Rig::start(&flags).await;
+    let own = json!({"type": "http.request", "url": rig.peer.url("/ok"), "headers": {"Authorization": CREDENTIAL}});
+    let mut broken = own.clone();
+    broken["headers"]["Authorization"] = json!(format!("{CREDENTIAL}\r\nx: y"));
+    let mut listed = own.clone();
+    listed["headers"] = json!([format!("Authorization: {CREDENTIAL}")]);
+    let userinfo = format!("http://u:{CREDENTIAL}@127.0.0.1/?k={CREDENTIAL}");
+    let unparsable = format!("{CREDENTIAL}@nowhere");
+    let database = format!("postgres://me:{CREDENTIAL}@127.0.0.1:1/db?sslpassword={CREDENTIAL}");
+    let jobs = [
+        ("succeeds", with_secrets(&rig, "/ok")),
+        ("fails", with_secrets(&rig, "/status/404")),
+        ("exhausted", with_secrets(&rig, "/status/503")),
+        ("breaks", with_secrets(&rig, "/reset")),
+        ("redirected", with_secrets(&rig, "/redirect/9")),
+        (
+            "nowhere",
+            json!({"type": "http.request", "url": format!("http://no-such-name.invalid/?k={CREDENTIAL}"), "timeout_ms": 3000}),
+        ),
+        ("userinfo", json!({"type": "http.request", "url": userinfo})),
+        ("no-url", json!({"type": "http.request", "url": unparsable})),
+        ("broken-header", broken),
+        ("listed-header", listed),
+        ("put", json!({"type": "fs.put", "path": "/etc/passwd", "content": CONTENT})),
+        (
+            "missing",
+            json!({"type": "sql.query", "connection_string": format!("sqlite://{}", rig.path("no.db")), "query": "SELECT ?", "parameters": [CONTENT]}),
+        ),
+        (
+            "database",
+            json!({"type": "sql.query", "connection_string": database, "query": "SELECT 1", "parameters": [CONTENT], "timeout_ms": 3000}),
+        ),
+    ];
+    for (id, job) in jobs {
+        let mut payload = assignment("acme", id, job);
+        payload["executor"]["endpoint"] = json!(format!("https://u:{CREDENTIAL}@h/v1?k={CREDENTIAL}"));
+        rig.router.submit(&payload).await;
+    }
+    rig.router
+        .submit_bytes(format!(
+            r#"{{"assignment_id":"raw","request_id":"r","tenant_id":"acme","job":{{"url":"{CREDENTIAL}"#
+        ))
+        .await;
+    rig.router.settled(SOON * 2).await;
+    let letters = rig.router.heard().iter().filter(|heard| heard.kind == Kind::Letter).count();
+    assert!(letters >= 12, "{letters} dead letters");
+    let (_, metrics) = rig.worker.get("/metrics").await.unwrap();
+    let (_, health) = rig.worker.get("/_health").await.unwrap();
+    end(&mut rig).await;
+
+    for heard in rig.router.heard() {
+        let said = format!("{} {:?}", String::from_utf8_lossy(&heard.payload), heard.headers);
+        assert!(!said.contains(CREDENTIAL), "{:?}: {said}", heard.kind);
+        let is_letter = matches!(heard.kind, Kind::Letter | Kind::Original);
+        assert!(is_letter || !said.contains(CONTENT), "{:?}: {said}", heard.kind);
+    }
+    let spans = collector.bodies.lock().unwrap().concat();
+    let spans = String::from_utf8_lossy(&spans).into_owned();
+    assert!(spans.contains("worker.block.execute"));
+    let lines = rig.worker.lines();
+    assert!(lines.len() > 20, "there are lines at all");
+    for place in lines.iter().chain([&metrics, &health, &spans]) {
+        assert!(!place.contains("hunter2"), "{place}");
+    }
+    let kept = rig.router.all("CAF_EXEC_RESULT", ">").await;
+    assert!(kept.iter().all(|kept| !String::from_utf8_lossy(&kept.payload).contains("hunter2")));
+    let raw = rig
+        .router
+        .heard()
+        .into_iter()
+        .find(|heard| heard.kind == Kind::Letter && heard.key == Some(("acme", "raw").into()));
+    let raw: Value = serde_json::from_slice(&raw.expect("a letter about what is no JSON").payload).unwrap();
+    assert_eq!((&raw["redacted"], raw.get("raw_base64")), (&json!(true), None));
+}
