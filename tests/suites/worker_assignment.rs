@@ -858,7 +858,7 @@ async fn another_subject_has_a_stream_and_verdicts_of_its_own() {
 
 #[tokio::test]
 async fn all_bad_flags_are_named_at_once_with_exit_code_2() {
-    let setup = Worker::named("w").flag("--io-pool-size=0").flag("--no-such-flag=1").flag("--drain-timeout=35");
+    let setup = Worker::named("w").flag("--io-pool-size=-1").flag("--no-such-flag=1").flag("--drain-timeout=35");
     let ending = setup.env("WORKER_MAX_MEMORY_MB", "lots").env("NATS_URL", "http://me:s3cret@broker").end().await;
     assert_eq!(ending.code, Some(2), "{}", ending.said);
     for named in ["--io-pool-size", "--no-such-flag", "--drain-timeout", "WORKER_MAX_MEMORY_MB", "NATS_URL"] {

@@ -199,6 +199,13 @@ impl Broker {
     }
 }
 
+/// What headers add to a message: a version line, a line for each, an empty line.
+pub(crate) fn wire_len(headers: &HeaderMap) -> usize {
+    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));
+    "NATS/1.0\r\n\r\n".len()
+        + lines.map(|(name, value)| name.to_string().len() + value.as_str().len() + 4).sum::<usize>()
+}
+
 #[derive(Deserialize)]
 struct PubAck {
     seq: Option<u64>,

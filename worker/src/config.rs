@@ -149,7 +149,7 @@ impl Config {
         let config = Self {
             cpu_pool_size: input.value(&s::CPU_POOL_SIZE, values::whole(0..=4096)),
             gpu_pool_size: input.value(&s::GPU_POOL_SIZE, values::whole(0..=4096)),
-            io_pool_size: input.value(&s::IO_POOL_SIZE, values::whole(1..=4096)),
+            io_pool_size: input.value(&s::IO_POOL_SIZE, values::whole(0..=4096)),
             max_memory_bytes: input.value(&s::MAX_MEMORY_MB, values::whole(16..=1_048_576_u64)) << 20,
             max_cpu_time: Duration::from_millis(input.value(&s::MAX_CPU_TIME_MS, values::whole(1..=values::MONTH_MS))),
             worker_id: input.optional(&s::WORKER_ID, values::id).unwrap_or_else(values::host_name),
@@ -179,6 +179,9 @@ impl Config {
             log_format: input.value(&s::LOG_FORMAT, LogFormat::parse),
             log_filter: input.value(&s::LOG_LEVEL, values::log_filter),
         };
+        if Pool::ALL.into_iter().all(|pool| config.slots(pool) == 0) {
+            input.problem("--cpu-pool-size, --gpu-pool-size and --io-pool-size are all 0: one of them must not be");
+        }
         input.finish(config)
     }
 
@@ -369,6 +372,15 @@ mod tests {
         ] {
             assert_eq!(accepted(&format!("--log-level={given}"), "").log_filter.to_string(), filter, "{given}");
         }
+    }
+
+    #[test]
+    fn a_worker_needs_a_slot_of_some_kind() {
+        assert_eq!(accepted("--cpu-pool-size=0 --io-pool-size=0 --gpu-pool-size=1", "").slots(Pool::Io), 0);
+        assert_eq!(
+            refused("--cpu-pool-size=0 --io-pool-size=0", ""),
+            ["--cpu-pool-size, --gpu-pool-size and --io-pool-size are all 0: one of them must not be"]
+        );
     }
 
     #[test]

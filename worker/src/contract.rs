@@ -16,6 +16,8 @@ use crate::fault::{Details, Invalid};
 
 /// Where assignments come in, unless `--nats-subject` says else.
 pub const ASSIGN: &str = "caf.exec.assign.v1";
+/// Where work waits for workers with GPU slots, unless `--nats-subject` says else.
+pub const ROUTE_GPU: &str = "caf.exec.route.gpu.v1";
 /// Where results go out.
 pub const RESULT: &str = "caf.exec.result.v1";
 /// Where dead letters go.

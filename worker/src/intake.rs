@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Concern;
 use crate::broker::Broker;
-use crate::broker::streams::{ACK_WAIT, Ready};
+use crate::broker::streams::{ACK_WAIT, Ready, Source};
 use crate::contract;
 use crate::pipeline::Pipeline;
-use crate::pipeline::load::{Counted, Load, Room, Waiting};
+use crate::pipeline::load::{Counted, Flow, Load, Room, Waiting};
 use hold::Held;
 
 pub use hold::{Hold, Holds, renew};
@@ -72,6 +72,7 @@ pub struct Delivery {
     payload: Bytes,
     headers: Option<HeaderMap>,
     broker: Broker,
+    source: Source,
     publication: Publication,
     delivered: i64,
     published: Timestamp,
@@ -101,7 +102,12 @@ impl Delivery {
         self.headers.as_ref()
     }
 
-    /// Which publication it carries.
+    /// Where it was pulled from.
+    pub const fn source(&self) -> Source {
+        self.source
+    }
+
+    /// Which publication it carries, under the first identity of one that was passed on.
     pub fn publication(&self) -> &Publication {
         &self.publication
     }
@@ -158,24 +164,28 @@ impl Delivery {
     }
 }
 
-/// Takes deliveries and sends them on in chunks until `stop`; starts anew whenever the stream was made anew.
+/// Takes deliveries from there and sends them on in chunks until `stop`; starts anew whenever the stream was made anew.
 pub async fn take(
     pipeline: Arc<Pipeline>,
+    source: Source,
     mut streams: watch::Receiver<Ready>,
     out: mpsc::Sender<Vec<Delivery>>,
     stop: CancellationToken,
 ) {
     while !stop.is_cancelled() {
-        let ready = streams.borrow_and_update().clone();
-        let puller = Puller::new(&pipeline, ready);
-        tokio::select! {
-            ended = puller.run(|| pipeline.room(), &out, &stop) => {
-                if ended == Err(Vanished) {
-                    pipeline.health.raise(Concern::StreamsUnavailable, "the consumer of assignments has vanished");
-                    tokio::time::sleep(VANISHED_RETRY).await;
-                }
+        let from = Pulled::of(&streams.borrow_and_update(), source);
+        let pulls = async {
+            let Some(from) = &from else { return stop.cancelled().await };
+            let puller = Puller::new(&pipeline, source, from.clone());
+            if puller.run(|| pipeline.room(source), &out, &stop).await == Err(Vanished) {
+                let vanished = format!("the consumer {} has vanished", from.consumer);
+                pipeline.health.raise(Concern::StreamsUnavailable, vanished);
+                tokio::time::sleep(VANISHED_RETRY).await;
             }
-            changed = streams.changed() => {
+        };
+        tokio::select! {
+            () = pulls => {}
+            changed = streams.wait_for(|now| Pulled::of(now, source) != from) => {
                 if changed.is_err() {
                     return;
                 }
@@ -184,14 +194,29 @@ pub async fn take(
     }
 }
 
-/// Pulls from the durable consumer.
-#[derive(Debug)]
-struct Puller {
-    broker: Broker,
+/// One durable consumer of one stream, as long as that stream exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pulled {
     stream: Arc<str>,
     created: Arc<str>,
     consumer: String,
+}
+
+impl Pulled {
+    fn of(ready: &Ready, source: Source) -> Option<Self> {
+        let consumer = ready.consumer_of(source)?.to_owned();
+        Some(Self { stream: ready.stream.as_str().into(), created: ready.created.as_str().into(), consumer })
+    }
+}
+
+/// Pulls from a durable consumer.
+#[derive(Debug)]
+struct Puller {
+    broker: Broker,
+    source: Source,
+    from: Pulled,
     load: Arc<Load>,
+    flow: Arc<Flow>,
     holds: Holds,
 }
 
@@ -205,13 +230,13 @@ struct Pulls {
 }
 
 impl Puller {
-    fn new(pipeline: &Pipeline, ready: Ready) -> Self {
+    fn new(pipeline: &Pipeline, source: Source, from: Pulled) -> Self {
         Self {
             broker: pipeline.broker.clone(),
-            stream: ready.stream.into(),
-            created: ready.created.into(),
-            consumer: ready.consumer,
+            source,
+            from,
             load: Arc::clone(&pipeline.load),
+            flow: Arc::clone(pipeline.load.flow(source)),
             holds: pipeline.holds.clone(),
         }
     }
@@ -249,7 +274,7 @@ impl Puller {
                             return Ok(());
                         }
                     }
-                    () = self.load.freed() => {}
+                    () = self.flow.freed() => {}
                     () = tokio::time::sleep(TICK) => {
                         if pulls.outstanding > 0 && pulls.last_heard.elapsed() > PULL_EXPIRES + ACK_WAIT {
                             tracing::warn!("a pull was never answered: pulling anew");
@@ -271,11 +296,11 @@ impl Puller {
     /// or until the worker would run dry.
     async fn top_up(&self, pulls: &mut Pulls, room: Room) {
         let wanted = room.free.saturating_sub(pulls.outstanding);
-        let runs_dry = self.load.waiting() == 0 && pulls.outstanding == 0;
+        let runs_dry = self.flow.waiting() == 0 && pulls.outstanding == 0;
         if wanted == 0 || (wanted < room.whole / 4 && !runs_dry) {
             return;
         }
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.stream, self.consumer);
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.from.stream, self.from.consumer);
         let request = format!(r#"{{"batch":{wanted},"expires":{}}}"#, PULL_EXPIRES.as_nanos());
         let asked = self.broker.client().publish_with_reply(subject, pulls.inbox.clone(), request.into()).await;
         if asked.is_ok() {
@@ -317,16 +342,17 @@ impl Puller {
         let publication = first_identity.and_then(|header| Publication::parse(header.as_str()));
         Some(Delivery {
             broker: self.broker.clone(),
+            source: self.source,
             publication: publication.unwrap_or_else(|| Publication {
-                stream: Arc::clone(&self.stream),
-                created: Arc::clone(&self.created),
+                stream: Arc::clone(&self.from.stream),
+                created: Arc::clone(&self.from.created),
                 sequence: described.sequence,
             }),
             delivered: described.delivered,
             published: described.published,
             held: self.holds.take(reply),
             received: Instant::now(),
-            waiting: Some(Waiting::new(&self.load)),
+            waiting: Some(Waiting::new(&self.flow)),
             _bytes: self.load.hold_bytes(payload.len()),
             payload,
             headers,

@@ -7,20 +7,21 @@ use anyhow::Context;
 use beamline_worker::admin::{self, Concern, Health};
 use beamline_worker::assignment::Pool;
 use beamline_worker::blocks::{self, Blocks, egress, http};
-use beamline_worker::broker::streams::{self, Keeper};
+use beamline_worker::broker::streams::{self, Keeper, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
 use beamline_worker::execute::Engine;
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
-use beamline_worker::report::dead_letter::{self, DeadLetters};
+use beamline_worker::report::dead_letter;
 use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::{shutdown, telemetry};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Chunks of deliveries between the socket and the look-up.
 const CHUNKS: usize = 4;
@@ -78,11 +79,18 @@ async fn work(config: Config, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     tokio::spawn(intake::renew(Arc::clone(&pipeline), ended.clone()));
     let (chunks, waiting) = mpsc::channel(CHUNKS);
-    let (streams, stop) = (keeper.watch(), CancellationToken::new());
+    let stop = CancellationToken::new();
+    let taking = TaskTracker::new();
+    for source in pulled(sources(&config)) {
+        taking.spawn(intake::take(Arc::clone(&pipeline), source, keeper.watch(), chunks.clone(), stop.clone()));
+    }
+    taking.close();
+    // The channel ends with the last of them.
+    drop(chunks);
     tokio::spawn(keeper.run(health.clone()));
     let intake = shutdown::Intake {
-        stop: stop.clone(),
-        taking: tokio::spawn(intake::take(Arc::clone(&pipeline), streams, chunks, stop)),
+        stop,
+        taking,
         processing: tokio::spawn({
             let pipeline = Arc::clone(&pipeline);
             async move { pipeline.run(waiting).await }
@@ -108,9 +116,9 @@ async fn prepare(config: &Config, health: &Health, metrics: Arc<Metrics>) -> any
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
     let settings = pipeline_settings(config, &intake)?;
-    let keeper = Keeper::start(broker.clone(), intake, config.nats_create_streams, health).await?;
-    let dead_letters = DeadLetters::new(broker.clone(), dead_letter_settings(config));
-    let pipeline = Pipeline::new(settings, broker, dead_letters, schedule(config), engine, metrics, health.clone());
+    let keeper = Keeper::start(broker.clone(), intake, sources(config), config.nats_create_streams, health).await?;
+    let streams = keeper.watch();
+    let pipeline = Pipeline::new(settings, broker, streams, schedule(config), engine, metrics, health.clone());
     pipeline.record_spooled().await;
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
 }
@@ -148,6 +156,8 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
     Ok(pipeline::Settings {
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
+        route_subject: intake.route_subject(),
+        dead_letters: dead_letter_settings(config),
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
         dlq_exhausted: config.dlq_exhausted,
@@ -161,6 +171,15 @@ fn dead_letter_settings(config: &Config) -> dead_letter::Settings {
         worker_id: config.worker_id.clone(),
         pool: config.pool.as_ref().map(ToString::to_string),
     }
+}
+
+fn sources(config: &Config) -> Sources {
+    Sources { intake: config.slots(Pool::Cpu) + config.slots(Pool::Io) > 0, gpu_route: config.slots(Pool::Gpu) > 0 }
+}
+
+fn pulled(sources: Sources) -> impl Iterator<Item = Source> {
+    let intake = sources.intake.then_some(Source::Intake);
+    intake.into_iter().chain(sources.gpu_route.then_some(Source::GpuRoute))
 }
 
 fn schedule(config: &Config) -> Schedule {

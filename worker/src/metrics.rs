@@ -22,6 +22,7 @@ const REJECTIONS: [Cause; 5] =
 const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";
 const USAGE: &str =
     "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)";
+const PASSED_ON: &str = "Assignments passed on to workers with GPU slots";
 const REPLAYED: &str = "Stored results published again instead of running twice";
 const REDELIVERIES: &str = "Deliveries that were not the first of their message";
 const PUBLISH_RETRIES: &str = "Publishes repeated because the broker did not confirm them";
@@ -40,6 +41,7 @@ pub struct Metrics {
     slots: ByPool<IntGauge>,
     slots_busy: ByPool<IntGauge>,
     rejected: IntCounterVec,
+    passed_on: IntCounter,
     dead_letters: IntCounterVec,
     replayed: IntCounter,
     redeliveries: IntCounter,
@@ -66,6 +68,7 @@ impl Metrics {
             slots: by_pool(&registry, "worker_slots", "Tasks that can run at once"),
             slots_busy: by_pool(&registry, "worker_slots_busy", "Tasks that run now"),
             rejected: rejected(&registry),
+            passed_on: counter(&registry, "worker_assignments_passed_on_total", PASSED_ON),
             dead_letters: dead_letters(&registry),
             replayed: counter(&registry, "worker_results_replayed_total", REPLAYED),
             redeliveries: counter(&registry, "worker_redeliveries_total", REDELIVERIES),
@@ -107,6 +110,11 @@ impl Metrics {
     /// An assignment was refused.
     pub fn rejected(&self, cause: Cause) {
         self.rejected.with_label_values(&[&cause.code().to_string()]).inc();
+    }
+
+    /// An assignment was passed on to another class of workers.
+    pub fn passed_on(&self) {
+        self.passed_on.inc();
     }
 
     /// A dead letter was written.
@@ -346,6 +354,7 @@ mod tests {
             r#"worker_assignments_rejected_total{code="2003"}"#,
             r#"worker_dead_letters_total{stage="decode"}"#,
             r#"worker_dead_letters_total{stage="execute"}"#,
+            "worker_assignments_passed_on_total",
             "worker_results_replayed_total",
             "worker_redeliveries_total",
             "worker_publish_retries_total",
@@ -395,6 +404,7 @@ mod tests {
         metrics.set_slots_busy(Pool::Gpu, 2);
         metrics.set_memory_held(512 * 1024 * 1024);
         metrics.rejected(Cause::InvalidFormat);
+        metrics.passed_on();
         metrics.dead_letter(Stage::Admit);
         metrics.result_replayed();
         metrics.redelivered();
@@ -410,6 +420,7 @@ mod tests {
             (r#"worker_resource_usage{type="memory_mb"}"#, 512.0),
             (r#"worker_assignments_rejected_total{code="1003"}"#, 1.0),
             (r#"worker_dead_letters_total{stage="admit"}"#, 1.0),
+            ("worker_assignments_passed_on_total", 1.0),
             ("worker_results_replayed_total", 1.0),
             ("worker_redeliveries_total", 1.0),
             (r#"worker_retries_total{type="sql.query"}"#, 1.0),

@@ -4,6 +4,7 @@
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
 mod rejection; // what does not run
+mod route; // what runs on another class of workers
 mod in_flight; // which assignments run here
 mod durable; // writes that must become definite
 pub(crate) mod load; // how much is held, and how much more may come
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
@@ -22,12 +23,13 @@ use crate::admin::Health;
 use crate::admission;
 use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
+use crate::broker::streams::Ready;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
-use crate::report::dead_letter::DeadLetters;
+use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
 use crate::report::outbox::{Outbox, Said};
 use crate::report::spool::Spool;
@@ -51,6 +53,10 @@ pub struct Settings {
     pub worker_id: String,
     /// Where verdicts go.
     pub verdict_subject: String,
+    /// Where work waits for workers with GPU slots.
+    pub route_subject: String,
+    /// How dead letters are written.
+    pub dead_letters: dead_letter::Settings,
     /// Payloads and results that may be held at once.
     pub max_memory_bytes: u64,
     /// CPU time that one block may use.
@@ -66,6 +72,7 @@ pub struct Settings {
 pub struct Pipeline {
     pub(crate) settings: Settings,
     pub(crate) broker: Broker,
+    pub(crate) streams: watch::Receiver<Ready>,
     pub(crate) ledger: Ledger,
     pub(crate) outbox: Outbox,
     pub(crate) dead_letters: DeadLetters,
@@ -80,6 +87,14 @@ pub struct Pipeline {
     /// Ends what still runs when the drain's time is up.
     pub(crate) cut: CancellationToken,
     in_flight: InFlight,
+}
+
+/// An assignment that is not refused.
+enum Judged {
+    /// It runs here.
+    Runs(Assignment),
+    /// It runs on another class of workers.
+    PassesOn(Assignment),
 }
 
 /// A delivery whose assignment may run here, and the Router has been told so.
@@ -107,7 +122,7 @@ impl Pipeline {
     pub fn new(
         settings: Settings,
         broker: Broker,
-        dead_letters: DeadLetters,
+        streams: watch::Receiver<Ready>,
         schedule: Schedule,
         engine: Engine,
         metrics: Arc<Metrics>,
@@ -116,9 +131,10 @@ impl Pipeline {
         Self {
             ledger: Ledger::new(broker.clone()),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
+            dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
             settings,
             broker,
-            dead_letters,
+            streams,
             schedule,
             engine,
             metrics,
@@ -149,7 +165,8 @@ impl Pipeline {
             }
             failpoint::reach(Point::Pulled).await;
             match self.judge(&delivery) {
-                Ok(assignment) => {
+                Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
+                Ok(Judged::Runs(assignment)) => {
                     let verdict = report::accepted(&assignment, &self.settings.worker_id);
                     let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
                     let subject = self.settings.verdict_subject.clone();
@@ -207,7 +224,7 @@ impl Pipeline {
             () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
-        self.load.finished();
+        self.load.flow(arrival.delivery.source()).finished();
         if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
             [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
         }
@@ -268,13 +285,16 @@ impl Pipeline {
         failpoint::reach(Point::AfterSettle).await;
     }
 
-    fn judge(&self, delivery: &Delivery) -> Result<Assignment, Rejection> {
+    fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
         let assignment = Assignment::decode(delivery.payload()).map_err(Rejection::undecodable)?;
         if let Some(invalid) = self.engine.refuses(&assignment.block) {
             return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
         }
+        if self.is_for_the_route(delivery, &assignment) {
+            return Ok(Judged::PassesOn(assignment));
+        }
         match admission::refusal(&assignment, &self.schedule, self.settings.max_memory_bytes >> 20) {
-            None => Ok(assignment),
+            None => Ok(Judged::Runs(assignment)),
             Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
         }
     }

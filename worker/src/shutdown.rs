@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::admin::Concern;
 use crate::pipeline::Pipeline;
@@ -18,7 +19,7 @@ pub struct Intake {
     /// Tells it to take no more.
     pub stop: CancellationToken,
     /// Ends when nothing more can arrive.
-    pub taking: JoinHandle<()>,
+    pub taking: TaskTracker,
     /// Ends when everything that arrived has a task.
     pub processing: JoinHandle<()>,
 }
@@ -40,12 +41,12 @@ pub async fn signalled() -> std::io::Result<()> {
 ///
 /// Work that is cut off was never settled, so the broker hands it to another worker.
 pub async fn drain(pipeline: &Pipeline, intake: Intake, limit: Duration) {
-    let Intake { stop, mut taking, processing } = intake;
+    let Intake { stop, taking, processing } = intake;
     pipeline.health.raise(Concern::Draining, "the worker was told to stop");
     stop.cancel();
     let everything = async {
         // First the open pulls end: what is handed back before would come back to them.
-        let _ = (&mut taking).await;
+        taking.wait().await;
         pipeline.schedule.close();
         // The chunks that were on their way become tasks first; their work is handed back by the closed schedule.
         let _ = processing.await;
@@ -54,9 +55,7 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, limit: Duration) {
     };
     if tokio::time::timeout(limit, everything).await.is_err() {
         tracing::warn!(unfinished = pipeline.tasks.len(), ?limit, "drain timed out: handing back what still runs");
-        if !taking.is_finished() {
-            let _ = tokio::time::timeout(CUT_LIMIT, taking).await;
-        }
+        let _ = tokio::time::timeout(CUT_LIMIT, taking.wait()).await;
         pipeline.schedule.close();
         pipeline.tasks.close();
         pipeline.cut.cancel();

@@ -54,6 +54,9 @@ const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What is known about one assignment, beside its record.
 const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
 
+/// Between two looks for the route, on a worker that only passes work on to it: one request.
+const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
+
 /// Where this worker's assignments wait.
 #[derive(Clone, Debug)]
 pub struct Intake {
@@ -61,6 +64,24 @@ pub struct Intake {
     pub subject: String,
     /// The durable consumer that all workers of a pool share.
     pub queue_group: String,
+}
+
+/// The two places of a pool's stream that deliveries come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// What the Router publishes.
+    Intake,
+    /// What waits for workers with GPU slots.
+    GpuRoute,
+}
+
+/// Which of them a worker pulls from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// It has slots for work that needs no accelerator.
+    pub intake: bool,
+    /// It has GPU slots.
+    pub gpu_route: bool,
 }
 
 /// Where assignments are pulled from.
@@ -72,6 +93,18 @@ pub struct Ready {
     pub created: String,
     /// The durable consumer that hands them out.
     pub consumer: String,
+    /// The durable consumer of the GPU route, where there is that route.
+    pub route: Option<String>,
+}
+
+impl Ready {
+    /// The consumer to pull from.
+    pub fn consumer_of(&self, source: Source) -> Option<&str> {
+        match source {
+            Source::Intake => Some(&self.consumer),
+            Source::GpuRoute => self.route.as_deref(),
+        }
+    }
 }
 
 /// Looks after the streams for as long as the worker runs: they may vanish, or be made anew by somebody else.
@@ -79,6 +112,7 @@ pub struct Ready {
 pub struct Keeper {
     broker: Broker,
     intake: Intake,
+    sources: Sources,
     create: bool,
     ready: watch::Sender<Ready>,
 }
@@ -88,12 +122,18 @@ impl Keeper {
     ///
     /// # Errors
     /// A mismatch: it never heals by waiting.
-    pub async fn start(broker: Broker, intake: Intake, create: bool, health: &Health) -> Result<Self, StreamsError> {
+    pub async fn start(
+        broker: Broker,
+        intake: Intake,
+        sources: Sources,
+        create: bool,
+        health: &Health,
+    ) -> Result<Self, StreamsError> {
         loop {
-            match ensure(broker.jetstream(), &intake, create).await {
+            match ensure(broker.jetstream(), &intake, sources, create, None).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
-                    return Ok(Self { broker, intake, create, ready: watch::Sender::new(ready) });
+                    return Ok(Self { broker, intake, sources, create, ready: watch::Sender::new(ready) });
                 }
                 Err(mismatch @ StreamsError::Mismatch { .. }) => return Err(mismatch),
                 Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
@@ -109,16 +149,21 @@ impl Keeper {
 
     /// Looks again from time to time, and at once when something else has noticed that a stream is missing.
     pub async fn run(self, health: Health) {
-        let mut last = Instant::now();
+        let (mut last, mut last_for_route) = (Instant::now(), Instant::now());
         loop {
             tokio::time::sleep(LOOK_AGAIN).await;
             let is_urgent =
                 [Concern::StreamsUnavailable, Concern::StorageRefused].map(|concern| health.is_raised(concern));
             if !is_urgent.contains(&true) && last.elapsed() < LOOK_ANYWAY {
+                if !self.sources.gpu_route && last_for_route.elapsed() >= LOOK_FOR_ROUTE {
+                    last_for_route = Instant::now();
+                    self.look_for_route().await;
+                }
                 continue;
             }
             last = Instant::now();
-            match ensure(self.broker.jetstream(), &self.intake, self.create).await {
+            let known = self.ready.borrow().route.clone();
+            match ensure(self.broker.jetstream(), &self.intake, self.sources, self.create, known).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
                     self.ready.send_if_modified(|known| std::mem::replace(known, ready.clone()) != ready);
@@ -129,6 +174,17 @@ impl Keeper {
                     health.raise(Concern::StreamsUnavailable, error.to_string());
                 }
             }
+        }
+    }
+
+    /// A route comes and goes with its consumer. What cannot be asked for stays as it was known last.
+    async fn look_for_route(&self) {
+        let Ok(stream) = self.broker.jetstream().get_stream_no_info(self.intake.stream()).await else { return };
+        match find_route(&stream, &self.intake).await {
+            Ok(route) => {
+                self.ready.send_if_modified(|known| std::mem::replace(&mut known.route, route.clone()) != route);
+            }
+            Err(error) => tracing::debug!(%error, "cannot look for the GPU route"),
         }
     }
 }
@@ -176,6 +232,20 @@ impl Intake {
         format!("{}.ack", self.subject)
     }
 
+    /// Where work waits for workers with GPU slots.
+    pub fn route_subject(&self) -> String {
+        if self.subject == contract::ASSIGN {
+            contract::ROUTE_GPU.to_owned()
+        } else {
+            format!("{}.route.gpu", self.subject)
+        }
+    }
+
+    /// The durable consumer that all workers of a pool share that have GPU slots.
+    pub fn route_group(&self) -> String {
+        format!("{}-gpu", self.queue_group)
+    }
+
     fn routes(&self) -> String {
         if self.subject == contract::ASSIGN {
             "caf.exec.route.*.v1".to_owned()
@@ -189,7 +259,13 @@ impl Intake {
 ///
 /// # Errors
 /// See [`StreamsError`]; a mismatch never heals by waiting.
-async fn ensure(js: &jetstream::Context, intake: &Intake, create: bool) -> Result<Ready, StreamsError> {
+async fn ensure(
+    js: &jetstream::Context,
+    intake: &Intake,
+    sources: Sources,
+    create: bool,
+    known_route: Option<String>,
+) -> Result<Ready, StreamsError> {
     for wanted in [results(), dead_letters()].into_iter().chain(buckets()) {
         ensure_stream(js, wanted, create).await?;
     }
@@ -197,11 +273,17 @@ async fn ensure(js: &jetstream::Context, intake: &Intake, create: bool) -> Resul
     ensure_consumer(&stream, control_consumer(), create).await?;
     let stream = ensure_stream(js, assignments(intake), create).await?;
     ensure_consumer(&stream, consumer(intake), create).await?;
+    let route = match sources.gpu_route {
+        true => ensure_route(&stream, intake, sources, create).await?,
+        // Whoever may not even look for it works without it.
+        false => find_route(&stream, intake).await.unwrap_or(known_route),
+    };
     let info = stream.cached_info();
     Ok(Ready {
         stream: info.config.name.clone(),
         created: rfc3339(info.created.unix_timestamp_nanos()),
         consumer: intake.queue_group.clone(),
+        route,
     })
 }
 
@@ -302,9 +384,18 @@ fn unlimited() -> Config {
 
 /// What hands the assignments out.
 pub fn consumer(intake: &Intake) -> pull::Config {
+    shared(intake.queue_group.clone(), intake.subject.clone())
+}
+
+/// What hands out the work that waits for GPU slots.
+pub fn route_consumer(intake: &Intake) -> pull::Config {
+    shared(intake.route_group(), intake.route_subject())
+}
+
+fn shared(name: String, subject: String) -> pull::Config {
     pull::Config {
-        durable_name: Some(intake.queue_group.clone()),
-        filter_subject: intake.subject.clone(),
+        durable_name: Some(name),
+        filter_subject: subject,
         ack_policy: AckPolicy::Explicit,
         ack_wait: ACK_WAIT,
         max_deliver: -1,
@@ -377,6 +468,30 @@ async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) ->
         }
         Err(error) if is_no_consumer(&error) => Err(StreamsError::Missing(what)),
         Err(error) => Err(unavailable(&what, &error)),
+    }
+}
+
+/// The route's consumer, for whoever pulls from it.
+async fn ensure_route(
+    stream: &Stream,
+    intake: &Intake,
+    sources: Sources,
+    create: bool,
+) -> Result<Option<String>, StreamsError> {
+    match ensure_consumer(stream, route_consumer(intake), create).await {
+        // A pool may have no route; only a worker that has nothing else to pull from must wait for one.
+        Err(StreamsError::Missing(_)) if sources.intake => Ok(None),
+        ensured => ensured.map(|()| Some(intake.route_group())),
+    }
+}
+
+async fn find_route<I>(stream: &Stream<I>, intake: &Intake) -> Result<Option<String>, StreamsError> {
+    let group = intake.route_group();
+    match stream.consumer_info(&group).await {
+        // One with another filter would never hand out what is passed on.
+        Ok(info) => Ok((info.config.filter_subject == intake.route_subject()).then_some(group)),
+        Err(error) if is_no_consumer(&error) => Ok(None),
+        Err(error) => Err(unavailable(&format!("consumer {group} of stream {}", intake.stream()), &error)),
     }
 }
 

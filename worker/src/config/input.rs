@@ -137,6 +137,11 @@ impl<E: Fn(&str) -> Option<OsString>> Input<E> {
         }
     }
 
+    /// Settings that are allowed one by one, and not together.
+    pub(super) fn problem(&mut self, problem: impl Into<String>) {
+        self.problems.push(problem.into());
+    }
+
     pub(super) fn finish<T>(self, config: T) -> Result<T, Problems> {
         if self.problems.is_empty() { Ok(config) } else { Err(Problems(self.problems)) }
     }

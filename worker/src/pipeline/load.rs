@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Pipeline;
 use crate::admin::Concern;
 use crate::assignment::Pool;
+use crate::broker::streams::Source;
 
 /// The most that is fetched ahead of free slots, unless there are more slots.
 const MAX_LOOK_AHEAD: usize = 1000;
@@ -36,19 +37,36 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
 }
 
 impl Pipeline {
-    /// How much may be fetched at this moment.
-    pub(crate) fn room(&self) -> Room {
-        let slots: usize = Pool::ALL.iter().map(|pool| self.schedule.size(*pool)).sum();
-        let busy: usize = Pool::ALL.iter().map(|pool| self.schedule.busy(*pool)).sum();
-        let look_ahead = slots.max(self.load.finished_per_100_ms().min(MAX_LOOK_AHEAD));
-        let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= look_ahead.max(1);
+    /// How much may be fetched from there at this moment.
+    pub(crate) fn room(&self, source: Source) -> Room {
+        let slots = self.slots(source);
+        let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
+        let look_ahead = self.look_ahead(source);
+        let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= self.longest_queue(source, *pool);
         // What could not be stored would only pile up here. Whoever could not store it clears the concern.
         let cannot_store = self.health.is_raised(Concern::StorageRefused);
-        let free = match self.holds_too_much() || cannot_store || Pool::ALL.iter().any(is_full) {
+        let free = match self.holds_too_much() || cannot_store || pools(source).iter().any(is_full) {
             true => 0,
-            false => (slots - busy + look_ahead).saturating_sub(self.load.waiting()),
+            false => (slots - busy + look_ahead).saturating_sub(self.load.flow(source).waiting()),
         };
         Room { free, whole: slots + look_ahead }
+    }
+
+    fn slots(&self, source: Source) -> usize {
+        pools(source).iter().map(|pool| self.schedule.size(*pool)).sum()
+    }
+
+    fn look_ahead(&self, source: Source) -> usize {
+        self.slots(source).max(self.load.flow(source).finished_per_100_ms().min(MAX_LOOK_AHEAD))
+    }
+
+    /// From which length on a pool's queue stops what comes from there. What the route brings must never stop the intake.
+    fn longest_queue(&self, source: Source, pool: Pool) -> usize {
+        let beside = match (source, pool) {
+            (Source::Intake, Pool::Gpu) => self.look_ahead(Source::GpuRoute),
+            _ => 0,
+        };
+        self.look_ahead(source).max(1) + beside
     }
 
     fn note_overload(&self) {
@@ -68,6 +86,14 @@ impl Pipeline {
     }
 }
 
+/// Where what comes from there can run.
+const fn pools(source: Source) -> &'static [Pool] {
+    match source {
+        Source::Intake => &Pool::ALL,
+        Source::GpuRoute => &[Pool::Gpu],
+    }
+}
+
 /// How many deliveries the worker can use at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Room {
@@ -80,22 +106,50 @@ pub(crate) struct Room {
 /// What the worker holds of the broker's: shared by everything that takes or frees room.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
-    waiting: AtomicUsize,
     bytes: Arc<AtomicUsize>,
+    intake: Arc<Flow>,
+    gpu_route: Arc<Flow>,
+}
+
+/// What came from one source, and how fast it goes.
+#[derive(Debug, Default)]
+pub(crate) struct Flow {
+    waiting: AtomicUsize,
     freed: Notify,
     finished: AtomicUsize,
     per_100_ms: AtomicUsize,
 }
 
 impl Load {
-    /// Deliveries here that have not begun.
-    pub(crate) fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
+    /// What came from there.
+    pub(crate) const fn flow(&self, source: Source) -> &Arc<Flow> {
+        match source {
+            Source::Intake => &self.intake,
+            Source::GpuRoute => &self.gpu_route,
+        }
     }
 
     /// Bytes of payloads and results held.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Counts bytes for as long as the guard lives.
+    pub(crate) fn hold_bytes(&self, bytes: usize) -> Counted {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Counted { total: Arc::clone(&self.bytes), amount: bytes }
+    }
+
+    /// Closes a sample of the rates that took `elapsed`.
+    fn sample(&self, elapsed: Duration) {
+        [&self.intake, &self.gpu_route].into_iter().for_each(|flow| flow.sample(elapsed));
+    }
+}
+
+impl Flow {
+    /// Deliveries here that have not begun.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// One more block has ended.
@@ -108,8 +162,8 @@ impl Load {
         self.per_100_ms.load(Ordering::Relaxed)
     }
 
-    /// Closes a sample of the rate that took `elapsed`. A rate rises at once and falls by half a sample.
-    pub(crate) fn sample(&self, elapsed: Duration) {
+    /// A rate rises at once and falls by half a sample.
+    fn sample(&self, elapsed: Duration) {
         let finished = self.finished.swap(0, Ordering::Relaxed) as f64;
         let now = (finished * 0.1 / elapsed.as_secs_f64().max(0.001)) as usize;
         let before = self.per_100_ms.load(Ordering::Relaxed);
@@ -120,22 +174,16 @@ impl Load {
     pub(crate) async fn freed(&self) {
         self.freed.notified().await;
     }
-
-    /// Counts bytes for as long as the guard lives.
-    pub(crate) fn hold_bytes(&self, bytes: usize) -> Counted {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Counted { total: Arc::clone(&self.bytes), amount: bytes }
-    }
 }
 
 /// A delivery that is here and has not begun.
 #[derive(Debug)]
-pub(crate) struct Waiting(Arc<Load>);
+pub(crate) struct Waiting(Arc<Flow>);
 
 impl Waiting {
-    pub(crate) fn new(load: &Arc<Load>) -> Self {
-        load.waiting.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(load))
+    pub(crate) fn new(flow: &Arc<Flow>) -> Self {
+        flow.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(flow))
     }
 }
 

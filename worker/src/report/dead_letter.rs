@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
-use crate::broker::{Broker, StoreError};
+use crate::broker::{Broker, StoreError, wire_len};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
 use crate::fault::Fault;
@@ -211,13 +211,6 @@ fn as_object(payload: &[u8]) -> Option<&RawValue> {
     }
     serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
     serde_json::from_str::<&RawValue>(json).ok()
-}
-
-/// What headers add to a message: a version line, a line for each, an empty line.
-fn wire_len(headers: &HeaderMap) -> usize {
-    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));
-    "NATS/1.0\r\n\r\n".len()
-        + lines.map(|(name, value)| name.to_string().len() + value.as_str().len() + 4).sum::<usize>()
 }
 
 fn encode(letter: &DeadLetter<'_>) -> Bytes {
