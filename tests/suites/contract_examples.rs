@@ -94,10 +94,58 @@ async fn every_example_is_what_the_code_reads_and_writes() {
             ["result", "error" | "timeout", code] => result(fixture, "http.request", Some(code)),
             ["dead", "letter", stage] => dead_letter(fixture, stage),
             ["consumer"] => consumer_config(fixture),
+            ["worker", "report"] => worker_report(fixture),
+            ["worker", "control", "refused"] => control_refused(fixture),
+            ["worker", "control", pull] => {
+                let control: contract::WorkerControl = contract::read(&fixture.json, "").expect("it can be read");
+                assert_eq!(control.pull.map(|pull| pull.to_string()).as_deref(), Some(*pull), "{fixture}");
+            }
             ["chunk"] => chunk(fixture),
             _ => panic!("{fixture} is no kind of fixture"),
         }
     }
+}
+
+#[track_caller]
+fn worker_report(fixture: &Fixture) {
+    let said = fixture.value();
+    let number = |pointer: &str| said.pointer(pointer).and_then(Value::as_u64).expect("a number");
+    let count = |pointer: &str| usize::try_from(number(pointer)).expect("a count");
+    let by_pool = |name: &str| contract::ByPool {
+        cpu: count(&format!("/{name}/cpu")),
+        gpu: count(&format!("/{name}/gpu")),
+        io: count(&format!("/{name}/io")),
+    };
+    let written = contract::WorkerReport {
+        version: contract::VERSION,
+        worker: said["worker"].as_str().expect("text"),
+        pool: said["pool"].as_str(),
+        class: "general",
+        slots: by_pool("slots"),
+        busy: by_pool("busy"),
+        running: count("/running"),
+        waiting: count("/waiting"),
+        pulling: said["pulling"] == true,
+        paused: said["paused"] == true,
+        finished: number("/finished"),
+        work_ms: number("/work_ms"),
+        started_at: said["started_at"].as_i64().expect("a time"),
+        reported_at: said["reported_at"].as_i64().expect("a time"),
+        build: env!("CARGO_PKG_VERSION"),
+    };
+    assert_eq!(serde_json::to_value(&written).expect("plain data"), said, "{fixture}");
+}
+
+#[track_caller]
+fn control_refused(fixture: &Fixture) {
+    let said = fixture.value();
+    let error = contract::VerdictError {
+        code: Cause::MissingField.code(),
+        message: said["error"]["message"].as_str().expect("text"),
+        retryable: false,
+    };
+    let written = contract::ControlRefused { worker: said["worker"].as_str().expect("text"), error };
+    assert_eq!(serde_json::to_value(&written).expect("plain data"), said, "{fixture}");
 }
 
 #[track_caller]

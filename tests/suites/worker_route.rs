@@ -1,16 +1,20 @@
 //! Where work goes that this worker has no slots for, and how a worker is told to take none.
-#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-use async_nats::HeaderMap;
+use std::path::PathBuf;
+
 use async_nats::jetstream::Message;
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, pull};
+use async_nats::{HeaderMap, Subscriber};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::peer::Peer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Router, assignment};
+use beamline_tests::router::{Router, assignment, json as json_of};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::{Setup, Worker};
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 const ROUTE: &str = "caf.exec.route.gpu.v1";
 const STREAM: &str = "CAF_EXEC_ASSIGN";
@@ -318,4 +322,288 @@ async fn what_leaves_no_room_for_the_headers_is_refused_with_a_way_out() {
     assert!(verdict["message"].as_str().unwrap().ends_with("publish it on caf.exec.route.gpu.v1"), "{verdict}");
     assert_eq!(rig.router.letter(&payload).await["stage"], "admit");
     rig.worker.ready().await;
+}
+
+// What a worker says of itself, and what it is told.
+
+/// What workers say of themselves, under this token.
+async fn reports(rig: &Rig, token: &str) -> Subscriber {
+    let reports = rig.router.client().subscribe(format!("caf.worker.report.v1.{token}")).await.expect("a subscription");
+    rig.router.client().flush().await.expect("the broker answers");
+    reports
+}
+
+/// The next report that is so.
+async fn reported(reports: &mut Subscriber, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+    let found = async {
+        loop {
+            let report = json_of(&reports.next().await.expect("reports go on").payload);
+            if is_it(&report) {
+                return report;
+            }
+        }
+    };
+    tokio::time::timeout(SOON, found).await.unwrap_or_else(|_| panic!("no report: {what}"))
+}
+
+/// Tells a worker something, and returns its answer.
+async fn tell(rig: &Rig, token: &str, words: &str) -> Value {
+    let subject = format!("caf.worker.control.v1.{token}");
+    let answer = rig.router.client().request(subject, words.to_owned().into()).await.expect("an answer");
+    json_of(&answer.payload)
+}
+
+#[tokio::test]
+async fn a_worker_says_what_it_does_every_second_and_when_that_changes() {
+    let nats = NatsServer::start();
+    let worker = Worker::named("w.1").flag("--pool=flows/default").flag("--egress-allow=127.0.0.0/8");
+    let worker = worker.start(&nats).await;
+    let router = Router::connect(&nats.url()).await;
+    let rig = Rig { worker, router, peer: Peer::start().await, nats, files: tempfile::tempdir().unwrap() };
+    let mut reports = reports(&rig, "w=2E1").await;
+    let idle = reported(&mut reports, "the first", |_| true).await;
+    let expected = json!({
+        "version": "1", "worker": "w.1", "pool": "flows/default", "class": "general",
+        "slots": {"cpu": 8, "gpu": 0, "io": 16}, "busy": {"cpu": 0, "gpu": 0, "io": 0},
+        "running": 0, "waiting": 0, "pulling": true, "paused": false, "finished": 0, "work_ms": 0,
+        "started_at": idle["started_at"], "reported_at": idle["reported_at"], "build": idle["build"],
+    });
+    assert_eq!(idle, expected);
+    assert!(idle["reported_at"].as_i64() >= idle["started_at"].as_i64() && idle["build"].is_string(), "{idle}");
+    let again = reported(&mut reports, "the second, with no change", |_| true).await;
+    let apart = again["reported_at"].as_i64().unwrap() - idle["reported_at"].as_i64().unwrap();
+    assert!(apart >= 900, "{apart} ms between two reports of an idle worker");
+
+    let payload = assignment("acme", "a1", rig.call("/gate/one"));
+    rig.router.submit(&payload).await;
+    let busy = reported(&mut reports, "it runs", |report| report["running"] == 1).await;
+    assert_eq!(busy["busy"], json!({"cpu": 0, "gpu": 0, "io": 1}));
+    rig.peer.open("one");
+    let done = reported(&mut reports, "it is done", |report| report["finished"] == 1 && report["running"] == 0).await;
+    assert!(done["work_ms"].as_i64().is_some_and(|millis| millis > 0), "{done}");
+
+    // However much happens, there are no more than ten in a second.
+    for number in 0..300 {
+        rig.router.submit(&assignment("acme", &format!("many-{number}"), rig.call("/ok"))).await;
+    }
+    let mut times = vec![done["reported_at"].as_i64().unwrap()];
+    loop {
+        let report = reported(&mut reports, "all is done", |_| true).await;
+        times.push(report["reported_at"].as_i64().unwrap());
+        if report["finished"] == 301 {
+            break;
+        }
+    }
+    assert!(times.windows(2).all(|pair| pair[1] - pair[0] >= 95), "{times:?}");
+}
+
+#[tokio::test]
+async fn a_worker_that_is_told_to_stop_says_what_still_runs_and_hands_the_rest_back() {
+    let rig = Rig::start(&["--io-pool-size=1", "--cpu-pool-size=0"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/one"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    let waiting = assignment("acme", "waiting", rig.put("x", "x"));
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+
+    let answer = tell(&rig, "worker-1", r#"{"pull": false}"#).await;
+    assert_eq!(
+        (&answer["worker"], &answer["pulling"], &answer["paused"]),
+        (&json!("worker-1"), &json!(false), &json!(false))
+    );
+    assert_eq!((&answer["running"], &answer["waiting"]), (&json!(1), &json!(0)), "{answer}");
+    rig.worker.ready().await;
+    // Another worker has what was handed back, and all that comes.
+    let other = rig.another("worker-2").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&waiting).await["metadata"]["worker_id"], "worker-2");
+    let new = assignment("acme", "new", rig.put("x", "x"));
+    rig.router.submit(&new).await;
+    assert_eq!(rig.router.result(&new).await["metadata"]["worker_id"], "worker-2");
+    drop(other);
+    rig.peer.open("one");
+    assert_eq!(rig.router.result(&running).await["metadata"]["worker_id"], "worker-1");
+    let left = assignment("acme", "left", rig.put("x", "x"));
+    rig.router.submit(&left).await;
+    let consumer = rig.router.consumer().await.expect("the intake's consumer");
+    assert_eq!((consumer.num_pending, consumer.num_waiting), (1, 0), "nobody pulls");
+
+    let answer = tell(&rig, "worker-1", r#"{"pull": true}"#).await;
+    assert_eq!(answer["pulling"], true);
+    assert_eq!(rig.router.result(&left).await["metadata"]["worker_id"], "worker-1");
+}
+
+#[tokio::test]
+async fn what_a_worker_is_told_must_be_understood() {
+    let rig = Rig::start(&[]).await;
+    for (words, code, message) in [
+        ("{}", 1002, "/pull is missing or empty"),
+        (r#"{"pull": null}"#, 1002, "/pull is missing or empty"),
+        (r#"{"pull": "no"}"#, 1003, "/pull has the wrong type or range: expected a boolean"),
+        ("[]", 1001, "the request is not a JSON object"),
+        ("", 1001, "the request is not JSON"),
+        ("\u{0}", 1001, "the request is not JSON"),
+    ] {
+        let answer = tell(&rig, "worker-1", words).await;
+        let expected = json!({"worker": "worker-1", "error": {"code": code, "message": message, "retryable": false}});
+        assert_eq!(answer, expected, "{words}");
+    }
+    // A word without a reply subject is heard all the same; a broken one changes nothing.
+    let mut reports = reports(&rig, "worker-1").await;
+    rig.router.client().publish("caf.worker.control.v1.worker-1", "nonsense".into()).await.unwrap();
+    assert_eq!(reported(&mut reports, "any", |_| true).await["pulling"], true);
+    rig.router.client().publish("caf.worker.control.v1.worker-1", r#"{"pull":false}"#.into()).await.unwrap();
+    reported(&mut reports, "it has stopped", |report| report["pulling"] == false).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_drains_says_that_it_takes_no_work() {
+    let rig = Rig::start(&[]).await;
+    let mut reports = reports(&rig, "worker-1").await;
+    rig.router.submit(&assignment("acme", "a1", rig.call("/gate/one"))).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    rig.worker.terminate();
+    let report = reported(&mut reports, "it drains", |report| report["pulling"] == false).await;
+    assert_eq!(report["running"], 1);
+    rig.peer.open("one");
+}
+
+// What the policy file says.
+
+/// A policy file as Kubernetes mounts a ConfigMap: a new version is a new directory behind a swapped link.
+struct Policy {
+    directory: TempDir,
+    version: usize,
+}
+
+impl Policy {
+    fn new(text: &str) -> Self {
+        let mut policy = Self { directory: tempfile::tempdir().unwrap(), version: 0 };
+        policy.say(text);
+        std::os::unix::fs::symlink("..data/policy.yaml", policy.path()).unwrap();
+        policy
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("policy.yaml")
+    }
+
+    fn flag(&self) -> String {
+        format!("--tenants-file={}", self.path().display())
+    }
+
+    fn say(&mut self, text: &str) {
+        self.version += 1;
+        let (version, root) = (format!("..{}", self.version), self.directory.path());
+        std::fs::create_dir(root.join(&version)).unwrap();
+        std::fs::write(root.join(&version).join("policy.yaml"), text).unwrap();
+        std::os::unix::fs::symlink(&version, root.join("..new")).unwrap();
+        std::fs::rename(root.join("..new"), root.join("..data")).unwrap();
+    }
+}
+
+/// Nobody asks the intake for work.
+async fn nobody_pulls(rig: &Rig) {
+    until("nobody pulls", async || rig.router.consumer().await.is_some_and(|consumer| consumer.num_waiting == 0)).await;
+}
+
+#[tokio::test]
+async fn a_paused_worker_pulls_nothing_stays_ready_and_goes_on_without_a_restart() {
+    let mut policy = Policy::new("paused: true");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let first = assignment("acme", "first", rig.put("x", "x"));
+    rig.router.submit(&first).await;
+    nobody_pulls(&rig).await;
+    assert_eq!(rig.router.consumer().await.unwrap().num_pending, 1);
+    let answer = tell(&rig, "worker-1", r#"{"pull": true}"#).await;
+    assert_eq!((&answer["pulling"], &answer["paused"]), (&json!(false), &json!(true)), "the policy stands");
+
+    policy.say("paused: false");
+    assert_eq!(rig.router.result(&first).await["status"], "success");
+
+    let running = assignment("acme", "running", rig.call("/gate/one"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    policy.say("paused: true");
+    nobody_pulls(&rig).await;
+    let second = assignment("acme", "second", rig.put("x", "x"));
+    rig.router.submit(&second).await;
+    rig.worker.ready().await;
+    rig.peer.open("one");
+    assert_eq!(rig.router.result(&running).await["status"], "success", "what runs is finished");
+    assert_eq!(rig.router.consumer().await.unwrap().num_pending, 1);
+    policy.say("");
+    assert_eq!(rig.router.result(&second).await["status"], "success");
+}
+
+#[tokio::test]
+async fn a_broken_policy_changes_nothing_and_is_noticed() {
+    let mut policy = Policy::new("paused: true");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    policy.say("paused: false\ntenants: {defaults: {weight: heavy}}");
+    let broken = async || rig.worker.metric("worker_tenants_file_broken").await;
+    until("the broken file is noticed", async || broken().await == 1.0).await;
+    let line = rig.worker.says("the tenants file cannot be used: what it said last holds").await;
+    assert!(line["fields"]["reason"].as_str().unwrap().starts_with("tenants.defaults.weight: "), "{line}");
+    assert_eq!(tell(&rig, "worker-1", r#"{"pull": true}"#).await["paused"], true);
+    std::fs::remove_file(policy.path()).unwrap();
+    policy.say("paused: false");
+    std::os::unix::fs::symlink("..data/policy.yaml", policy.path()).unwrap();
+    until("the good file is used", async || broken().await == 0.0).await;
+    let payload = assignment("acme", "a1", rig.put("x", "x"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+}
+
+#[tokio::test]
+async fn a_worker_does_not_start_with_a_policy_that_cannot_be_used() {
+    for (text, reason) in [
+        ("tenants: {named: [{id: acme, priority: 11}]}", "tenants.named[0].priority: is not between 0 and 9"),
+        ("pause: true", "pause: unknown field"),
+    ] {
+        let policy = Policy::new(text);
+        let ending = Worker::named("w").flag(policy.flag()).end().await;
+        assert_eq!(ending.code, Some(2), "{}", ending.said);
+        assert!(ending.said.contains("--tenants-file: ") && ending.said.contains(reason), "{}", ending.said);
+    }
+    let ending = Worker::named("w").flag("--tenants-file=/nowhere/policy.yaml").end().await;
+    assert_eq!(ending.code, Some(2), "{}", ending.said);
+    assert!(ending.said.contains("--tenants-file: /nowhere/policy.yaml: No such file"), "{}", ending.said);
+}
+
+#[tokio::test]
+async fn one_tenants_slow_peers_never_take_every_slot() {
+    let policy = Policy::new("tenants: {}");
+    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=4", "--cpu-pool-size=0"]).await;
+    for number in 0..100 {
+        rig.router.submit(&assignment("slow", &format!("slow-{number}"), rig.call("/gate/never"))).await;
+    }
+    rig.peer.arrived("/gate/never", 3).await;
+    for number in 0..20 {
+        let quick = assignment("quick", &format!("quick-{number}"), rig.put("x", "x"));
+        rig.router.submit(&quick).await;
+        assert_eq!(rig.router.result(&quick).await["status"], "success");
+    }
+    assert_eq!(rig.peer.hits("/gate/never").len(), 3, "75 % of four slots");
+    let (code, health) = rig.worker.get("/_health").await.expect("it answers");
+    assert_eq!(code, 200, "{health}");
+}
+
+#[tokio::test]
+async fn an_assignment_without_a_priority_has_its_tenants() {
+    let policy = Policy::new("tenants: {defaults: {priority: 2}, named: [{id: vip, priority: 8}]}");
+    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=1"]).await;
+    rig.router.submit(&assignment("other", "blocks", rig.call("/gate/one"))).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    let (low, vip) = (assignment("other", "low", rig.call("/ok/low")), assignment("vip", "vip", rig.call("/ok/vip")));
+    for payload in [&low, &vip] {
+        rig.router.submit(payload).await;
+    }
+    until("both wait", async || rig.worker.metric(r#"worker_pool_queue_depth{pool="io"}"#).await == 2.0).await;
+    rig.peer.open("one");
+    for payload in [&low, &vip] {
+        rig.router.result(payload).await;
+    }
+    let order: Vec<_> = rig.peer.hits("/ok").into_iter().map(|hit| hit.path).collect();
+    assert_eq!(order, ["/ok/vip", "/ok/low"]);
 }

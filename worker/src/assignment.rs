@@ -22,8 +22,6 @@ const MAX_TIMEOUT_MS: i64 = 30 * 24 * 3_600_000;
 const MAX_ATTEMPTS: i64 = 100;
 /// The longest delay between attempts that can be asked for.
 const MAX_DELAY_MS: i64 = 3_600_000;
-/// Of an assignment that names none and whose tenant has none.
-const DEFAULT_PRIORITY: u8 = 4;
 
 /// Whose work it is. Cheap to clone: it goes wherever something is kept per tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -110,8 +108,8 @@ pub struct Assignment {
     pub key: AssignmentKey,
     /// The Router's other names for it.
     pub correlation: Correlation,
-    /// 0 to 9, higher first.
-    pub priority: u8,
+    /// 0 to 9, higher first; `None`: its tenant's.
+    pub priority: Option<u8>,
     /// Where it waits for a slot.
     pub pool: Pool,
     /// Megabytes that it says it needs.
@@ -204,7 +202,7 @@ impl Assignment {
         Ok(Self {
             key: AssignmentKey { tenant: TenantId(tenant_id.into()), assignment_id: assignment_id.into() },
             correlation,
-            priority: priority(wire.priority)?,
+            priority: wire.priority.map(|priority| within(priority, 0, 9, "/priority")).transpose()?,
             pool: pool(resources.and_then(|resources| resources.pool.as_deref()))?,
             memory_mb: memory_mb(resources.and_then(|resources| resources.memory_mb))?,
             timeout: timeout(job.timeout_ms)?,
@@ -277,13 +275,6 @@ fn kind(job: &Job<'_>) -> Result<BlockKind, Invalid> {
         let known = BlockKind::ALL.map(BlockKind::as_str).join(", ");
         Invalid::input("/job/type", format!("is an unknown block type: this worker knows {known}"))
     })
-}
-
-fn priority(priority: Option<i64>) -> Result<u8, Invalid> {
-    match priority {
-        None => Ok(DEFAULT_PRIORITY),
-        Some(priority) => within(priority, 0, 9, "/priority"),
-    }
 }
 
 fn pool(name: Option<&str>) -> Result<Pool, Invalid> {

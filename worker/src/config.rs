@@ -42,6 +42,8 @@ pub struct Config {
     pub worker_id: String,
     /// The WorkerPool that this worker belongs to.
     pub pool: Option<PoolName>,
+    /// What tenants are given, and whether the worker is paused.
+    pub tenants_file: Option<PathBuf>,
     /// Nothing outside is touched, results are canned.
     pub sandbox_mode: bool,
     /// The broker.
@@ -154,6 +156,7 @@ impl Config {
             max_cpu_time: Duration::from_millis(input.value(&s::MAX_CPU_TIME_MS, values::whole(1..=values::MONTH_MS))),
             worker_id: input.optional(&s::WORKER_ID, values::id).unwrap_or_else(values::host_name),
             pool: input.optional(&s::POOL, PoolName::parse),
+            tenants_file: input.optional(&s::TENANTS_FILE, values::file),
             sandbox_mode: input.value(&s::SANDBOX_MODE, values::switch),
             nats_servers: input.value(&s::NATS_URL, NatsServers::parse),
             nats_subject: input.value(&s::NATS_SUBJECT, values::subject),
@@ -399,7 +402,7 @@ mod tests {
         let flags: Vec<&str> = settings::all().map(|setting| setting.flag).collect();
         let variables: Vec<&str> = settings::all().map(|setting| setting.variable).collect();
         for names in [&flags, &variables] {
-            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 29);
+            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 30);
         }
         for setting in settings::all() {
             assert!(help.contains(&format!("  --{}", setting.flag)), "{}", setting.flag);

@@ -35,6 +35,11 @@ pub const CANCEL: &str = "caf.exec.cancel.v1";
 /// Where answers to requests for approval come in.
 pub const APPROVAL_ANSWER: &str = "caf.human.response.v1";
 
+/// A worker says what it does on `caf.worker.report.v1.<worker>`.
+pub const WORKER_REPORT: &str = "caf.worker.report.v1";
+/// A worker is told whether to pull on `caf.worker.control.v1.<worker>`.
+pub const WORKER_CONTROL: &str = "caf.worker.control.v1";
+
 /// The version of every message here.
 pub const VERSION: &str = "1";
 
@@ -280,6 +285,59 @@ pub struct VerdictError<'a> {
     pub code: u16,
     pub message: &'a str,
     pub retryable: bool,
+}
+
+/// What a worker says of itself on [`WORKER_REPORT`], and when it is told something.
+#[derive(Debug, Serialize)]
+pub struct WorkerReport<'a> {
+    pub version: &'static str,
+    pub worker: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<&'a str>,
+    /// `general`, or `gpu` where it has only GPU slots.
+    pub class: &'static str,
+    pub slots: ByPool,
+    pub busy: ByPool,
+    /// Blocks that run.
+    pub running: usize,
+    /// Deliveries here that have not begun.
+    pub waiting: usize,
+    /// Whether it takes work.
+    pub pulling: bool,
+    /// Whether its policy says that it must not.
+    pub paused: bool,
+    /// Blocks that have ended since it started.
+    pub finished: u64,
+    /// Milliseconds that these held their slots.
+    pub work_ms: u64,
+    /// Unix time in milliseconds.
+    pub started_at: i64,
+    /// Unix time in milliseconds.
+    pub reported_at: i64,
+    /// The version of the program.
+    pub build: &'static str,
+}
+
+/// A number for each pool of slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ByPool {
+    pub cpu: usize,
+    pub gpu: usize,
+    pub io: usize,
+}
+
+/// What a worker is told on [`WORKER_CONTROL`].
+#[derive(Debug, Deserialize)]
+pub struct WorkerControl {
+    /// Whether to take work.
+    pub pull: Option<bool>,
+}
+
+/// The answer to what cannot be read as a [`WorkerControl`].
+#[derive(Debug, Serialize)]
+pub struct ControlRefused<'a> {
+    pub worker: &'a str,
+    pub error: VerdictError<'a>,
 }
 
 /// How an execution ended.

@@ -260,6 +260,7 @@ impl Puller {
                     Some(at) if pulls.outstanding == 0 || at.elapsed() > PULL_EXPIRES + TICK => return Ok(()),
                     Some(_) => {}
                 }
+                self.flow.set_asked_for(pulls.outstanding);
                 tokio::select! {
                     biased;
                     () = stop.cancelled(), if stopped.is_none() => stopped = Some(Instant::now()),
@@ -296,7 +297,7 @@ impl Puller {
     /// or until the worker would run dry.
     async fn top_up(&self, pulls: &mut Pulls, room: Room) {
         let wanted = room.free.saturating_sub(pulls.outstanding);
-        let runs_dry = self.flow.waiting() == 0 && pulls.outstanding == 0;
+        let runs_dry = room.waiting == 0 && pulls.outstanding == 0;
         if wanted == 0 || (wanted < room.whole / 4 && !runs_dry) {
             return;
         }

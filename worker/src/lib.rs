@@ -1,6 +1,7 @@
 //! Executes flow blocks assigned over NATS. Read the modules top to bottom: that is the data flow.
 
 pub mod config; // what an administrator may tune
+pub mod policy; // what tenants are given, and whether the worker is paused
 pub mod pipeline; // the whole story in three functions
 
 pub mod broker; // the connection, the streams
@@ -14,6 +15,8 @@ pub mod execute; // deadline and retry
 pub mod blocks; // http, fs, sql
 pub mod report; // verdicts, results, dead letters
 
+pub mod gate; // whether this worker takes work
+pub mod presence; // what this worker says of itself
 pub mod admin; // probes and scrapes
 pub mod metrics; // what is counted
 pub mod telemetry; // logs and traces

@@ -14,12 +14,15 @@ use beamline_worker::execute::Engine;
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
+use beamline_worker::policy::{Policy, PolicyFile};
+use beamline_worker::presence::{self, Identity};
 use beamline_worker::report::dead_letter;
 use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::{shutdown, telemetry};
+use jiff::Timestamp;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,7 +42,14 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_BAD_CONFIG);
         }
     };
-    match start(*config) {
+    let policy = match config.tenants_file.as_deref().map(PolicyFile::open).transpose() {
+        Ok(policy) => policy,
+        Err(reason) => {
+            eprintln!("--tenants-file: {reason}");
+            return ExitCode::from(EXIT_BAD_CONFIG);
+        }
+    };
+    match start(*config, policy) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
             eprintln!("beamline_worker: {reason:#}");
@@ -48,12 +58,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(config: Config) -> anyhow::Result<()> {
+fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let metrics = Arc::new(Metrics::new());
     let telemetry = telemetry::init(&config, &metrics)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(work(config, metrics));
+    let ended = runtime.block_on(work(config, policy, metrics));
     if let Err(error) = &ended {
         tracing::error!(error = format!("{error:#}"), "the worker ends");
     }
@@ -64,20 +74,28 @@ fn start(config: Config) -> anyhow::Result<()> {
 }
 
 /// From the first connect to the last flush.
-async fn work(config: Config, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+async fn work(config: Config, policy: Option<(PolicyFile, Policy)>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
     let listener = TcpListener::bind(config.prometheus_endpoint)
         .await
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
     tokio::spawn(admin::serve(listener, health.clone(), Arc::clone(&metrics), ended.clone()));
+    let policy = follow(policy, &metrics);
     let mut told_to_stop = std::pin::pin!(shutdown::signalled());
     let prepared = tokio::select! {
-        prepared = prepare(&config, &health, metrics) => prepared?,
+        prepared = prepare(&config, &health, policy, metrics) => prepared?,
         signalled = &mut told_to_stop => return signalled.map_err(Into::into),
     };
     let Prepared { pipeline, keeper } = prepared;
+    let identity = Arc::new(identity(&config));
     tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     tokio::spawn(intake::renew(Arc::clone(&pipeline), ended.clone()));
+    tokio::spawn(presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
+    tokio::spawn(presence::obey(Arc::clone(&pipeline), identity));
+    tokio::spawn({
+        let pipeline = Arc::clone(&pipeline);
+        async move { pipeline.follow_policy().await }
+    });
     let (chunks, waiting) = mpsc::channel(CHUNKS);
     let stop = CancellationToken::new();
     let taking = TaskTracker::new();
@@ -111,14 +129,19 @@ struct Prepared {
     keeper: Keeper,
 }
 
-async fn prepare(config: &Config, health: &Health, metrics: Arc<Metrics>) -> anyhow::Result<Prepared> {
+async fn prepare(
+    config: &Config,
+    health: &Health,
+    policy: watch::Receiver<Arc<Policy>>,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Prepared> {
     let engine = engine(config).map_err(anyhow::Error::msg)?;
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
     let settings = pipeline_settings(config, &intake)?;
     let keeper = Keeper::start(broker.clone(), intake, sources(config), config.nats_create_streams, health).await?;
     let streams = keeper.watch();
-    let pipeline = Pipeline::new(settings, broker, streams, schedule(config), engine, metrics, health.clone());
+    let pipeline = Pipeline::new(settings, broker, streams, schedule(config, policy), engine, metrics, health.clone());
     pipeline.record_spooled().await;
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
 }
@@ -182,6 +205,24 @@ fn pulled(sources: Sources) -> impl Iterator<Item = Source> {
     intake.into_iter().chain(sources.gpu_route.then_some(Source::GpuRoute))
 }
 
-fn schedule(config: &Config) -> Schedule {
-    Schedule::new(Sizes { cpu: config.slots(Pool::Cpu), gpu: config.slots(Pool::Gpu), io: config.slots(Pool::Io) })
+fn schedule(config: &Config, policy: watch::Receiver<Arc<Policy>>) -> Schedule {
+    let slots = |pool| config.slots(pool);
+    Schedule::new(Sizes { cpu: slots(Pool::Cpu), gpu: slots(Pool::Gpu), io: slots(Pool::Io) }, policy)
+}
+
+/// The policy of every moment: what the file says, or that there is none.
+fn follow(policy: Option<(PolicyFile, Policy)>, metrics: &Arc<Metrics>) -> watch::Receiver<Arc<Policy>> {
+    let Some((file, policy)) = policy else { return watch::Sender::new(Arc::default()).subscribe() };
+    let (sender, receiver) = watch::channel(Arc::new(policy));
+    tokio::spawn(file.follow(sender, Arc::clone(metrics)));
+    receiver
+}
+
+fn identity(config: &Config) -> Identity {
+    Identity {
+        worker_id: config.worker_id.clone(),
+        pool: config.pool.as_ref().map(ToString::to_string),
+        class: if sources(config).intake { "general" } else { "gpu" },
+        started_at: Timestamp::now(),
+    }
 }

@@ -27,6 +27,7 @@ const REPLAYED: &str = "Stored results published again instead of running twice"
 const REDELIVERIES: &str = "Deliveries that were not the first of their message";
 const PUBLISH_RETRIES: &str = "Publishes repeated because the broker did not confirm them";
 const LOG_LINES_DROPPED: &str = "Log lines dropped because nothing read them";
+const TENANTS_FILE_BROKEN: &str = "1 while the tenants file cannot be used and what it said before holds";
 const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
 
 /// Every series of this worker, resolved once, so that recording neither locks nor allocates.
@@ -48,6 +49,7 @@ pub struct Metrics {
     retries: ByKind<IntCounter>,
     publish_retries: IntCounter,
     nats_connected: IntGauge,
+    tenants_file_broken: IntGauge,
     log_lines_dropped: IntCounter,
 }
 
@@ -75,6 +77,7 @@ impl Metrics {
             retries: retries(&registry),
             publish_retries: counter(&registry, "worker_publish_retries_total", PUBLISH_RETRIES),
             nats_connected: gauge(&registry, "worker_nats_connected", "1 while the broker is connected"),
+            tenants_file_broken: gauge(&registry, "worker_tenants_file_broken", TENANTS_FILE_BROKEN),
             log_lines_dropped: counter(&registry, "worker_log_lines_dropped_total", LOG_LINES_DROPPED),
             registry,
         }
@@ -145,6 +148,11 @@ impl Metrics {
     /// Whether the broker is connected.
     pub fn set_nats_connected(&self, connected: bool) {
         self.nats_connected.set(i64::from(connected));
+    }
+
+    /// Whether the tenants file cannot be used, and an older one holds.
+    pub fn set_tenants_file_broken(&self, broken: bool) {
+        self.tenants_file_broken.set(i64::from(broken));
     }
 
     /// For the one who drops log lines.
@@ -360,6 +368,7 @@ mod tests {
             "worker_publish_retries_total",
             "worker_log_lines_dropped_total",
             "worker_nats_connected",
+            "worker_tenants_file_broken",
         ] {
             assert_eq!(samples.get(series), Some(&0.0), "{series}");
         }
@@ -411,6 +420,7 @@ mod tests {
         metrics.retried(BlockKind::Sql);
         metrics.publish_retried();
         metrics.set_nats_connected(true);
+        metrics.set_tenants_file_broken(true);
 
         let samples = scrape(&metrics);
         for (series, value) in [
@@ -426,6 +436,7 @@ mod tests {
             (r#"worker_retries_total{type="sql.query"}"#, 1.0),
             ("worker_publish_retries_total", 1.0),
             ("worker_nats_connected", 1.0),
+            ("worker_tenants_file_broken", 1.0),
         ] {
             assert_eq!(samples[series], value, "{series}");
         }

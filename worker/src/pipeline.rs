@@ -10,7 +10,7 @@ mod durable; // writes that must become definite
 pub(crate) mod load; // how much is held, and how much more may come
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -27,6 +27,7 @@ use crate::broker::streams::Ready;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
+use crate::gate::Gate;
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
 use crate::report::dead_letter::{self, DeadLetters};
@@ -77,6 +78,7 @@ pub struct Pipeline {
     pub(crate) outbox: Outbox,
     pub(crate) dead_letters: DeadLetters,
     pub(crate) schedule: Schedule,
+    pub(crate) gate: Gate,
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) health: Health,
@@ -135,6 +137,7 @@ impl Pipeline {
             settings,
             broker,
             streams,
+            gate: Gate::new(schedule.policy()),
             schedule,
             engine,
             metrics,
@@ -145,6 +148,11 @@ impl Pipeline {
             cut: CancellationToken::new(),
             in_flight: InFlight::default(),
         }
+    }
+
+    /// Gives the slots' shares out anew each time that the policy changes.
+    pub async fn follow_policy(&self) {
+        self.schedule.follow_policy().await;
     }
 
     /// Takes chunks of deliveries until there are no more, and leaves each to a task of its own.
@@ -208,6 +216,7 @@ impl Pipeline {
             return arrival.delivery.settle(Settlement::HandBack).await;
         };
         arrival.delivery.started();
+        let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
@@ -224,7 +233,7 @@ impl Pipeline {
             () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
-        self.load.flow(arrival.delivery.source()).finished();
+        self.load.flow(arrival.delivery.source()).finished(begun.elapsed());
         if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
             [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
         }

@@ -5,10 +5,11 @@ pub mod fair_queue; // whose turn it is
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::assignment::{Pool, TenantId};
-use fair_queue::FairQueue;
+use crate::policy::{Policy, Terms};
+use fair_queue::{FairQueue, Place, Share, Started};
 
 /// The pools of this worker.
 #[derive(Debug)]
@@ -16,6 +17,7 @@ pub struct Schedule {
     cpu: Slots,
     gpu: Slots,
     io: Slots,
+    policy: watch::Receiver<Arc<Policy>>,
 }
 
 /// How many blocks run at once, by pool.
@@ -29,32 +31,46 @@ pub struct Sizes {
     pub io: usize,
 }
 
-/// The right to run one block; its place is given on when it is dropped.
+/// The right to run one block; its place is given on when it is dropped, and the time charged to its tenant.
 #[derive(Debug)]
 #[must_use = "dropping it gives the slot away"]
-pub struct Slot(Slots);
+pub struct Slot {
+    slots: Slots,
+    started: Option<Started>,
+    begun: Instant,
+}
 
-/// The worker is stopping: nothing starts any more.
+/// Nothing waits here: the worker is stopping, or takes no work for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
 impl Schedule {
-    /// Empty pools of these sizes.
-    pub fn new(sizes: Sizes) -> Self {
-        Self { cpu: Slots::new(sizes.cpu), gpu: Slots::new(sizes.gpu), io: Slots::new(sizes.io) }
+    /// Empty pools of these sizes, shared among tenants as the policy of the moment says.
+    pub fn new(sizes: Sizes, policy: watch::Receiver<Arc<Policy>>) -> Self {
+        Self { cpu: Slots::new(sizes.cpu), gpu: Slots::new(sizes.gpu), io: Slots::new(sizes.io), policy }
     }
 
-    /// Waits for a turn in a pool. Dropping the future gives the place in the queue up.
+    /// What tenants are given, and whether the worker is paused.
+    pub fn policy(&self) -> watch::Receiver<Arc<Policy>> {
+        self.policy.clone()
+    }
+
+    /// Waits for a turn in a pool; without a `priority` with its tenant's. Dropping the future gives the place in the
+    /// queue up.
     ///
     /// # Errors
-    /// The schedule has been closed.
-    pub async fn slot(&self, pool: Pool, tenant: &TenantId, priority: u8) -> Result<Slot, Closed> {
-        let turn = match self.pool(pool).enter(tenant, priority) {
-            Entry::Free(slot) => return Ok(slot),
-            Entry::Closed => return Err(Closed),
-            Entry::Queued(turn) => turn,
-        };
-        turn.await.map_err(|_| Closed)
+    /// The schedule lets nobody wait.
+    pub async fn slot(&self, pool: Pool, tenant: &TenantId, priority: Option<u8>) -> Result<Slot, Closed> {
+        let terms = self.policy.borrow().terms(tenant);
+        match self.pool(pool).enter(tenant, priority.unwrap_or(terms.priority), terms) {
+            Entry::Free(slot) => Ok(slot),
+            Entry::Closed => Err(Closed),
+            Entry::Queued(mut turn) => {
+                let slot = (&mut turn.receiver).await;
+                turn.place = None;
+                slot.map_err(|_| Closed)
+            }
+        }
     }
 
     /// How many slots a pool has.
@@ -73,18 +89,46 @@ impl Schedule {
         self.pool(pool).lock().queue.len()
     }
 
-    /// For how long a pool has let work wait without starting any.
-    pub fn stuck_for(&self, pool: Pool) -> Duration {
-        let state = self.pool(pool).lock();
-        if state.queue.is_empty() { Duration::ZERO } else { state.moved.elapsed() }
+    /// How many of them wait because their tenant holds as many slots as it may.
+    pub fn held_back(&self, pool: Pool) -> usize {
+        self.pool(pool).lock().queue.held_back()
     }
 
-    /// Sends everybody who waits away, and everybody who comes.
+    /// For how long a pool has let work wait without starting any, for want of a slot.
+    pub fn stuck_for(&self, pool: Pool) -> Duration {
+        let state = self.pool(pool).lock();
+        if state.free > 0 || state.queue.is_empty() { Duration::ZERO } else { state.moved.elapsed() }
+    }
+
+    /// Gives the slots' shares out anew each time that the policy changes.
+    pub async fn follow_policy(&self) {
+        let mut policy = self.policy.clone();
+        while policy.changed().await.is_ok() {
+            let policy = Arc::clone(&policy.borrow_and_update());
+            for pool in Pool::ALL {
+                self.pool(pool).set_shares(&policy);
+            }
+        }
+    }
+
+    /// Sends everybody who waits away, and everybody who comes and finds no free slot, until [`Self::let_wait`].
+    pub fn turn_away(&self) {
+        self.set_door(Door::NoQueue);
+    }
+
+    /// Lets work wait again.
+    pub fn let_wait(&self) {
+        self.set_door(Door::Open);
+    }
+
+    /// Sends everybody who waits away, and everybody who comes, for good.
     pub fn close(&self) {
+        self.set_door(Door::Closed);
+    }
+
+    fn set_door(&self, door: Door) {
         for pool in Pool::ALL {
-            let mut state = self.pool(pool).lock();
-            state.closed = true;
-            state.queue = FairQueue::new();
+            self.pool(pool).set_door(door);
         }
     }
 
@@ -110,21 +154,45 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     free: usize,
-    closed: bool,
+    door: Door,
     queue: FairQueue<oneshot::Sender<Slot>>,
     /// When work last started, or began to wait behind nobody.
     moved: Instant,
 }
 
+/// Who may come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Door {
+    Open,
+    /// Only who need not wait.
+    NoQueue,
+    Closed,
+}
+
 enum Entry {
     Free(Slot),
-    Queued(oneshot::Receiver<Slot>),
+    Queued(Turn),
     Closed,
+}
+
+/// A place in a queue, given up when it is dropped.
+struct Turn {
+    slots: Slots,
+    place: Option<Place>,
+    receiver: oneshot::Receiver<Slot>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(place) = &self.place {
+            self.slots.lock().queue.remove(place, Instant::now());
+        }
+    }
 }
 
 impl Slots {
     fn new(size: usize) -> Self {
-        let state = State { free: size, closed: false, queue: FairQueue::new(), moved: Instant::now() };
+        let state = State { free: size, door: Door::Open, queue: FairQueue::new(), moved: Instant::now() };
         Self(Arc::new(Shared { size, state: Mutex::new(state) }))
     }
 
@@ -132,46 +200,87 @@ impl Slots {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self, tenant: &TenantId, priority: u8) -> Entry {
+    fn enter(&self, tenant: &TenantId, priority: u8, terms: Terms) -> Entry {
+        let (now, share) = (Instant::now(), self.share(terms));
         let mut state = self.lock();
-        if state.closed {
+        if state.door == Door::Closed {
             return Entry::Closed;
         }
-        if state.free > 0 {
+        // Whoever waits while a slot is free may not have it.
+        if state.free > 0
+            && let Some(started) = state.queue.start(tenant, priority, share, now)
+        {
             state.free -= 1;
-            return Entry::Free(Slot(self.clone()));
+            state.moved = now;
+            return Entry::Free(self.slot(started, now));
+        }
+        if state.door == Door::NoQueue {
+            return Entry::Closed;
         }
         if state.queue.is_empty() {
-            state.moved = Instant::now();
+            state.moved = now;
         }
         let (sender, receiver) = oneshot::channel();
-        state.queue.push(tenant, priority, sender, Instant::now());
-        Entry::Queued(receiver)
+        let place = state.queue.push(tenant, priority, share, sender, now);
+        Entry::Queued(Turn { slots: self.clone(), place: Some(place), receiver })
+    }
+
+    /// Gives free slots to whoever is next.
+    fn hand_out(&self) {
+        while let Some((waiter, slot)) = self.next() {
+            // Outside the lock: where the waiter has just gone away, its slot is dropped, which comes back here.
+            let _ = waiter.send(slot);
+        }
+    }
+
+    fn next(&self) -> Option<(oneshot::Sender<Slot>, Slot)> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        if state.free == 0 {
+            return None;
+        }
+        let (waiter, started) = state.queue.pop(now)?;
+        state.free -= 1;
+        state.moved = now;
+        Some((waiter, self.slot(started, now)))
+    }
+
+    fn slot(&self, started: Started, begun: Instant) -> Slot {
+        Slot { slots: self.clone(), started: Some(started), begun }
+    }
+
+    fn set_shares(&self, policy: &Policy) {
+        self.lock().queue.set_shares(|tenant| self.share(policy.terms(tenant)), Instant::now());
+        self.hand_out();
+    }
+
+    fn share(&self, terms: Terms) -> Share {
+        let ceiling = (self.0.size * usize::from(terms.max_slot_share) / 100).max(1);
+        // Whoever may have all of them waits for a slot like everybody.
+        Share { weight: terms.weight, ceiling: if ceiling < self.0.size { ceiling } else { usize::MAX } }
+    }
+
+    fn set_door(&self, door: Door) {
+        let sent_away = {
+            let mut state = self.lock();
+            if state.door != Door::Closed {
+                state.door = door;
+            }
+            if state.door == Door::Open { Vec::new() } else { state.queue.clear() }
+        };
+        drop(sent_away);
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let next = {
-            let mut state = self.0.lock();
-            loop {
-                match state.queue.pop(Instant::now()) {
-                    Some(waiter) if waiter.is_closed() => {}
-                    Some(waiter) => {
-                        state.moved = Instant::now();
-                        break Some(waiter);
-                    }
-                    None => {
-                        state.free += 1;
-                        break None;
-                    }
-                }
-            }
-        };
-        // Outside the lock: where the waiter has just gone away, its slot is dropped, which comes back here.
-        if let Some(waiter) = next {
-            let _ = waiter.send(Slot(self.0.clone()));
+        if let Some(started) = self.started.take() {
+            let now = Instant::now();
+            let mut state = self.slots.lock();
+            state.queue.finish(started, now.saturating_duration_since(self.begun), now);
+            state.free += 1;
         }
+        self.slots.hand_out();
     }
 }
 
@@ -184,15 +293,15 @@ mod tests {
     }
 
     fn one_io_slot() -> Schedule {
-        Schedule::new(Sizes { cpu: 1, gpu: 0, io: 1 })
+        Schedule::new(Sizes { cpu: 1, gpu: 0, io: 1 }, watch::Sender::new(Arc::default()).subscribe())
     }
 
     #[tokio::test]
     async fn a_slot_goes_to_the_next_in_turn_when_it_is_dropped() {
         let schedule = one_io_slot();
         let (a, b) = (tenant("a"), tenant("b"));
-        let first = schedule.slot(Pool::Io, &a, 4).await.expect("a free slot");
-        let second = schedule.slot(Pool::Io, &b, 4);
+        let first = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        let second = schedule.slot(Pool::Io, &b, None);
         tokio::pin!(second);
         assert!(futures::poll!(&mut second).is_pending());
         assert_eq!((schedule.busy(Pool::Io), schedule.waiting(Pool::Io)), (1, 1));
@@ -205,9 +314,9 @@ mod tests {
     async fn whoever_leaves_the_queue_costs_no_slot() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let first = schedule.slot(Pool::Io, &a, 4).await.expect("a free slot");
+        let first = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
         {
-            let left = schedule.slot(Pool::Io, &a, 4);
+            let left = schedule.slot(Pool::Io, &a, None);
             tokio::pin!(left);
             assert!(futures::poll!(&mut left).is_pending());
             drop(first);
@@ -216,23 +325,97 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_place_in_the_queue_is_free_as_soon_as_whoever_waited_is_gone() {
+        let schedule = one_io_slot();
+        let a = tenant("a");
+        let _running = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        {
+            let left = schedule.slot(Pool::Io, &a, None);
+            tokio::pin!(left);
+            assert!(futures::poll!(&mut left).is_pending());
+            assert_eq!(schedule.waiting(Pool::Io), 1);
+        }
+        assert_eq!(schedule.waiting(Pool::Io), 0);
+    }
+
+    #[tokio::test]
+    async fn where_tenants_are_named_one_of_them_never_takes_every_slot() {
+        let policy = watch::Sender::new(Arc::new(Policy::parse("tenants: {}").expect("a policy")));
+        let schedule = Schedule::new(Sizes { cpu: 0, gpu: 0, io: 4 }, policy.subscribe());
+        let (a, b) = (tenant("a"), tenant("b"));
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            held.push(schedule.slot(Pool::Io, &a, None).await.expect("a free slot"));
+        }
+        let fourth = schedule.slot(Pool::Io, &a, Some(9));
+        tokio::pin!(fourth);
+        assert!(futures::poll!(&mut fourth).is_pending(), "75 % of four slots");
+        assert_eq!((schedule.waiting(Pool::Io), schedule.held_back(Pool::Io)), (1, 1));
+        let _other = schedule.slot(Pool::Io, &b, Some(0)).await.expect("a slot that nobody else may have");
+        assert!(schedule.stuck_for(Pool::Io) > Duration::ZERO, "now every slot is taken");
+        held.pop();
+        let _fourth = fourth.await.expect("a slot of its own tenant's");
+    }
+
+    #[tokio::test]
+    async fn a_new_policy_counts_for_those_who_wait_already() {
+        let policy = watch::Sender::new(Arc::new(Policy::parse("tenants: {}").expect("a policy")));
+        let schedule = Arc::new(Schedule::new(Sizes { cpu: 0, gpu: 0, io: 2 }, policy.subscribe()));
+        let following = tokio::spawn({
+            let schedule = Arc::clone(&schedule);
+            async move { schedule.follow_policy().await }
+        });
+        let a = tenant("a");
+        let _first = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        let second = schedule.slot(Pool::Io, &a, None);
+        tokio::pin!(second);
+        assert!(futures::poll!(&mut second).is_pending());
+        policy.send_replace(Arc::default());
+        let _second = second.await.expect("its share is the whole pool now");
+        following.abort();
+    }
+
+    #[tokio::test]
+    async fn who_must_not_wait_is_sent_away_and_may_come_back() {
+        let schedule = one_io_slot();
+        let a = tenant("a");
+        let running = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        let waiting = schedule.slot(Pool::Io, &a, None);
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        schedule.turn_away();
+        assert_eq!(waiting.await.err(), Some(Closed));
+        assert_eq!(schedule.slot(Pool::Io, &a, None).await.err(), Some(Closed));
+        assert!(schedule.slot(Pool::Cpu, &a, None).await.is_ok(), "it need not wait there");
+        schedule.let_wait();
+        let waiting = schedule.slot(Pool::Io, &a, None);
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        drop(running);
+        assert!(waiting.await.is_ok());
+        schedule.close();
+        schedule.let_wait();
+        assert_eq!(schedule.slot(Pool::Cpu, &a, None).await.err(), Some(Closed), "closed is for good");
+    }
+
+    #[tokio::test]
     async fn pools_do_not_wait_for_each_other() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _io = schedule.slot(Pool::Io, &a, 4).await.expect("a free slot");
-        assert!(schedule.slot(Pool::Cpu, &a, 4).await.is_ok());
+        let _io = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        assert!(schedule.slot(Pool::Cpu, &a, None).await.is_ok());
     }
 
     #[tokio::test]
     async fn a_closed_schedule_sends_waiters_and_comers_away() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _running = schedule.slot(Pool::Io, &a, 4).await.expect("a free slot");
-        let waiting = schedule.slot(Pool::Io, &a, 4);
+        let _running = schedule.slot(Pool::Io, &a, None).await.expect("a free slot");
+        let waiting = schedule.slot(Pool::Io, &a, None);
         tokio::pin!(waiting);
         assert!(futures::poll!(&mut waiting).is_pending());
         schedule.close();
         assert_eq!(waiting.await.err(), Some(Closed));
-        assert_eq!(schedule.slot(Pool::Cpu, &a, 4).await.err(), Some(Closed));
+        assert_eq!(schedule.slot(Pool::Cpu, &a, None).await.err(), Some(Closed));
     }
 }

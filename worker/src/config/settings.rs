@@ -54,6 +54,13 @@ pub(super) const WORKER_ID: Setting =
     setting("worker-id", "WORKER_ID", "ID", None, "Unique name of this worker; without it, the host name");
 pub(super) const POOL: Setting =
     setting("pool", "WORKER_POOL", "NAMESPACE/NAME", None, "WorkerPool that this worker belongs to");
+pub(super) const TENANTS_FILE: Setting = setting(
+    "tenants-file",
+    "WORKER_TENANTS_FILE",
+    "FILE",
+    None,
+    "YAML: tenants and paused as in a WorkerPool, read again when it changes",
+);
 pub(super) const SANDBOX_MODE: Setting = setting(
     "sandbox-mode",
     "WORKER_SANDBOX_MODE",
@@ -183,7 +190,7 @@ pub(super) const LOG_LEVEL: Setting = setting(
 /// Every setting, under its heading and in the order of the help.
 pub(super) const GROUPS: [(&str, &[Setting]); 6] = [
     ("Pools and limits", &[CPU_POOL_SIZE, GPU_POOL_SIZE, IO_POOL_SIZE, MAX_MEMORY_MB, MAX_CPU_TIME_MS]),
-    ("Identity", &[WORKER_ID, POOL]),
+    ("Identity and policy", &[WORKER_ID, POOL, TENANTS_FILE]),
     (
         "NATS",
         &[

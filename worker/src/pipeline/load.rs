@@ -1,7 +1,7 @@
 //! How much the worker holds, how much more it can use, and when that is too much.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -11,9 +11,12 @@ use super::Pipeline;
 use crate::admin::Concern;
 use crate::assignment::Pool;
 use crate::broker::streams::Source;
+use crate::gate;
 
 /// The most that is fetched ahead of free slots, unless there are more slots.
 const MAX_LOOK_AHEAD: usize = 1000;
+/// The most that waits here for slots of its own tenants: more of it would stop the intake, for everybody.
+const MAX_HELD_BACK: usize = 1000;
 /// A pool that has let work wait for this long without starting any is overloaded.
 const OVERLOADED: Duration = Duration::from_secs(30);
 
@@ -25,6 +28,7 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
         ticks.tick().await;
         pipeline.load.sample(last.elapsed());
         last = Instant::now();
+        gate::keep(&pipeline);
         for pool in Pool::ALL {
             pipeline.metrics.set_queue_depth(pool, pipeline.schedule.waiting(pool));
             pipeline.metrics.set_slots(pool, pipeline.schedule.size(pool));
@@ -42,14 +46,24 @@ impl Pipeline {
         let slots = self.slots(source);
         let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
         let look_ahead = self.look_ahead(source);
-        let is_full = |pool: &Pool| self.schedule.waiting(*pool) >= self.longest_queue(source, *pool);
+        // What waits for its own tenant takes nobody else's place.
+        let held_back: usize = pools(source).iter().map(|pool| self.schedule.held_back(*pool)).sum();
+        let waiting = self.load.flow(source).waiting().saturating_sub(held_back);
+        let free = match self.takes_none(source) || held_back >= MAX_HELD_BACK {
+            true => 0,
+            false => (slots - busy + look_ahead).saturating_sub(waiting),
+        };
+        Room { free, whole: slots + look_ahead, waiting }
+    }
+
+    fn takes_none(&self, source: Source) -> bool {
+        let is_full = |pool: &Pool| {
+            let waiting = self.schedule.waiting(*pool).saturating_sub(self.schedule.held_back(*pool));
+            waiting >= self.longest_queue(source, *pool)
+        };
         // What could not be stored would only pile up here. Whoever could not store it clears the concern.
         let cannot_store = self.health.is_raised(Concern::StorageRefused);
-        let free = match self.holds_too_much() || cannot_store || pools(source).iter().any(is_full) {
-            true => 0,
-            false => (slots - busy + look_ahead).saturating_sub(self.load.flow(source).waiting()),
-        };
-        Room { free, whole: slots + look_ahead }
+        !self.gate.is_open() || self.holds_too_much() || cannot_store || pools(source).iter().any(is_full)
     }
 
     fn slots(&self, source: Source) -> usize {
@@ -101,6 +115,8 @@ pub(crate) struct Room {
     pub(crate) free: usize,
     /// Free slots and look-ahead of an idle worker: a request for much less than this is not worth its cost.
     pub(crate) whole: usize,
+    /// What came from there and waits for the next free slot.
+    pub(crate) waiting: usize,
 }
 
 /// What the worker holds of the broker's: shared by everything that takes or frees room.
@@ -115,9 +131,12 @@ pub(crate) struct Load {
 #[derive(Debug, Default)]
 pub(crate) struct Flow {
     waiting: AtomicUsize,
+    asked_for: AtomicUsize,
     freed: Notify,
     finished: AtomicUsize,
     per_100_ms: AtomicUsize,
+    done: AtomicU64,
+    work_micros: AtomicU64,
 }
 
 impl Load {
@@ -127,6 +146,26 @@ impl Load {
             Source::Intake => &self.intake,
             Source::GpuRoute => &self.gpu_route,
         }
+    }
+
+    /// Deliveries here that have not begun, wherever they came from.
+    pub(crate) fn waiting(&self) -> usize {
+        self.flows().map(|flow| flow.waiting()).sum()
+    }
+
+    /// Deliveries that were asked for and may still come.
+    pub(crate) fn open_pulls(&self) -> usize {
+        self.flows().map(|flow| flow.asked_for.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Blocks that have ended so far, and how long these held their slots.
+    pub(crate) fn done(&self) -> (u64, Duration) {
+        let sum = |of: fn(&Flow) -> &AtomicU64| self.flows().map(|flow| of(flow).load(Ordering::Relaxed)).sum();
+        (sum(|flow| &flow.done), Duration::from_micros(sum(|flow| &flow.work_micros)))
+    }
+
+    fn flows(&self) -> impl Iterator<Item = &Arc<Flow>> {
+        [&self.intake, &self.gpu_route].into_iter()
     }
 
     /// Bytes of payloads and results held.
@@ -142,7 +181,7 @@ impl Load {
 
     /// Closes a sample of the rates that took `elapsed`.
     fn sample(&self, elapsed: Duration) {
-        [&self.intake, &self.gpu_route].into_iter().for_each(|flow| flow.sample(elapsed));
+        self.flows().for_each(|flow| flow.sample(elapsed));
     }
 }
 
@@ -152,9 +191,16 @@ impl Flow {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// One more block has ended.
-    pub(crate) fn finished(&self) {
+    /// How many deliveries were asked for and may still come.
+    pub(crate) fn set_asked_for(&self, deliveries: usize) {
+        self.asked_for.store(deliveries, Ordering::Relaxed);
+    }
+
+    /// One more block has ended, which held its slot for so long.
+    pub(crate) fn finished(&self, work: Duration) {
         self.finished.fetch_add(1, Ordering::Relaxed);
+        self.done.fetch_add(1, Ordering::Relaxed);
+        self.work_micros.fetch_add(u64::try_from(work.as_micros()).unwrap_or_default(), Ordering::Relaxed);
     }
 
     /// What this worker finishes in 100 ms, as of late.

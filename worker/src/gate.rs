@@ -1,0 +1,47 @@
+//! Whether this worker takes work: while its policy does not pause it, and nobody has told it to stop.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::pipeline::Pipeline;
+use crate::policy::Policy;
+
+/// Open while nothing speaks against work.
+#[derive(Debug)]
+pub struct Gate {
+    policy: watch::Receiver<Arc<Policy>>,
+    told_to_pull: watch::Sender<bool>,
+}
+
+impl Gate {
+    /// A gate that this policy closes.
+    pub fn new(policy: watch::Receiver<Arc<Policy>>) -> Self {
+        Self { policy, told_to_pull: watch::Sender::new(true) }
+    }
+
+    /// Whether work may be fetched.
+    pub fn is_open(&self) -> bool {
+        !self.is_paused() && *self.told_to_pull.borrow()
+    }
+
+    /// Whether the policy says so.
+    pub fn is_paused(&self) -> bool {
+        self.policy.borrow().paused
+    }
+
+    /// What whoever looks after the worker wants of it.
+    pub fn tell(&self, pull: bool) {
+        self.told_to_pull.send_replace(pull);
+    }
+}
+
+/// Hands back what waits here while the gate is closed. Called again and again.
+pub(crate) fn keep(pipeline: &Pipeline) {
+    if pipeline.gate.is_open() {
+        pipeline.schedule.let_wait();
+    } else if pipeline.load.open_pulls() == 0 {
+        // Not before the open pulls have ended: what is handed back would come back to them.
+        pipeline.schedule.turn_away();
+    }
+}
