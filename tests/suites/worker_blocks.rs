@@ -423,6 +423,18 @@ async fn a_runaway_query_ends_at_its_deadline_and_too_many_rows_are_an_error() {
 }
 
 #[tokio::test]
+async fn a_block_that_uses_more_cpu_time_than_it_may_fails_for_good() {
+    let rig = Rig::start(&["--max-cpu-time-ms=200"]).await;
+    database(&rig);
+    let endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n";
+    let result = fails(&rig, "endless", query(endless, json!([])), 2002, false).await;
+    assert_eq!(result["error"]["message"], "used more than 200 ms of CPU time");
+    assert_eq!(result["metadata"]["attempts"], 1);
+    assert!(result["metadata"]["cpu_time_ms"].as_u64().unwrap() >= 200, "{result}");
+    assert_eq!(rig.router.letter(("acme", "endless")).await["stage"], "execute");
+}
+
+#[tokio::test]
 async fn an_sql_parameter_is_bound_and_never_part_of_the_statement() {
     let rig = Rig::start(&[]).await;
     database(&rig);
@@ -479,6 +491,30 @@ async fn the_sandbox_fails_as_often_as_it_is_asked_to() {
     assert_eq!(result["metadata"]["attempts"], 1);
     let result = run(&rig, "slow", failing(json!({"delay_ms": 300}))).await;
     assert!(result["latency_ms"].as_u64().unwrap() >= 300, "{result}");
+}
+
+#[tokio::test]
+async fn every_error_of_the_sandbox_says_that_it_is_one() {
+    let rig = Rig::start(&["--sandbox-mode"]).await;
+    let asking = |sandbox: Value| {
+        let mut job = rig.call("/ok");
+        (job["sandbox"], job["timeout_ms"]) = (sandbox, json!(100));
+        job
+    };
+    for (id, sandbox) in [("asked", json!({"status": "timeout"})), ("late", json!({"delay_ms": 60_000}))] {
+        let result = run(&rig, id, asking(sandbox)).await;
+        assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
+        assert_eq!(result["error"]["details"]["sandbox"], true, "{result}");
+    }
+    fails(&rig, "letter", asking(json!({"code": 2003})), 2003, false).await;
+    let letter = rig.router.letter(("acme", "letter")).await;
+    assert_eq!(letter["error"]["details"]["sandbox"], true, "{letter}");
+    let payload = assignment("acme", "typo", asking(json!({"status": "fail"})));
+    rig.router.submit(&payload).await;
+    let verdict = rig.router.verdict(&payload).await;
+    assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(1003)), "{verdict}");
+    assert!(verdict["message"].as_str().unwrap().starts_with("/job/sandbox/status "), "{verdict}");
+    assert_eq!(rig.peer.hits("/").len(), 0);
 }
 
 #[tokio::test]

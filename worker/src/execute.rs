@@ -14,7 +14,7 @@ use jiff::Timestamp;
 
 use crate::assignment::Assignment;
 use crate::blocks::pieces::Sink;
-use crate::blocks::{Block, Blocks, Output, Scope, sandbox};
+use crate::blocks::{Blocks, Output, Scope, sandbox};
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
 use crate::telemetry::TraceContext;
@@ -31,10 +31,21 @@ pub enum Engine {
 
 impl Engine {
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
-    pub fn refuses(&self, block: &Block) -> Option<Invalid> {
+    pub fn refuses(&self, assignment: &Assignment) -> Option<Invalid> {
         match self {
-            Self::Real(blocks) | Self::Sandbox(blocks) => blocks.refuses(block),
+            Self::Real(blocks) => blocks.refuses(&assignment.block),
+            Self::Sandbox(blocks) => {
+                sandbox::refuses(&assignment.sandbox).or_else(|| blocks.refuses(&assignment.block))
+            }
         }
+    }
+
+    /// Says of a fault whether anything outside can have been touched.
+    fn mark(&self, mut fault: Fault) -> Fault {
+        if matches!(self, Self::Sandbox(_)) {
+            fault.details.sandbox = Some(true);
+        }
+        fault
     }
 }
 
@@ -128,7 +139,7 @@ pub async fn execute(
             Ok(output) => {
                 return Ended::Executed(finished(Ok(output), failed, attempt, started, scope.cpu_time.used()));
             }
-            Err(fault) => fault,
+            Err(fault) => engine.mark(fault),
         };
         let is_repeated = fault.may_repeat && fault.cause.is_retried_here();
         let delay = is_repeated.then(|| delay(assignment, &fault, attempt)).flatten();

@@ -296,7 +296,7 @@ impl Pipeline {
 
     fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
         let assignment = Assignment::decode(delivery.payload()).map_err(Rejection::undecodable)?;
-        if let Some(invalid) = self.engine.refuses(&assignment.block) {
+        if let Some(invalid) = self.engine.refuses(&assignment) {
             return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
         }
         if self.is_for_the_route(delivery, &assignment) {

@@ -9,12 +9,34 @@ use serde_json::value::to_raw_value;
 use super::pieces::{Piece, Sink};
 use super::{Block, Output, Scope};
 use crate::contract::SandboxJob;
-use crate::fault::{Cause, Details, Fault};
+use crate::fault::{Cause, Fault, Invalid};
+
+/// The longest `delay_ms`: no deadline is later.
+const MAX_DELAY_MS: i64 = 30 * 24 * 3_600_000;
+
+/// What a job asks of the sandbox that it does not know.
+pub fn refuses(sandbox: &SandboxJob) -> Option<Invalid> {
+    let SandboxJob { status, code, delay_ms, fail_attempts } = sandbox;
+    let refuse = |field: &str, reason: &str| Some(Invalid::format(format!("/job/sandbox/{field}"), reason));
+    if status.as_deref().is_some_and(|status| !matches!(status, "success" | "error" | "timeout")) {
+        return refuse("status", "is not one of success, error, timeout");
+    }
+    if code.is_some_and(|code| cause(code).is_none()) {
+        return refuse("code", "is no code that an execution can end with");
+    }
+    if delay_ms.is_some_and(|delay_ms| !(0..=MAX_DELAY_MS).contains(&delay_ms)) {
+        return refuse("delay_ms", "is not between 0 and 2592000000");
+    }
+    if fail_attempts.is_some_and(|attempts| attempts < 0) {
+        return refuse("fail_attempts", "is negative");
+    }
+    None
+}
 
 /// One attempt.
 ///
 /// # Errors
-/// The failure that the job asked for, with `sandbox` in its details.
+/// The failure that the job asked for.
 pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<Output, Fault> {
     if let Some(delay_ms @ 1..) = sandbox.delay_ms {
         tokio::time::sleep(Duration::from_millis(delay_ms.unsigned_abs())).await;
@@ -25,14 +47,13 @@ pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<O
             Some(sink) => streamed(attempt, sink.as_ref()).await,
             None => canned(block),
         },
-        Some(cause) => Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks"))
-            .with(Details { sandbox: Some(true), ..Details::default() })),
+        Some(cause) => Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks"))),
     }
 }
 
 /// A status of `error` or `timeout` fails always, `fail_attempts` the first ones, and a `code` alone always.
 fn failure(sandbox: &SandboxJob, attempt: u32) -> Option<Cause> {
-    let cause = sandbox.code.map_or(Cause::Network, cause);
+    let cause = sandbox.code.and_then(cause).unwrap_or(Cause::Network);
     let fails_at_first = sandbox.fail_attempts.is_some_and(|attempts| i64::from(attempt) <= attempts);
     match sandbox.status.as_deref() {
         Some("timeout") => Some(Cause::DeadlinePassed),
@@ -43,21 +64,22 @@ fn failure(sandbox: &SandboxJob, attempt: u32) -> Option<Cause> {
     }
 }
 
-/// The most usual cause with this number; 3001 for a number that no block fails with.
-fn cause(code: i64) -> Cause {
-    match code {
+/// The most usual cause with this number, where a block can fail with it.
+fn cause(code: i64) -> Option<Cause> {
+    Some(match code {
         1001 => Cause::InvalidInput,
         1002 => Cause::MissingField,
         1003 => Cause::InvalidFormat,
         2001 => Cause::ExecutionFailed,
         2002 => Cause::ResourceUnavailable,
         2003 => Cause::NotAllowed,
+        3001 => Cause::Network,
         3002 => Cause::ConnectTimeout,
         3003 => Cause::HttpStatus(503),
         4001 => Cause::Internal,
         5002 => Cause::DeadlinePassed,
-        _ => Cause::Network,
-    }
+        _ => return None,
+    })
 }
 
 /// An empty body, in its one piece.
@@ -166,10 +188,7 @@ mod tests {
         for (attempt, code) in (1..).zip(&mut codes) {
             *code = match run(&get(), &sandbox, &Scope { attempt, ..Scope::of("acme") }).await {
                 Ok(_) => 0,
-                Err(fault) => {
-                    assert_eq!(fault.details.sandbox, Some(true));
-                    fault.cause.code()
-                }
+                Err(fault) => fault.cause.code(),
             };
         }
         codes
@@ -226,12 +245,28 @@ mod tests {
         assert_eq!(codes(json!({"status": "success"})).await, [0, 0, 0]);
         assert_eq!(codes(json!({"fail_attempts": 2})).await, [3001, 3001, 0]);
         assert_eq!(codes(json!({"fail_attempts": 1, "code": 2002})).await, [2002, 0, 0]);
-        assert_eq!(codes(json!({"fail_attempts": -1})).await, [0, 0, 0]);
         assert_eq!(codes(json!({"status": "error"})).await, [3001; 3]);
         assert_eq!(codes(json!({"status": "error", "code": 2003, "fail_attempts": 1})).await, [2003; 3]);
         assert_eq!(codes(json!({"status": "timeout"})).await, [5002; 3]);
         assert_eq!(codes(json!({"code": 2001})).await, [2001; 3]);
-        assert_eq!(codes(json!({"code": 99, "status": "error"})).await, [3001; 3]);
+    }
+
+    #[test]
+    fn what_the_sandbox_does_not_know_is_refused() {
+        let refused = |sandbox| refuses(&serde_json::from_value(sandbox).unwrap()).map(|invalid| invalid.pointer);
+        for (field, value) in [
+            ("status", json!("sucess")),
+            ("status", json!("cancelled")),
+            ("code", json!(99)),
+            ("code", json!(2004)),
+            ("delay_ms", json!(-1)),
+            ("delay_ms", json!(i64::MAX)),
+            ("fail_attempts", json!(-1)),
+        ] {
+            assert_eq!(refused(json!({field: value})), Some(format!("/job/sandbox/{field}")));
+        }
+        let all = json!({"status": "success", "code": 3003, "delay_ms": 0, "fail_attempts": 0});
+        assert_eq!((refused(all), refused(json!({}))), (None, None));
     }
 
     #[test]
