@@ -49,7 +49,10 @@ campaign-kill: ## The same at length, with pauses and partitions: N assignments 
 campaign-crash: ## Every kind of work meets every fault between any two of its steps: SEED
 	@tests/run.sh campaign-crash
 
+campaign-rollout: ## Workers replaced under load: N generations (20), SEED
+	@tests/run.sh campaign-rollout
+
 bench: ## Figures of the worker beside the bare limit, in one run
 	@tests/run.sh bench
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill campaign-crash bench
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill campaign-crash campaign-rollout bench

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh check|unit|worker|faults|cluster|demo|bench|campaign-kill|campaign-crash …
+# usage: run.sh STEP …, of check unit worker faults cluster demo bench campaign-kill campaign-crash campaign-rollout
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -70,6 +70,11 @@ campaign-crash() {
   campaign debug crash
 }
 
+campaign-rollout() {
+  cargo build --workspace --bins
+  campaign debug rollout --generations "${N:-20}"
+}
+
 # campaign PROFILE ARGUMENT…: its last line is the answer, as JSON.
 campaign() {
   local tools
@@ -89,8 +94,8 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash) ;;
-    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash" ;;
+    check | unit | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash | campaign-rollout) ;;
+    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash, campaign-rollout" ;;
   esac
   say "== $step"
   started=$SECONDS

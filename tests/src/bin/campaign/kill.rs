@@ -11,7 +11,8 @@ use clap::Args;
 
 use crate::auditor::{self, Question};
 use crate::crew::{self, Member};
-use crate::load::{Size, World};
+use crate::landed::Landed;
+use crate::load::{Mix, Size, World};
 use crate::nemesis::{Nemesis, Rhythm};
 use crate::sink::Sink;
 use crate::{Origin, listener};
@@ -55,12 +56,14 @@ pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
     let url = nats.url();
     let crew = gather(plan.workers, files.path(), &nats).await?;
     listener::listen(&url, heard.clone()).await?;
-    let mut nemesis = Nemesis::new(nats, crew, plan.rhythm, origin.seed, &plan.journal.join("faults"))?;
+    let landed = Landed::create(&plan.journal.join("faults"))?;
+    let mut nemesis = Nemesis::new(nats, crew, plan.rhythm, origin.seed, landed);
     let size = Size {
         assignments: plan.assignments,
         rate: plan.rate,
         duplicates: plan.duplicates,
         latest: plan.rhythm.at_it() + Duration::from_secs(5),
+        mix: Mix::Everything,
     };
     tokio::select! {
         submitted = world.submit(&url, &router, size, origin.seed) => submitted?,

@@ -37,6 +37,17 @@ pub(crate) struct Size {
     pub(crate) duplicates: u64,
     /// When the last of the duplicates comes.
     pub(crate) latest: Duration,
+    /// Of which kinds.
+    pub(crate) mix: Mix,
+}
+
+/// Of which kinds assignments are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Mix {
+    /// All kinds, with all ends.
+    Everything,
+    /// Calls that succeed at once or after some time: a peer counts how often each was executed.
+    Calls,
 }
 
 /// Where blocks find what they need.
@@ -81,7 +92,10 @@ impl World {
                 // In bursts: much is at the same step when something breaks.
                 rate => tokio::time::sleep_until(started + Duration::from_secs(number / rate)).await,
             }
-            let payload = self.assignment(number);
+            let payload = match size.mix {
+                Mix::Everything => self.assignment(number),
+                Mix::Calls => assignment(tenant(number), &id(number), self.call(&format!("/slow/{}", number % 100), 3)),
+            };
             let again = (rng.u64(..100) < size.duplicates).then(|| self.again(number, size.latest, &mut rng));
             let place = Arc::clone(&places).acquire_owned().await?;
             let (js, facts) = (js.clone(), facts.clone());
@@ -111,21 +125,12 @@ impl World {
     /// takes its time; the others write, read, ask a database or call.
     fn job(&self, number: u64) -> Value {
         let path = |name: &str| self.root.join(name).to_string_lossy().into_owned();
-        let call = |path: &str, attempts: u64| {
-            json!({
-                "type": "http.request",
-                "method": "POST",
-                "url": self.sink.url(path),
-                "body": "{}",
-                "retry_config": {"max_attempts": attempts},
-            })
-        };
         match number % 20 {
             0 => json!({"type": "no.such.block"}),
-            1 => call("/status/404", 3),
-            2 => call("/status/503", 1),
-            3 => call("/flaky", 3),
-            4 => call("/slow/500", 3),
+            1 => self.call("/status/404", 3),
+            2 => self.call("/status/503", 1),
+            3 => self.call("/flaky", 3),
+            4 => self.call("/slow/500", 3),
             5..8 => json!({"type": "fs.put", "path": path(&format!("put-{}", number % 1000)), "content": "x"}),
             8..11 => json!({"type": "fs.get", "path": path(READ)}),
             11..14 => json!({
@@ -134,9 +139,19 @@ impl World {
                 "query": "SELECT n FROM numbers WHERE n > ?",
                 "parameters": [1],
             }),
-            14 => call("/slow/20", 3),
-            _ => call("/ok", 3),
+            14 => self.call("/slow/20", 3),
+            _ => self.call("/ok", 3),
         }
+    }
+
+    fn call(&self, path: &str, attempts: u64) -> Value {
+        json!({
+            "type": "http.request",
+            "method": "POST",
+            "url": self.sink.url(path),
+            "body": "{}",
+            "retry_config": {"max_attempts": attempts},
+        })
     }
 
     /// The same id at once, while it may still run, or when it is long done; every fifth time with another content.

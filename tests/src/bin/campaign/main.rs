@@ -10,11 +10,13 @@
 
 mod kill; // workers and the broker are killed, paused and cut off
 mod crash; // one fault exactly between two steps, everywhere
+mod rollout; // workers are replaced
 mod nemesis; // who does that, and when
 mod crew; // workers, each behind a network that breaks
 mod load; // the Router
 mod sink; // whom blocks call
 mod listener; // who hears verdicts and results
+mod landed; // which faults were real
 mod auditor; // the judge
 
 use std::process::ExitCode;
@@ -46,6 +48,8 @@ enum Campaign {
     Kill(kill::Plan),
     /// One fault exactly between two steps of an assignment, everywhere (G3).
     Crash(crash::Plan),
+    /// Workers are replaced under load, one generation after the other (W-05).
+    Rollout(rollout::Plan),
 }
 
 #[tokio::main]
@@ -55,6 +59,7 @@ async fn main() -> ExitCode {
     let ended = match &campaign {
         Campaign::Kill(plan) => kill::run(plan, &origin).await,
         Campaign::Crash(plan) => crash::run(plan, &origin).await,
+        Campaign::Rollout(plan) => rollout::run(plan, &origin).await,
     };
     match ended {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,11 +1,7 @@
 //! Who breaks things: one after the other by the clock, whom by chance.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
 use std::time::Duration;
 
-use beamline_tests::journal;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::tcpfault::Mode;
 use clap::Args;
@@ -13,6 +9,7 @@ use fastrand::Rng;
 use tokio::time::Instant;
 
 use crate::crew::Member;
+use crate::landed::Landed;
 
 /// How often what breaks, in seconds.
 #[derive(Args, Clone, Copy, Debug)]
@@ -67,23 +64,15 @@ pub(crate) struct Nemesis {
     acts: Vec<(Instant, Act)>,
     disturbed: usize,
     broker_is_away: bool,
-    landed: File,
+    landed: Landed,
 }
 
 impl Nemesis {
     /// It breaks these, and writes down what it broke.
-    pub(crate) fn new(
-        nats: NatsServer,
-        crew: Vec<Member>,
-        rhythm: Rhythm,
-        seed: u64,
-        landed: &Path,
-    ) -> anyhow::Result<Self> {
-        let landed = File::create(landed)?;
+    pub(crate) fn new(nats: NatsServer, crew: Vec<Member>, rhythm: Rhythm, seed: u64, landed: Landed) -> Self {
         let rng = Rng::with_seed(seed);
         let mut nemesis =
             Self { nats, crew, rhythm, rng, acts: Vec::new(), disturbed: 0, broker_is_away: false, landed };
-        nemesis.note("start");
         let periods = [
             (Act::KillWorker, rhythm.kill_every),
             (Act::KillBroker, rhythm.broker_every),
@@ -92,7 +81,7 @@ impl Nemesis {
         for (act, period) in periods {
             nemesis.plan(act, period);
         }
-        Ok(nemesis)
+        nemesis
     }
 
     /// Breaks one thing after the other; it never ends by itself.
@@ -115,7 +104,7 @@ impl Nemesis {
         for index in 0..self.crew.len() {
             self.act(Act::Heal(index));
         }
-        self.note("end");
+        self.landed.end();
     }
 
     fn act(&mut self, act: Act) {
@@ -131,7 +120,7 @@ impl Nemesis {
                 self.broker_is_away = true;
                 let away = self.rng.f64();
                 self.plan(Act::ReviveBroker, away);
-                self.note("broker-kill");
+                self.landed.note("broker-kill");
             }
             Act::ReviveBroker => {
                 self.nats.restart();
@@ -160,7 +149,7 @@ impl Nemesis {
         member.worker.kill();
         member.restart();
         let name = member.name().to_owned();
-        self.note(&format!("{} {name}", if has_landed { "worker-kill" } else { "worker-had-ended" }));
+        self.landed.note(&format!("{} {name}", if has_landed { "worker-kill" } else { "worker-had-ended" }));
     }
 
     fn disturb(&mut self, victim: usize) {
@@ -193,7 +182,7 @@ impl Nemesis {
         };
         let name = member.name().to_owned();
         self.acts.push((Instant::now() + Duration::from_secs_f64(seconds), Act::Heal(victim)));
-        self.note(&format!("{word} {name} {seconds:.1}"));
+        self.landed.note(&format!("{word} {name} {seconds:.1}"));
     }
 
     /// After this time, a tenth more or less; a period of 0 is never.
@@ -202,10 +191,5 @@ impl Nemesis {
             let seconds = seconds * (0.9 + 0.2 * self.rng.f64());
             self.acts.push((Instant::now() + Duration::from_secs_f64(seconds), act));
         }
-    }
-
-    fn note(&mut self, what: &str) {
-        // What is not written down has not landed.
-        let _ = writeln!(self.landed, "{} {what}", journal::now());
     }
 }
