@@ -397,8 +397,9 @@ async fn is_produced(fixture: &Fixture, kind: &str, mut job: Value) {
     assert_eq!(by_type(example), by_type(produced), "{fixture}: the example is left, what the block returns is right");
 }
 
-fn blocks(root: &str) -> Blocks {
+fn blocks(root: &str) -> Arc<Blocks> {
     let blocks = Blocks::new(blocks::Settings {
+        runtime: tokio::runtime::Handle::current(),
         egress: Policy { allow: vec!["127.0.0.1".parse().expect("an entry")], ..Policy::default() },
         http: http::Settings::default(),
         fs_roots: vec![root.into()],

@@ -121,7 +121,7 @@ pub struct Assignment {
     /// What the sandbox should do with it.
     pub sandbox: SandboxJob,
     /// The work.
-    pub block: Block,
+    pub block: Arc<Block>,
 }
 
 /// The ids that could be read from a payload, valid or not: what a refusal can be addressed with.
@@ -208,7 +208,7 @@ impl Assignment {
             timeout: timeout(job.timeout_ms)?,
             backoff: backoff(&retry, retry_at)?,
             sandbox: job.sandbox.clone().unwrap_or_default(),
-            block: Block::parse(kind(&job)?, raw_job)?,
+            block: Arc::new(Block::parse(kind(&job)?, raw_job)?),
         })
     }
 }

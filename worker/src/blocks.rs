@@ -14,11 +14,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::value::RawValue;
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use crate::assignment::TenantId;
 use crate::execute::cpu::CpuTime;
+use crate::execute::metered;
 use crate::fault::{Fault, Invalid};
 use crate::telemetry::TraceContext;
+use thread::outcome;
 
 pub use output::Output;
 
@@ -122,6 +127,7 @@ pub struct Scope {
 /// Executes blocks. Holds what outlives one assignment: connections, directories.
 #[derive(Debug)]
 pub struct Blocks {
+    runtime: Handle,
     dirs: tenant_dir::TenantDirs,
     http: http::Http,
     fs: fs::Fs,
@@ -131,6 +137,8 @@ pub struct Blocks {
 /// What an administrator decides about blocks.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// Where blocks run: on threads that they may keep busy.
+    pub runtime: Handle,
     /// Which addresses may be reached.
     pub egress: egress::Policy,
     /// How HTTP peers are called.
@@ -144,14 +152,15 @@ impl Blocks {
     ///
     /// # Errors
     /// A CA file that cannot be read; what is wrong with it, for a person.
-    pub fn new(settings: Settings) -> Result<Self, String> {
+    pub fn new(settings: Settings) -> Result<Arc<Self>, String> {
         let dirs = tenant_dir::TenantDirs::new(settings.fs_roots);
-        Ok(Self {
+        Ok(Arc::new(Self {
+            runtime: settings.runtime,
             dirs: dirs.clone(),
             http: http::Http::new(settings.http, settings.egress)?,
             fs: fs::Fs::new(dirs.clone()),
             sql: sql::Sql::new(dirs),
-        })
+        }))
     }
 
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
@@ -164,11 +173,17 @@ impl Blocks {
         }
     }
 
-    /// One attempt.
+    /// One attempt, on the blocks' own threads; its CPU time there is counted and bounded. Dropped, it is stopped.
     ///
     /// # Errors
     /// The fault of this attempt.
-    pub async fn run(&self, block: &Block, scope: &Scope) -> Result<Output, Fault> {
+    pub async fn run(self: &Arc<Self>, block: &Arc<Block>, scope: &Scope) -> Result<Output, Fault> {
+        let (blocks, block, scope) = (Arc::clone(self), Arc::clone(block), scope.clone());
+        let attempt = async move { metered(blocks.attempt(&block, &scope), &scope.cpu_time).await };
+        outcome(AbortOnDropHandle::new(self.runtime.spawn(attempt.in_current_span())).await)
+    }
+
+    async fn attempt(&self, block: &Block, scope: &Scope) -> Result<Output, Fault> {
         match block {
             Block::Http(request) => self.http.run(request, scope).await,
             Block::FsPut(put) => self.fs.put(put, scope).await,

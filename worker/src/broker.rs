@@ -144,7 +144,8 @@ impl Broker {
     /// # Errors
     /// Refused for another reason than the precondition, or unknown; see [`StoreError`].
     pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
-        let answer = self.0.client.request_with_headers(subject.clone(), headers, payload).await;
+        // In a place of its own: it is large, and every task has room for it.
+        let answer = Box::pin(self.0.client.request_with_headers(subject.clone(), headers, payload)).await;
         let answer = answer.map_err(|error| match error.kind() {
             RequestErrorKind::NoResponders => {
                 StoreError::Refused { subject: subject.clone(), reason: "no stream listens there".to_owned() }

@@ -242,6 +242,11 @@ fn expectation(error: &serde_json::Error) -> String {
 
 /// Whether any part of the document nests deeper than [`MAX_DEPTH`], ignored parts included.
 pub fn is_too_deep(json: &str) -> bool {
+    // Hardly any document opens so much that it could be.
+    memchr::memchr2_iter(b'{', b'[', json.as_bytes()).nth(MAX_DEPTH).is_some() && nests_too_deep(json)
+}
+
+fn nests_too_deep(json: &str) -> bool {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for byte in json.bytes() {
         match byte {

@@ -3,10 +3,11 @@
 pub mod backoff; // when something is tried again
 pub mod cpu; // what a block has used and may use
 
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -24,9 +25,9 @@ use cpu::CpuTime;
 #[derive(Debug)]
 pub enum Engine {
     /// The blocks themselves.
-    Real(Blocks),
+    Real(Arc<Blocks>),
     /// Canned results: nothing outside is touched, but the blocks say what they would refuse.
-    Sandbox(Blocks),
+    Sandbox(Arc<Blocks>),
 }
 
 impl Engine {
@@ -132,7 +133,7 @@ pub async fn execute(
         scope.attempt = attempt;
         let started_at = Timestamp::now();
         let attempt_started = Instant::now();
-        let work = Metered::new(one_attempt(engine, assignment, &scope), scope.cpu_time.clone());
+        let work = metered(one_attempt(engine, assignment, &scope), &scope.cpu_time);
         let outcome =
             tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(too_late(assignment)));
         let fault = match outcome {
@@ -192,25 +193,11 @@ fn finished(
 }
 
 /// Counts the CPU time of each poll, and ends the work when too much is used.
-struct Metered<F> {
-    work: Pin<Box<F>>,
-    cpu_time: CpuTime,
-}
-
-impl<F: Future<Output = Result<Output, Fault>>> Metered<F> {
-    fn new(work: F, cpu_time: CpuTime) -> Self {
-        Self { work: Box::pin(work), cpu_time }
-    }
-}
-
-impl<F: Future<Output = Result<Output, Fault>>> Future for Metered<F> {
-    type Output = Result<Output, Fault>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let cpu_time = self.cpu_time.clone();
-        match cpu_time.count(|| self.work.as_mut().poll(context)) {
-            Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),
-            done => done,
-        }
-    }
+pub async fn metered(work: impl Future<Output = Result<Output, Fault>>, cpu_time: &CpuTime) -> Result<Output, Fault> {
+    let mut work = pin!(work);
+    poll_fn(|context| match cpu_time.count(|| work.as_mut().poll(context)) {
+        Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),
+        done => done,
+    })
+    .await
 }

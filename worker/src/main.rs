@@ -21,10 +21,16 @@ use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::{shutdown, telemetry};
 use jiff::Timestamp;
+use mimalloc::MiMalloc;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// It takes half the time of glibc's for each assignment, and musl's, which the image would have, is slower still.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Chunks of deliveries between the socket and the look-up.
 const CHUNKS: usize = 4;
@@ -62,19 +68,28 @@ fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result
     let _ = rustls::crypto::ring::default_provider().install_default();
     let metrics = Arc::new(Metrics::new());
     let telemetry = telemetry::init(&config, &metrics)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(work(config, policy, metrics));
+    // One thread for everything between the broker and the blocks: it spends a quarter less on each assignment than
+    // several that wake each other. Blocks have threads of their own, so that none of them holds it up.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let blocks = tokio::runtime::Builder::new_multi_thread().thread_name("block").enable_all().build()?;
+    let ended = runtime.block_on(work(config, policy, metrics, blocks.handle().clone()));
     if let Err(error) = &ended {
         tracing::error!(error = format!("{error:#}"), "the worker ends");
     }
-    // Blocking work that was cut off may still sit in a system call; nobody waits for it.
+    // Work that was cut off may still sit in a system call; nobody waits for it.
+    blocks.shutdown_background();
     runtime.shutdown_background();
     telemetry.shutdown();
     ended
 }
 
 /// From the first connect to the last flush.
-async fn work(config: Config, policy: Option<(PolicyFile, Policy)>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+async fn work(
+    config: Config,
+    policy: Option<(PolicyFile, Policy)>,
+    metrics: Arc<Metrics>,
+    blocks: Handle,
+) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
     let listener = TcpListener::bind(config.prometheus_endpoint)
         .await
@@ -83,7 +98,7 @@ async fn work(config: Config, policy: Option<(PolicyFile, Policy)>, metrics: Arc
     let policy = follow(policy, &metrics);
     let mut told_to_stop = std::pin::pin!(shutdown::signalled());
     let prepared = tokio::select! {
-        prepared = prepare(&config, &health, policy, metrics) => prepared?,
+        prepared = prepare(&config, &health, policy, metrics, blocks) => prepared?,
         signalled = &mut told_to_stop => return signalled.map_err(Into::into),
     };
     let Prepared { pipeline, keeper } = prepared;
@@ -134,8 +149,9 @@ async fn prepare(
     health: &Health,
     policy: watch::Receiver<Arc<Policy>>,
     metrics: Arc<Metrics>,
+    blocks: Handle,
 ) -> anyhow::Result<Prepared> {
-    let engine = engine(config).map_err(anyhow::Error::msg)?;
+    let engine = engine(config, blocks).map_err(anyhow::Error::msg)?;
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
     let settings = pipeline_settings(config, &intake)?;
@@ -146,9 +162,10 @@ async fn prepare(
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
 }
 
-fn engine(config: &Config) -> Result<Engine, String> {
+fn engine(config: &Config, runtime: Handle) -> Result<Engine, String> {
     let broker = config.nats_servers.hosts().into_iter().map(|(host, port)| egress::Target::parse(&host, port));
     Blocks::new(blocks::Settings {
+        runtime,
         egress: egress::Policy {
             mode: config.egress_policy,
             allow: config.egress_allow.clone(),

@@ -35,7 +35,7 @@ use crate::report::ledger::{Ledger, Record};
 use crate::report::outbox::{Outbox, Said};
 use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
-use crate::schedule::Schedule;
+use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds, TraceContext};
 use durable::{Standing, may_replace};
 use in_flight::{Claim, Flight, InFlight};
@@ -103,7 +103,8 @@ enum Judged {
 #[derive(Debug)]
 struct Arrival {
     delivery: Delivery,
-    assignment: Assignment,
+    /// In a place of its own: what waits for a slot is moved and polled, and should be small.
+    assignment: Box<Assignment>,
     said: Said,
     /// The trace that it came with.
     trace: Option<TraceContext>,
@@ -182,7 +183,7 @@ impl Pipeline {
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone() };
-                    arrivals.push(Arrival { delivery, assignment, said, trace, span });
+                    arrivals.push(Arrival { delivery, assignment: Box::new(assignment), said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -197,24 +198,30 @@ impl Pipeline {
         match record {
             Some(record) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
-                self.answer(arrival, record).await;
+                Box::pin(self.answer(arrival, record)).await;
             }
-            record => self.execute(arrival, record.map_or(0, |record| record.sequence)).await,
+            record => self.execute_in_turn(arrival, record.map_or(0, |record| record.sequence)).await,
         }
         let copies = flight.land();
         if !copies.is_empty() {
-            let accepted = self.look_up(copies).await;
+            let accepted = Box::pin(self.look_up(copies)).await;
             self.start(accepted);
         }
     }
 
-    /// Waits for a slot and runs the block in it; the broker gets back what may not start, or was cut off.
-    async fn execute(&self, mut arrival: Arrival, expected: u64) {
+    /// Waits for a slot and runs the block in it.
+    async fn execute_in_turn(&self, arrival: Arrival, expected: u64) {
         let assignment = &arrival.assignment;
         let turn = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority);
-        let Ok(slot) = turn.await else {
-            return arrival.delivery.settle(Settlement::HandBack).await;
-        };
+        match turn.await {
+            // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
+            Ok(slot) => Box::pin(self.execute(arrival, expected, slot)).await,
+            Err(Closed) => Box::pin(arrival.delivery.settle(Settlement::HandBack)).await,
+        }
+    }
+
+    /// Runs the block in its slot; the broker gets back what may not start, or was cut off.
+    async fn execute(&self, mut arrival: Arrival, expected: u64, slot: Slot) {
         arrival.delivery.started();
         let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
@@ -224,7 +231,7 @@ impl Pipeline {
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
         let links = Links {
             trace: telemetry::context_of(&span).or_else(|| arrival.trace.clone()),
-            sink: report::stream::sink(&self.broker, assignment, arrival.trace.as_ref()),
+            sink: report::stream::sink(&self.broker, &arrival.assignment, arrival.trace.as_ref()),
         };
         let work =
             execute::execute(&self.engine, &arrival.assignment, limits, links, may_start).instrument(span.clone());
@@ -246,7 +253,7 @@ impl Pipeline {
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
     async fn finish(&self, arrival: Arrival, expected: u64, queued: Duration, execution: Execution) {
         let Arrival { delivery, assignment, .. } = &arrival;
-        if delivery.is_lapsed() && self.may_be_answered_already(delivery.published()).await {
+        if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return;
         }
@@ -258,13 +265,15 @@ impl Pipeline {
         match self.record(&arrival, expected, &mut step, result).await {
             Standing::Ours(result) => {
                 failpoint::reach(Point::AfterRecord).await;
-                self.keep_failure(&arrival, &step, &failed).await;
+                if let Some(fault) = self.due_letter(&step) {
+                    Box::pin(self.keep_failure(&arrival, fault, &failed)).await;
+                }
                 self.note_outcome(assignment, &step);
                 self.publish(arrival, result).await;
             }
             Standing::Theirs(record) => {
                 tracing::info!(assignment_id = %assignment.key.assignment_id, "superseded by a recorded outcome");
-                self.answer(arrival, record).await;
+                Box::pin(self.answer(arrival, record)).await;
             }
         }
     }
@@ -319,7 +328,9 @@ impl Pipeline {
         let keys: Vec<_> = claimed.iter().map(|(arrival, _)| arrival.assignment.key.clone()).collect();
         let mut records = self.read_records(&keys).await;
         let accepted = claimed.into_iter().map(|(arrival, flight)| {
-            let record = records.remove(&report::ledger::subject(&arrival.assignment.key));
+            // Usually nothing is recorded of any.
+            let found = !records.is_empty();
+            let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
             Accepted { arrival, record, flight }
         });
         accepted.collect()

@@ -68,7 +68,7 @@ impl Pipeline {
                 result = self.encode(step, assignment);
                 continue;
             }
-            let stored = self.read_records(std::slice::from_ref(key)).await.into_values().next();
+            let stored = Box::pin(self.read_records(std::slice::from_ref(key))).await.into_values().next();
             match stored {
                 None => expected = 0,
                 Some(record) if record.result == result => return Standing::Ours(result),
@@ -142,9 +142,13 @@ impl Pipeline {
         self.broker.max_payload().saturating_sub(HEADER_BYTES)
     }
 
+    /// The fault of a step that failed for good.
+    pub(super) fn due_letter<'s>(&self, step: &'s StepResult) -> Option<&'s Fault> {
+        step.error.as_ref().filter(|fault| self.is_dead_letter(fault))
+    }
+
     /// Keeps the dead letter of a step that failed for good.
-    pub(super) async fn keep_failure(&self, arrival: &Arrival, step: &StepResult, failed: &[Attempt]) {
-        let Some(fault) = step.error.as_ref().filter(|fault| self.is_dead_letter(fault)) else { return };
+    pub(super) async fn keep_failure(&self, arrival: &Arrival, fault: &Fault, failed: &[Attempt]) {
         let addressee = arrival.assignment.addressee();
         self.keep_dead_letter(&arrival.delivery, &addressee, Stage::Execute, fault, failed).await;
     }

@@ -12,6 +12,8 @@ use crate::config::LogFormat;
 
 /// Some ten thousand lines: a short pause of the reader loses nothing, a long one costs bounded memory.
 const MAX_QUEUED_BYTES: usize = 4 * 1024 * 1024;
+/// Between the first line and the write: under load one wake of the thread serves many lines.
+const LINGER: Duration = Duration::from_millis(2);
 
 /// Where lines go. Clones share it.
 #[derive(Clone)]
@@ -55,9 +57,13 @@ impl Output {
             self.0.dropped.inc();
             return;
         }
+        // Else the thread is awake, and looks again before it sleeps.
+        let is_asleep = queue.bytes.is_empty() && !queue.is_writing;
         queue.bytes.extend_from_slice(line);
         drop(queue);
-        self.0.changed.notify_all();
+        if is_asleep {
+            self.0.changed.notify_all();
+        }
     }
 
     /// Waits until all is written, but not for ever.
@@ -72,7 +78,9 @@ impl Shared {
         let mut taken = Vec::new();
         loop {
             let idle = |queue: &mut Queue| queue.bytes.is_empty();
-            let mut queue = self.changed.wait_while(self.queue(), idle).unwrap_or_else(PoisonError::into_inner);
+            drop(self.changed.wait_while(self.queue(), idle).unwrap_or_else(PoisonError::into_inner));
+            std::thread::sleep(LINGER);
+            let mut queue = self.queue();
             std::mem::swap(&mut queue.bytes, &mut taken);
             let dropped = std::mem::take(&mut queue.dropped);
             queue.is_writing = true;

@@ -5,11 +5,12 @@
 
 mod noop; // the worker beside the bare loop
 mod bare; // what the broker allows, with nothing around it
+mod gate; // the rate and the latencies that a worker must reach
 mod memory; // what a worker holds
 mod figures; // the kernel's figures, medians
 mod table; // all of it, for a person
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use table::Table;
 
@@ -21,8 +22,24 @@ struct Arguments {
     /// How often each of those is measured; the median counts.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// How long the gate's rate is kept up.
+    #[arg(long, default_value_t = 20)]
+    seconds: usize,
+    /// One group of figures instead of all.
+    #[arg(long)]
+    only: Option<Group>,
     #[command(subcommand)]
     part: Option<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// The worker beside the bare loop.
+    Noop,
+    /// Rate and latencies of all blocks.
+    Gate,
+    /// What a worker holds.
+    Memory,
 }
 
 #[derive(Subcommand)]
@@ -48,8 +65,16 @@ fn main() -> anyhow::Result<()> {
 
 async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
     let mut table = Table::default();
-    memory::run(&mut table).await?;
-    noop::run(arguments.tasks, arguments.rounds, &mut table).await?;
+    let wants = |group| arguments.only.is_none_or(|only| only == group);
+    if wants(Group::Memory) {
+        memory::run(&mut table).await?;
+    }
+    if wants(Group::Gate) {
+        gate::run(arguments.seconds, &mut table).await?;
+    }
+    if wants(Group::Noop) {
+        noop::run(arguments.tasks, arguments.rounds, &mut table).await?;
+    }
     table.print();
     Ok(())
 }

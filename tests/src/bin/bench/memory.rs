@@ -1,28 +1,86 @@
-//! What a worker holds: idle, and for each task that waits in it.
+//! What a worker holds: idle, and for each task that waits in it for a slot.
 
 use std::time::Duration;
 
 use beamline_tests::nats::NatsServer;
-use beamline_tests::worker::Worker;
+use beamline_tests::router::{ASSIGN, assignment};
+use beamline_tests::wait::within;
+use beamline_tests::worker::{Setup, Worker};
+use serde_json::json;
 
 use crate::figures::resident;
 use crate::table::{Row, Table, at_most};
 
 /// What an idle worker may hold.
 const IDLE_MIB: f64 = 15.0;
-/// Until a worker that has just started has come to rest.
+/// What it may hold for a task that waits, its payload apart.
+const WAITING_KIB: f64 = 4.0;
+/// Slots of the pool that is filled with work that does not end, and of one that stays empty. A worker takes as many
+/// tasks ahead as it has slots.
+const SLOTS: usize = 4096;
+/// Tasks that wait behind it.
+const WAITING: usize = 8000;
+/// Until a worker has come to rest.
 const REST: Duration = Duration::from_secs(3);
+/// Until a worker has taken what is there.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Resident memory of a worker that has nothing to do.
+/// Both figures, from the kernel's count of resident pages.
 pub(crate) async fn run(table: &mut Table) -> anyhow::Result<()> {
-    let nats = NatsServer::start();
-    let worker = Worker::named("idle").start(&nats).await;
-    tokio::time::sleep(REST).await;
-    let mib = resident(worker.id())? as f64 / (1024.0 * 1024.0);
+    let idle = idle(Worker::named("idle")).await? as f64 / (1 << 20) as f64;
     table.push(Row {
         what: "memory: idle worker, resident".to_owned(),
-        figure: format!("{mib:.1} MiB"),
-        target: Some(at_most(IDLE_MIB, "MiB", mib)),
+        figure: format!("{idle:.1} MiB"),
+        target: Some(at_most(IDLE_MIB, "MiB", idle)),
+    });
+    let waiting = waiting().await? / 1024.0;
+    table.push(Row {
+        what: format!("memory: each of {WAITING} waiting tasks, payload apart"),
+        figure: format!("{waiting:.2} KiB"),
+        target: Some(at_most(WAITING_KIB, "KiB", waiting)),
     });
     Ok(())
+}
+
+async fn idle(setup: Setup) -> anyhow::Result<u64> {
+    let nats = NatsServer::start();
+    let worker = setup.start(&nats).await;
+    tokio::time::sleep(REST).await;
+    resident(worker.id())
+}
+
+/// Bytes by which a worker whose slots are all taken grows for each task that waits in it.
+async fn waiting() -> anyhow::Result<f64> {
+    let nats = NatsServer::start();
+    let worker = Worker::named("full").flag("--sandbox-mode").flag("--log-level=warn");
+    let worker = worker.flag(format!("--io-pool-size={SLOTS}")).flag(format!("--cpu-pool-size={SLOTS}"));
+    let worker = worker.start(&nats).await;
+    let client = async_nats::connect(nats.url()).await?;
+    let job = json!({
+        "type": "http.request", "method": "POST", "url": "http://peer.test/", "body": "x".repeat(300),
+        "timeout_ms": 3_600_000, "sandbox": { "delay_ms": 3_600_000 },
+    });
+    let publish = async |run: &str, count: usize| {
+        let mut bytes = 0;
+        for number in 0..count {
+            let payload = assignment("tenant-1", &format!("{run}-{number}"), job.clone()).to_string();
+            bytes += payload.len();
+            client.publish(ASSIGN, payload.into()).await?;
+        }
+        anyhow::Ok(bytes)
+    };
+    publish("running", SLOTS).await?;
+    reaches(&worker, r#"worker_slots_busy{pool="io"}"#, SLOTS).await;
+    tokio::time::sleep(REST).await;
+    let before = resident(worker.id())?;
+    let payloads = publish("waiting", WAITING).await?;
+    reaches(&worker, r#"worker_pool_queue_depth{pool="io"}"#, WAITING).await;
+    tokio::time::sleep(REST).await;
+    let grown = resident(worker.id())?.saturating_sub(before).saturating_sub(payloads as u64);
+    Ok(grown as f64 / WAITING as f64)
+}
+
+async fn reaches(worker: &Worker, series: &str, value: usize) {
+    let what = format!("{series} reaches {value}");
+    within(PATIENCE, &what, async || (worker.metric(series).await >= value as f64).then_some(())).await;
 }
