@@ -369,8 +369,8 @@ mod tests {
     #[test]
     fn a_level_alone_makes_no_library_tell_more_than_it_should() {
         for (given, filter) in [
-            ("debug", "async_nats=warn,beamline_worker=debug,info"),
-            ("TRACE,hyper=debug", "async_nats=warn,beamline_worker=trace,hyper=debug,info"),
+            ("debug", "beamline_worker=debug,async_nats=warn,info"),
+            ("TRACE,hyper=debug", "beamline_worker=trace,async_nats=warn,hyper=debug,info"),
             ("warn", "warn"),
         ] {
             assert_eq!(accepted(&format!("--log-level={given}"), "").log_filter.to_string(), filter, "{given}");

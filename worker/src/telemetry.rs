@@ -183,11 +183,7 @@ mod tests {
     fn three_spans() {
         let trace = TraceContext::of(None, IDS.trace_id);
         let receive = receive_span(trace.as_ref(), &IDS);
-        let execute = execute_span(&receive, &IDS);
-        let child = context_of(&execute).unwrap().parent;
-        assert!(child.starts_with(&format!("00-{TRACE_ID}-")) && child.ends_with("-01"), "{child}");
-        assert_ne!(Some(child), trace.map(|trace| trace.parent));
-        execute.in_scope(|| tracing::error_span!("a span of a library"));
+        execute_span(&receive, &IDS).in_scope(|| tracing::error_span!("a span of a library"));
         mark_failed(&receive);
         publish_span(&receive, &IDS);
     }
