@@ -29,6 +29,12 @@ require() {
     die "apt-get could not install ${missing[*]}"
 }
 
+# The servers that sql.query is tested with. Debian keeps PostgreSQL's programs out of PATH; MariaDB needs no service.
+require_databases() {
+  compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || require postgres=postgresql
+  require mariadbd=mariadb-server-core
+}
+
 require_rust() {
   type -P cargo >/dev/null || die "cargo is missing: install Rust 1.94 or newer (https://rustup.rs) and put it in PATH"
 }

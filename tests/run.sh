@@ -23,6 +23,7 @@ unit() {
 worker() {
   local tools suite suites=()
   tools=$(tests/cluster/tools.sh --path nats-server)
+  require_databases
   for suite in tests/suites/*.rs; do
     [[ $suite == */cluster.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
   done

@@ -17,6 +17,9 @@ pub mod failpoint; // where a worker can be held
 pub mod peer; // whom http.request calls
 pub mod tcpfault; // a network that breaks
 pub mod journal; // what a campaign writes down
+pub mod database; // a server that ends with the tests
+pub mod postgres; // a real PostgreSQL
+pub mod mariadb; // a real MariaDB
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
 pub mod tool; // pinned programs

@@ -402,6 +402,7 @@ fn blocks(root: &str) -> Arc<Blocks> {
         runtime: tokio::runtime::Handle::current(),
         egress: Policy { allow: vec!["127.0.0.1".parse().expect("an entry")], ..Policy::default() },
         http: http::Settings::default(),
+        sql: blocks::sql::Settings::default(),
         fs_roots: vec![root.into()],
     });
     blocks.expect("blocks")
@@ -485,7 +486,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::NoSuchPool => "no slots of the pool that it asks for",
         Cause::NeverFits => "more `memory_mb` than the worker may ever hold",
         Cause::ExecutionFailed => "a missing file, an SQL error",
-        Cause::ResourceUnavailable => "database busy, disk full",
+        Cause::ResourceUnavailable => "database busy, its connections used up, disk full",
         Cause::OverCap => "over a cap (bytes, headers, rows, CPU time), or more than the broker takes",
         Cause::NotAllowed => "a path, host or statement that is not allowed",
         Cause::Network => "the peer refuses or resets, the name does not resolve",

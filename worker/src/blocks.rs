@@ -143,6 +143,8 @@ pub struct Settings {
     pub egress: egress::Policy,
     /// How HTTP peers are called.
     pub http: http::Settings,
+    /// Which databases may be queried.
+    pub sql: sql::Settings,
     /// The safe roots, absolute; the first is where relative SQLite paths start.
     pub fs_roots: Vec<std::path::PathBuf>,
 }
@@ -157,9 +159,9 @@ impl Blocks {
         Ok(Arc::new(Self {
             runtime: settings.runtime,
             dirs: dirs.clone(),
-            http: http::Http::new(settings.http, settings.egress)?,
+            http: http::Http::new(settings.http, settings.egress.clone())?,
             fs: fs::Fs::new(dirs.clone()),
-            sql: sql::Sql::new(dirs),
+            sql: sql::Sql::new(settings.sql, dirs, settings.egress)?,
         }))
     }
 

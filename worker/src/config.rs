@@ -9,13 +9,14 @@ mod values; // what a value may be
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use crate::assignment::Pool;
-use crate::blocks::egress;
+use crate::blocks::{egress, sql};
 use input::Input;
 use settings as s;
 
@@ -72,6 +73,10 @@ pub struct Config {
     pub http_connect_timeout: Duration,
     /// Private authorities for HTTP peers.
     pub http_ca_file: Option<PathBuf>,
+    /// The pool's own databases.
+    pub sql_connections: Option<Arc<sql::ConnectionsFile>>,
+    /// Whether a job may bring a connection string of its own.
+    pub sql_inline_connections: sql::Inline,
     /// Whether retryable errors become dead letters when their attempts are used up.
     pub dlq_exhausted: bool,
     /// Whether secrets in dead letters are replaced.
@@ -173,6 +178,8 @@ impl Config {
             egress_deny: input.optional(&s::EGRESS_DENY, values::egress_entries).unwrap_or_default(),
             http_connect_timeout: input.value(&s::HTTP_CONNECT_TIMEOUT, values::duration("1ms", "10m")),
             http_ca_file: input.optional(&s::HTTP_CA_FILE, values::file),
+            sql_connections: input.optional(&s::SQL_CONNECTIONS_FILE, values::sql_connections).map(Arc::new),
+            sql_inline_connections: input.value(&s::SQL_INLINE_CONNECTIONS, values::sql_inline),
             dlq_exhausted: input.value(&s::DLQ_EXHAUSTED, values::switch),
             dlq_redact: input.value(&s::DLQ_REDACT, values::switch),
             outbox_dir: input.optional(&s::OUTBOX_DIR, values::file),
@@ -402,7 +409,7 @@ mod tests {
         let flags: Vec<&str> = settings::all().map(|setting| setting.flag).collect();
         let variables: Vec<&str> = settings::all().map(|setting| setting.variable).collect();
         for names in [&flags, &variables] {
-            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 30);
+            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 32);
         }
         for setting in settings::all() {
             assert!(help.contains(&format!("  --{}", setting.flag)), "{}", setting.flag);

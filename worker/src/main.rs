@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use beamline_worker::admin::{self, Concern, Health};
 use beamline_worker::assignment::Pool;
-use beamline_worker::blocks::{self, Blocks, egress, http};
+use beamline_worker::blocks::{self, Blocks, egress, http, sql};
 use beamline_worker::broker::streams::{self, Keeper, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
@@ -173,6 +173,12 @@ fn engine(config: &Config, runtime: Handle) -> Result<Engine, String> {
             broker: broker.collect::<Result<_, _>>()?,
         },
         http: http::Settings { connect_timeout: config.http_connect_timeout, ca_file: config.http_ca_file.clone() },
+        sql: sql::Settings {
+            connections: config.sql_connections.clone(),
+            inline: config.sql_inline_connections,
+            connect_timeout: config.http_connect_timeout,
+            ca_file: config.http_ca_file.clone(),
+        },
         fs_roots: config.fs_roots.clone(),
     })
     .map(if config.sandbox_mode { Engine::Sandbox } else { Engine::Real })

@@ -40,7 +40,7 @@ pub enum Mode {
 }
 
 /// Where a connection goes: a host in the one spelling that the URL standard gives it, and a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
     /// A name or an address literal.
     pub host: Host<String>,

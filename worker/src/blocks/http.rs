@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use ::http::header;
 use reqwest::Response;
 
+pub(super) use client::authorities;
 pub use request::Request;
 
 use super::{Output, Scope, egress};

@@ -1,201 +1,266 @@
-//! `sql.query`: one reading statement on a SQLite file of the tenant's own directories.
+//! `sql.query`: one reading statement on a SQLite file of the tenant's own directories, or on a PostgreSQL, MySQL or
+//! MariaDB server.
 //!
-//! The walls, outermost first: the file is found by `tenant_dir`; only one statement that begins like a query is
-//! prepared; the connection is read-only, and its authorizer refuses everything but reading; a progress handler stops
-//! it at the deadline. There is no second parser: where it and SQLite disagreed, only the authorizer would be right.
+//! Each engine has walls of its own, and keeps to one shape: it takes a statement and what is bound to it, and writes
+//! rows into one answer with the same caps. A server's outermost wall is the guard of addresses; then come a parser, the
+//! rights of the role, a read-only transaction, and one statement by the extended protocol.
 
-mod connection; // opened in a confined thread, and told what it may do
-mod functions; // in the place of SQLite's slow ones
+mod database; // where a database is, and who we are there
+mod forbidden; // functions that a server's statement may not call
 mod job; // what a job asks for
-mod pool; // idle connections, each for one tenant and file
+mod mysql; // MySQL and MariaDB
+mod named; // the administrator's own connections
+mod parameters; // what is bound
+mod pool; // connections to servers
+mod postgres; // PostgreSQL
 mod rows; // the answer, written as it is read
-mod statement; // one statement, and how it begins
-mod stop; // when it must end
+mod server; // reaching one, and what it says
+mod sqlite; // files
+mod statement; // what a server's statement does
 
+use std::path::PathBuf;
 use std::sync::Arc;
-
-use rusqlite::types::Value;
-use rusqlite::{CachedStatement, ErrorCode};
+use std::time::{Duration, Instant};
 
 pub use job::Query;
+pub use named::ConnectionsFile;
 
-use super::tenant_dir::{Absent, Place, TenantDirs, fault};
-use super::thread::on_thread;
-use super::{Output, Scope};
-use crate::fault::{Cause, Fault, Invalid};
-use connection::Reader;
-use job::Parameters;
-use pool::{Connections, Key};
-use rows::Rows;
-use stop::Stop;
+use super::tenant_dir::TenantDirs;
+use super::{Output, Scope, egress};
+use crate::fault::{Cause, Details, Fault, Invalid};
+use database::{Database, Engine, Server};
+use job::Source;
+use named::Missing;
+use pool::{Permit, Pool};
+use server::{Dialer, Failure, Left};
+use statement::Reading;
+
+/// What an administrator decides about databases.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The pool's own connections.
+    pub connections: Option<Arc<ConnectionsFile>>,
+    /// Whether a job may bring a connection string of its own.
+    pub inline: Inline,
+    /// How long a server may take to accept a connection and a login.
+    pub connect_timeout: Duration,
+    /// PEM certificates of private authorities, trusted beside the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Whether a job may bring a connection string of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inline {
+    /// Yes.
+    Allow,
+    /// No: only named connections.
+    Deny,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { connections: None, inline: Inline::Allow, connect_timeout: Duration::from_secs(5), ca_file: None }
+    }
+}
 
 /// Executes queries.
 #[derive(Debug)]
 pub struct Sql {
-    dirs: TenantDirs,
-    pool: Arc<Connections>,
+    sqlite: sqlite::Sqlite,
+    dialer: Arc<Dialer>,
+    pool: Arc<Pool>,
+    connections: Option<Arc<ConnectionsFile>>,
+    inline: Inline,
 }
 
-/// A failed query: what SQLite said, or what we found ourselves.
-enum Failure {
-    Sqlite(rusqlite::Error),
-    Ours(Cause, String),
-}
-
-impl From<rusqlite::Error> for Failure {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Sqlite(error)
-    }
+/// A connection to a server.
+#[derive(Debug)]
+enum Connection {
+    Postgres(postgres::Connection),
+    Mysql(mysql::Connection),
 }
 
 impl Sql {
-    /// Opens files of these directories only.
-    pub fn new(dirs: TenantDirs) -> Self {
-        Self { dirs, pool: Arc::default() }
-    }
-
-    /// What can be refused at the door: a file outside the safe roots.
-    pub fn refuses(&self, query: &Query) -> Option<Invalid> {
-        let invalid = self.dirs.check(&query.path(&self.dirs)).err()?;
-        Some(Invalid { pointer: job::CONNECTION.to_owned(), ..invalid })
-    }
-
-    /// Runs the statement. Dropped, it stops within some thousand steps of SQLite's machine.
+    /// Opens files of these directories only, and dials only what the policy allows.
     ///
     /// # Errors
-    /// 2003 for a statement or path that is not allowed, 2001 for SQL errors and missing files, 2002 for a locked
-    /// database (retryable) and for too many rows or bytes.
+    /// A CA file that cannot be used; what is wrong with it, for a person.
+    pub fn new(settings: Settings, dirs: TenantDirs, policy: egress::Policy) -> Result<Self, String> {
+        Ok(Self {
+            sqlite: sqlite::Sqlite::new(dirs),
+            dialer: Arc::new(Dialer::new(policy, settings.connect_timeout, settings.ca_file.as_deref())?),
+            pool: Pool::new(),
+            connections: settings.connections,
+            inline: settings.inline,
+        })
+    }
+
+    /// What can be refused at the door: a connection string where none may be brought, a file outside the safe roots, an
+    /// address literal that may not be reached.
+    pub fn refuses(&self, query: &Query) -> Option<Invalid> {
+        let Source::Inline(database) = query.source() else { return None };
+        if self.inline == Inline::Deny {
+            let reason = "is not allowed here: name one of the administrator's connections in /job/connection";
+            return Some(Invalid::not_allowed(job::CONNECTION, reason));
+        }
+        match database {
+            Database::Sqlite(file) => self.sqlite.refuses(file),
+            Database::Server(server) => {
+                let refusal = self.dialer.policy().check_literal(&server.target).err()?;
+                Some(Invalid::not_allowed(job::CONNECTION, format!("leads to a forbidden place: {refusal}")))
+            }
+        }
+    }
+
+    /// Runs the statement. Dropped, it is stopped where it runs.
+    ///
+    /// # Errors
+    /// 2003 for a statement, place or login that is not allowed, 2001 for SQL errors and missing files, 2002 for a busy
+    /// database (retryable) and for too many rows or bytes, 3001 and 3002 for a server that cannot be reached.
     pub async fn run(&self, query: &Query, scope: &Scope) -> Result<Output, Fault> {
-        let (stop, _stops_when_dropped) = Stop::new(scope.deadline, scope.cpu_time.clone());
-        let (dirs, pool, query) = (self.dirs.clone(), Arc::clone(&self.pool), query.clone());
-        on_thread(scope.clone(), move |scope| execute(&dirs, &pool, &query, scope, &stop)).await
+        match query.source() {
+            Source::Inline(Database::Sqlite(file)) => self.sqlite.run(file, query, scope).await,
+            Source::Inline(Database::Server(server)) => {
+                let details = Details { url: Some(server.public()), ..Details::default() };
+                let outcome = self.on_server(server.clone(), query, scope).await;
+                outcome.map_err(|fault| fault.with(details))
+            }
+            // Where it leads is the administrator's to know: errors tell the name only, which the job has.
+            Source::Named(name) => match self.named(name, scope)? {
+                Database::Sqlite(file) => self.sqlite.run(&file, query, scope).await,
+                Database::Server(server) => self.on_server(server, query, scope).await,
+            },
+        }
+    }
+
+    fn named(&self, name: &str, scope: &Scope) -> Result<Database, Fault> {
+        let found = self.connections.as_ref().map_or(Err(Missing::Unknown), |file| file.find(name, &scope.tenant));
+        found.map_err(|missing| match missing {
+            Missing::Unknown => Fault::new(Cause::NotAllowed, "this tenant has no connection of that name"),
+            Missing::Broken(reason) => {
+                tracing::warn!(connection = name, reason, "a connection cannot be used");
+                Fault::new(Cause::ResourceUnavailable, "the connection's URL cannot be read now")
+            }
+        })
+    }
+
+    async fn on_server(&self, server: Server, query: &Query, scope: &Scope) -> Result<Output, Fault> {
+        let server = Arc::new(server);
+        let reading =
+            statement::only(query.text(), server.engine).map_err(|(cause, reason)| Fault::new(cause, reason))?;
+        loop {
+            let permit = self.pool.enter(&scope.tenant, &server, before(scope.deadline)).await.ok_or_else(|| {
+                Fault::new(
+                    Cause::ResourceUnavailable,
+                    "the tenant's other queries hold all connections that it may have",
+                )
+            })?;
+            let (connection, is_fresh) = match permit.take() {
+                Some(connection) => (connection, false),
+                None => (Connection::open(&server, &self.dialer).await?, true),
+            };
+            let mut held =
+                Held { connection: Some(connection), permit: Some(permit), dialer: Arc::clone(&self.dialer) };
+            match held.answer(&reading, query, scope).await {
+                Ok(output) => {
+                    held.reuse();
+                    return Ok(output);
+                }
+                // It has waited, and the server or somebody between has closed it meanwhile: nothing was done.
+                Err(Failure { left: Left::Lost, .. }) if !is_fresh => held.forget(),
+                Err(failure) => {
+                    match failure.left {
+                        Left::Usable => held.reuse(),
+                        Left::Lost => held.forget(),
+                        Left::Running => {}
+                    }
+                    return Err(failure.fault);
+                }
+            }
+        }
     }
 }
 
-fn execute(
-    dirs: &TenantDirs,
-    pool: &Arc<Connections>,
-    query: &Query,
-    scope: &Scope,
-    stop: &Arc<Stop>,
-) -> Result<Output, Fault> {
-    let path = query.path(dirs);
-    let text = statement::only(query.text()).map_err(|(cause, reason)| fault(cause, &path, reason))?;
-    let place = dirs.find(&scope.tenant, &path, Absent::Refuse)?;
-    let key = Key::of(&scope.tenant, &place)?;
-    let permit = pool.enter(&scope.tenant).ok_or_else(|| {
-        place.fault(Cause::ResourceUnavailable, "the tenant's other queries hold all connections that it may have")
-    })?;
-    let mut reader = match pool.take(&key) {
-        Some(reader) => reader,
-        None => open(&place, &key, stop)?,
-    };
-    let outcome =
-        reader.arm(stop).map_err(Failure::from).and_then(|()| answer(&reader, text, query.parameters(), scope));
-    match outcome {
-        Ok(output) => {
-            pool.put_back(key, reader);
-            drop(permit);
-            Ok(output)
+/// A moment before the deadline, so that there is time to say why.
+fn before(deadline: Instant) -> Instant {
+    let left = deadline.saturating_duration_since(Instant::now());
+    deadline.checked_sub((left / 10).min(Duration::from_millis(200))).unwrap_or(deadline)
+}
+
+/// A connection in use. Dropped, what runs on it is stopped on the server too, and it is closed.
+struct Held {
+    connection: Option<Connection>,
+    permit: Option<Permit>,
+    dialer: Arc<Dialer>,
+}
+
+impl Held {
+    async fn answer(&mut self, reading: &Reading<'_>, query: &Query, scope: &Scope) -> Result<Output, Failure> {
+        match &mut self.connection {
+            Some(Connection::Postgres(connection)) => connection.answer(reading, query.parameters(), scope).await,
+            Some(Connection::Mysql(connection)) => connection.answer(reading, query.parameters(), scope).await,
+            None => Err(Failure::lost(Fault::new(Cause::Internal, "the connection is gone"))),
         }
-        // What an unfinished statement left behind is not worth finding out: the connection is closed.
-        Err(failure) => Err(explain(failure, &reader, stop, &place)),
+    }
+
+    /// Lets it wait for the next query once nothing of this one is left in it.
+    fn reuse(mut self) {
+        let (Some(mut connection), Some(permit)) = (self.connection.take(), self.permit.take()) else { return };
+        tokio::spawn(async move {
+            if connection.reset().await {
+                permit.put_back(connection);
+            }
+        });
+    }
+
+    /// Nothing runs on it any more.
+    fn forget(mut self) {
+        self.connection = None;
     }
 }
 
-fn open(place: &Place<'_>, key: &Key, stop: &Arc<Stop>) -> Result<Reader, Fault> {
-    let reader = connection::open(place, stop)
-        .map_err(|error| explain_sqlite(&error, stop, place))?
-        .map_err(|error| place.explain(&error))?;
-    // Where the kernel could not confine the thread, this is what tells that the path changed its meaning meanwhile.
-    if Key::of(key.tenant(), place)? == *key {
-        Ok(reader)
-    } else {
-        Err(place.fault(Cause::ResourceUnavailable, "the file was replaced while it was opened"))
+impl Drop for Held {
+    fn drop(&mut self) {
+        let (Some(connection), permit) = (self.connection.take(), self.permit.take()) else { return };
+        let dialer = Arc::clone(&self.dialer);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                connection.stop(&dialer).await;
+                drop(permit);
+            });
+        }
     }
 }
 
-fn answer(reader: &Reader, text: &str, parameters: &Parameters, scope: &Scope) -> Result<Output, Failure> {
-    let mut statement = reader.prepare(text)?;
-    if !statement.readonly() {
-        return Err(Failure::Ours(Cause::NotAllowed, "the statement would write".to_owned()));
+impl Connection {
+    async fn open(server: &Arc<Server>, dialer: &Dialer) -> Result<Self, Fault> {
+        match server.engine {
+            Engine::Postgres => postgres::Connection::open(server, dialer).await.map(Self::Postgres),
+            Engine::Mysql => mysql::Connection::open(server, dialer).await.map(Self::Mysql),
+        }
     }
-    bind(&mut statement, parameters)?;
-    let mut answer = Rows::new(scope.max_output_bytes);
-    let mut rows = statement.raw_query();
-    while let Some(row) = rows.next()? {
-        answer.push(row)?;
-    }
-    answer.finish().map(Output)
-}
 
-fn bind(statement: &mut CachedStatement<'_>, parameters: &Parameters) -> Result<(), Failure> {
-    let expected = statement.parameter_count();
-    let given = parameters.len();
-    if expected != given {
-        let message = format!("the query has {expected} parameters, {given} are given");
-        return Err(Failure::Ours(Cause::ExecutionFailed, message));
+    fn opened(&self) -> Instant {
+        match self {
+            Self::Postgres(connection) => connection.opened(),
+            Self::Mysql(connection) => connection.opened(),
+        }
     }
-    for index in 1..=expected {
-        let value = parameters.at(index, statement.parameter_name(index)).ok_or_else(|| missing(statement, index))?;
-        statement.raw_bind_parameter::<_, &Value>(index, value)?;
+
+    /// Ends the transaction and undoes all that a query can leave in a session; false where that fails.
+    async fn reset(&mut self) -> bool {
+        match self {
+            Self::Postgres(connection) => connection.reset().await,
+            Self::Mysql(connection) => connection.reset().await,
+        }
     }
-    Ok(())
-}
 
-fn missing(statement: &CachedStatement<'_>, index: usize) -> Failure {
-    let name = statement.parameter_name(index).unwrap_or("?");
-    Failure::Ours(Cause::ExecutionFailed, format!("the query's parameter {index} ({name}) is not given"))
-}
-
-fn explain(failure: Failure, reader: &Reader, stop: &Stop, place: &Place<'_>) -> Fault {
-    match failure {
-        Failure::Ours(cause, message) => place.fault(cause, message),
-        Failure::Sqlite(_) if reader.has_refused() => {
-            place.fault(Cause::NotAllowed, "the statement does more than read this database")
+    /// Stops what runs, through a second connection.
+    async fn stop(self, dialer: &Dialer) {
+        match self {
+            Self::Postgres(connection) => connection.stop(dialer).await,
+            Self::Mysql(connection) => connection.stop(dialer).await,
         }
-        Failure::Sqlite(error) => explain_sqlite(&error, stop, place),
-    }
-}
-
-fn explain_sqlite(error: &rusqlite::Error, stop: &Stop, place: &Place<'_>) -> Fault {
-    if let (Some(ErrorCode::OperationInterrupted), Err(fault)) = (error.sqlite_error_code(), stop.cpu_time().check()) {
-        return place.fault(fault.cause, fault.message);
-    }
-    let (cause, message) = match error.sqlite_error_code() {
-        Some(ErrorCode::OperationInterrupted) | Some(ErrorCode::DatabaseBusy) if stop.is_due() => {
-            (Cause::DeadlinePassed, "the deadline passed during the query".to_owned())
-        }
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed) => {
-            (Cause::ResourceUnavailable, "the database is locked by a writer".to_owned())
-        }
-        Some(ErrorCode::OutOfMemory) => {
-            (Cause::ResourceUnavailable, "the query needs more memory than this worker's queries have left".to_owned())
-        }
-        Some(ErrorCode::SystemIoFailure | ErrorCode::DiskFull) => {
-            (Cause::ResourceUnavailable, "the disk failed during the query".to_owned())
-        }
-        Some(ErrorCode::TooBig) => (Cause::OverCap, "a value or the statement is too large".to_owned()),
-        Some(ErrorCode::AuthorizationForStatementDenied) => {
-            (Cause::NotAllowed, "the statement does more than read this database".to_owned())
-        }
-        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            (Cause::ExecutionFailed, "the file is no SQLite database, or a damaged one".to_owned())
-        }
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => {
-            (Cause::ExecutionFailed, "the database cannot be read without writing: a writer must recover it".to_owned())
-        }
-        _ => (Cause::ExecutionFailed, words(error)),
-    };
-    place.fault(cause, message)
-}
-
-/// What SQLite says, without the whole statement that rusqlite adds.
-fn words(error: &rusqlite::Error) -> String {
-    match error {
-        rusqlite::Error::SqliteFailure(_, Some(message)) => message.clone(),
-        rusqlite::Error::SqlInputError { msg, .. } => msg.clone(),
-        error => error.to_string(),
     }
 }
 

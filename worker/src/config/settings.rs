@@ -138,6 +138,21 @@ pub(super) const HTTP_CONNECT_TIMEOUT: Setting = setting(
 pub(super) const HTTP_CA_FILE: Setting =
     setting("http-ca-file", "WORKER_HTTP_CA_FILE", "FILE", None, "PEM authorities trusted besides the public ones");
 
+pub(super) const SQL_CONNECTIONS_FILE: Setting = setting(
+    "sql-connections-file",
+    "WORKER_SQL_CONNECTIONS_FILE",
+    "FILE",
+    None,
+    "YAML list of databases: name, url or urlFile, tenants; read again when it changes",
+);
+pub(super) const SQL_INLINE_CONNECTIONS: Setting = setting(
+    "sql-inline-connections",
+    "WORKER_SQL_INLINE_CONNECTIONS",
+    "RULE",
+    Some("allow"),
+    "allow or deny connection strings in jobs; named connections stay",
+);
+
 pub(super) const DLQ_EXHAUSTED: Setting = setting(
     "dlq-exhausted",
     "WORKER_DLQ_EXHAUSTED",
@@ -204,7 +219,20 @@ pub(super) const GROUPS: [(&str, &[Setting]); 6] = [
             NATS_TLS_KEY,
         ],
     ),
-    ("Blocks", &[SANDBOX_MODE, FS_ROOTS, EGRESS_POLICY, EGRESS_ALLOW, EGRESS_DENY, HTTP_CONNECT_TIMEOUT, HTTP_CA_FILE]),
+    (
+        "Blocks",
+        &[
+            SANDBOX_MODE,
+            FS_ROOTS,
+            EGRESS_POLICY,
+            EGRESS_ALLOW,
+            EGRESS_DENY,
+            HTTP_CONNECT_TIMEOUT,
+            HTTP_CA_FILE,
+            SQL_CONNECTIONS_FILE,
+            SQL_INLINE_CONNECTIONS,
+        ],
+    ),
     ("Shutdown and dead letters", &[DRAIN_TIMEOUT, OUTBOX_DIR, DLQ_EXHAUSTED, DLQ_REDACT]),
     ("Observability", &[PROMETHEUS_ENDPOINT, OTLP_ENDPOINT, LOG_FORMAT, LOG_LEVEL]),
 ];

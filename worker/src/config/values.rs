@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use crate::assignment::TenantId;
-use crate::blocks::egress;
+use crate::blocks::{egress, sql};
 
 /// The longest time that is written in milliseconds: 30 days.
 pub(super) const MONTH_MS: u64 = 30 * 24 * 3_600_000;
@@ -212,6 +212,20 @@ pub(super) fn egress_policy(text: &str) -> Result<egress::Mode, String> {
 pub(super) fn egress_entries(text: &str) -> Result<Vec<egress::Entry>, String> {
     let allowed = "CIDRs, hosts or *.suffixes, each with an optional :port, separated by commas";
     text.split(',').map(|entry| entry.trim().parse().map_err(|error| format!("{allowed} ({error})"))).collect()
+}
+
+/// Reads the file: what is wrong in it is as wrong as a flag.
+pub(super) fn sql_connections(text: &str) -> Result<sql::ConnectionsFile, String> {
+    let path = file(text)?;
+    sql::ConnectionsFile::open(path).map_err(|reason| format!("a file of connections that can be used ({reason})"))
+}
+
+pub(super) fn sql_inline(text: &str) -> Result<sql::Inline, String> {
+    match text {
+        "allow" => Ok(sql::Inline::Allow),
+        "deny" => Ok(sql::Inline::Deny),
+        _ => Err("allow or deny".to_owned()),
+    }
 }
 
 pub(super) fn socket_address(text: &str) -> Result<SocketAddr, String> {

@@ -168,14 +168,7 @@ impl Resolve for Hook {
 /// The system's authorities and the private ones. A system without any is fine for plain HTTP.
 pub(super) fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    for error in &system.errors {
-        tracing::warn!(%error, "cannot read some of the system's certificate authorities");
-    }
-    roots.add_parsable_certificates(system.certs);
-    if let Some(path) = ca_file {
-        add_private(&mut roots, path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
-    }
+    roots.add_parsable_certificates(authorities(ca_file)?);
     if roots.is_empty() {
         tracing::warn!("no certificate authority is known: every https request will fail");
     }
@@ -188,13 +181,33 @@ pub(super) fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-fn add_private(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
+/// The certificates of the system's authorities, as far as they can be read, and of the private ones, which all can be
+/// used.
+///
+/// # Errors
+/// What is wrong with the file, for a person.
+pub(in crate::blocks) fn authorities(ca_file: Option<&Path>) -> Result<Vec<CertificateDer<'static>>, String> {
+    let system = rustls_native_certs::load_native_certs();
+    for error in &system.errors {
+        tracing::warn!(%error, "cannot read some of the system's certificate authorities");
+    }
+    let mut certificates = system.certs;
+    if let Some(path) = ca_file {
+        let private = private(path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
+        certificates.extend(private);
+    }
+    Ok(certificates)
+}
+
+fn private(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let pem = std::fs::read(path).map_err(|error| error.to_string())?;
-    let mut is_empty = true;
+    let mut certificates = Vec::new();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
         let certificate = certificate.map_err(|error| format!("is no PEM: {error:?}"))?;
-        roots.add(certificate).map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
-        is_empty = false;
+        RootCertStore::empty()
+            .add(certificate.clone())
+            .map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
+        certificates.push(certificate);
     }
-    if is_empty { Err("holds no PEM certificate".to_owned()) } else { Ok(()) }
+    if certificates.is_empty() { Err("holds no PEM certificate".to_owned()) } else { Ok(certificates) }
 }

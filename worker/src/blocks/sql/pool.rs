@@ -1,140 +1,159 @@
-//! Idle connections. One is only ever given to the tenant, file and path that it was opened for.
+//! Connections to servers: how many there may be, and those that wait. One is only ever given to the tenant and the
+//! place that it was opened for.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cap_std::fs::MetadataExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
 
-use super::connection::Reader;
+use super::Connection;
+use super::database::Server;
 use crate::assignment::TenantId;
-use crate::blocks::tenant_dir::Place;
-use crate::fault::{Cause, Fault};
 
-/// Connections that wait, each with a cache of at most a megabyte.
-const MAX_IDLE: usize = 32;
-/// How long one waits.
-const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
-/// Queries of one tenant at once. Far more than slots: it counts those whose slot is free again, but whose thread is
-/// still in a function that nothing interrupts.
-const MAX_BUSY_PER_TENANT: usize = 64;
-/// Queries at once: half of the threads that tokio has for blocking work.
+/// Connections of one tenant to one place.
+pub(super) const MAX_PER_PLACE: usize = 8;
+/// Connections in use at once.
 const MAX_BUSY: usize = 256;
+/// Places that are remembered although nothing happens there.
+const MAX_PLACES: usize = 1024;
+/// Connections that wait.
+const MAX_IDLE: usize = 128;
+/// How long one waits: below what servers and what lies between usually allow.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(30);
+/// How long one is used: a role that gained rights is looked at again.
+const MAX_AGE: Duration = Duration::from_secs(300);
+/// How often those that waited too long are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
 
-/// What a connection was opened for: a replaced file is another one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Key {
-    tenant: TenantId,
-    path: String,
-    device: u64,
-    inode: u64,
-}
+/// For whom and to where.
+type Key = (TenantId, Arc<Server>);
 
-impl Key {
-    /// The file is looked at, never opened: closing it again would release the locks that SQLite holds on it in this
-    /// process.
-    pub(super) fn of(tenant: &TenantId, place: &Place<'_>) -> Result<Self, Fault> {
-        let kind = place.dir.symlink_metadata(place.name).map_err(|error| place.explain(&error))?;
-        if !kind.is_file() {
-            return Err(place.fault(Cause::NotAllowed, "the path is not a regular file"));
-        }
-        Ok(Self { tenant: tenant.clone(), path: place.path.to_owned(), device: kind.dev(), inode: kind.ino() })
-    }
-
-    pub(super) fn tenant(&self) -> &TenantId {
-        &self.tenant
-    }
-}
-
-/// All connections of this worker that are not in use, and who uses others.
-#[derive(Debug, Default)]
-pub(super) struct Connections {
+/// All connections of this worker.
+#[derive(Debug)]
+pub(super) struct Pool {
+    busy: Arc<Semaphore>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// How many of a place may be in use. Without an entry, none is.
+    places: HashMap<Key, Arc<Semaphore>>,
     /// Longest idle first.
     idle: Vec<Idle>,
-    /// Never holds a zero.
-    busy: HashMap<TenantId, usize>,
+    is_swept: bool,
 }
 
 #[derive(Debug)]
 struct Idle {
     key: Key,
-    reader: Reader,
+    connection: Connection,
     since: Instant,
 }
 
-/// One query of a tenant; it no longer counts when this is dropped.
+/// The right to one connection. When it goes, another may be opened.
 #[derive(Debug)]
 pub(super) struct Permit {
-    pool: Arc<Connections>,
-    tenant: TenantId,
+    pool: Arc<Pool>,
+    key: Key,
+    _place: OwnedSemaphorePermit,
+    _busy: OwnedSemaphorePermit,
 }
 
-impl Connections {
-    /// Counts a query in, unless there are too many.
-    pub(super) fn enter(self: &Arc<Self>, tenant: &TenantId) -> Option<Permit> {
-        let mut state = self.lock();
-        let all: usize = state.busy.values().sum();
-        let own = state.busy.get(tenant).copied().unwrap_or_default();
-        if own >= MAX_BUSY_PER_TENANT || all >= MAX_BUSY {
-            return None;
-        }
-        state.busy.insert(tenant.clone(), own + 1);
-        Some(Permit { pool: Arc::clone(self), tenant: tenant.clone() })
+impl Pool {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self { busy: Arc::new(Semaphore::new(MAX_BUSY)), state: Mutex::default() })
     }
 
-    pub(super) fn take(&self, key: &Key) -> Option<Reader> {
-        let (found, expired) = {
-            let mut state = self.lock();
-            let expired = state.expired();
-            let found = state.idle.iter().rposition(|idle| idle.key == *key).map(|at| state.idle.remove(at));
-            (found, expired)
+    /// Waits for the right to a connection; none where that takes too long.
+    pub(super) async fn enter(
+        self: &Arc<Self>,
+        tenant: &TenantId,
+        server: &Arc<Server>,
+        until: Instant,
+    ) -> Option<Permit> {
+        let key = (tenant.clone(), Arc::clone(server));
+        let place = self.lock().place(&key);
+        let both = async {
+            // In this order, so that whoever waits for its place keeps nothing from others.
+            let place = place.acquire_owned().await.ok()?;
+            Some((place, Arc::clone(&self.busy).acquire_owned().await.ok()?))
         };
-        // Closing takes time, so the lock is free by now.
-        drop(expired);
-        found.map(|idle| idle.reader)
-    }
-
-    pub(super) fn put_back(&self, key: Key, reader: Reader) {
-        let expired = {
-            let mut state = self.lock();
-            let mut expired = state.expired();
-            if state.idle.len() >= MAX_IDLE {
-                expired.push(state.idle.remove(0));
-            }
-            state.idle.push(Idle { key, reader, since: Instant::now() });
-            expired
-        };
-        drop(expired);
+        let (place, busy) = timeout_at(until.into(), both).await.ok().flatten()?;
+        Some(Permit { pool: Arc::clone(self), key, _place: place, _busy: busy })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    #[cfg(test)]
-    pub(super) fn idle(&self) -> usize {
-        self.lock().idle.len()
+    /// Closes what waited too long, until nothing waits.
+    async fn sweep(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            let (expired, is_done) = {
+                let mut state = self.lock();
+                let expired = state.expired();
+                state.forget_places();
+                state.is_swept = !state.idle.is_empty();
+                (expired, !state.is_swept)
+            };
+            drop(expired);
+            if is_done {
+                return;
+            }
+        }
+    }
+}
+
+impl Permit {
+    /// A connection that waits.
+    pub(super) fn take(&self) -> Option<Connection> {
+        let (found, expired) = {
+            let mut state = self.pool.lock();
+            let expired = state.expired();
+            let found = state.idle.iter().rposition(|idle| idle.key == self.key).map(|at| state.idle.remove(at));
+            (found, expired)
+        };
+        drop(expired);
+        found.map(|idle| idle.connection)
+    }
+
+    /// Lets a connection wait for the next query; it has been reset.
+    pub(super) fn put_back(self, connection: Connection) {
+        if connection.opened().elapsed() >= MAX_AGE {
+            return;
+        }
+        let (oldest, is_swept) = {
+            let mut state = self.pool.lock();
+            let oldest = (state.idle.len() >= MAX_IDLE).then(|| state.idle.remove(0));
+            state.idle.push(Idle { key: self.key.clone(), connection, since: Instant::now() });
+            (oldest, std::mem::replace(&mut state.is_swept, true))
+        };
+        drop(oldest);
+        if !is_swept {
+            tokio::spawn(Arc::clone(&self.pool).sweep());
+        }
     }
 }
 
 impl State {
+    fn place(&mut self, key: &Key) -> Arc<Semaphore> {
+        if self.places.len() >= MAX_PLACES {
+            self.forget_places();
+        }
+        Arc::clone(self.places.entry(key.clone()).or_insert_with(|| Arc::new(Semaphore::new(MAX_PER_PLACE))))
+    }
+
     fn expired(&mut self) -> Vec<Idle> {
         let fresh = self.idle.iter().position(|idle| idle.since.elapsed() < MAX_IDLE_TIME);
         self.idle.drain(..fresh.unwrap_or(self.idle.len())).collect()
     }
-}
 
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut state = self.pool.lock();
-        match state.busy.get_mut(&self.tenant) {
-            Some(count) if *count > 1 => *count -= 1,
-            _ => drop(state.busy.remove(&self.tenant)),
-        }
+    fn forget_places(&mut self) {
+        let idle: Vec<Key> = self.idle.iter().map(|idle| idle.key.clone()).collect();
+        self.places.retain(|key, place| Arc::strong_count(place) > 1 || idle.contains(key));
     }
 }

@@ -5,20 +5,48 @@ use std::collections::{HashMap, HashSet};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rusqlite::Row;
-use rusqlite::types::ValueRef;
 use serde_json::value::RawValue;
 
-use super::Failure;
 use crate::blocks::output::encoded_len;
+use crate::contract;
 use crate::fault::Cause;
 
 /// The most rows.
 const MAX_ROWS: usize = 10_000;
 /// The most bytes of JSON, whatever the broker takes.
-const MAX_BYTES: usize = 8 * 1024 * 1024;
+pub(super) const MAX_BYTES: usize = 8 * 1024 * 1024;
 /// What JavaScript's numbers hold without losing a digit; integers beyond become strings.
-const MAX_EXACT: u64 = 1 << 53;
+const MAX_EXACT: u128 = 1 << 53;
+
+/// Why a row cannot be part of the answer.
+pub(super) type Refusal = (Cause, String);
+
+/// A value as an engine reads it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Cell<'a> {
+    Null,
+    Bool(bool),
+    Integer(i128),
+    Real(f64),
+    /// Also every number, time and type that a JSON number would lose something of.
+    Text(Cow<'a, str>),
+    Bytes(&'a [u8]),
+    /// JSON, valid or not: what is not comes as text.
+    Json(&'a str),
+    Array(Vec<Cell<'a>>),
+}
+
+impl<'a> Cell<'a> {
+    /// Text in any encoding: bytes where it is not UTF-8.
+    pub(super) fn text(bytes: &'a [u8]) -> Self {
+        std::str::from_utf8(bytes).map_or(Self::Bytes(bytes), |text| Self::Text(Cow::Borrowed(text)))
+    }
+
+    /// A number of 32 bits, with no more digits than it has.
+    pub(super) fn real32(real: f32) -> Self {
+        Self::Real(real.to_string().parse().unwrap_or_else(|_| f64::from(real)))
+    }
+}
 
 /// `{"rows": [{column: value}], "row_count": n}`, the columns in the query's order.
 pub(super) struct Rows {
@@ -34,73 +62,103 @@ impl Rows {
         Self { json: b"{\"rows\":[".to_vec(), keys: Vec::new(), count: 0, limit: max_output_bytes.min(MAX_BYTES) }
     }
 
-    pub(super) fn push(&mut self, row: &Row<'_>) -> Result<(), Failure> {
-        // The schema may have changed until the first step: names asked for earlier might be another statement's.
+    /// Writes one row. `names` are asked for at the first one: before it, an engine may not know them for sure.
+    pub(super) fn push<'n, 'v, N, E: From<Refusal>>(
+        &mut self,
+        names: impl FnOnce() -> N,
+        cells: impl Iterator<Item = Result<Cell<'v>, E>>,
+    ) -> Result<(), E>
+    where
+        N: Iterator<Item = &'n str>,
+    {
         if self.count == 0 {
-            self.keys = keys(row.as_ref().column_names())?;
+            self.keys = keys(names())?;
         } else {
             self.json.push(b',');
         }
         if self.count == MAX_ROWS {
-            return Err(Failure::Ours(Cause::OverCap, format!("the result has more than {MAX_ROWS} rows")));
+            return Err((Cause::OverCap, format!("the result has more than {MAX_ROWS} rows")).into());
         }
         self.count += 1;
         self.json.push(b'{');
-        for index in 0..self.keys.len() {
+        for (index, cell) in cells.enumerate() {
             if index > 0 {
                 self.json.push(b',');
             }
             let key = self.keys.get(index).map(Vec::as_slice).unwrap_or_default();
             self.json.extend_from_slice(key);
-            self.value(row.get_ref(index)?)?;
+            self.value(&cell?)?;
         }
         self.json.push(b'}');
-        self.reserve(0)
+        Ok(self.reserve(0)?)
     }
 
-    pub(super) fn finish(mut self) -> Result<Box<RawValue>, Failure> {
+    pub(super) fn finish(mut self) -> Result<Box<RawValue>, Refusal> {
         self.json.extend_from_slice(format!("],\"row_count\":{}}}", self.count).as_bytes());
         self.reserve(0)?;
         let json = String::from_utf8(self.json).map_err(|error| broken(&error))?;
         RawValue::from_string(json).map_err(|error| broken(&error))
     }
 
-    fn value(&mut self, value: ValueRef<'_>) -> Result<(), Failure> {
-        match value {
-            ValueRef::Null => self.write(&()),
-            ValueRef::Integer(integer) if integer.unsigned_abs() <= MAX_EXACT => self.write(&integer),
-            ValueRef::Integer(integer) => self.write(&integer.to_string()),
-            ValueRef::Real(real) if real.is_finite() => self.write(&real),
-            // JSON has no such number; SQLite itself turns what is not a number into NULL.
-            ValueRef::Real(real) => self.write(if real > 0.0 { "Infinity" } else { "-Infinity" }),
-            ValueRef::Text(bytes) => match std::str::from_utf8(bytes) {
-                Ok(text) => self.reserve(encoded_len(bytes, Some(text))).and_then(|()| self.write(text)),
-                Err(_) => self.base64(bytes),
-            },
-            ValueRef::Blob(bytes) => self.base64(bytes),
+    fn value(&mut self, cell: &Cell<'_>) -> Result<(), Refusal> {
+        match cell {
+            Cell::Null => self.write(&()),
+            Cell::Bool(value) => self.write(value),
+            Cell::Integer(integer) if integer.unsigned_abs() <= MAX_EXACT => self.write(integer),
+            Cell::Integer(integer) => self.write(&integer.to_string()),
+            Cell::Real(real) if real.is_finite() => self.write(real),
+            // JSON has no such numbers.
+            Cell::Real(real) if real.is_nan() => self.write("NaN"),
+            Cell::Real(real) => self.write(if *real > 0.0 { "Infinity" } else { "-Infinity" }),
+            Cell::Text(text) => self.text(text),
+            Cell::Bytes(bytes) => {
+                self.reserve(encoded_len(bytes, None))?;
+                self.write(&STANDARD.encode(bytes))
+            }
+            Cell::Json(text) => self.json(text),
+            Cell::Array(cells) => {
+                self.json.push(b'[');
+                for (index, cell) in cells.iter().enumerate() {
+                    if index > 0 {
+                        self.json.push(b',');
+                    }
+                    self.value(cell)?;
+                    self.reserve(0)?;
+                }
+                self.json.push(b']');
+                Ok(())
+            }
         }
     }
 
-    fn base64(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        self.reserve(encoded_len(bytes, None))?;
-        self.write(&STANDARD.encode(bytes))
+    fn text(&mut self, text: &str) -> Result<(), Refusal> {
+        self.reserve(encoded_len(text.as_bytes(), Some(text))).and_then(|()| self.write(text))
     }
 
-    fn write<T: serde::Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Failure> {
+    fn json(&mut self, text: &str) -> Result<(), Refusal> {
+        if contract::is_too_deep(text) || serde_json::from_str::<&RawValue>(text).is_err() {
+            return self.text(text);
+        }
+        self.reserve(text.len())?;
+        self.json.extend_from_slice(text.as_bytes());
+        Ok(())
+    }
+
+    fn write<T: serde::Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Refusal> {
         serde_json::to_writer(&mut self.json, value).map_err(|error| broken(&error))
     }
 
     /// Refuses what would not fit before the memory for it is used.
-    fn reserve(&self, more: usize) -> Result<(), Failure> {
+    fn reserve(&self, more: usize) -> Result<(), Refusal> {
         if self.json.len().saturating_add(more) <= self.limit {
             return Ok(());
         }
-        Err(Failure::Ours(Cause::OverCap, format!("the rows do not fit into a result of {} bytes", self.limit)))
+        Err((Cause::OverCap, format!("the rows do not fit into a result of {} bytes", self.limit)))
     }
 }
 
 /// A name that was there before gets a number, so that no value hides another.
-fn keys<'a>(names: impl Iterator<Item = &'a str>) -> Result<Vec<Vec<u8>>, Failure> {
+fn keys<'a>(names: impl Iterator<Item = &'a str>) -> Result<Vec<Vec<u8>>, Refusal> {
     let names: Vec<_> = names.collect();
     // A number must not make the name of another column either.
     let known: HashSet<_> = names.iter().copied().collect();
@@ -123,12 +181,12 @@ fn numbered<'a>(name: &'a str, count: &mut usize, known: &HashSet<&str>) -> Cow<
     }
 }
 
-fn key(name: &str) -> Result<Vec<u8>, Failure> {
+fn key(name: &str) -> Result<Vec<u8>, Refusal> {
     let mut key = serde_json::to_vec(name).map_err(|error| broken(&error))?;
     key.push(b':');
     Ok(key)
 }
 
-fn broken(error: &dyn std::error::Error) -> Failure {
-    Failure::Ours(Cause::Internal, format!("the rows cannot be encoded: {error}"))
+fn broken(error: &dyn std::error::Error) -> Refusal {
+    (Cause::Internal, format!("the rows cannot be encoded: {error}"))
 }

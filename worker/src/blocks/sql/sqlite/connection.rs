@@ -25,8 +25,8 @@ use rusqlite::limits::Limit;
 use rusqlite::{CachedStatement, Connection, OpenFlags};
 
 use super::functions;
-use super::job::MAX_QUERY_BYTES;
 use super::stop::Stop;
+use crate::blocks::sql::job::MAX_QUERY_BYTES;
 use crate::blocks::tenant_dir::Place;
 
 /// Steps of SQLite's machine between two looks at the clock: a microsecond, but a step may be a function call on long
