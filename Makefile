@@ -52,7 +52,7 @@ campaign-crash: ## Every kind of work meets every fault between any two of its s
 campaign-rollout: ## Workers replaced under load: N generations (20), SEED
 	@tests/run.sh campaign-rollout
 
-bench: ## Figures of the worker beside the bare limit, in one run
+bench: ## Figures of the worker beside their targets: gate, memory, and no-ops beside the bare limit
 	@tests/run.sh bench
 
 .PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults campaign-kill campaign-crash campaign-rollout bench
