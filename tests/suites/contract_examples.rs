@@ -14,6 +14,8 @@ use beamline_worker::blocks::egress::Policy;
 use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, BlockKind, Blocks, Output, http};
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
+use beamline_worker::contract::{CancelAnswer, CancelError, Outcome, RequestError};
+use beamline_worker::control::cancel::Cancel;
 use beamline_worker::execute::{self, Ended, Engine, Execution, Limits, Links};
 use beamline_worker::fault::{Cause, Details, Fault};
 use beamline_worker::report::{self, StepResult};
@@ -91,7 +93,12 @@ async fn every_example_is_what_the_code_reads_and_writes() {
             ["verdict", "accepted"] => verdict_accepted(fixture),
             ["verdict", "rejected", code] => verdict_rejected(fixture, code),
             ["result", "success", kind] => result(fixture, kind, None),
-            ["result", "error" | "timeout", code] => result(fixture, "http.request", Some(code)),
+            ["cancel"] => {
+                drop(Cancel::decode(fixture.json.as_bytes()).unwrap_or_else(|error| panic!("{fixture}: {error}")))
+            }
+            ["cancel", "answer", outcome] => cancel_answer(fixture, outcome),
+            ["cancel", "refused", code] => cancel_refused(fixture, code),
+            ["result", "error" | "timeout" | "cancelled", code] => result(fixture, "http.request", Some(code)),
             ["dead", "letter", stage] => dead_letter(fixture, stage),
             ["consumer"] => consumer_config(fixture),
             ["worker", "report"] => worker_report(fixture),
@@ -254,6 +261,27 @@ fn result(fixture: &Fixture, kind: &str, code: Option<&str>) {
     let mut step = StepResult::of(execution, kind, millis(&example, "/metadata/queue_ms"));
     let written = step.encode(&behind(&example), text(&example, "/metadata/worker_id"), MAX_PAYLOAD);
     is_written(fixture, &written, "completed_at");
+}
+
+fn cancel_answer(fixture: &Fixture, outcome: &str) {
+    let example = fixture.value();
+    let mut known = [Outcome::Cancelled, Outcome::Recorded, Outcome::Finished].into_iter();
+    let outcome = known.find(|known| json!(known) == outcome).expect("an outcome");
+    let written = json!(CancelAnswer { assignment_id: text(&example, "/assignment_id"), outcome });
+    assert_eq!(example, written, "{fixture}");
+}
+
+fn cancel_refused(fixture: &Fixture, code: &str) {
+    let example = fixture.value();
+    let error = &example["error"];
+    let written = json!(CancelError {
+        error: RequestError {
+            code: code.parse().expect("a code"),
+            message: text(error, "/message").to_owned(),
+            retryable: false,
+        },
+    });
+    assert_eq!(example, written, "{fixture}");
 }
 
 fn chunk(fixture: &Fixture) {
@@ -423,7 +451,8 @@ async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value
     let limits = Limits { cpu_time: Duration::from_secs(60), max_output_bytes: MAX_PAYLOAD };
     let sink = assignment.block.is_streamed().then(|| -> Arc<dyn Sink> { Arc::new(Nowhere) });
     let links = Links { trace: None, sink };
-    let Ended::Executed(execution) = execute::execute(&engine, &assignment, limits, links, || true).await else {
+    let ended = execute::execute(&engine, &assignment, limits, links, || true, std::future::pending()).await;
+    let Ended::Executed(execution) = ended else {
         panic!("{fixture}: it was not executed");
     };
     let output: Box<RawValue> = execution.outcome.unwrap_or_else(|fault| panic!("{fixture}: {fault:?}")).0;
@@ -457,7 +486,7 @@ fn database(directory: &Path, rows: &Value) {
 }
 
 /// Every row of the code's table; a status for each of the two kinds of HTTP errors.
-const CAUSES: [Cause; 17] = [
+const CAUSES: [Cause; 18] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
@@ -475,6 +504,7 @@ const CAUSES: [Cause; 17] = [
     Cause::TooManyRedirects,
     Cause::Internal,
     Cause::DeadlinePassed,
+    Cause::Cancelled,
 ];
 
 /// What the page calls it. A new cause does not compile until it has its row, here and there.
@@ -497,6 +527,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::TooManyRedirects => "more than 5 redirects",
         Cause::Internal => "a bug of the worker",
         Cause::DeadlinePassed => "the deadline passed",
+        Cause::Cancelled => "cancelled by a user",
     }
 }
 

@@ -1,18 +1,22 @@
 //! What reaches a worker besides assignments, and where it keeps what it knows about them.
-#![expect(clippy::expect_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use async_nats::HeaderMap;
+use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::Router;
-use beamline_tests::wait::SOON;
+use beamline_tests::router::{Router, assignment, json as read};
+use beamline_tests::wait::{SOON, until, within};
 use beamline_worker::admin::Health;
 use beamline_worker::broker::kv::{Bucket, Change, Entry};
 use beamline_worker::broker::streams::ANSWER_BUCKET;
 use beamline_worker::broker::{Address, Broker, Stored};
 use bytes::Bytes;
+use futures::StreamExt;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 // Buckets.
@@ -153,4 +157,374 @@ async fn a_watcher_of_many_values_is_told_all_of_them() {
     // The last one of the same connection is kept: so are those before it.
     rig.router.jetstream().publish("$KV.caf-answers.many.last", "x".into()).await.unwrap().await.unwrap();
     assert_eq!(bucket.list("many.*").await.unwrap().len(), total + 1);
+}
+
+// Cancels.
+
+const CANCEL: &str = "caf.exec.cancel.v1";
+
+fn cancel(tenant: &str, id: &str) -> Value {
+    json!({
+        "version": "1", "assignment_id": id, "tenant_id": tenant, "reason": "not needed", "requested_by": "ops@example.com",
+    })
+}
+
+/// Sends a cancel and waits for nothing.
+async fn send(router: &Router, cancel: &Value) {
+    router.client().publish(CANCEL, cancel.to_string().into()).await.unwrap();
+    router.client().flush().await.unwrap();
+}
+
+/// Sends a cancel and returns what a worker answers.
+async fn ask(router: &Router, cancel: &Value) -> Value {
+    let answer = router.client().request(CANCEL, cancel.to_string().into()).await.expect("a worker answers");
+    read(&answer.payload)
+}
+
+async fn outcome(router: &Router, tenant: &str, id: &str) -> String {
+    let answer = ask(router, &cancel(tenant, id)).await;
+    assert_eq!(answer["assignment_id"], id);
+    answer["outcome"].as_str().expect("an outcome").to_owned()
+}
+
+#[track_caller]
+fn is_cancelled(result: &Value, attempts: u64) {
+    let error = &result["error"];
+    assert_eq!((&result["status"], &error["code"]), (&json!("cancelled"), &json!(5001)), "{result}");
+    assert_eq!(error["message"], "cancelled by ops@example.com: not needed");
+    assert_eq!((&error["retryable"], &result["metadata"]["attempts"]), (&json!(false), &json!(attempts)), "{result}");
+}
+
+/// Everything is settled, control messages too, and all invariants hold.
+async fn kept_its_promise(rig: &Rig) {
+    rig.router.settled(SOON * 3).await;
+    nothing_waits(&rig.router).await;
+    let found = audit(&rig.router, &rig.peer.hits("/"), Allowed { attempts: 3 }).await;
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+async fn nothing_waits(router: &Router) {
+    until("every control message is settled", async || {
+        router.stream("CAF_EXEC_CONTROL").await.cached_info().state.messages == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn running_work_is_stopped_before_it_would_have_ended() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "running", rig.call("/gate/never"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/never", 1).await;
+    assert_eq!(outcome(&rig.router, "acme", "running").await, "cancelled");
+    is_cancelled(&rig.router.result(&payload).await, 1);
+    until("the slot is free", async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await == 0.0).await;
+    let series = r#"worker_tasks_total{status="cancelled",type="http.request"}"#;
+    assert_eq!(rig.worker.metric(series).await, 1.0);
+    assert!(rig.router.all("CAF_EXEC_DLQ", ">").await.is_empty(), "no dead letter");
+    kept_its_promise(&rig).await;
+}
+
+#[tokio::test]
+async fn a_query_on_a_thread_is_stopped() {
+    let rig = Rig::start(&[]).await;
+    std::fs::create_dir_all(rig.file_of("acme", "")).unwrap();
+    rusqlite::Connection::open(rig.file_of("acme", "db.sqlite")).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+    let endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c";
+    let source = format!("sqlite://{}", rig.path("db.sqlite"));
+    let job = json!({"type": "sql.query", "connection_string": source, "query": endless, "timeout_ms": 600_000});
+    let payload = assignment("acme", "query", job);
+    rig.router.submit(&payload).await;
+    let busy = async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await;
+    until("the query runs", async || busy().await == 1.0).await;
+    assert_eq!(outcome(&rig.router, "acme", "query").await, "cancelled");
+    is_cancelled(&rig.router.result(&payload).await, 1);
+    until("nothing computes", async || {
+        let used = async || rig.worker.metric("process_cpu_seconds_total").await;
+        let before = used().await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        used().await - before < 0.25
+    })
+    .await;
+    kept_its_promise(&rig).await;
+}
+
+#[tokio::test]
+async fn work_that_waits_for_a_slot_is_cancelled_without_being_begun() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/slot"));
+    let waiting = assignment("acme", "waiting", rig.call("/ok"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+    assert_eq!(outcome(&rig.router, "acme", "waiting").await, "cancelled");
+    is_cancelled(&rig.router.result(&waiting).await, 0);
+    rig.peer.open("slot");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+    kept_its_promise(&rig).await;
+    assert!(rig.peer.hits("/ok").is_empty());
+}
+
+#[tokio::test]
+async fn between_two_attempts_nothing_is_waited_for() {
+    let rig = Rig::start(&[]).await;
+    let mut payload = assignment("acme", "patient", rig.call("/status/503"));
+    payload["job"]["timeout_ms"] = json!(600_000);
+    payload["retry_config"] = json!({"base_delay_ms": 300_000, "max_delay_ms": 300_000});
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/status", 1).await;
+    send(&rig.router, &cancel("acme", "patient")).await;
+    is_cancelled(&rig.router.result(&payload).await, 1);
+    kept_its_promise(&rig).await;
+    assert_eq!(rig.peer.hits("/status").len(), 1);
+}
+
+#[tokio::test]
+async fn what_is_cancelled_while_no_worker_runs_is_never_begun() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let payloads = ["asked", "told", "wanted"].map(|id| assignment("acme", id, rig.call("/ok")));
+    for payload in &payloads {
+        rig.router.submit(payload).await;
+    }
+    send(&rig.router, &cancel("acme", "told")).await;
+    let request = rig.router.client().request(CANCEL, cancel("acme", "asked").to_string().into());
+    let answer = tokio::time::timeout(Duration::from_secs(1), request).await;
+    assert!(!matches!(answer, Ok(Ok(_))), "nobody is there to answer");
+    rig.nats.kill();
+    rig.nats.restart();
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    let router = Router::connect(&rig.nats.url()).await;
+    let record = async |payload: &Value| {
+        let record = within(SOON, "a record", async || router.record(payload).await).await;
+        read(&record.payload)
+    };
+    is_cancelled(&record(&payloads[0]).await, 0);
+    is_cancelled(&record(&payloads[1]).await, 0);
+    assert_eq!(record(&payloads[2]).await["status"], "success");
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+    nothing_waits(&router).await;
+}
+
+#[tokio::test]
+async fn another_tenants_work_of_the_same_id_is_not_met() {
+    let rig = Rig::start(&[]).await;
+    let payloads = ["a", "b"].map(|tenant| assignment(tenant, "same", rig.call("/gate/same")));
+    for payload in &payloads {
+        rig.router.submit(payload).await;
+    }
+    rig.peer.arrived("/gate/same", 2).await;
+    assert_eq!(outcome(&rig.router, "a", "same").await, "cancelled");
+    rig.peer.open("same");
+    is_cancelled(&rig.router.result(&payloads[0]).await, 1);
+    assert_eq!(rig.router.result(&payloads[1]).await["status"], "success");
+    kept_its_promise(&rig).await;
+}
+
+#[tokio::test]
+async fn finished_work_is_left_alone() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "done", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    let result = rig.router.results(&payload, 1).await[0].clone();
+    assert_eq!(outcome(&rig.router, "acme", "done").await, "finished");
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.results(&payload, 2).await, [result.clone(), result]);
+    kept_its_promise(&rig).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+}
+
+#[tokio::test]
+async fn a_cancel_that_comes_before_its_assignment_stands() {
+    let rig = Rig::start(&[]).await;
+    assert_eq!(outcome(&rig.router, "acme", "early").await, "recorded");
+    let payload = assignment("acme", "early", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    is_cancelled(&rig.router.result(&payload).await, 0);
+    assert_eq!(outcome(&rig.router, "acme", "early").await, "cancelled");
+    kept_its_promise(&rig).await;
+    assert!(rig.peer.hits("/ok").is_empty());
+}
+
+#[tokio::test]
+async fn copies_that_wait_for_cancelled_work_are_answered_by_its_record() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "twice", rig.call("/gate/never"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/never", 1).await;
+    rig.router.submit(&payload).await;
+    rig.router.learn(&payload, "second verdict", |story| story.verdicts.get(1).cloned()).await;
+    send(&rig.router, &cancel("acme", "twice")).await;
+    let results = rig.router.results(&payload, 2).await;
+    assert_eq!(results[0], results[1]);
+    is_cancelled(&read(&results[0]), 1);
+    kept_its_promise(&rig).await;
+}
+
+#[tokio::test]
+async fn what_is_asked_for_anew_is_not_met_by_the_old_cancel() {
+    let rig = Rig::start(&[]).await;
+    // An error that may be tried again, then a cancel, then a new publication.
+    let mut flaky = assignment("acme", "flaky", rig.call("/flaky/1"));
+    flaky["retry_config"] = json!({"max_attempts": 1});
+    rig.router.submit(&flaky).await;
+    assert_eq!(rig.router.result(&flaky).await["status"], "error");
+    assert_eq!(outcome(&rig.router, "acme", "flaky").await, "finished");
+    rig.router.submit(&flaky).await;
+    assert_eq!(read(&rig.router.results(&flaky, 2).await[1])["status"], "success");
+
+    // A cancelled one that is wanted again after all, and then no more.
+    assert_eq!(outcome(&rig.router, "acme", "replayed").await, "recorded");
+    let mut replayed = assignment("acme", "replayed", rig.call("/ok"));
+    rig.router.submit(&replayed).await;
+    is_cancelled(&rig.router.result(&replayed).await, 0);
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    rig.router.submit_with(&replayed, headers.clone()).await;
+    assert_eq!(read(&rig.router.results(&replayed, 2).await[1])["status"], "success");
+    replayed["job"] = rig.call("/gate/never");
+    rig.router.submit_with(&replayed, headers).await;
+    rig.peer.arrived("/gate/never", 1).await;
+    assert_eq!(outcome(&rig.router, "acme", "replayed").await, "cancelled");
+    is_cancelled(&read(&rig.router.results(&replayed, 3).await[2]), 1);
+    rig.router.settled(SOON).await;
+}
+
+#[tokio::test]
+async fn a_message_that_is_no_cancel_is_refused_and_holds_nothing_up() {
+    let mut rig = Rig::start(&[]).await;
+    let mut good = cancel("acme", "good");
+    let change = |field: &str, value: Value| {
+        let mut changed = good.clone();
+        changed[field] = value;
+        changed.to_string()
+    };
+    let cases = [
+        (1001, "the cancel is not JSON", "{".to_owned()),
+        (1001, "the cancel is not a JSON object", "[]".to_owned()),
+        (1002, "/version is missing or empty", change("version", json!(null))),
+        (1003, "/version is not understood: only \"1\" is", change("version", json!("2"))),
+        (1002, "/tenant_id is missing or empty", change("tenant_id", json!(""))),
+        (
+            1003,
+            "/assignment_id is no id: at most 256 bytes and no control characters",
+            change("assignment_id", json!("a\n")),
+        ),
+        (1003, "/reason has more than 1024 bytes", change("reason", json!("x".repeat(1025)))),
+        (1003, "/requested_by has the wrong type or range: expected a string", change("requested_by", json!(5))),
+    ];
+    for (code, message, payload) in cases.clone() {
+        let answer = rig.router.client().request(CANCEL, payload.clone().into()).await.expect("an answer");
+        let expected = json!({"error": {"code": code, "message": message, "retryable": false}});
+        assert_eq!(read(&answer.payload), expected, "{payload}");
+    }
+    let dropped = rig.worker.says("dropped a control message").await;
+    assert_eq!(dropped["fields"]["subject"], CANCEL);
+    nothing_waits(&rig.router).await;
+
+    // Nor do they keep a worker from starting.
+    rig.worker.kill();
+    for (_, _, payload) in cases {
+        rig.router.client().publish(CANCEL, payload.into()).await.unwrap();
+    }
+    rig.router.client().publish("caf.human.response.v1", "{}".into()).await.unwrap();
+    good["reason"] = json!("x".repeat(1024));
+    send(&rig.router, &good).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    nothing_waits(&rig.router).await;
+    let payload = assignment("acme", "good", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "cancelled");
+}
+
+#[tokio::test]
+async fn two_workers_cancel_what_each_of_them_runs() {
+    let rig = Rig::start(&["--io-pool-size=10"]).await;
+    let second = rig.another("worker-2").flag("--io-pool-size=10").start(&rig.nats).await;
+    let payloads: Vec<Value> =
+        (0..20).map(|number| assignment("acme", &format!("both-{number}"), rig.call("/gate/both"))).collect();
+    for payload in &payloads {
+        rig.router.submit(payload).await;
+    }
+    rig.peer.arrived("/gate/both", 20).await;
+    for worker in [&rig.worker, &second] {
+        assert!(worker.metric(r#"worker_slots_busy{pool="io"}"#).await > 0.0, "both have work");
+    }
+    let outcomes = payloads.iter().step_by(2).map(|payload| {
+        let id = payload["assignment_id"].as_str().expect("an id");
+        outcome(&rig.router, "acme", id)
+    });
+    let outcomes = futures::future::join_all(outcomes).await;
+    assert!(outcomes.iter().all(|outcome| outcome == "cancelled"), "{outcomes:?}");
+    rig.peer.open("both");
+    for (number, payload) in payloads.iter().enumerate() {
+        let result = rig.router.result(payload).await;
+        match number % 2 {
+            0 => is_cancelled(&result, 1),
+            _ => assert_eq!(result["status"], "success"),
+        }
+    }
+    kept_its_promise(&rig).await;
+    drop(second);
+}
+
+#[tokio::test]
+async fn a_worker_that_drains_still_hears_cancels() {
+    let mut rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "draining", rig.call("/gate/never"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/never", 1).await;
+    rig.worker.terminate();
+    rig.worker.unready("draining").await;
+    assert_eq!(outcome(&rig.router, "acme", "draining").await, "cancelled");
+    is_cancelled(&rig.router.result(&payload).await, 1);
+    assert_eq!(rig.worker.ended().await, Some(0));
+    kept_its_promise(&rig).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w40_of_a_cancel_and_a_completion_that_race_exactly_one_is_recorded() {
+    const RACES: usize = 1_000;
+    let rig = Rig::start(&["--io-pool-size=64"]).await;
+    let second = rig.another("worker-2").flag("--io-pool-size=64").start(&rig.nats).await;
+    let ids: Vec<String> = (0..RACES).map(|number| format!("w40-{number}")).collect();
+    let race = async |number: usize, id: &str| {
+        // The cancel is sent at some time around the end of the work.
+        let payload = assignment("acme", id, rig.call(&format!("/slow/{}", number % 10)));
+        rig.router.submit(&payload).await;
+        tokio::time::sleep(Duration::from_millis(number as u64 * 7 % 30)).await;
+        let sent = cancel("acme", id).to_string();
+        rig.router.client().publish(CANCEL, sent.into()).await.unwrap();
+    };
+    let races = ids.iter().enumerate().map(|(number, id)| race(number, id));
+    futures::stream::iter(races).buffer_unordered(50).collect::<Vec<_>>().await;
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for id in &ids {
+        let result = rig.router.result(("acme", id.as_str())).await;
+        *seen.entry(result["status"].as_str().unwrap().to_owned()).or_default() += 1;
+    }
+    kept_its_promise(&rig).await;
+    for id in &ids {
+        let key = ("acme", id.as_str());
+        let (story, record) = (rig.router.story(key), rig.router.record(key).await.expect("a record"));
+        assert!(story.results.iter().all(|result| *result == record.payload), "{id}: {story:#?}");
+        assert!(story.letters.is_empty(), "{id}");
+    }
+    let both = ["cancelled", "success"].map(|status| seen.get(status).copied().unwrap_or(0));
+    assert!(both.iter().all(|count| *count > RACES / 50) && both.iter().sum::<usize>() == RACES, "no race: {seen:?}");
+    drop(second);
+}
+
+// Answers to requests for approval.
+
+#[tokio::test]
+async fn an_answer_that_comes_before_its_request_is_kept() {
+    let rig = Rig::start(&[]).await;
+    let answer = json!({"assignment_id": "a.1", "tenant_id": "acme", "approver": "me@example.com", "approved": true});
+    rig.router.client().publish("caf.human.response.v1", answer.to_string().into()).await.unwrap();
+    let key = "$KV.caf-answers.acme.a=2E1.me=40example=2Ecom";
+    let kept = within(SOON, "it is kept", async || rig.router.last("KV_caf-answers", key).await).await;
+    assert_eq!(read(&kept.payload), answer);
+    nothing_waits(&rig.router).await;
 }

@@ -49,6 +49,11 @@ pub struct AssignmentKey {
 }
 
 impl AssignmentKey {
+    /// Of two ids that have proved themselves.
+    pub(crate) fn new(tenant: &str, assignment_id: &str) -> Self {
+        Self { tenant: TenantId(tenant.into()), assignment_id: assignment_id.into() }
+    }
+
     /// `<tenant>.<assignment_id>`, each escaped into one token.
     pub fn token(&self) -> String {
         format!("{}.{}", contract::escape(self.tenant.as_str()), contract::escape(&self.assignment_id))
@@ -200,7 +205,7 @@ impl Assignment {
         };
         let resources = wire.resources.as_ref();
         Ok(Self {
-            key: AssignmentKey { tenant: TenantId(tenant_id.into()), assignment_id: assignment_id.into() },
+            key: AssignmentKey::new(tenant_id, assignment_id),
             correlation,
             priority: wire.priority.map(|priority| within(priority, 0, 9, "/priority")).transpose()?,
             pool: pool(resources.and_then(|resources| resources.pool.as_deref()))?,
@@ -240,7 +245,7 @@ impl Addressee {
     }
 }
 
-fn version(version: Option<&str>) -> Result<(), Invalid> {
+pub(crate) fn version(version: Option<&str>) -> Result<(), Invalid> {
     match version {
         None | Some("") => Err(Invalid::missing("/version")),
         Some(contract::VERSION) => Ok(()),
@@ -252,12 +257,12 @@ fn is_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_ID_BYTES && !text.chars().any(char::is_control)
 }
 
-fn required_id<'a>(text: Option<&'a str>, pointer: &str) -> Result<&'a str, Invalid> {
+pub(crate) fn required_id<'a>(text: Option<&'a str>, pointer: &str) -> Result<&'a str, Invalid> {
     let text = text.filter(|text| !text.is_empty()).ok_or_else(|| Invalid::missing(pointer))?;
     if is_id(text) { Ok(text) } else { Err(bad_id(pointer)) }
 }
 
-fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<String>, Invalid> {
+pub(crate) fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<String>, Invalid> {
     match text {
         None | Some("") => Ok(None),
         Some(text) if is_id(text) => Ok(Some(text.to_owned())),

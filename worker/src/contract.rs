@@ -355,11 +355,13 @@ pub enum Status {
     Error,
     /// Its deadline passed.
     Timeout,
+    /// Somebody wanted it stopped.
+    Cancelled,
 }
 
 impl Status {
     /// Every status.
-    pub const ALL: [Self; 3] = [Self::Success, Self::Error, Self::Timeout];
+    pub const ALL: [Self; 4] = [Self::Success, Self::Error, Self::Timeout, Self::Cancelled];
 
     /// The public word, also the metric label.
     pub const fn as_str(self) -> &'static str {
@@ -367,6 +369,7 @@ impl Status {
             Self::Success => "success",
             Self::Error => "error",
             Self::Timeout => "timeout",
+            Self::Cancelled => "cancelled",
         }
     }
 }
@@ -437,6 +440,69 @@ pub struct Chunk<'a> {
 pub enum ChunkData<'a> {
     Data(&'a str),
     DataBase64(String),
+}
+
+/// What a requester publishes on [`CANCEL`], and what is kept of it.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Cancel<'a> {
+    /// Must be [`VERSION`].
+    #[serde(borrow)]
+    pub version: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub assignment_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub tenant_id: Option<Cow<'a, str>>,
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Cow<'a, str>>,
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    pub requested_by: Option<Cow<'a, str>>,
+    /// RFC 3339; only as it is kept, where it had to wait for a worker.
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    pub sent_at: Option<Cow<'a, str>>,
+}
+
+/// What a requester is told who gave a reply subject.
+#[derive(Debug, Serialize)]
+pub struct CancelAnswer<'a> {
+    pub assignment_id: &'a str,
+    pub outcome: Outcome,
+}
+
+/// What has come of a cancel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// A cancelled result is recorded.
+    Cancelled,
+    /// The cancel is kept; nothing is recorded.
+    Recorded,
+    /// Another result is recorded.
+    Finished,
+}
+
+/// What a requester is told whose message cannot be read.
+#[derive(Debug, Serialize)]
+pub struct CancelError {
+    pub error: RequestError,
+}
+
+/// Why a request was refused.
+#[derive(Debug, Serialize)]
+pub struct RequestError {
+    pub code: u16,
+    pub message: String,
+    pub retryable: bool,
+}
+
+/// What must be readable of a message on [`APPROVAL_ANSWER`] for it to be kept.
+#[derive(Debug, Deserialize)]
+pub struct ApprovalAnswer<'a> {
+    #[serde(borrow)]
+    pub assignment_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub tenant_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub approver: Option<Cow<'a, str>>,
 }
 
 /// What is kept of an assignment that failed for good.

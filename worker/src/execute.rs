@@ -94,6 +94,14 @@ pub struct Execution {
     pub cpu_time: Duration,
 }
 
+impl Execution {
+    /// Of a block that never began.
+    pub fn not_begun(fault: Fault) -> Self {
+        let failed = Vec::new();
+        Self { outcome: Err(fault), failed, attempts: 0, latency: Duration::ZERO, cpu_time: Duration::ZERO }
+    }
+}
+
 /// A block is over, or the right to run it is gone.
 #[derive(Debug)]
 pub enum Ended {
@@ -105,14 +113,16 @@ pub enum Ended {
 
 /// Runs the block until it succeeds, fails for good, runs out of attempts or passes its deadline.
 ///
-/// `may_start` is asked before each attempt.
+/// `may_start` is asked before each attempt; `cancelled` ends it at once.
 pub async fn execute(
     engine: &Engine,
     assignment: &Assignment,
     limits: Limits,
     links: Links,
     may_start: impl Fn() -> bool,
+    cancelled: impl Future<Output = Fault>,
 ) -> Ended {
+    let mut cancelled = std::pin::pin!(cancelled);
     let started = Instant::now();
     let deadline = started + assignment.timeout;
     let mut scope = Scope {
@@ -134,8 +144,11 @@ pub async fn execute(
         let started_at = Timestamp::now();
         let attempt_started = Instant::now();
         let work = metered(one_attempt(engine, assignment, &scope), &scope.cpu_time);
-        let outcome =
-            tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(too_late(assignment)));
+        let outcome = tokio::select! {
+            biased;
+            outcome = tokio::time::timeout_at(deadline.into(), work) => outcome.unwrap_or_else(|_| Err(too_late(assignment))),
+            fault = &mut cancelled => Err(fault),
+        };
         let fault = match outcome {
             Ok(output) => {
                 return Ended::Executed(finished(Ok(output), failed, attempt, started, scope.cpu_time.used()));
@@ -146,7 +159,12 @@ pub async fn execute(
         let delay = is_repeated.then(|| delay(assignment, &fault, attempt)).flatten();
         failed.push(Attempt { started_at, latency: attempt_started.elapsed(), fault: fault.clone() });
         match delay {
-            Some(delay) if Instant::now() + delay < deadline => tokio::time::sleep(delay).await,
+            Some(delay) if Instant::now() + delay < deadline => tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                fault = &mut cancelled => {
+                    return Ended::Executed(finished(Err(fault), failed, attempt, started, scope.cpu_time.used()));
+                }
+            },
             _ => return Ended::Executed(finished(Err(fault), failed, attempt, started, scope.cpu_time.used())),
         }
     }

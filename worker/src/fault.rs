@@ -44,6 +44,8 @@ pub enum Cause {
     Internal,
     /// The deadline of the whole block passed.
     DeadlinePassed,
+    /// Somebody wanted it stopped.
+    Cancelled,
 }
 
 impl Cause {
@@ -60,6 +62,7 @@ impl Cause {
             Self::ConnectTimeout => 3002,
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
             Self::Internal => 4001,
+            Self::Cancelled => 5001,
             Self::DeadlinePassed => 5002,
         }
     }
@@ -82,7 +85,8 @@ impl Cause {
             | Self::OverCap
             | Self::NotAllowed
             | Self::Tls
-            | Self::TooManyRedirects => false,
+            | Self::TooManyRedirects
+            | Self::Cancelled => false,
         }
     }
 
@@ -95,6 +99,7 @@ impl Cause {
     pub const fn status(self) -> Status {
         match self {
             Self::DeadlinePassed => Status::Timeout,
+            Self::Cancelled => Status::Cancelled,
             _ => Status::Error,
         }
     }

@@ -14,6 +14,7 @@ pub mod schedule; // where and in what order
 pub mod execute; // deadline and retry
 pub mod blocks; // http, fs, sql
 pub mod report; // verdicts, results, dead letters
+pub mod control; // cancels, from the stream and live
 
 pub mod gate; // whether this worker takes work
 pub mod presence; // what this worker says of itself

@@ -10,6 +10,7 @@ use beamline_worker::blocks::{self, Blocks, egress, http, sql};
 use beamline_worker::broker::streams::{self, Keeper, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
+use beamline_worker::control::Control;
 use beamline_worker::execute::Engine;
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
@@ -111,16 +112,22 @@ async fn work(
         let pipeline = Arc::clone(&pipeline);
         async move { pipeline.follow_policy().await }
     });
+    let streams = keeper.watch();
+    tokio::spawn(keeper.run(health.clone()));
+    let control = Control::start(Arc::clone(&pipeline));
+    tokio::select! {
+        () = control.caught_up() => {}
+        signalled = &mut told_to_stop => return signalled.map_err(Into::into),
+    }
     let (chunks, waiting) = mpsc::channel(CHUNKS);
     let stop = CancellationToken::new();
     let taking = TaskTracker::new();
     for source in pulled(sources(&config)) {
-        taking.spawn(intake::take(Arc::clone(&pipeline), source, keeper.watch(), chunks.clone(), stop.clone()));
+        taking.spawn(intake::take(Arc::clone(&pipeline), source, streams.clone(), chunks.clone(), stop.clone()));
     }
     taking.close();
     // The channel ends with the last of them.
     drop(chunks);
-    tokio::spawn(keeper.run(health.clone()));
     let intake = shutdown::Intake {
         stop,
         taking,
@@ -133,7 +140,7 @@ async fn work(
     tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, "taking assignments");
     let signalled = told_to_stop.await;
     tracing::info!("told to stop");
-    shutdown::drain(&pipeline, intake, config.drain_timeout).await;
+    shutdown::drain(&pipeline, intake, control, config.drain_timeout).await;
     ended.cancel();
     signalled.map_err(Into::into)
 }

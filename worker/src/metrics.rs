@@ -201,11 +201,17 @@ struct ByStatus<T> {
     success: T,
     error: T,
     timeout: T,
+    cancelled: T,
 }
 
 impl<T> ByStatus<T> {
     fn new(make: impl Fn(Status) -> T) -> Self {
-        Self { success: make(Status::Success), error: make(Status::Error), timeout: make(Status::Timeout) }
+        Self {
+            success: make(Status::Success),
+            error: make(Status::Error),
+            timeout: make(Status::Timeout),
+            cancelled: make(Status::Cancelled),
+        }
     }
 
     const fn of(&self, status: Status) -> &T {
@@ -213,6 +219,7 @@ impl<T> ByStatus<T> {
             Status::Success => &self.success,
             Status::Error => &self.error,
             Status::Timeout => &self.timeout,
+            Status::Cancelled => &self.cancelled,
         }
     }
 }

@@ -6,6 +6,7 @@
 mod rejection; // what does not run
 mod route; // what runs on another class of workers
 mod in_flight; // which assignments run here
+mod cancel; // what is wanted no more
 mod durable; // writes that must become definite
 pub(crate) mod load; // how much is held, and how much more may come
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
+use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,8 +27,10 @@ use crate::assignment::{Assignment, Undecodable};
 use crate::broker::Broker;
 use crate::broker::streams::Ready;
 use crate::contract;
+use crate::control::cancel::Tombstones;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
+use crate::fault::Fault;
 use crate::gate::Gate;
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
@@ -88,6 +92,7 @@ pub struct Pipeline {
     pub(crate) tasks: TaskTracker,
     /// Ends what still runs when the drain's time is up.
     pub(crate) cut: CancellationToken,
+    pub(crate) tombstones: Tombstones,
     in_flight: InFlight,
 }
 
@@ -147,6 +152,7 @@ impl Pipeline {
             holds: Holds::default(),
             tasks: TaskTracker::new(),
             cut: CancellationToken::new(),
+            tombstones: Tombstones::default(),
             in_flight: InFlight::default(),
         }
     }
@@ -200,7 +206,13 @@ impl Pipeline {
                 self.metrics.result_replayed();
                 Box::pin(self.answer(arrival, record)).await;
             }
-            record => self.execute_in_turn(arrival, record.map_or(0, |record| record.sequence)).await,
+            record => {
+                // A run that is asked for anew is not met by a cancel of the old one.
+                let is_rerun = record.is_some() || arrival.delivery.is_replay();
+                let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
+                let expected = record.map_or(0, |record| record.sequence);
+                self.execute_in_turn(arrival, expected, flight.stop().requested(since)).await;
+            }
         }
         let copies = flight.land();
         if !copies.is_empty() {
@@ -209,19 +221,30 @@ impl Pipeline {
         }
     }
 
-    /// Waits for a slot and runs the block in it.
-    async fn execute_in_turn(&self, arrival: Arrival, expected: u64) {
+    /// Waits for a slot and runs the block in it; what is cancelled before is not begun.
+    async fn execute_in_turn(&self, mut arrival: Arrival, expected: u64, cancelled: impl Future<Output = Fault>) {
+        let mut cancelled = std::pin::pin!(cancelled);
         let assignment = &arrival.assignment;
         let turn = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority);
-        match turn.await {
+        let turn = tokio::select! {
+            biased;
+            fault = &mut cancelled => Err(fault),
+            turn = turn => Ok(turn),
+        };
+        match turn {
             // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
-            Ok(slot) => Box::pin(self.execute(arrival, expected, slot)).await,
-            Err(Closed) => Box::pin(arrival.delivery.settle(Settlement::HandBack)).await,
+            Ok(Ok(slot)) => Box::pin(self.execute(arrival, expected, slot, cancelled)).await,
+            Ok(Err(Closed)) => Box::pin(arrival.delivery.settle(Settlement::HandBack)).await,
+            Err(fault) => {
+                arrival.delivery.started();
+                let queued = arrival.delivery.received().elapsed();
+                Box::pin(self.finish(arrival, expected, queued, Execution::not_begun(fault))).await;
+            }
         }
     }
 
     /// Runs the block in its slot; the broker gets back what may not start, or was cut off.
-    async fn execute(&self, mut arrival: Arrival, expected: u64, slot: Slot) {
+    async fn execute(&self, mut arrival: Arrival, expected: u64, slot: Slot, cancelled: impl Future<Output = Fault>) {
         arrival.delivery.started();
         let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
@@ -233,8 +256,8 @@ impl Pipeline {
             trace: telemetry::context_of(&span).or_else(|| arrival.trace.clone()),
             sink: report::stream::sink(&self.broker, &arrival.assignment, arrival.trace.as_ref()),
         };
-        let work =
-            execute::execute(&self.engine, &arrival.assignment, limits, links, may_start).instrument(span.clone());
+        let work = execute::execute(&self.engine, &arrival.assignment, limits, links, may_start, cancelled)
+            .instrument(span.clone());
         let ended = tokio::select! {
             ended = work => ended,
             () = self.cut.cancelled() => Ended::Abandoned,
@@ -321,7 +344,12 @@ impl Pipeline {
         let mut claimed = Vec::with_capacity(arrivals.len());
         for arrival in arrivals {
             match self.in_flight.claim(arrival) {
-                Claim::First(arrival, flight) => claimed.push((arrival, flight)),
+                Claim::First(arrival, flight) => {
+                    if let Some(tombstone) = self.tombstones.get(&arrival.assignment.key) {
+                        flight.stop().raise(&tombstone);
+                    }
+                    claimed.push((arrival, flight));
+                }
                 Claim::SetAside | Claim::Renewed => {}
             }
         }

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::Concern;
+use crate::control::Control;
 use crate::pipeline::Pipeline;
 
 /// After the limit: how long the hand-backs and the records that are on their way may take.
@@ -37,10 +38,11 @@ pub async fn signalled() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Stops intake, hands back what has not started, lets running blocks finish, and cuts them off after `limit`.
+/// Stops intake, hands back what has not started, lets running blocks finish, and cuts them off after `limit`. They can be
+/// cancelled until then.
 ///
 /// Work that is cut off was never settled, so the broker hands it to another worker.
-pub async fn drain(pipeline: &Pipeline, intake: Intake, limit: Duration) {
+pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit: Duration) {
     let Intake { stop, taking, processing } = intake;
     pipeline.health.raise(Concern::Draining, "the worker was told to stop");
     stop.cancel();
@@ -61,5 +63,6 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, limit: Duration) {
         pipeline.cut.cancel();
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.tasks.wait()).await;
     }
+    control.finish().await;
     pipeline.broker.flush().await;
 }

@@ -5,7 +5,9 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Arrival;
+use super::cancel::Stop;
 use crate::assignment::AssignmentKey;
+use crate::control::cancel::Tombstone;
 use crate::intake::{Hold, Publication};
 
 /// Shared by all tasks of a pipeline.
@@ -16,6 +18,7 @@ pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
 struct Running {
     publication: Publication,
     hold: Arc<Hold>,
+    stop: Arc<Stop>,
     copies: Vec<Arrival>,
 }
 
@@ -34,16 +37,20 @@ pub(super) enum Claim {
 pub(super) struct Flight {
     in_flight: InFlight,
     key: Option<AssignmentKey>,
+    stop: Arc<Stop>,
 }
 
 impl InFlight {
     pub(super) fn claim(&self, arrival: Arrival) -> Claim {
         match self.lock().entry(arrival.assignment.key.clone()) {
             Entry::Vacant(vacant) => {
-                let flight = Flight { in_flight: self.clone(), key: Some(vacant.key().clone()) };
+                let stop = Arc::new(Stop::default());
+                let flight =
+                    Flight { in_flight: self.clone(), key: Some(vacant.key().clone()), stop: Arc::clone(&stop) };
                 vacant.insert(Running {
                     publication: arrival.delivery.publication().clone(),
                     hold: arrival.delivery.hold(),
+                    stop,
                     copies: Vec::new(),
                 });
                 Claim::First(arrival, flight)
@@ -61,12 +68,24 @@ impl InFlight {
         }
     }
 
+    /// Tells the work on this assignment that it is wanted no more.
+    pub(super) fn stop(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        if let Some(running) = self.lock().get(key) {
+            running.stop.raise(tombstone);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<AssignmentKey, Running>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Flight {
+    /// Whether the work is still wanted.
+    pub(super) fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
     /// Ends the claim and returns the copies that waited for it.
     pub(super) fn land(mut self) -> Vec<Arrival> {
         self.end()

@@ -1,0 +1,136 @@
+//! What reaches a worker besides assignments: cancels, and answers to requests for approval.
+//!
+//! All of it waits in a stream, from which one of all workers takes each message. A cancel is also heard live by every
+//! worker, and kept in a bucket that every worker watches: so it also meets work that arrives later.
+
+pub mod cancel; // what a cancel says, and the cancels that stand
+mod requests; // whoever wants an answer
+mod waiting; // what waits in the stream
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::broker::kv::{Bucket, Change};
+use crate::broker::streams::{ANSWER_BUCKET, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
+use crate::contract;
+use crate::pipeline::Pipeline;
+use cancel::{Cancel, Tombstone};
+
+/// Between two looks at what still waits.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// A message that nobody gets done for this long does not keep assignments waiting any longer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long what has been taken may need at the end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Everything here that serves control messages.
+#[derive(Debug)]
+pub struct Control {
+    desk: Arc<Desk>,
+    stop: CancellationToken,
+}
+
+/// What all parts of it share.
+#[derive(Debug)]
+struct Desk {
+    pipeline: Arc<Pipeline>,
+    cancels: Bucket,
+    answers: Bucket,
+    /// Messages that have been taken and are not done.
+    tasks: TaskTracker,
+}
+
+impl Control {
+    /// Begins to serve.
+    pub fn start(pipeline: Arc<Pipeline>) -> Self {
+        let desk = Arc::new(Desk {
+            cancels: Bucket::new(pipeline.broker.clone(), CANCEL_BUCKET),
+            answers: Bucket::new(pipeline.broker.clone(), ANSWER_BUCKET),
+            tasks: TaskTracker::new(),
+            pipeline,
+        });
+        let stop = CancellationToken::new();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(hear(Arc::clone(&desk))));
+        tokio::spawn(stop.clone().run_until_cancelled_owned(requests::answer(Arc::clone(&desk))));
+        tokio::spawn(stop.clone().run_until_cancelled_owned(waiting::take(Arc::clone(&desk))));
+        Self { desk, stop }
+    }
+
+    /// Returns when everything that had come in before is done and known here: no assignment may be taken earlier, or
+    /// it might run although it was cancelled.
+    pub async fn caught_up(&self) {
+        self.nothing_waits().await;
+        // What others have written before their messages were done is among the first that the bucket tells.
+        let mut changes = self.desk.cancels.watch(self.desk.pipeline.health.clone());
+        while let Some(change) = changes.recv().await {
+            if change == Change::Current {
+                break;
+            }
+            self.desk.note(change);
+        }
+        let desk = Arc::clone(&self.desk);
+        tokio::spawn(self.stop.clone().run_until_cancelled_owned(async move {
+            while let Some(change) = changes.recv().await {
+                desk.note(change);
+            }
+        }));
+    }
+
+    /// Takes no more, and finishes what has been taken. What is lost on the way comes back to another worker.
+    pub async fn finish(self) {
+        self.stop.cancel();
+        self.desk.tasks.close();
+        let _ = tokio::time::timeout(LAST_WORDS, self.desk.tasks.wait()).await;
+    }
+
+    async fn nothing_waits(&self) {
+        let (mut done, mut since) = (None, Instant::now());
+        let mut until = None;
+        loop {
+            if let Ok(stream) = self.desk.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
+                && let Ok(consumer) = stream.consumer_info(CONTROL_CONSUMER).await
+            {
+                let until = *until.get_or_insert(stream.cached_info().state.last_sequence);
+                let (pending, unsettled) = (consumer.num_pending, consumer.num_ack_pending);
+                let settled = consumer.ack_floor.stream_sequence;
+                if (pending == 0 && unsettled == 0) || settled >= until {
+                    return;
+                }
+                if done.replace(settled) != Some(settled) {
+                    since = Instant::now();
+                } else if since.elapsed() >= PATIENCE {
+                    tracing::warn!(pending, unsettled, "control messages do not get done: going on");
+                    return;
+                }
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+}
+
+impl Desk {
+    /// A cancel that stands from now on, or has stood before this worker came.
+    fn note(&self, change: Change) {
+        if let Change::Put(entry) = change {
+            match Tombstone::read(&entry) {
+                Ok((key, tombstone)) => self.pipeline.cancel(&key, &tombstone),
+                Err(invalid) => tracing::warn!(key = entry.key, reason = %invalid, "not a cancel"),
+            }
+        }
+    }
+}
+
+/// Every worker hears each cancel at once, and stops what it has here. One that cannot be read is dropped, and reported,
+/// by whoever takes it from the stream.
+async fn hear(desk: Arc<Desk>) {
+    let Ok(mut messages) = desk.pipeline.broker.client().subscribe(contract::CANCEL).await else { return };
+    while let Some(message) = messages.next().await {
+        if let Ok(cancel) = Cancel::decode(&message.payload) {
+            desk.pipeline.stop_here(&cancel.key, &cancel.now());
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! What a cancel says, and the cancels that stand.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::assignment::{AssignmentKey, optional_id, required_id, version};
+use crate::broker::kv::Entry;
+use crate::contract;
+use crate::fault::Invalid;
+
+/// The longest reason that is repeated, in bytes.
+const MAX_REASON_BYTES: usize = 1024;
+/// How long a cancel stands.
+const STANDS: SignedDuration = SignedDuration::from_hours(24);
+/// From this many on, those that stand no longer are forgotten now and then.
+const MANY: usize = 1024;
+
+/// Somebody wants an assignment stopped.
+#[derive(Clone, Debug)]
+pub struct Cancel {
+    /// Which one; a tenant's cancel never meets another tenant's work.
+    pub key: AssignmentKey,
+    /// Why, for a person.
+    pub reason: Option<String>,
+    /// Who says so.
+    pub requested_by: Option<String>,
+}
+
+impl Cancel {
+    /// Reads and checks a message.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule.
+    pub fn decode(payload: &[u8]) -> Result<Self, Invalid> {
+        Self::read(payload).map(|(cancel, _)| cancel)
+    }
+
+    /// As it is kept; `at` is when it was sent, where that is known.
+    pub fn encode(&self, at: Option<Timestamp>) -> Bytes {
+        let wire = contract::Cancel {
+            version: Some(contract::VERSION.into()),
+            assignment_id: Some(Cow::Borrowed(&self.key.assignment_id)),
+            tenant_id: Some(self.key.tenant.as_str().into()),
+            reason: self.reason.as_deref().map(Cow::Borrowed),
+            requested_by: self.requested_by.as_deref().map(Cow::Borrowed),
+            sent_at: at.map(|at| at.to_string().into()),
+        };
+        serde_json::to_vec(&wire).unwrap_or_default().into()
+    }
+
+    /// The same, standing from this moment: later than everything that is here already, whatever the clocks say.
+    pub fn now(&self) -> Tombstone {
+        Tombstone { at: Timestamp::MAX, words: self.words() }
+    }
+
+    fn read(payload: &[u8]) -> Result<(Self, Option<Timestamp>), Invalid> {
+        let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
+        if contract::is_too_deep(json) {
+            return Err(Invalid::input("", "nests deeper than 128 levels"));
+        }
+        let wire = contract::read::<contract::Cancel>(json, "")?;
+        version(wire.version.as_deref())?;
+        let reason = wire.reason.as_deref().filter(|reason| !reason.is_empty());
+        if reason.is_some_and(|reason| reason.len() > MAX_REASON_BYTES) {
+            return Err(Invalid::format("/reason", format!("has more than {MAX_REASON_BYTES} bytes")));
+        }
+        let cancel = Self {
+            key: AssignmentKey::new(
+                required_id(wire.tenant_id.as_deref(), "/tenant_id")?,
+                required_id(wire.assignment_id.as_deref(), "/assignment_id")?,
+            ),
+            reason: reason.map(str::to_owned),
+            requested_by: optional_id(wire.requested_by.as_deref(), "/requested_by")?,
+        };
+        Ok((cancel, wire.sent_at.and_then(|at| at.parse().ok())))
+    }
+
+    fn words(&self) -> Arc<str> {
+        let by = self.requested_by.as_ref().map(|by| format!(" by {by}")).unwrap_or_default();
+        let why = self.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        format!("cancelled{by}{why}").into()
+    }
+}
+
+/// A cancel that stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tombstone {
+    /// Since when, by the broker's clock.
+    pub at: Timestamp,
+    /// For the Router: who wants it, and why.
+    pub words: Arc<str>,
+}
+
+impl Tombstone {
+    /// As the bucket keeps it: stored later than it was sent, where it had to wait for a worker.
+    ///
+    /// # Errors
+    /// Somebody else has written there.
+    pub fn read(entry: &Entry) -> Result<(AssignmentKey, Self), Invalid> {
+        let (cancel, sent_at) = Cancel::read(&entry.value)?;
+        let at = sent_at.unwrap_or(entry.stored);
+        let words = cancel.words();
+        Ok((cancel.key, Self { at, words }))
+    }
+}
+
+/// All cancels that stand, as far as this worker has been told.
+#[derive(Debug, Default)]
+pub struct Tombstones(Mutex<Standing>);
+
+#[derive(Debug, Default)]
+struct Standing {
+    by_key: HashMap<AssignmentKey, Tombstone>,
+    /// How many there were after the last sweep.
+    swept: usize,
+}
+
+impl Tombstones {
+    /// The cancel of an assignment.
+    pub fn get(&self, key: &AssignmentKey) -> Option<Tombstone> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).by_key.get(key).cloned()
+    }
+
+    /// Notes a cancel, unless a later one is known.
+    pub fn put(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        let mut standing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = standing.by_key.entry(key.clone()).or_insert_with(|| tombstone.clone());
+        if known.at < tombstone.at {
+            *known = tombstone.clone();
+        }
+        if standing.by_key.len() >= MANY.max(2 * standing.swept) {
+            let oldest = Timestamp::now() - STANDS;
+            standing.by_key.retain(|_, tombstone| tombstone.at > oldest);
+            standing.swept = standing.by_key.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(json: &str) -> Result<Cancel, Invalid> {
+        Cancel::decode(json.as_bytes())
+    }
+
+    #[test]
+    fn a_cancel_survives_being_kept() {
+        let json = r#"{"version":"1","assignment_id":"a","tenant_id":"t","reason":"why","requested_by":"me","x":[]}"#;
+        let cancel = decode(json).unwrap();
+        let stored = Timestamp::from_second(7).unwrap();
+        let entry = |value| Entry { key: "t.a".to_owned(), value, revision: 1, stored };
+        let sent_at = Timestamp::from_nanosecond(5_000_000_001).unwrap();
+        let words = "cancelled by me: why".into();
+        let (key, tombstone) = Tombstone::read(&entry(cancel.encode(Some(sent_at)))).unwrap();
+        assert_eq!((key, tombstone), (cancel.key.clone(), Tombstone { at: sent_at, words }));
+        assert_eq!(Tombstone::read(&entry(cancel.encode(None))).unwrap().1.at, stored);
+    }
+
+    #[test]
+    fn a_broken_rule_names_its_field() {
+        let long = "x".repeat(1025);
+        for (json, expected) in [
+            ("[]".to_owned(), (1001, "")),
+            ("{".to_owned(), (1001, "")),
+            ("{}".to_owned(), (1002, "/version")),
+            (r#"{"version":"2"}"#.to_owned(), (1003, "/version")),
+            (r#"{"version":"1","assignment_id":"a"}"#.to_owned(), (1002, "/tenant_id")),
+            (r#"{"version":"1","tenant_id":"t","assignment_id":""}"#.to_owned(), (1002, "/assignment_id")),
+            (r#"{"version":"1","tenant_id":5,"assignment_id":"a"}"#.to_owned(), (1003, "/tenant_id")),
+            (format!(r#"{{"version":"1","tenant_id":"t","assignment_id":"a","reason":"{long}"}}"#), (1003, "/reason")),
+        ] {
+            let invalid = decode(&json).unwrap_err();
+            assert_eq!((invalid.cause.code(), invalid.pointer.as_str()), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn the_later_cancel_stands_and_old_ones_are_forgotten() {
+        let tombstones = Tombstones::default();
+        let key = |number: usize| AssignmentKey::new("t", &number.to_string());
+        let at = |at| Tombstone { at, words: "cancelled".into() };
+        let (old, now) = (Timestamp::from_second(1).unwrap(), Timestamp::now());
+        tombstones.put(&key(0), &at(now));
+        tombstones.put(&key(0), &at(old));
+        assert_eq!(tombstones.get(&key(0)), Some(at(now)));
+        (1..MANY).for_each(|number| tombstones.put(&key(number), &at(old)));
+        assert_eq!((tombstones.get(&key(1)), tombstones.get(&key(0))), (None, Some(at(now))));
+    }
+}

@@ -1,0 +1,92 @@
+//! Whoever sends a cancel with a reply subject is told by one worker what has come of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use tokio::sync::Semaphore;
+
+use super::Desk;
+use super::cancel::Cancel;
+use crate::assignment::AssignmentKey;
+use crate::broker::streams::CONTROL_CONSUMER;
+use crate::contract::{self, CancelAnswer, CancelError, Outcome};
+use crate::fault::{Cause, Invalid};
+use crate::report::ledger::Record;
+
+/// How long an answer waits for a record.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// Between the first looks at the record; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// How long a requester can be expected to wait for the cancel to be kept.
+const KEEPING: Duration = Duration::from_secs(5);
+/// Requests that are worked on at once.
+const AT_ONCE: usize = 1024;
+
+/// Answers requests: each goes to one of all workers.
+pub(super) async fn answer(desk: Arc<Desk>) {
+    let client = desk.pipeline.broker.client();
+    let subscribed = client.queue_subscribe(contract::CANCEL, CONTROL_CONSUMER.to_owned()).await;
+    let Ok(mut messages) = subscribed else { return };
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    while let Some(message) = messages.next().await {
+        let Some(reply) = message.reply else { continue };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let desk_here = Arc::clone(&desk);
+        desk.tasks.spawn(async move {
+            if let Some(answer) = desk_here.answer(&message.payload).await {
+                desk_here.pipeline.broker.say(reply, answer.into()).await;
+            }
+            drop(place);
+        });
+    }
+}
+
+impl Desk {
+    /// `None` where the cancel could not be kept in time: it still waits in the stream.
+    async fn answer(&self, payload: &[u8]) -> Option<Vec<u8>> {
+        let answer = match Cancel::decode(payload) {
+            Ok(cancel) => {
+                tokio::time::timeout(KEEPING, self.keep_new(&cancel)).await.ok()?;
+                let outcome = self.outcome(&cancel.key).await;
+                serde_json::to_vec(&CancelAnswer { assignment_id: &cancel.key.assignment_id, outcome })
+            }
+            Err(invalid) => serde_json::to_vec(&CancelError { error: refusal(&invalid) }),
+        };
+        answer.ok()
+    }
+
+    /// What stands in the record when it is cancelled, or when the time is up: an older record may still be replaced by a
+    /// run that is being stopped.
+    async fn outcome(&self, key: &AssignmentKey) -> Outcome {
+        let started = Instant::now();
+        let (mut first, mut pause) = (None, FIRST_PAUSE);
+        loop {
+            let found = self.pipeline.ledger.look_up(std::slice::from_ref(key)).await;
+            // Unknown is as good as none: the cancel is kept.
+            let record = found.unwrap_or_default().into_values().next();
+            let first = *first.get_or_insert(record.as_ref().map(|record| record.sequence));
+            match &record {
+                Some(record) if is_cancelled(record) => return Outcome::Cancelled,
+                Some(record) if first != Some(record.sequence) => return Outcome::Finished,
+                Some(_) if started.elapsed() >= PATIENCE => return Outcome::Finished,
+                None if started.elapsed() >= PATIENCE => return Outcome::Recorded,
+                Some(_) | None => {}
+            }
+            tokio::time::sleep(pause.min(PATIENCE.saturating_sub(started.elapsed()))).await;
+            pause *= 2;
+        }
+    }
+}
+
+fn is_cancelled(record: &Record) -> bool {
+    record.fault.as_ref().is_some_and(|fault| fault.code == Cause::Cancelled.code())
+}
+
+fn refusal(invalid: &Invalid) -> contract::RequestError {
+    let message = match invalid.pointer.as_str() {
+        "" => format!("the cancel {}", invalid.reason),
+        _ => invalid.to_string(),
+    };
+    contract::RequestError { code: invalid.cause.code(), message, retryable: false }
+}

@@ -1,0 +1,168 @@
+//! What waits in the stream: one of all workers takes each message, keeps what it says, and settles it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream;
+use async_nats::jetstream::consumer::{Consumer, pull};
+use bytes::Bytes;
+use futures::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+
+use super::Desk;
+use super::cancel::{Cancel, Tombstone};
+use crate::admin::Concern;
+use crate::assignment::{AssignmentKey, required_id};
+use crate::broker::kv::Entry;
+use crate::broker::streams::{ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM};
+use crate::broker::{StoreError, Stored};
+use crate::contract::{self, ApprovalAnswer};
+use crate::fault::Invalid;
+
+/// A pull ends after this, served or not.
+const PULL_EXPIRES: Duration = Duration::from_secs(5);
+/// Messages of one pull.
+const BATCH: usize = 64;
+/// Messages that are worked on at once.
+const AT_ONCE: usize = 64;
+/// After the consumer could not be asked, before it is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// Takes messages; begins anew after each reconnect and when the stream was made anew.
+pub(super) async fn take(desk: Arc<Desk>) {
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    let mut connects = desk.pipeline.broker.connects();
+    loop {
+        connects.mark_unchanged();
+        tokio::select! {
+            ended = pull(&desk, &places) => {
+                if let Err(error) = ended {
+                    tracing::debug!(error, "cannot take control messages");
+                    if !desk.pipeline.health.is_raised(Concern::NatsDisconnected) {
+                        desk.pipeline.health.raise(Concern::StreamsUnavailable, error);
+                    }
+                }
+                tokio::time::sleep(TRY_AGAIN).await;
+            }
+            changed = connects.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
+    let failed = |reason: &dyn std::fmt::Display| format!("cannot pull from {CONTROL_CONSUMER}: {reason}");
+    let jetstream = desk.pipeline.broker.jetstream();
+    let consumer = jetstream.get_consumer_from_stream(CONTROL_CONSUMER, CONTROL_STREAM).await;
+    let consumer: Consumer<pull::Config> = consumer.map_err(|error| failed(&error))?;
+    loop {
+        let batch = consumer.batch().max_messages(BATCH).expires(PULL_EXPIRES).messages().await;
+        let mut batch = batch.map_err(|error| failed(&error))?;
+        while let Some(message) = batch.next().await {
+            let message = message.map_err(|error| failed(&error))?;
+            let place = Arc::clone(places).acquire_owned().await.map_err(|error| failed(&error))?;
+            let desk_here = Arc::clone(desk);
+            desk.tasks.spawn(async move {
+                // What does not get done gives its place to others, and comes back.
+                let _ = tokio::time::timeout(ACK_WAIT, desk_here.serve(message)).await;
+                drop(place);
+            });
+        }
+    }
+}
+
+impl Desk {
+    /// What cannot be read will not be readable the next time either: it is dropped.
+    async fn serve(&self, message: jetstream::Message) {
+        let published = message.info().map(|info| info.published.unix_timestamp_nanos());
+        let published = published.ok().and_then(|nanos| Timestamp::from_nanosecond(nanos).ok()).unwrap_or_default();
+        let kept = match message.subject.as_str() {
+            contract::CANCEL => self.keep_cancel(&message.payload, published).await,
+            contract::APPROVAL_ANSWER => self.keep_answer(&message.payload).await,
+            _ => Err(Invalid::input("", "came on a subject that this worker does not know")),
+        };
+        if let Err(invalid) = kept {
+            let (subject, field) = (message.subject.as_str(), invalid.pointer);
+            tracing::warn!(subject, field, reason = invalid.reason, "dropped a control message");
+        }
+        if let Err(error) = message.ack().await {
+            tracing::debug!(%error, "cannot settle a control message");
+        }
+    }
+
+    async fn keep_cancel(&self, payload: &[u8], published: Timestamp) -> Result<(), Invalid> {
+        let cancel = Cancel::decode(payload)?;
+        let token = cancel.key.token();
+        loop {
+            let known = self.read(&token).await;
+            let is_later = |entry: &Entry| Tombstone::read(entry).is_ok_and(|(_, tombstone)| tombstone.at >= published);
+            if known.as_ref().is_some_and(is_later) {
+                return Ok(());
+            }
+            let value = cancel.encode(Some(published));
+            let revision = known.map(|entry| entry.revision);
+            let write = || async {
+                match revision {
+                    Some(revision) => self.cancels.update(&token, value.clone(), revision).await,
+                    None => self.cancels.create(&token, value.clone()).await,
+                }
+            };
+            if let Stored::At(_) = self.until_definite(write).await {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Keeps a cancel that has just been sent.
+    pub(super) async fn keep_new(&self, cancel: &Cancel) {
+        let (token, value) = (cancel.key.token(), cancel.encode(None));
+        self.until_definite(|| self.cancels.put(&token, value.clone())).await;
+    }
+
+    /// Keeps an answer to a request for approval, which may have come before the request.
+    async fn keep_answer(&self, payload: &Bytes) -> Result<(), Invalid> {
+        let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
+        let wire = contract::read::<ApprovalAnswer>(json, "")?;
+        let key = AssignmentKey::new(
+            required_id(wire.tenant_id.as_deref(), "/tenant_id")?,
+            required_id(wire.assignment_id.as_deref(), "/assignment_id")?,
+        );
+        let approver = required_id(wire.approver.as_deref(), "/approver")?;
+        let token = format!("{}.{}", key.token(), contract::escape(approver));
+        self.until_definite(|| self.answers.put(&token, payload.clone())).await;
+        Ok(())
+    }
+
+    /// Repeats a write until the broker has definitely done or refused it. Unlike an outcome it may be given up: so nothing
+    /// is said on `/readyz` that nobody would take back.
+    async fn until_definite<T, F>(&self, write: impl Fn() -> F) -> T
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        loop {
+            match write().await {
+                Ok(done) => return done,
+                Err(error) => {
+                    tracing::warn!(%error, "writing again");
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    async fn read(&self, token: &str) -> Option<Entry> {
+        loop {
+            match self.cancels.get(token).await {
+                Ok(entry) => return entry,
+                Err(error) => {
+                    tracing::warn!(%error, "asking again");
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+            }
+        }
+    }
+}
