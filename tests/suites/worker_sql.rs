@@ -1,5 +1,5 @@
 //! `sql.query` on real servers: what comes back, what is refused, what is left behind.
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use beamline_tests::mariadb::MariaDb;
 use beamline_tests::postgres::Postgres;

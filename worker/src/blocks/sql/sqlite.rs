@@ -133,7 +133,7 @@ fn answer(reader: &Reader, text: &str, parameters: &Parameters, scope: &Scope) -
     while let Some(row) = rows.next()? {
         // The schema may have changed until the first step: names asked for earlier might be another statement's.
         let cells = (0..row.as_ref().column_count()).map(|index| row.get_ref(index).map(cell).map_err(Failure::from));
-        answer.push(|| row.as_ref().column_names().into_iter(), cells)?;
+        answer.push(|| row.as_ref().column_names(), cells)?;
     }
     Ok(Output(answer.finish()?))
 }
