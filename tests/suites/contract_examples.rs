@@ -9,17 +9,22 @@ use std::time::Duration;
 use async_nats::jetstream::consumer;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use beamline_worker::approval::answer::Answer;
+use beamline_worker::approval::request::{Request, State};
 use beamline_worker::assignment::{Addressee, Assignment};
 use beamline_worker::blocks::egress::Policy;
+use beamline_worker::blocks::human::Approval;
 use beamline_worker::blocks::pieces::{Piece, Sink};
-use beamline_worker::blocks::{self, BlockKind, Blocks, Output, http};
+use beamline_worker::blocks::{self, Block, BlockKind, Blocks, Output, http};
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
 use beamline_worker::contract::{CancelAnswer, CancelError, Outcome, RequestError};
 use beamline_worker::control::cancel::Cancel;
 use beamline_worker::execute::{self, Ended, Engine, Execution, Limits, Links};
 use beamline_worker::fault::{Cause, Details, Fault};
+use beamline_worker::intake::Publication;
 use beamline_worker::report::{self, StepResult};
 use futures::future::BoxFuture;
+use jiff::Timestamp;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 
@@ -86,6 +91,9 @@ async fn every_example_is_what_the_code_reads_and_writes() {
                 let produced = run(fixture, Engine::Sandbox(blocks("/data")), job).await;
                 assert_eq!(fixture.value(), Value::from(produced), "{fixture}");
             }
+            ["output", "human.approval"] => decided(fixture, job.take().unwrap_or_default()),
+            ["approval", "request"] => announced(fixture),
+            ["approval", "answer"] => drop(answer(fixture)),
             ["output", kind] => {
                 let job = job.take().unwrap_or_else(|| panic!("{fixture}: no job before it"));
                 is_produced(fixture, kind, job).await;
@@ -380,6 +388,61 @@ fn millis(value: &Value, pointer: &str) -> Duration {
     Duration::from_millis(number(value, pointer))
 }
 
+/// A request for the approval that a job asks for.
+fn requested(job: &Value, requested_at: Timestamp, expires_at: Timestamp) -> (Request, Assignment, Approval) {
+    let mut assignment = around(job.clone());
+    (assignment["trace_id"], assignment["run_id"]) = (json!("trace-abc"), json!("run-def"));
+    let state = State::Open(to_raw_value(&assignment).expect("JSON"));
+    let assignment = decode(&assignment);
+    let Block::Human(approval) = &*assignment.block else { panic!("{job} is no approval") };
+    let approval = approval.clone();
+    let request = Request {
+        key: assignment.key.clone(),
+        publication: Publication::parse("CAF_EXEC_ASSIGN,2026-11-23T09:00:00Z,42").expect("a publication"),
+        pool: None,
+        requested_at,
+        expires_at,
+        queued: Duration::ZERO,
+        replaces: 0,
+        since: None,
+        trace: None,
+        state,
+    };
+    (request, assignment, approval)
+}
+
+/// The job that the examples of approvals are about.
+fn example_of(kind: &[&str]) -> Fixture {
+    fixtures().into_iter().find(|fixture| fixture.kind == kind).unwrap_or_else(|| panic!("no example {kind:?}"))
+}
+
+fn announced(fixture: &Fixture) {
+    let example = fixture.value();
+    let time =
+        |field: &str| Timestamp::from_millisecond(example[field].as_i64().expect("a Unix time")).expect("a time");
+    let job = example_of(&["job", "accepted", "human.approval"]).value();
+    let (request, assignment, approval) = requested(&job, time("requested_at"), time("expires_at"));
+    let lasts = request.expires_at.duration_since(request.requested_at).as_millis();
+    assert_eq!(u64::try_from(lasts).ok(), job["timeout_ms"].as_u64(), "{fixture}");
+    let written: Value = serde_json::from_slice(&report::announcement(&request, &assignment, &approval)).expect("JSON");
+    assert_eq!(example, written, "{fixture}: the example is left, what the code writes is right");
+}
+
+fn answer(fixture: &Fixture) -> Answer {
+    let answered_at = Timestamp::from_millisecond(1_640_995_200_000).expect("a time");
+    Answer::decode(fixture.json.as_bytes(), answered_at, 1).unwrap_or_else(|invalid| panic!("{fixture}: {invalid}"))
+}
+
+/// The answer of the examples decides the request of the examples.
+fn decided(fixture: &Fixture, job: Value) {
+    let answer = answer(&example_of(&["approval", "answer"]));
+    let (request, _, approval) = requested(&job, answer.at(), answer.at());
+    let outcome = request.outcome(&approval, vec![answer], None, request.expires_at).expect("an outcome");
+    let output = request.execution(outcome, request.expires_at).outcome.expect("a decision");
+    let written: Value = serde_json::from_str(output.0.get()).expect("JSON");
+    assert_eq!(fixture.value(), written, "{fixture}: the example is left, what the code writes is right");
+}
+
 /// Names that the client library does not know vanish when it reads them.
 fn consumer_config(fixture: &Fixture) {
     let example = fixture.value();
@@ -432,6 +495,7 @@ fn blocks(root: &str) -> Arc<Blocks> {
         http: http::Settings::default(),
         sql: blocks::sql::Settings::default(),
         fs_roots: vec![root.into()],
+        approval_webhook: None,
     });
     blocks.expect("blocks")
 }
@@ -486,7 +550,7 @@ fn database(directory: &Path, rows: &Value) {
 }
 
 /// Every row of the code's table; a status for each of the two kinds of HTTP errors.
-const CAUSES: [Cause; 18] = [
+const CAUSES: [Cause; 19] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
@@ -505,6 +569,7 @@ const CAUSES: [Cause; 18] = [
     Cause::Internal,
     Cause::DeadlinePassed,
     Cause::Cancelled,
+    Cause::NotAnswered,
 ];
 
 /// What the page calls it. A new cause does not compile until it has its row, here and there.
@@ -528,6 +593,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::Internal => "a bug of the worker",
         Cause::DeadlinePassed => "the deadline passed",
         Cause::Cancelled => "cancelled by a user",
+        Cause::NotAnswered => "nobody answered a request for approval in time",
     }
 }
 

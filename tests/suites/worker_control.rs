@@ -515,16 +515,3 @@ async fn w40_of_a_cancel_and_a_completion_that_race_exactly_one_is_recorded() {
     assert!(both.iter().all(|count| *count > RACES / 50) && both.iter().sum::<usize>() == RACES, "no race: {seen:?}");
     drop(second);
 }
-
-// Answers to requests for approval.
-
-#[tokio::test]
-async fn an_answer_that_comes_before_its_request_is_kept() {
-    let rig = Rig::start(&[]).await;
-    let answer = json!({"assignment_id": "a.1", "tenant_id": "acme", "approver": "me@example.com", "approved": true});
-    rig.router.client().publish("caf.human.response.v1", answer.to_string().into()).await.unwrap();
-    let key = "$KV.caf-answers.acme.a=2E1.me=40example=2Ecom";
-    let kept = within(SOON, "it is kept", async || rig.router.last("KV_caf-answers", key).await).await;
-    assert_eq!(read(&kept.payload), answer);
-    nothing_waits(&rig.router).await;
-}

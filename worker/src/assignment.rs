@@ -16,6 +16,8 @@ use crate::fault::Invalid;
 const MAX_ID_BYTES: usize = 256;
 /// `job.timeout_ms` where none is given.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for `human.approval`: people sleep.
+const DEFAULT_APPROVAL_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// The longest `timeout_ms`, so that no sum of times overflows.
 const MAX_TIMEOUT_MS: i64 = 30 * 24 * 3_600_000;
 /// The most attempts that can be asked for.
@@ -210,7 +212,7 @@ impl Assignment {
             priority: wire.priority.map(|priority| within(priority, 0, 9, "/priority")).transpose()?,
             pool: pool(resources.and_then(|resources| resources.pool.as_deref()))?,
             memory_mb: memory_mb(resources.and_then(|resources| resources.memory_mb))?,
-            timeout: timeout(job.timeout_ms)?,
+            timeout: timeout(job.timeout_ms, kind(&job)?)?,
             backoff: backoff(&retry, retry_at)?,
             sandbox: job.sandbox.clone().unwrap_or_default(),
             block: Arc::new(Block::parse(kind(&job)?, raw_job)?),
@@ -253,7 +255,8 @@ pub(crate) fn version(version: Option<&str>) -> Result<(), Invalid> {
     }
 }
 
-fn is_id(text: &str) -> bool {
+/// Whether a text can be an id: not empty, at most 256 bytes, no control characters.
+pub(crate) fn is_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_ID_BYTES && !text.chars().any(char::is_control)
 }
 
@@ -293,8 +296,9 @@ fn memory_mb(memory_mb: Option<i64>) -> Result<Option<u64>, Invalid> {
     memory_mb.map(|memory_mb| within(memory_mb, 0, i64::from(u32::MAX), "/resources/memory_mb")).transpose()
 }
 
-fn timeout(timeout_ms: Option<i64>) -> Result<Duration, Invalid> {
+fn timeout(timeout_ms: Option<i64>, kind: BlockKind) -> Result<Duration, Invalid> {
     match timeout_ms {
+        None if kind == BlockKind::Human => Ok(DEFAULT_APPROVAL_TIMEOUT),
         None => Ok(DEFAULT_TIMEOUT),
         Some(timeout_ms) => within(timeout_ms, 1, MAX_TIMEOUT_MS, "/job/timeout_ms").map(Duration::from_millis),
     }

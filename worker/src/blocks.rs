@@ -2,6 +2,7 @@
 
 pub mod egress; // which addresses a block may reach
 pub mod fs; // fs.put, fs.get
+pub mod human; // human.approval
 pub mod http; // http.request
 pub mod sandbox; // canned results, nothing outside touched
 pub mod sql; // sql.query
@@ -21,7 +22,7 @@ use tracing::Instrument;
 use crate::assignment::TenantId;
 use crate::execute::cpu::CpuTime;
 use crate::execute::metered;
-use crate::fault::{Fault, Invalid};
+use crate::fault::{Cause, Fault, Invalid};
 use crate::telemetry::TraceContext;
 use thread::outcome;
 
@@ -38,11 +39,13 @@ pub enum BlockKind {
     FsGet,
     /// `sql.query`
     Sql,
+    /// `human.approval`
+    Human,
 }
 
 impl BlockKind {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::Http, Self::FsPut, Self::FsGet, Self::Sql];
+    pub const ALL: [Self; 5] = [Self::Http, Self::FsPut, Self::FsGet, Self::Sql, Self::Human];
 
     /// The public name.
     pub const fn as_str(self) -> &'static str {
@@ -51,6 +54,7 @@ impl BlockKind {
             Self::FsPut => "fs.put",
             Self::FsGet => "fs.get",
             Self::Sql => "sql.query",
+            Self::Human => "human.approval",
         }
     }
 
@@ -71,6 +75,8 @@ pub enum Block {
     FsGet(fs::Get),
     /// `sql.query`
     Sql(sql::Query),
+    /// `human.approval`
+    Human(human::Approval),
 }
 
 impl Block {
@@ -81,6 +87,7 @@ impl Block {
             BlockKind::FsPut => Self::FsPut(fs::Put::parse(job)?),
             BlockKind::FsGet => Self::FsGet(fs::Get::parse(job)?),
             BlockKind::Sql => Self::Sql(sql::Query::parse(job)?),
+            BlockKind::Human => Self::Human(human::Approval::parse(job)?),
         })
     }
 
@@ -88,7 +95,7 @@ impl Block {
     pub const fn is_streamed(&self) -> bool {
         match self {
             Self::Http(request) => request.is_streamed(),
-            Self::FsPut(_) | Self::FsGet(_) | Self::Sql(_) => false,
+            Self::FsPut(_) | Self::FsGet(_) | Self::Sql(_) | Self::Human(_) => false,
         }
     }
 
@@ -99,6 +106,7 @@ impl Block {
             Self::FsPut(_) => BlockKind::FsPut,
             Self::FsGet(_) => BlockKind::FsGet,
             Self::Sql(_) => BlockKind::Sql,
+            Self::Human(_) => BlockKind::Human,
         }
     }
 }
@@ -132,6 +140,7 @@ pub struct Blocks {
     http: http::Http,
     fs: fs::Fs,
     sql: sql::Sql,
+    approval_webhook: Option<Arc<http::Webhook>>,
 }
 
 /// What an administrator decides about blocks.
@@ -147,6 +156,8 @@ pub struct Settings {
     pub sql: sql::Settings,
     /// The safe roots, absolute; the first is where relative SQLite paths start.
     pub fs_roots: Vec<std::path::PathBuf>,
+    /// Who is told of each request for approval.
+    pub approval_webhook: Option<url::Url>,
 }
 
 impl Blocks {
@@ -156,13 +167,20 @@ impl Blocks {
     /// A CA file that cannot be read; what is wrong with it, for a person.
     pub fn new(settings: Settings) -> Result<Arc<Self>, String> {
         let dirs = tenant_dir::TenantDirs::new(settings.fs_roots);
+        let http = http::Http::new(settings.http, settings.egress.clone())?;
         Ok(Arc::new(Self {
             runtime: settings.runtime,
             dirs: dirs.clone(),
-            http: http::Http::new(settings.http, settings.egress.clone())?,
+            approval_webhook: settings.approval_webhook.map(|url| http.webhook(url)).transpose()?.map(Arc::new),
+            http,
             fs: fs::Fs::new(dirs.clone()),
             sql: sql::Sql::new(settings.sql, dirs, settings.egress)?,
         }))
+    }
+
+    /// Who is told of each request for approval.
+    pub fn approval_webhook(&self) -> Option<Arc<http::Webhook>> {
+        self.approval_webhook.clone()
     }
 
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
@@ -172,6 +190,7 @@ impl Blocks {
             Block::FsPut(put) => self.dirs.check(put.path()).err(),
             Block::FsGet(get) => self.dirs.check(get.path()).err(),
             Block::Sql(query) => self.sql.refuses(query),
+            Block::Human(_) => None,
         }
     }
 
@@ -191,6 +210,7 @@ impl Blocks {
             Block::FsPut(put) => self.fs.put(put, scope).await,
             Block::FsGet(get) => self.fs.get(get, scope).await,
             Block::Sql(query) => self.sql.run(query, scope).await,
+            Block::Human(_) => Err(Fault::new(Cause::Internal, "an approval waits for a person, not in a slot")),
         }
     }
 }

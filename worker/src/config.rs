@@ -77,6 +77,8 @@ pub struct Config {
     pub sql_connections: Option<Arc<sql::ConnectionsFile>>,
     /// Whether a job may bring a connection string of its own.
     pub sql_inline_connections: sql::Inline,
+    /// Who is told of each request for approval; its path may be a secret.
+    pub approval_webhook: Option<Url>,
     /// Whether retryable errors become dead letters when their attempts are used up.
     pub dlq_exhausted: bool,
     /// Whether secrets in dead letters are replaced.
@@ -180,6 +182,7 @@ impl Config {
             http_ca_file: input.optional(&s::HTTP_CA_FILE, values::file),
             sql_connections: input.optional(&s::SQL_CONNECTIONS_FILE, values::sql_connections).map(Arc::new),
             sql_inline_connections: input.value(&s::SQL_INLINE_CONNECTIONS, values::sql_inline),
+            approval_webhook: input.optional(&s::APPROVAL_WEBHOOK, values::webhook_url),
             dlq_exhausted: input.value(&s::DLQ_EXHAUSTED, values::switch),
             dlq_redact: input.value(&s::DLQ_REDACT, values::switch),
             outbox_dir: input.optional(&s::OUTBOX_DIR, values::file),
@@ -409,7 +412,7 @@ mod tests {
         let flags: Vec<&str> = settings::all().map(|setting| setting.flag).collect();
         let variables: Vec<&str> = settings::all().map(|setting| setting.variable).collect();
         for names in [&flags, &variables] {
-            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 32);
+            assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 33);
         }
         for setting in settings::all() {
             assert!(help.contains(&format!("  --{}", setting.flag)), "{}", setting.flag);

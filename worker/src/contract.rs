@@ -35,6 +35,9 @@ pub const CANCEL: &str = "caf.exec.cancel.v1";
 /// Where answers to requests for approval come in.
 pub const APPROVAL_ANSWER: &str = "caf.human.response.v1";
 
+/// Where requests for approval are announced.
+pub const APPROVAL_REQUEST: &str = "caf.human.request.v1";
+
 /// A worker says what it does on `caf.worker.report.v1.<worker>`.
 pub const WORKER_REPORT: &str = "caf.worker.report.v1";
 /// A worker is told whether to pull on `caf.worker.control.v1.<worker>`.
@@ -494,17 +497,6 @@ pub struct RequestError {
     pub retryable: bool,
 }
 
-/// What must be readable of a message on [`APPROVAL_ANSWER`] for it to be kept.
-#[derive(Debug, Deserialize)]
-pub struct ApprovalAnswer<'a> {
-    #[serde(borrow)]
-    pub assignment_id: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    pub tenant_id: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    pub approver: Option<Cow<'a, str>>,
-}
-
 /// What is kept of an assignment that failed for good.
 #[derive(Debug, Serialize)]
 pub struct DeadLetter<'a> {
@@ -560,6 +552,90 @@ pub struct AttemptRecord<'a> {
     pub started_at: i64,
     pub latency_ms: u64,
     pub error: PublicError<'a>,
+}
+
+/// What approvers are told on [`APPROVAL_REQUEST`].
+#[derive(Debug, Serialize)]
+pub struct HumanRequest<'a> {
+    pub version: &'static str,
+    pub assignment_id: &'a str,
+    pub request_id: &'a str,
+    pub tenant_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_id: Option<&'a str>,
+    pub prompt: &'a str,
+    pub approvers: &'a [String],
+    /// Unix time in milliseconds.
+    pub requested_at: i64,
+    /// Unix time in milliseconds.
+    pub expires_at: i64,
+}
+
+/// What an approver publishes on [`APPROVAL_ANSWER`].
+#[derive(Debug, Deserialize)]
+pub struct HumanResponse<'a> {
+    #[serde(borrow)]
+    pub version: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub assignment_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub tenant_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub approver: Option<Cow<'a, str>>,
+    pub approved: Option<bool>,
+    #[serde(borrow)]
+    pub comment: Option<Cow<'a, str>>,
+}
+
+/// A request for approval as it is kept: with its assignment while it is open, with its result from then on.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct StoredRequest {
+    pub version: String,
+    pub tenant_id: String,
+    pub assignment_id: String,
+    /// The newest publication that waits for it, as in [`HEADER_ANSWERS`].
+    pub publication: String,
+    /// `<namespace>/<name>` of the WorkerPool whose workers end it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// Unix time in milliseconds.
+    pub requested_at: i64,
+    /// Unix time in milliseconds.
+    pub expires_at: i64,
+    pub queue_ms: u64,
+    /// The sequence of the record that its result replaces; 0 for none.
+    pub replaces: u64,
+    /// Unix time in milliseconds: what was said about the assignment before is not about this request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<i64>,
+    /// W3C trace context of the publication.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
+    /// As the Router published it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Box<RawValue>>,
+    /// Tells apart whoever came to the same result at the same time; unique.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_by: Option<String>,
+    /// As it is recorded and published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Box<RawValue>>,
+}
+
+/// An answer as it is kept.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct StoredAnswer {
+    pub approver: String,
+    pub approved: bool,
+    pub comment: String,
+    /// When the broker got it, Unix time in milliseconds.
+    pub answered_at: i64,
+    /// Its sequence there.
+    pub sequence: u64,
 }
 
 /// What a look-up needs to know of a stored record: it may have been written by another version of this program.

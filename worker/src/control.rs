@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::broker::kv::{Bucket, Change};
-use crate::broker::streams::{ANSWER_BUCKET, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
+use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::contract;
 use crate::pipeline::Pipeline;
 use cancel::{Cancel, Tombstone};
@@ -39,7 +39,6 @@ pub struct Control {
 struct Desk {
     pipeline: Arc<Pipeline>,
     cancels: Bucket,
-    answers: Bucket,
     /// Messages that have been taken and are not done.
     tasks: TaskTracker,
 }
@@ -49,7 +48,6 @@ impl Control {
     pub fn start(pipeline: Arc<Pipeline>) -> Self {
         let desk = Arc::new(Desk {
             cancels: Bucket::new(pipeline.broker.clone(), CANCEL_BUCKET),
-            answers: Bucket::new(pipeline.broker.clone(), ANSWER_BUCKET),
             tasks: TaskTracker::new(),
             pipeline,
         });

@@ -14,6 +14,7 @@ use futures::FutureExt;
 use jiff::Timestamp;
 
 use crate::assignment::Assignment;
+use crate::blocks::http::Webhook;
 use crate::blocks::pieces::Sink;
 use crate::blocks::{Blocks, Output, Scope, sandbox};
 use crate::failpoint::{self, Point};
@@ -31,6 +32,14 @@ pub enum Engine {
 }
 
 impl Engine {
+    /// Who is told of a request for approval; `None` also in the sandbox.
+    pub fn approval_webhook(&self) -> Option<Arc<Webhook>> {
+        match self {
+            Self::Real(blocks) => blocks.approval_webhook(),
+            Self::Sandbox(_) => None,
+        }
+    }
+
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
     pub fn refuses(&self, assignment: &Assignment) -> Option<Invalid> {
         match self {

@@ -46,6 +46,8 @@ pub enum Cause {
     DeadlinePassed,
     /// Somebody wanted it stopped.
     Cancelled,
+    /// Nobody who was asked has answered in time.
+    NotAnswered,
 }
 
 impl Cause {
@@ -63,7 +65,7 @@ impl Cause {
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
             Self::Internal => 4001,
             Self::Cancelled => 5001,
-            Self::DeadlinePassed => 5002,
+            Self::DeadlinePassed | Self::NotAnswered => 5002,
         }
     }
 
@@ -86,7 +88,8 @@ impl Cause {
             | Self::NotAllowed
             | Self::Tls
             | Self::TooManyRedirects
-            | Self::Cancelled => false,
+            | Self::Cancelled
+            | Self::NotAnswered => false,
         }
     }
 
@@ -98,7 +101,7 @@ impl Cause {
     /// The status of the result that reports it.
     pub const fn status(self) -> Status {
         match self {
-            Self::DeadlinePassed => Status::Timeout,
+            Self::DeadlinePassed | Self::NotAnswered => Status::Timeout,
             Self::Cancelled => Status::Cancelled,
             _ => Status::Error,
         }
@@ -240,6 +243,13 @@ mod tests {
     fn a_passed_deadline_is_a_retryable_timeout_that_is_not_tried_again_here() {
         let cause = Cause::DeadlinePassed;
         assert_eq!((cause.code(), cause.status(), cause.is_retryable()), (5002, Status::Timeout, true));
+        assert!(!cause.is_retried_here() && !cause.is_dead_letter());
+    }
+
+    #[test]
+    fn an_approval_that_nobody_answers_is_a_timeout_that_is_not_asked_again() {
+        let cause = Cause::NotAnswered;
+        assert_eq!((cause.code(), cause.status(), cause.is_retryable()), (5002, Status::Timeout, false));
         assert!(!cause.is_retried_here() && !cause.is_dead_letter());
     }
 

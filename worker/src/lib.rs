@@ -12,7 +12,8 @@ pub mod fault; // the 1xxx–5xxx table: why not, and what follows
 pub mod admission; // whether it may run here
 pub mod schedule; // where and in what order
 pub mod execute; // deadline and retry
-pub mod blocks; // http, fs, sql
+pub mod blocks; // http, fs, sql, human
+pub mod approval; // work that waits for a person, in no slot
 pub mod report; // verdicts, results, dead letters
 pub mod control; // cancels, from the stream and live
 

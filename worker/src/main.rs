@@ -121,6 +121,7 @@ async fn work(
     }
     let (chunks, waiting) = mpsc::channel(CHUNKS);
     let stop = CancellationToken::new();
+    pipeline.watch_approvals(stop.clone());
     let taking = TaskTracker::new();
     for source in pulled(sources(&config)) {
         taking.spawn(intake::take(Arc::clone(&pipeline), source, streams.clone(), chunks.clone(), stop.clone()));
@@ -187,6 +188,7 @@ fn engine(config: &Config, runtime: Handle) -> Result<Engine, String> {
             ca_file: config.http_ca_file.clone(),
         },
         fs_roots: config.fs_roots.clone(),
+        approval_webhook: config.approval_webhook.clone(),
     })
     .map(if config.sandbox_mode { Engine::Sandbox } else { Engine::Real })
 }
@@ -207,6 +209,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         Spool::open(directory).context(failed)
     });
     Ok(pipeline::Settings {
+        pool: config.pool.as_ref().map(ToString::to_string),
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
         route_subject: intake.route_subject(),

@@ -28,6 +28,8 @@ const REDELIVERIES: &str = "Deliveries that were not the first of their message"
 const PUBLISH_RETRIES: &str = "Publishes repeated because the broker did not confirm them";
 const LOG_LINES_DROPPED: &str = "Log lines dropped because nothing read them";
 const TENANTS_FILE_BROKEN: &str = "1 while the tenants file cannot be used and what it said before holds";
+const APPROVALS_OPEN: &str = "Approvals that wait, of all pools: every worker knows the same ones";
+const WEBHOOK_FAILURES: &str = "Requests for approval that the webhook could not be told";
 const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
 
 /// Every series of this worker, resolved once, so that recording neither locks nor allocates.
@@ -51,6 +53,29 @@ pub struct Metrics {
     nats_connected: IntGauge,
     tenants_file_broken: IntGauge,
     log_lines_dropped: IntCounter,
+    approvals_open: IntGauge,
+    answers_ignored: IntCounterVec,
+    webhook_failures: IntCounter,
+}
+
+/// Why an answer to an approval does not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IgnoredAnswer {
+    /// It breaks the contract.
+    Malformed,
+    /// It is from somebody who was not asked.
+    Unlisted,
+}
+
+impl IgnoredAnswer {
+    const ALL: [Self; 2] = [Self::Malformed, Self::Unlisted];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::Unlisted => "unlisted",
+        }
+    }
 }
 
 impl Metrics {
@@ -79,6 +104,9 @@ impl Metrics {
             nats_connected: gauge(&registry, "worker_nats_connected", "1 while the broker is connected"),
             tenants_file_broken: gauge(&registry, "worker_tenants_file_broken", TENANTS_FILE_BROKEN),
             log_lines_dropped: counter(&registry, "worker_log_lines_dropped_total", LOG_LINES_DROPPED),
+            approvals_open: gauge(&registry, "worker_approvals_open", APPROVALS_OPEN),
+            answers_ignored: answers_ignored(&registry),
+            webhook_failures: counter(&registry, "worker_approval_webhook_failures_total", WEBHOOK_FAILURES),
             registry,
         }
     }
@@ -155,6 +183,21 @@ impl Metrics {
         self.tenants_file_broken.set(i64::from(broken));
     }
 
+    /// Approvals that wait, as far as this worker knows.
+    pub fn set_approvals_open(&self, open: usize) {
+        self.approvals_open.set(count(open));
+    }
+
+    /// An answer to an approval does not count.
+    pub fn answer_ignored(&self, why: IgnoredAnswer) {
+        self.answers_ignored.with_label_values(&[why.as_str()]).inc();
+    }
+
+    /// The webhook could not be told of a request for approval.
+    pub fn webhook_failed(&self) {
+        self.webhook_failures.inc();
+    }
+
     /// For the one who drops log lines.
     pub(crate) fn log_lines_dropped(&self) -> IntCounter {
         self.log_lines_dropped.clone()
@@ -173,6 +216,7 @@ struct ByKind<T> {
     fs_put: T,
     fs_get: T,
     sql: T,
+    human: T,
 }
 
 impl<T> ByKind<T> {
@@ -182,6 +226,7 @@ impl<T> ByKind<T> {
             fs_put: make(BlockKind::FsPut),
             fs_get: make(BlockKind::FsGet),
             sql: make(BlockKind::Sql),
+            human: make(BlockKind::Human),
         }
     }
 
@@ -191,6 +236,7 @@ impl<T> ByKind<T> {
             BlockKind::FsPut => &self.fs_put,
             BlockKind::FsGet => &self.fs_get,
             BlockKind::Sql => &self.sql,
+            BlockKind::Human => &self.human,
         }
     }
 }
@@ -282,6 +328,15 @@ fn rejected(registry: &Registry) -> IntCounterVec {
         rejected.with_label_values(&[&cause.code().to_string()]);
     }
     rejected
+}
+
+fn answers_ignored(registry: &Registry) -> IntCounterVec {
+    let help = "Answers to approvals that do not count, by the reason";
+    let ignored = counters(registry, "worker_approval_answers_ignored_total", help, &["reason"]);
+    for why in IgnoredAnswer::ALL {
+        ignored.with_label_values(&[why.as_str()]);
+    }
+    ignored
 }
 
 fn dead_letters(registry: &Registry) -> IntCounterVec {
@@ -376,6 +431,10 @@ mod tests {
             "worker_log_lines_dropped_total",
             "worker_nats_connected",
             "worker_tenants_file_broken",
+            "worker_approvals_open",
+            r#"worker_approval_answers_ignored_total{reason="malformed"}"#,
+            r#"worker_approval_answers_ignored_total{reason="unlisted"}"#,
+            "worker_approval_webhook_failures_total",
         ] {
             assert_eq!(samples.get(series), Some(&0.0), "{series}");
         }
@@ -428,6 +487,9 @@ mod tests {
         metrics.publish_retried();
         metrics.set_nats_connected(true);
         metrics.set_tenants_file_broken(true);
+        metrics.set_approvals_open(7);
+        metrics.answer_ignored(IgnoredAnswer::Unlisted);
+        metrics.webhook_failed();
 
         let samples = scrape(&metrics);
         for (series, value) in [
@@ -444,6 +506,9 @@ mod tests {
             ("worker_publish_retries_total", 1.0),
             ("worker_nats_connected", 1.0),
             ("worker_tenants_file_broken", 1.0),
+            ("worker_approvals_open", 7.0),
+            (r#"worker_approval_answers_ignored_total{reason="unlisted"}"#, 1.0),
+            ("worker_approval_webhook_failures_total", 1.0),
         ] {
             assert_eq!(samples[series], value, "{series}");
         }

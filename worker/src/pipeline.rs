@@ -4,6 +4,7 @@
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
 mod rejection; // what does not run
+mod approvals; // what waits for a person
 mod route; // what runs on another class of workers
 mod in_flight; // which assignments run here
 mod cancel; // what is wanted no more
@@ -23,7 +24,9 @@ use tracing::{Instrument, Span};
 
 use crate::admin::Health;
 use crate::admission;
+use crate::approval::Approvals;
 use crate::assignment::{Assignment, Undecodable};
+use crate::blocks::Block;
 use crate::broker::Broker;
 use crate::broker::streams::Ready;
 use crate::contract;
@@ -54,6 +57,8 @@ const LOOK_UPS: usize = 8;
 /// What an administrator decides about the pipeline.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
+    pub pool: Option<String>,
     /// Who signs verdicts and results.
     pub worker_id: String,
     /// Where verdicts go.
@@ -79,6 +84,7 @@ pub struct Pipeline {
     pub(crate) broker: Broker,
     pub(crate) streams: watch::Receiver<Ready>,
     pub(crate) ledger: Ledger,
+    pub(crate) approvals: Approvals,
     pub(crate) outbox: Outbox,
     pub(crate) dead_letters: DeadLetters,
     pub(crate) schedule: Schedule,
@@ -138,6 +144,7 @@ impl Pipeline {
     ) -> Self {
         Self {
             ledger: Ledger::new(broker.clone()),
+            approvals: Approvals::new(&broker),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
             dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
             settings,
@@ -206,13 +213,19 @@ impl Pipeline {
                 self.metrics.result_replayed();
                 Box::pin(self.answer(arrival, record)).await;
             }
-            record => {
-                // A run that is asked for anew is not met by a cancel of the old one.
-                let is_rerun = record.is_some() || arrival.delivery.is_replay();
-                let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
-                let expected = record.map_or(0, |record| record.sequence);
-                self.execute_in_turn(arrival, expected, flight.stop().requested(since)).await;
-            }
+            record => match (&*arrival.assignment.block, &self.engine) {
+                (Block::Human(approval), Engine::Real(_)) => {
+                    let approval = approval.clone();
+                    Box::pin(self.park(arrival, &approval, record)).await;
+                }
+                _ => {
+                    // A run that is asked for anew is not met by a cancel of the old one.
+                    let is_rerun = record.is_some() || arrival.delivery.is_replay();
+                    let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
+                    let expected = record.map_or(0, |record| record.sequence);
+                    self.execute_in_turn(arrival, expected, flight.stop().requested(since)).await;
+                }
+            },
         }
         let copies = flight.land();
         if !copies.is_empty() {
@@ -305,7 +318,7 @@ impl Pipeline {
     async fn answer(&self, arrival: Arrival, record: Record) {
         let Arrival { delivery, assignment, .. } = &arrival;
         if record.publication.as_ref() == Some(delivery.publication())
-            && let Some(fault) = record.fault.as_ref().filter(|fault| !fault.retryable)
+            && let Some(fault) = record.dead_letter()
         {
             let addressee = assignment.addressee();
             failpoint::reach(Point::BeforeDeadLetter).await;
@@ -320,7 +333,7 @@ impl Pipeline {
         let Arrival { delivery, assignment, said, trace, span } = arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
         failpoint::reach(Point::BeforeResult).await;
-        self.outbox.publish(result, said, trace).instrument(publish).await;
+        self.outbox.publish(result, Some(said), trace).instrument(publish).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;

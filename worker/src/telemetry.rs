@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 use lines::LineLayer;
 use output::Output;
 
-pub use spans::{SpanIds, context_of, execute_span, mark_failed, publish_span, receive_span};
+pub use spans::{SpanIds, context_of, execute_span, mark_failed, outcome_span, publish_span, receive_span};
 pub use trace_context::TraceContext;
 
 /// How long a collector may take for one batch; also a stop waits for it.

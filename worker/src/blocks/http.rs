@@ -5,6 +5,7 @@ mod failure; // what went wrong below HTTP
 mod request; // what a job asks for
 mod response; // what comes back
 mod stream; // what comes back, piece by piece
+mod webhook; // a place that is told things
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use reqwest::Response;
 
 pub(super) use client::authorities;
 pub use request::Request;
+pub use webhook::Webhook;
 
 use super::{Output, Scope, egress};
 use crate::fault::{Cause, Details, Fault, Invalid, excerpt};
@@ -50,6 +52,14 @@ impl Http {
     /// A CA file that cannot be used; what is wrong with it, for a person.
     pub fn new(settings: Settings, policy: egress::Policy) -> Result<Self, String> {
         Ok(Self { clients: Clients::new(&settings, policy)? })
+    }
+
+    /// A place that is told things, with connections of its own.
+    ///
+    /// # Errors
+    /// A client that cannot be set up; why, for a person.
+    pub fn webhook(&self, url: ::url::Url) -> Result<Webhook, String> {
+        Ok(Webhook::new(self.clients.build()?, url))
     }
 
     /// Whether the request is refused before it is tried: its host is an address literal that may not be reached. A
@@ -112,6 +122,14 @@ fn next(hop: &Request, response: &Response) -> Result<Option<Request>, Fault> {
     let url = request::callable(url)
         .map_err(|reason| Fault::new(Cause::NotAllowed, format!("the peer redirects to a URL that {reason}")))?;
     Ok(Some(hop.clone().redirected(status, url)))
+}
+
+/// Reads a URL that may be called.
+///
+/// # Errors
+/// Why not, as the end of a sentence.
+pub(crate) fn callable(text: &str) -> Result<::url::Url, &'static str> {
+    request::url(text)
 }
 
 /// Whether a header by its name holds what only the origin that it was meant for may see.

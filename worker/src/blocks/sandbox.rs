@@ -6,6 +6,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde_json::value::to_raw_value;
 
+use super::human::Decision;
 use super::pieces::{Piece, Sink};
 use super::{Block, Output, Scope};
 use crate::contract::SandboxJob;
@@ -116,6 +117,13 @@ fn canned(block: &Block) -> Result<Output, Fault> {
             sandbox: true,
         }),
         Block::Sql(_) => encode(&Sql { rows: [], row_count: 0, sandbox: true }),
+        Block::Human(approval) => encode(&Decision {
+            approved: true,
+            approver: approval.approvers().first().map_or("", String::as_str),
+            comment: "",
+            approved_at: 0,
+            sandbox: Some(true),
+        }),
     }
 }
 
@@ -215,6 +223,10 @@ mod tests {
             (
                 block(BlockKind::Sql, json!({"connection_string": "sqlite://x.db", "query": "SELECT 1"})),
                 json!({"rows": [], "row_count": 0, "sandbox": true}),
+            ),
+            (
+                block(BlockKind::Human, json!({"prompt": "Approve?", "approvers": ["ann", "bob"]})),
+                json!({"approved": true, "approver": "ann", "comment": "", "approved_at": 0, "sandbox": true}),
             ),
         ];
         for (block, expected) in cases {

@@ -137,6 +137,13 @@ pub(super) const HTTP_CONNECT_TIMEOUT: Setting = setting(
 );
 pub(super) const HTTP_CA_FILE: Setting =
     setting("http-ca-file", "WORKER_HTTP_CA_FILE", "FILE", None, "PEM authorities trusted besides the public ones");
+pub(super) const APPROVAL_WEBHOOK: Setting = setting(
+    "approval-webhook",
+    "WORKER_APPROVAL_WEBHOOK",
+    "URL",
+    None,
+    "Told of each request for approval, by POST; guarded like any address",
+);
 
 pub(super) const SQL_CONNECTIONS_FILE: Setting = setting(
     "sql-connections-file",
@@ -231,6 +238,7 @@ pub(super) const GROUPS: [(&str, &[Setting]); 6] = [
             HTTP_CA_FILE,
             SQL_CONNECTIONS_FILE,
             SQL_INLINE_CONNECTIONS,
+            APPROVAL_WEBHOOK,
         ],
     ),
     ("Shutdown and dead letters", &[DRAIN_TIMEOUT, OUTBOX_DIR, DLQ_EXHAUSTED, DLQ_REDACT]),

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use crate::assignment::TenantId;
-use crate::blocks::{egress, sql};
+use crate::blocks::{egress, http, sql};
 
 /// The longest time that is written in milliseconds: 30 days.
 pub(super) const MONTH_MS: u64 = 30 * 24 * 3_600_000;
@@ -238,6 +238,12 @@ pub(super) fn collector_url(text: &str) -> Result<Url, String> {
         matches!(url.scheme(), "http" | "https") && url.has_host() && !has_credentials
     });
     url.ok_or_else(|| "an http or https URL without credentials, such as http://localhost:4318".to_owned())
+}
+
+/// Credentials would be shown by whoever shows the URL.
+pub(super) fn webhook_url(text: &str) -> Result<Url, String> {
+    http::callable(text)
+        .map_err(|_| "an http or https URL without credentials, such as https://example.com/hook".to_owned())
 }
 
 pub(super) fn log_filter(text: &str) -> Result<EnvFilter, String> {

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::{Consumer, pull};
-use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
@@ -13,11 +12,10 @@ use tokio::sync::Semaphore;
 use super::Desk;
 use super::cancel::{Cancel, Tombstone};
 use crate::admin::Concern;
-use crate::assignment::{AssignmentKey, required_id};
 use crate::broker::kv::Entry;
 use crate::broker::streams::{ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::broker::{StoreError, Stored};
-use crate::contract::{self, ApprovalAnswer};
+use crate::contract;
 use crate::fault::Invalid;
 
 /// A pull ends after this, served or not.
@@ -78,11 +76,12 @@ async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
 impl Desk {
     /// What cannot be read will not be readable the next time either: it is dropped.
     async fn serve(&self, message: jetstream::Message) {
-        let published = message.info().map(|info| info.published.unix_timestamp_nanos());
-        let published = published.ok().and_then(|nanos| Timestamp::from_nanosecond(nanos).ok()).unwrap_or_default();
+        let info = message.info().map(|info| (info.published.unix_timestamp_nanos(), info.stream_sequence));
+        let (published, sequence) = info.unwrap_or_default();
+        let published = Timestamp::from_nanosecond(published).unwrap_or_default();
         let kept = match message.subject.as_str() {
-            contract::CANCEL => self.keep_cancel(&message.payload, published).await,
-            contract::APPROVAL_ANSWER => self.keep_answer(&message.payload).await,
+            contract::CANCEL => self.cancel(&message.payload, published).await,
+            contract::APPROVAL_ANSWER => self.pipeline.answered(&message.payload, published, sequence).await,
             _ => Err(Invalid::input("", "came on a subject that this worker does not know")),
         };
         if let Err(invalid) = kept {
@@ -94,14 +93,20 @@ impl Desk {
         }
     }
 
-    async fn keep_cancel(&self, payload: &[u8], published: Timestamp) -> Result<(), Invalid> {
+    async fn cancel(&self, payload: &[u8], published: Timestamp) -> Result<(), Invalid> {
         let cancel = Cancel::decode(payload)?;
+        self.keep_cancel(&cancel, published).await;
+        self.pipeline.cancel_approval(&cancel.key).await;
+        Ok(())
+    }
+
+    async fn keep_cancel(&self, cancel: &Cancel, published: Timestamp) {
         let token = cancel.key.token();
         loop {
             let known = self.read(&token).await;
             let is_later = |entry: &Entry| Tombstone::read(entry).is_ok_and(|(_, tombstone)| tombstone.at >= published);
             if known.as_ref().is_some_and(is_later) {
-                return Ok(());
+                return;
             }
             let value = cancel.encode(Some(published));
             let revision = known.map(|entry| entry.revision);
@@ -112,7 +117,7 @@ impl Desk {
                 }
             };
             if let Stored::At(_) = self.until_definite(write).await {
-                return Ok(());
+                return;
             }
         }
     }
@@ -121,20 +126,7 @@ impl Desk {
     pub(super) async fn keep_new(&self, cancel: &Cancel) {
         let (token, value) = (cancel.key.token(), cancel.encode(None));
         self.until_definite(|| self.cancels.put(&token, value.clone())).await;
-    }
-
-    /// Keeps an answer to a request for approval, which may have come before the request.
-    async fn keep_answer(&self, payload: &Bytes) -> Result<(), Invalid> {
-        let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
-        let wire = contract::read::<ApprovalAnswer>(json, "")?;
-        let key = AssignmentKey::new(
-            required_id(wire.tenant_id.as_deref(), "/tenant_id")?,
-            required_id(wire.assignment_id.as_deref(), "/assignment_id")?,
-        );
-        let approver = required_id(wire.approver.as_deref(), "/approver")?;
-        let token = format!("{}.{}", key.token(), contract::escape(approver));
-        self.until_definite(|| self.answers.put(&token, payload.clone())).await;
-        Ok(())
+        self.pipeline.cancel_approval(&cancel.key).await;
     }
 
     /// Repeats a write until the broker has definitely done or refused it. Unlike an outcome it may be given up: so nothing

@@ -1,6 +1,7 @@
 //! Writes that must become definite: each is repeated until the broker has surely done or refused it.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -196,7 +197,7 @@ impl Pipeline {
     }
 
     /// Says so on `/readyz`, and so has the streams looked at; a broker that is away explains enough.
-    fn raise_unless_away(&self, concern: Concern, error: &dyn std::fmt::Display) {
+    fn raise_unless_away(&self, concern: Concern, error: &dyn Display) {
         if !self.health.is_raised(Concern::NatsDisconnected) {
             self.health.raise(concern, error.to_string());
         }
@@ -218,17 +219,26 @@ impl Pipeline {
         if keys.is_empty() {
             return HashMap::new();
         }
-        for attempt in 0.. {
-            match self.ledger.look_up(keys).await {
-                Ok(records) => return records,
+        self.until_read(|| self.ledger.look_up(keys)).await
+    }
+
+    /// Repeats a read until the broker has answered.
+    pub(super) async fn until_read<T, E: Display, F>(&self, read: impl Fn() -> F) -> T
+    where
+        F: Future<Output = Result<T, E>>,
+    {
+        let mut attempt = 0;
+        loop {
+            match read().await {
+                Ok(answer) => return answer,
                 Err(error) => {
                     tracing::warn!(%error, "a look-up failed: asking again");
                     self.raise_unless_away(Concern::StreamsUnavailable, &error);
                     tokio::time::sleep(pause(attempt)).await;
+                    attempt += 1;
                 }
             }
         }
-        HashMap::new()
     }
 
     fn is_dead_letter(&self, fault: &Fault) -> bool {

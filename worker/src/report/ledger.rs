@@ -40,6 +40,11 @@ impl Record {
         self.fault.as_ref().is_some_and(|fault| fault.retryable)
     }
 
+    /// The error that is due as a dead letter too: final, and neither a cancel nor a deadline.
+    pub fn dead_letter(&self) -> Option<&StoredError> {
+        self.fault.as_ref().filter(|fault| !fault.retryable && !(5000..6000).contains(&fault.code))
+    }
+
     /// Whether a delivery of `publication` is answered by it, without being executed.
     pub fn answers(&self, publication: &Publication) -> bool {
         self.publication.as_ref().is_some_and(|recorded| recorded.answers(publication))

@@ -43,7 +43,8 @@ struct Outgoing {
 
 #[derive(Debug)]
 enum Message {
-    Result { result: Bytes, said: Said },
+    Result { result: Bytes, said: Option<Said> },
+    Parked { announcement: Option<Bytes>, said: Said },
     Refusal { verdict: Bytes },
 }
 
@@ -55,9 +56,15 @@ impl Outbox {
         Self(sender)
     }
 
-    /// Returns when the broker has the result, and before it the verdict, however long that takes.
-    pub async fn publish(&self, result: Bytes, said: Said, trace: Option<TraceContext>) {
+    /// Returns when the broker has the result, and before it the verdict where that is not certain yet, however long that
+    /// takes.
+    pub async fn publish(&self, result: Bytes, said: Option<Said>, trace: Option<TraceContext>) {
         self.hand_in(Message::Result { result, said }, trace).await;
+    }
+
+    /// Returns when the broker has the verdict on what waits for a person, and what approvers are told of it.
+    pub async fn park(&self, announcement: Option<Bytes>, said: Said, trace: Option<TraceContext>) {
+        self.hand_in(Message::Parked { announcement, said }, trace).await;
     }
 
     /// Returns when the broker has the verdict on what will not run.
@@ -94,10 +101,18 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
         let trace = outgoing.trace.as_ref();
         match &outgoing.message {
             Message::Result { result, said } => {
+                if let Some(lost) = said.as_ref().filter(|said| said.session != session) {
+                    broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
+                }
+                broker.say_in(trace, contract::RESULT, result.clone()).await;
+            }
+            Message::Parked { announcement, said } => {
                 if said.session != session {
                     broker.say_in(trace, verdicts.clone(), said.verdict.clone()).await;
                 }
-                broker.say_in(trace, contract::RESULT, result.clone()).await;
+                if let Some(announcement) = announcement {
+                    broker.say_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
+                }
             }
             Message::Refusal { verdict } => broker.say_in(trace, verdicts.clone(), verdict.clone()).await,
         }

@@ -76,6 +76,19 @@ pub fn execute_span(receive: &Span, ids: &SpanIds<'_>) -> Span {
     if is_on() { public_span!(receive, "worker.block.execute", "internal", ids) } else { Span::none() }
 }
 
+/// `worker.block.execute` of work that waited without a delivery: when it has come to something.
+pub fn outcome_span(trace: Option<&TraceContext>, ids: &SpanIds<'_>) -> Span {
+    if !is_on() {
+        return Span::none();
+    }
+    let span = public_span!(None, "worker.block.execute", "internal", ids);
+    if let Some(remote) = trace.and_then(remote_parent) {
+        // Fails only where nothing exports.
+        let _ = span.set_parent(remote);
+    }
+    span
+}
+
 /// `worker.result.publish`: until the broker has the result.
 pub fn publish_span(receive: &Span, ids: &SpanIds<'_>) -> Span {
     if is_on() { public_span!(receive, "worker.result.publish", "producer", ids) } else { Span::none() }

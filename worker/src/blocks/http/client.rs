@@ -80,7 +80,7 @@ impl Clients {
         Ok(client)
     }
 
-    fn build(&self) -> Result<Client, String> {
+    pub(super) fn build(&self) -> Result<Client, String> {
         // The connect timeout covers the look-up: half of it is left to connect and to shake hands.
         let guard = Guard::new(Arc::clone(&self.policy), self.connect_timeout / 2)?;
         Client::new(guard, self.tls.clone(), self.connect_timeout)

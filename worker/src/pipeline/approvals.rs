@@ -1,0 +1,419 @@
+//! Approvals: parked when they arrive, brought forward by whoever learns something about them, and then concluded.
+//!
+//! Every step stores first and looks second, and each can be repeated by any worker: the request's revision decides who
+//! ends it, the record what is published, and the request is removed last.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use jiff::Timestamp;
+use serde_json::value::RawValue;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
+
+use super::durable::may_replace;
+use super::{Arrival, Pipeline};
+use crate::approval::answer::Answer;
+use crate::approval::deadlines::Deadlines;
+use crate::approval::request::{Outcome, Request, State};
+use crate::approval::{AfterAnEnd, Opened};
+use crate::assignment::{Assignment, AssignmentKey};
+use crate::blocks::Block;
+use crate::blocks::human::Approval;
+use crate::broker::Stored;
+use crate::broker::kv::{Change, Entry};
+use crate::execute::Execution;
+use crate::fault::{Cause, Fault, Invalid};
+use crate::intake::{Delivery, Settlement};
+use crate::metrics::IgnoredAnswer;
+use crate::report::ledger::Record;
+use crate::report::{self, StepResult};
+use crate::telemetry;
+
+/// Requests that are looked at at once when many are due.
+const LOOKS: usize = 16;
+/// So many workers do not all look at the same moment.
+const SPREAD_MS: i64 = 250;
+/// Workers of the request's own pool come first; those of others help when none has come for so long.
+const OTHER_POOLS_GRACE_MS: i64 = 60_000;
+/// Whoever ended a request concludes it within milliseconds; after this, somebody else does.
+const CONCLUSION_GRACE_MS: i64 = 10_000;
+/// A request that is still there is looked at again.
+const LOOK_AGAIN_MS: i64 = 10_000;
+/// The clock may be set: the next deadline is looked at no later than this.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// How long a deadline waits for answers that the broker already has.
+const HEAR_OUT: Duration = Duration::from_secs(10);
+const HEAR_OUT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a look at a request came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// Somebody is still waited for.
+    Waits,
+    /// Its result is published.
+    Ended,
+}
+
+/// Why a request is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reason {
+    /// Something was said. A deadline that has passed meanwhile is left to whoever watches it.
+    News,
+    /// It is due.
+    Due,
+}
+
+/// Ends requests at their deadlines, and concludes what a worker left behind, until `stop`.
+async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
+    let mut changes = pipeline.approvals.requests().watch(pipeline.health.clone());
+    let (mut deadlines, mut looks) = (Deadlines::default(), FuturesUnordered::new());
+    loop {
+        pipeline.metrics.set_approvals_open(deadlines.len());
+        let now = Timestamp::now().as_millisecond();
+        while looks.len() < LOOKS
+            && let Some(key) = deadlines.take(now)
+        {
+            looks.push(pipeline.look_at(key));
+        }
+        let due_in = deadlines.next().map_or(i64::MAX, |due| due.saturating_sub(now)).max(0).unsigned_abs();
+        tokio::select! {
+            change = changes.recv() => match change {
+                Some(Change::Anew) => deadlines.clear(),
+                Some(Change::Put(entry)) => deadlines.set(&entry.key, pipeline.due(&entry, now)),
+                Some(Change::Removed(key)) => deadlines.remove(&key),
+                Some(Change::Current) => {}
+                None => return,
+            },
+            Some(key) = looks.next() => deadlines.again(&key, Timestamp::now().as_millisecond() + LOOK_AGAIN_MS),
+            () = tokio::time::sleep(Duration::from_millis(due_in).min(LONGEST_SLEEP)), if looks.len() < LOOKS => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    // Whatever is dropped here, another worker does: but what has begun is better finished.
+    while looks.next().await.is_some() {}
+}
+
+impl Pipeline {
+    /// Has a task watch the deadlines of approvals until `stop`. A drain waits for it.
+    pub fn watch_approvals(self: &Arc<Self>, stop: CancellationToken) {
+        self.tasks.spawn(watch(Arc::clone(self), stop));
+    }
+
+    /// Stores the request, tells its approvers and settles the delivery: from then on it needs nobody until it is due.
+    pub(super) async fn park(&self, mut arrival: Arrival, approval: &Approval, record: Option<Record>) {
+        let begun = Instant::now();
+        arrival.delivery.started();
+        let Some(mut request) = request(&arrival, self.settings.pool.clone(), record.as_ref()) else { return };
+        if let Some(fault) = self.does_not_fit(&request, &arrival.assignment, approval) {
+            let (expected, queued) = (request.replaces, request.queued);
+            return self.finish(arrival, expected, queued, Execution::not_begun(fault)).await;
+        }
+        let mut after_an_end = AfterAnEnd::LookFirst;
+        let (entry, is_asked) = loop {
+            match self.open(&arrival.delivery, &request, after_an_end).await {
+                None => return,
+                Some(Opened::At(entry)) => break (entry, false),
+                Some(Opened::Joined(entry)) => break (entry, true),
+                Some(Opened::Ended(entry, ended)) => self.conclude(&entry, &ended).await,
+                Some(Opened::Before) => {}
+            }
+            let key = std::slice::from_ref(&arrival.assignment.key);
+            let record = self.read_records(key).await.into_values().next();
+            if let Some(record) = record.as_ref().filter(|record| !may_replace(record, &arrival.delivery)) {
+                self.metrics.result_replayed();
+                return self.answer(arrival, record.clone()).await;
+            }
+            request.since = request.since.or_else(|| record.as_ref().map(|_| arrival.delivery.published()));
+            request.replaces = record.map_or(0, |record| record.sequence);
+            after_an_end = AfterAnEnd::AskAgain;
+        };
+        let progress = self.bring_forward(entry.clone(), Reason::News).await;
+        let announcement = (progress == Progress::Waits && !is_asked).then(|| {
+            // What waits may have been stored by an earlier delivery.
+            let waits = Request::decode(&entry).unwrap_or(request);
+            self.announcement(&waits, &arrival.assignment, approval)
+        });
+        let Arrival { delivery, said, trace, .. } = arrival;
+        self.outbox.park(announcement, said, trace).await;
+        self.load.flow(delivery.source()).finished(begun.elapsed());
+        delivery.settle(Settlement::Done).await;
+    }
+
+    /// A cancel stands from now on: what waits under this key ends, also where nobody waits for that any more.
+    pub(crate) async fn cancel_approval(self: &Arc<Self>, key: &AssignmentKey) {
+        let _ = self.tasks.spawn(Arc::clone(self).heed_cancel(key.clone())).await;
+    }
+
+    /// Somebody has answered, it may be before there is a request. Goes on where nobody waits for that any more.
+    ///
+    /// # Errors
+    /// The field that makes it no answer.
+    pub(crate) async fn answered(self: &Arc<Self>, payload: &[u8], at: Timestamp, place: u64) -> Result<(), Invalid> {
+        let count = |_: &Invalid| self.metrics.answer_ignored(IgnoredAnswer::Malformed);
+        let answer = Answer::decode(payload, at, place).inspect_err(count)?;
+        let _ = self.tasks.spawn(Arc::clone(self).heed_answer(answer)).await;
+        Ok(())
+    }
+
+    async fn heed_cancel(self: Arc<Self>, key: AssignmentKey) {
+        if let Some(entry) = self.read_request(&key.token()).await {
+            self.bring_forward(entry, Reason::News).await;
+        }
+    }
+
+    /// Keeps the answer first and looks for its request second.
+    async fn heed_answer(self: Arc<Self>, answer: Answer) {
+        self.keep(&answer).await;
+        let (assignment_id, tenant_id) = (&*answer.of.assignment_id, answer.of.tenant.as_str());
+        match self.read_request(&answer.of.token()).await {
+            Some(entry) if was_asked(&entry, &answer.said.approver) => {
+                self.bring_forward(entry, Reason::News).await;
+            }
+            Some(_) => {
+                tracing::warn!(assignment_id, tenant_id, "ignored an answer of somebody who was not asked");
+                self.metrics.answer_ignored(IgnoredAnswer::Unlisted);
+            }
+            None => tracing::info!(assignment_id, tenant_id, "an answer came before its request, or after its end"),
+        }
+    }
+
+    /// Looks at a request of which something was said or that is due, and ends it where it comes to something.
+    async fn bring_forward(&self, mut entry: Entry, reason: Reason) -> Progress {
+        let mut has_heard_out = false;
+        loop {
+            let Some(request) = Request::decode(&entry) else { return unreadable(&entry) };
+            let published = match &request.state {
+                State::Open(published) => published,
+                State::Ended { .. } if reason == Reason::Due && is_left_behind(&entry) => {
+                    self.conclude(&entry, &request).await;
+                    return Progress::Ended;
+                }
+                // Whoever ended it is about to conclude it.
+                State::Ended { .. } => return Progress::Ended,
+            };
+            let Ok(assignment) = Assignment::decode(published.get().as_bytes()) else { return unreadable(&entry) };
+            let Block::Human(approval) = &*assignment.block else { return unreadable(&entry) };
+            let answers = self.until_read(|| self.approvals.answers_to(&request, approval.approvers())).await;
+            let cancelled = self.until_read(|| self.approvals.cancel_of(&request)).await;
+            let now = Timestamp::now();
+            match (request.outcome(approval, answers, cancelled, now), reason) {
+                (None, _) | (Some(Outcome::NotAnswered), Reason::News) => return Progress::Waits,
+                (Some(Outcome::NotAnswered), Reason::Due) if !has_heard_out => {
+                    self.hear_out().await;
+                    has_heard_out = true;
+                }
+                (Some(outcome), _) => {
+                    let span = self.outcome_span(&request, &assignment);
+                    let ended = self.end(&entry, request, &assignment, outcome, now).instrument(span.clone()).await;
+                    if let Some((entry, request)) = ended {
+                        let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
+                        self.conclude(&entry, &request).instrument(publish).await;
+                        return Progress::Ended;
+                    }
+                    match self.read_request(&entry.key).await {
+                        Some(known) => entry = known,
+                        None => return Progress::Ended,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Replaces an open request by its result; `None` where somebody else has changed it meanwhile.
+    async fn end(
+        &self,
+        entry: &Entry,
+        request: Request,
+        assignment: &Assignment,
+        outcome: Outcome,
+        now: Timestamp,
+    ) -> Option<(Entry, Request)> {
+        let mut step = StepResult::of(request.execution(outcome, now), assignment.block.kind(), request.queued);
+        let result = step.encode(assignment, &self.settings.worker_id, self.largest_output());
+        let result = String::from_utf8(result.into()).ok().and_then(|result| RawValue::from_string(result).ok())?;
+        let ended = request.ended(result, format!("{},{:016x}", self.settings.worker_id, fastrand::u64(..)));
+        let value = ended.encode();
+        let update = || self.approvals.requests().update(&entry.key, value.clone(), entry.revision);
+        let ours = match self.until_definite(update).await {
+            Stored::At(revision) => Entry { value, revision, ..entry.clone() },
+            // An earlier try of ours may have done it.
+            Stored::Refused => self.read_request(&entry.key).await.filter(|known| known.value == value)?,
+        };
+        if step.error.is_some() {
+            telemetry::mark_failed(&Span::current());
+        }
+        self.note_outcome(assignment, &step);
+        Some((ours, ended))
+    }
+
+    /// Outcome recorded, result published, request removed, in this order.
+    async fn conclude(&self, entry: &Entry, request: &Request) {
+        let State::Ended { result, .. } = &request.state else { return };
+        let result = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
+        self.outbox.publish(result, None, request.trace.clone()).await;
+        // Refused where somebody else has removed it.
+        self.until_definite(|| self.approvals.requests().delete(&entry.key, entry.revision)).await;
+    }
+
+    /// Writes the record until its outcome is definite, and returns the bytes that stand in the end.
+    async fn record_ended(&self, request: &Request, result: Bytes) -> Bytes {
+        let (key, publication) = (&request.key, &request.publication);
+        let mut expected = request.replaces;
+        loop {
+            let write = || self.ledger.write(key, publication, expected, result.clone());
+            if let Stored::At(_) = self.until_definite(write).await {
+                return result;
+            }
+            match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
+                None => expected = 0,
+                Some(record) if record.is_retryable() && !record.answers(publication) => expected = record.sequence,
+                Some(record) => return record.result,
+            }
+        }
+    }
+
+    /// What approvers are told; the webhook is told in the background. Again when the delivery comes again.
+    fn announcement(&self, request: &Request, assignment: &Assignment, approval: &Approval) -> Bytes {
+        let announcement = report::announcement(request, assignment, approval);
+        tracing::info!(
+            assignment_id = %request.key.assignment_id,
+            tenant_id = request.key.tenant.as_str(),
+            trace_id = assignment.correlation.trace_id,
+            expires_at = %request.expires_at,
+            "Approval requested"
+        );
+        if let Some(webhook) = self.engine.approval_webhook() {
+            let (metrics, assignment_id) = (Arc::clone(&self.metrics), Arc::clone(&request.key.assignment_id));
+            let body = announcement.clone();
+            tokio::spawn(async move {
+                if let Err(fault) = webhook.post(body).await {
+                    tracing::warn!(%assignment_id, reason = fault.message, "cannot tell the approval webhook");
+                    metrics.webhook_failed();
+                }
+            });
+        }
+        announcement
+    }
+
+    /// Stores the request, as long as the delivery is ours.
+    async fn open(&self, delivery: &Delivery, request: &Request, after_an_end: AfterAnEnd) -> Option<Opened> {
+        let store = || async {
+            match delivery.is_lapsed() {
+                true => Ok(None),
+                false => self.approvals.open(request, after_an_end).await.map(Some),
+            }
+        };
+        self.until_definite(store).await
+    }
+
+    /// Keeps an answer: the first of its approver, unless that one is used up.
+    async fn keep(&self, answer: &Answer) {
+        while let Some(earlier) = self.until_definite(|| self.approvals.keep(answer)).await {
+            let stays = match Answer::read(&answer.of, &earlier.value) {
+                Some(first) if first.order() <= answer.order() => !self.is_used_up(&first).await,
+                Some(_) => self.is_used_up(answer).await,
+                None => false,
+            };
+            let replace = || self.approvals.keep_instead(answer, &earlier);
+            if stays || matches!(self.until_definite(replace).await, Stored::At(_)) {
+                return;
+            }
+        }
+    }
+
+    /// Whether a kept answer was about a request that has ended.
+    async fn is_used_up(&self, answer: &Answer) -> bool {
+        match self.read_request(&answer.of.token()).await.as_ref().and_then(Request::decode) {
+            Some(request) => !request.heeds(answer.at()),
+            None => !self.read_records(std::slice::from_ref(&answer.of)).await.is_empty(),
+        }
+    }
+
+    fn outcome_span(&self, request: &Request, assignment: &Assignment) -> Span {
+        telemetry::outcome_span(request.trace.as_ref(), &self.span_ids(assignment))
+    }
+
+    async fn look_at(&self, key: Arc<str>) -> Arc<str> {
+        if let Some(entry) = self.read_request(&key).await {
+            self.bring_forward(entry, Reason::Due).await;
+        }
+        key
+    }
+
+    /// When this worker should look at a request, in Unix milliseconds.
+    fn due(&self, entry: &Entry, now: i64) -> i64 {
+        let Some(request) = Request::decode(entry) else { return i64::MAX };
+        let due = match request.state {
+            State::Open(_) => request.expires_at.as_millisecond(),
+            State::Ended { .. } => now + CONCLUSION_GRACE_MS,
+        };
+        let grace = if request.pool == self.settings.pool { 0 } else { OTHER_POOLS_GRACE_MS };
+        due + grace + fastrand::i64(0..SPREAD_MS)
+    }
+
+    async fn read_request(&self, key: &str) -> Option<Entry> {
+        self.until_read(|| self.approvals.requests().get(key)).await
+    }
+
+    /// Returns when the answers that the broker had at the deadline have been heard by some worker, or after a while.
+    async fn hear_out(&self) {
+        let heard = async {
+            while !self.approvals.are_heard().await {
+                tokio::time::sleep(HEAR_OUT_PAUSE).await;
+            }
+        };
+        let _ = tokio::time::timeout(HEAR_OUT, heard).await;
+    }
+
+    /// What could never be stored or announced, as a fault.
+    fn does_not_fit(&self, request: &Request, assignment: &Assignment, approval: &Approval) -> Option<Fault> {
+        let largest = self.largest_output();
+        let bytes = request.encode().len().max(report::announcement(request, assignment, approval).len());
+        let message = || format!("the request for approval has {bytes} bytes, the broker takes {largest}");
+        (bytes > largest).then(|| Fault::new(Cause::OverCap, message()))
+    }
+}
+
+/// The request that an arrival asks to store.
+fn request(arrival: &Arrival, pool: Option<String>, record: Option<&Record>) -> Option<Request> {
+    let Arrival { delivery, assignment, .. } = arrival;
+    let requested_at = Timestamp::now();
+    let published: Box<RawValue> = serde_json::from_slice(delivery.payload()).ok()?;
+    Some(Request {
+        key: assignment.key.clone(),
+        publication: delivery.publication().clone(),
+        pool,
+        requested_at,
+        expires_at: requested_at.checked_add(assignment.timeout).unwrap_or(Timestamp::MAX),
+        queued: delivery.received().elapsed(),
+        replaces: record.map_or(0, |record| record.sequence),
+        since: (record.is_some() || delivery.is_replay()).then(|| delivery.published()),
+        trace: arrival.trace.clone(),
+        state: State::Open(published),
+    })
+}
+
+/// Whether whoever ended a request would have concluded it by now.
+fn is_left_behind(entry: &Entry) -> bool {
+    let age = Timestamp::now().duration_since(entry.stored);
+    age.as_millis() >= i128::from(CONCLUSION_GRACE_MS)
+}
+
+/// Whether somebody is one of those whose answer counts; true where that cannot be told any more.
+fn was_asked(entry: &Entry, approver: &str) -> bool {
+    let Some(State::Open(published)) = Request::decode(entry).map(|request| request.state) else { return true };
+    let Ok(assignment) = Assignment::decode(published.get().as_bytes()) else { return true };
+    match &*assignment.block {
+        Block::Human(approval) => approval.approvers().iter().any(|asked| asked == approver),
+        _ => true,
+    }
+}
+
+fn unreadable(entry: &Entry) -> Progress {
+    tracing::error!(key = entry.key, "left alone a request for approval that this version does not understand");
+    Progress::Waits
+}
