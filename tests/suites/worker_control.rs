@@ -440,8 +440,8 @@ async fn a_message_that_is_no_cancel_is_refused_and_holds_nothing_up() {
 
 #[tokio::test]
 async fn two_workers_cancel_what_each_of_them_runs() {
-    let rig = Rig::start(&["--io-pool-size=10"]).await;
-    let second = rig.another("worker-2").flag("--io-pool-size=10").start(&rig.nats).await;
+    let rig = Rig::start(&["--io-pool-size=20"]).await;
+    let second = rig.another("worker-2").flag("--io-pool-size=20").start(&rig.nats).await;
     let payloads: Vec<Value> =
         (0..20).map(|number| assignment("acme", &format!("both-{number}"), rig.call("/gate/both"))).collect();
     for payload in &payloads {
@@ -449,7 +449,8 @@ async fn two_workers_cancel_what_each_of_them_runs() {
     }
     rig.peer.arrived("/gate/both", 20).await;
     for worker in [&rig.worker, &second] {
-        assert!(worker.metric(r#"worker_slots_busy{pool="io"}"#).await > 0.0, "both have work");
+        let busy = async || worker.metric(r#"worker_slots_busy{pool="io"}"#).await > 0.0;
+        until("both have work", busy).await;
     }
     let outcomes = payloads.iter().step_by(2).map(|payload| {
         let id = payload["assignment_id"].as_str().expect("an id");
