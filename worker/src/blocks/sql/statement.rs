@@ -21,8 +21,8 @@ use crate::fault::Cause;
 const MAX_STRUCTURE: usize = 3_000;
 /// Up to here any thread's stack is deep enough.
 const SMALL_STRUCTURE: usize = 100;
-/// Twenty kilobytes for each level.
-const DEEP_STACK_BYTES: usize = MAX_STRUCTURE * 20 * 1024;
+/// Sixty-four kilobytes for each level: an unoptimised build uses more than twenty.
+const DEEP_STACK_BYTES: usize = MAX_STRUCTURE * 64 * 1024;
 
 /// What is wrong with a statement, and the code for it.
 pub(super) type Refusal = (Cause, String);
