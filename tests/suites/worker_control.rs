@@ -274,6 +274,8 @@ async fn between_two_attempts_nothing_is_waited_for() {
     payload["retry_config"] = json!({"base_delay_ms": 300_000, "max_delay_ms": 300_000});
     rig.router.submit(&payload).await;
     rig.peer.arrived("/status", 1).await;
+    // Nothing outside shows when the answer has been read.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     send(&rig.router, &cancel("acme", "patient")).await;
     is_cancelled(&rig.router.result(&payload).await, 1);
     kept_its_promise(&rig).await;
