@@ -330,6 +330,7 @@ fn dead_letter(fixture: &Fixture, stage: &str) {
         error: LetterError::New(report::public_error(&error)),
         assignment: assignment.as_deref(),
         raw_base64: id("raw_base64").map(str::to_owned),
+        omitted: id("omitted").map(str::to_owned),
         redacted: example["redacted"].as_bool(),
         attempts: std::iter::zip(attempts, &faults)
             .map(|(attempt, fault)| AttemptRecord {
@@ -550,7 +551,7 @@ fn database(directory: &Path, rows: &Value) {
 }
 
 /// Every row of the code's table; a status for each of the two kinds of HTTP errors.
-const CAUSES: [Cause; 19] = [
+const CAUSES: [Cause; 20] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
@@ -567,6 +568,7 @@ const CAUSES: [Cause; 19] = [
     Cause::HttpStatus(404),
     Cause::TooManyRedirects,
     Cause::Internal,
+    Cause::Poison,
     Cause::DeadlinePassed,
     Cause::Cancelled,
     Cause::NotAnswered,
@@ -591,6 +593,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::HttpStatus(_) => "any other HTTP 4xx",
         Cause::TooManyRedirects => "more than 5 redirects",
         Cause::Internal => "a bug of the worker",
+        Cause::Poison => "it has killed its workers four times",
         Cause::DeadlinePassed => "the deadline passed",
         Cause::Cancelled => "cancelled by a user",
         Cause::NotAnswered => "nobody answered a request for approval in time",

@@ -317,6 +317,39 @@ async fn w18_a_result_that_the_broker_no_longer_takes_is_a_final_error() {
     assert_eq!(rig.router.all("CAF_EXEC_DLQ", DLQ).await.len(), 3);
 }
 
+#[tokio::test]
+async fn w18_what_a_stream_is_set_to_refuse_for_its_size_ends_too() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    // The administrator has bounded the messages of both streams.
+    for stream in ["CAF_EXEC_RESULT", "CAF_EXEC_DLQ"] {
+        let mut config = rig.router.stream(stream).await.cached_info().config.clone();
+        config.max_message_size = 16 * 1024;
+        rig.router.jetstream().update_stream(&config).await.unwrap();
+    }
+    let worker = rig.another("worker-2").start(&rig.nats).await;
+    let too_large = assignment("acme", "w18-result", rig.call("/bytes/50000"));
+    rig.router.submit(&too_large).await;
+    let result = rig.router.result(&too_large).await;
+    assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(2002), &json!(false)));
+    let letter = rig.router.letter(&too_large).await;
+    assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("execute"), &too_large));
+
+    let mut refused = assignment("acme", "w18-letter", json!({"type": "no.such.block"}));
+    refused["padding"] = json!("p".repeat(20 * 1024));
+    rig.router.submit(&refused).await;
+    assert_eq!(rig.router.verdict(&refused).await["error"]["code"], 1001);
+    // Whoever listens hears what the stream refused, too: what counts is what it keeps.
+    let kept = rig.router.all("CAF_EXEC_DLQ", DLQ).await;
+    let letters: Vec<_> = kept.iter().map(|kept| read(&kept.payload)).collect();
+    let letter = letters.iter().find(|letter| letter["assignment_id"] == "w18-letter").unwrap();
+    let bytes = refused.to_string().len();
+    assert_eq!(letter["omitted"], format!("the original of {bytes} bytes: no message of this size is taken here"));
+    assert!(letter.get("assignment").is_none(), "{letter}");
+    worker.ready().await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
 /// 2 000 assignments of every kind, while workers are killed one after the other and the broker once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i1_to_i6_hold_when_workers_and_the_broker_are_killed_under_load() {

@@ -1,6 +1,7 @@
 //! The HTTP side door for probes and scrapes. It reports what others found out and decides nothing about work.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::Metrics;
+use crate::pulse;
 
 /// Probes and scrapes need a handful; whoever holds more open keeps the rest waiting, not the worker.
 const MAX_CONNECTIONS: usize = 64;
@@ -30,6 +32,8 @@ const CONNECTION_AGE: Duration = Duration::from_secs(60);
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long open answers may take after the stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Nothing of ours holds the runtime up for this long: a restart helps.
+const STALLED: Duration = Duration::from_secs(20);
 /// After the operating system refused a connection (no file descriptors): it will not be better at once.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -132,6 +136,30 @@ impl Health {
     }
 }
 
+/// Serves on a thread and a runtime of its own: probes are answered while a block holds up everything else.
+///
+/// # Errors
+/// The address cannot be listened on, or there is no thread to be had.
+pub fn serve_apart(
+    address: SocketAddr,
+    health: Health,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let serve = move || {
+        runtime.block_on(async {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => serve(listener, health, metrics, stop).await,
+                Err(error) => tracing::error!(%error, "nobody answers probes and scrapes"),
+            }
+        });
+    };
+    std::thread::Builder::new().name("admin".to_owned()).spawn(serve).map(drop)
+}
+
 /// Answers `/_health`, `/livez`, `/readyz` and `/metrics` until the stop.
 pub async fn serve(listener: TcpListener, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
     let router = router(health, metrics);
@@ -183,8 +211,8 @@ async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
 fn router(health: Health, metrics: Arc<Metrics>) -> Router {
     Router::new()
         .route("/_health", get(overall))
-        // No concern fails it: a restart only helps a process that does not answer, and that fails by the probe's timeout.
-        .route("/livez", get(async || "ok\n"))
+        // No concern fails it: a restart only helps a process that does not move.
+        .route("/livez", get(async || alive(pulse::runtime_silent_for())))
         .route("/readyz", get(ready))
         .with_state(health)
         .route("/metrics", get(move || async move { scrape(&metrics) }))
@@ -213,6 +241,16 @@ async fn overall(State(health): State<Health>) -> Response {
     }
 }
 
+fn alive(silent_for: Duration) -> Response {
+    match silent_for > STALLED {
+        false => "ok\n".into_response(),
+        true => {
+            let reason = format!("stalled: nothing has moved for {} s\n", silent_for.as_secs());
+            (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+        }
+    }
+}
+
 async fn ready(State(health): State<Health>) -> Response {
     let reasons = health.reasons(Concern::fails_readyz);
     match reasons.is_empty() {
@@ -227,8 +265,6 @@ fn scrape(metrics: &Metrics) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -313,6 +349,12 @@ mod tests {
             assert_eq!(codes, expected, "{concern:?}");
             server.health.clear(concern);
         }
+    }
+
+    #[test]
+    fn only_a_runtime_that_does_not_move_fails_liveness() {
+        let codes = [0, 20, 21].map(|seconds| alive(Duration::from_secs(seconds)).status().as_u16());
+        assert_eq!(codes, [200, 200, 503]);
     }
 
     #[tokio::test]

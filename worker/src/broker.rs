@@ -1,6 +1,7 @@
 //! The connection to NATS: the only place that knows how to reach it and what its answers mean.
 
 pub mod kv; // small values by key
+pub mod last; // what streams keep of many subjects
 pub mod streams; // what the worker needs there, and how it must be set
 
 use std::path::PathBuf;
@@ -83,6 +84,12 @@ pub enum StoreError {
         /// The broker's words.
         reason: String,
     },
+    /// Neither now nor later: the broker or the stream takes no message of this size.
+    #[error("the message for {subject} is larger than the broker or its stream takes")]
+    TooLarge {
+        /// Where it should have been stored.
+        subject: String,
+    },
     /// It may or may not be kept: ask again, with the same precondition.
     #[error("no answer from the broker for {subject}: {reason}")]
     Unknown {
@@ -146,23 +153,28 @@ impl Broker {
     pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
         // In a place of its own: it is large, and every task has room for it.
         let answer = Box::pin(self.0.client.request_with_headers(subject.clone(), headers, payload)).await;
-        let answer = answer.map_err(|error| match error.kind() {
-            RequestErrorKind::NoResponders => {
-                StoreError::Refused { subject: subject.clone(), reason: "no stream listens there".to_owned() }
-            }
-            RequestErrorKind::MaxPayloadExceeded | RequestErrorKind::InvalidSubject => {
-                StoreError::Refused { subject: subject.clone(), reason: error.to_string() }
-            }
-            RequestErrorKind::TimedOut | RequestErrorKind::Other => {
-                StoreError::Unknown { subject: subject.clone(), reason: error.to_string() }
-            }
-        })?;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => match error.kind() {
+                RequestErrorKind::MaxPayloadExceeded => return Err(StoreError::TooLarge { subject }),
+                RequestErrorKind::NoResponders => {
+                    return Err(StoreError::Refused { subject, reason: "no stream listens there".to_owned() });
+                }
+                RequestErrorKind::InvalidSubject => {
+                    return Err(StoreError::Refused { subject, reason: error.to_string() });
+                }
+                RequestErrorKind::TimedOut | RequestErrorKind::Other => {
+                    return Err(StoreError::Unknown { subject, reason: error.to_string() });
+                }
+            },
+        };
         match serde_json::from_slice(&answer.payload) {
             Ok(PubAck { seq: Some(sequence), error: None }) => Ok(Stored::At(sequence)),
-            Ok(PubAck { error: Some(error), .. }) if error.error_code() == ErrorCode::STREAM_WRONG_LAST_SEQUENCE => {
-                Ok(Stored::Refused)
-            }
-            Ok(PubAck { error: Some(error), .. }) => Err(StoreError::Refused { subject, reason: error.to_string() }),
+            Ok(PubAck { error: Some(error), .. }) => match error.error_code() {
+                ErrorCode::STREAM_WRONG_LAST_SEQUENCE => Ok(Stored::Refused),
+                ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Err(StoreError::TooLarge { subject }),
+                _ => Err(StoreError::Refused { subject, reason: error.to_string() }),
+            },
             _ => Err(StoreError::Unknown { subject, reason: "the answer is no PubAck".to_owned() }),
         }
     }

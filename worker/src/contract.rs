@@ -503,7 +503,7 @@ pub struct DeadLetter<'a> {
     pub version: &'static str,
     /// The same for the same publication and stage, so that writing it again is harmless.
     pub dlq_id: &'a str,
-    /// `decode`, `admit` or `execute`.
+    /// `decode`, `admit`, `execute` or `crash`.
     pub stage: &'static str,
     pub error: LetterError<'a>,
     /// The original object whole.
@@ -512,6 +512,9 @@ pub struct DeadLetter<'a> {
     /// The original bytes where they are no JSON object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_base64: Option<String>,
+    /// What is neither here nor beside it, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub omitted: Option<String>,
     /// True where credentials were replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub redacted: Option<bool>,

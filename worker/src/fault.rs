@@ -42,6 +42,8 @@ pub enum Cause {
     TooManyRedirects,
     /// A bug of ours: a panic was caught.
     Internal,
+    /// It has killed its workers too often.
+    Poison,
     /// The deadline of the whole block passed.
     DeadlinePassed,
     /// Somebody wanted it stopped.
@@ -63,7 +65,7 @@ impl Cause {
             Self::Network | Self::Tls => 3001,
             Self::ConnectTimeout => 3002,
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
-            Self::Internal => 4001,
+            Self::Internal | Self::Poison => 4001,
             Self::Cancelled => 5001,
             Self::DeadlinePassed | Self::NotAnswered => 5002,
         }
@@ -88,6 +90,7 @@ impl Cause {
             | Self::NotAllowed
             | Self::Tls
             | Self::TooManyRedirects
+            | Self::Poison
             | Self::Cancelled
             | Self::NotAnswered => false,
         }

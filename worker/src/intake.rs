@@ -2,6 +2,7 @@
 
 mod hold; // until when the broker leaves a delivery to us
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use crate::broker::streams::{ACK_WAIT, Ready, Source};
 use crate::contract;
 use crate::pipeline::Pipeline;
 use crate::pipeline::load::{Counted, Flow, Load, Room, Waiting};
+use crate::pulse;
 use hold::Held;
 
 pub use hold::{Hold, Holds, renew};
@@ -144,6 +146,16 @@ impl Delivery {
         Arc::clone(self.held.hold())
     }
 
+    /// Past this moment its hold is not renewed any more: what does not end by itself must not keep it for ever.
+    pub fn must_end_by(&self, end: Option<Instant>) {
+        self.held.hold().must_end_by(end);
+    }
+
+    /// Whether its block has begun.
+    pub fn has_begun(&self) -> bool {
+        self.waiting.is_none()
+    }
+
     /// It has begun, or ended without beginning: it no longer counts as waiting here.
     pub fn started(&mut self) {
         self.waiting = None;
@@ -226,7 +238,30 @@ struct Pulls {
     inbox: String,
     messages: Subscriber,
     outstanding: usize,
+    /// When each pull that may still be open was asked for.
+    open: VecDeque<Instant>,
     last_heard: Instant,
+    /// Gaps of this process when it was made: later, what it has received may have lapsed unseen.
+    gaps: u64,
+    flow: Arc<Flow>,
+}
+
+impl Pulls {
+    /// Which of several open pulls a delivery served cannot be told, so each counts as open until it has expired.
+    fn note(&mut self) {
+        while self.outstanding == 0 || self.open.front().is_some_and(|asked| asked.elapsed() > PULL_EXPIRES + TICK) {
+            if self.open.pop_front().is_none() {
+                break;
+            }
+        }
+        self.flow.set_asked_for(self.outstanding, self.open.len());
+    }
+}
+
+impl Drop for Pulls {
+    fn drop(&mut self) {
+        self.flow.set_asked_for(0, 0);
+    }
 }
 
 impl Puller {
@@ -260,7 +295,7 @@ impl Puller {
                     Some(at) if pulls.outstanding == 0 || at.elapsed() > PULL_EXPIRES + TICK => return Ok(()),
                     Some(_) => {}
                 }
-                self.flow.set_asked_for(pulls.outstanding);
+                pulls.note();
                 tokio::select! {
                     biased;
                     () = stop.cancelled(), if stopped.is_none() => stopped = Some(Instant::now()),
@@ -270,6 +305,10 @@ impl Puller {
                     },
                     message = pulls.messages.next() => {
                         let Some(message) = message else { break };
+                        if pulls.gaps != pulse::gaps() {
+                            tracing::info!("dropping what arrived while this process was stopped: pulling anew");
+                            break;
+                        }
                         let chunk = self.chunk(&mut pulls, message)?;
                         if !chunk.is_empty() && out.send(chunk).await.is_err() {
                             return Ok(());
@@ -288,9 +327,11 @@ impl Puller {
     }
 
     async fn subscribe(&self) -> Result<Pulls, async_nats::SubscribeError> {
+        let gaps = pulse::gaps();
         let inbox = self.broker.client().new_inbox();
         let messages = self.broker.client().subscribe(inbox.clone()).await?;
-        Ok(Pulls { inbox, messages, outstanding: 0, last_heard: Instant::now() })
+        let (open, last_heard, flow) = (VecDeque::new(), Instant::now(), Arc::clone(&self.flow));
+        Ok(Pulls { inbox, messages, outstanding: 0, open, last_heard, gaps, flow })
     }
 
     /// Asks for what there is room for and has not been asked for. Small top-ups wait until they are worth a request,
@@ -309,6 +350,7 @@ impl Puller {
                 pulls.last_heard = Instant::now();
             }
             pulls.outstanding += wanted;
+            pulls.open.push_back(Instant::now());
         }
     }
 
@@ -321,7 +363,7 @@ impl Puller {
             match message.status {
                 None | Some(StatusCode::OK) => {
                     pulls.outstanding = pulls.outstanding.saturating_sub(1);
-                    chunk.extend(self.delivery(message));
+                    chunk.extend(self.delivery(message, pulls.gaps));
                 }
                 Some(status) => end_of_pull(pulls, status, &message)?,
             }
@@ -333,7 +375,7 @@ impl Puller {
         Ok(chunk)
     }
 
-    fn delivery(&self, message: async_nats::Message) -> Option<Delivery> {
+    fn delivery(&self, message: async_nats::Message, gaps: u64) -> Option<Delivery> {
         let async_nats::Message { payload, headers, reply, .. } = message;
         let Some((reply, described)) = reply.and_then(|reply| Described::parse(&reply).map(|it| (reply, it))) else {
             tracing::error!(subject = %message.subject, "the broker sent a message that is no delivery");
@@ -351,7 +393,7 @@ impl Puller {
             }),
             delivered: described.delivered,
             published: described.published,
-            held: self.holds.take(reply),
+            held: self.holds.take(reply, gaps),
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.flow)),
             _bytes: self.load.hold_bytes(payload.len()),

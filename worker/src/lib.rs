@@ -22,5 +22,6 @@ pub mod presence; // what this worker says of itself
 pub mod admin; // probes and scrapes
 pub mod metrics; // what is counted
 pub mod telemetry; // logs and traces
+pub mod pulse; // whether this process goes on
 pub mod shutdown; // one way down
 pub mod failpoint; // where a fault campaign stops a test build

@@ -20,10 +20,9 @@ use beamline_worker::presence::{self, Identity};
 use beamline_worker::report::dead_letter;
 use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
-use beamline_worker::{shutdown, telemetry};
+use beamline_worker::{pulse, shutdown, telemetry};
 use jiff::Timestamp;
 use mimalloc::MiMalloc;
-use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -69,6 +68,7 @@ fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result
     let _ = rustls::crypto::ring::default_provider().install_default();
     let metrics = Arc::new(Metrics::new());
     let telemetry = telemetry::init(&config, &metrics)?;
+    pulse::start().context("cannot start a thread")?;
     // One thread for everything between the broker and the blocks: it spends a quarter less on each assignment than
     // several that wake each other. Blocks have threads of their own, so that none of them holds it up.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -92,10 +92,9 @@ async fn work(
     blocks: Handle,
 ) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
-    let listener = TcpListener::bind(config.prometheus_endpoint)
-        .await
+    admin::serve_apart(config.prometheus_endpoint, health.clone(), Arc::clone(&metrics), ended.clone())
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
-    tokio::spawn(admin::serve(listener, health.clone(), Arc::clone(&metrics), ended.clone()));
+    tokio::spawn(pulse::show_that_the_runtime_moves());
     let policy = follow(policy, &metrics);
     let mut told_to_stop = std::pin::pin!(shutdown::signalled());
     let prepared = tokio::select! {
@@ -106,6 +105,7 @@ async fn work(
     let identity = Arc::new(identity(&config));
     tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     tokio::spawn(intake::renew(Arc::clone(&pipeline), ended.clone()));
+    tokio::spawn(pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
     tokio::spawn(presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
     tokio::spawn(presence::obey(Arc::clone(&pipeline), identity));
     tokio::spawn({

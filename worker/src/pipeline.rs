@@ -8,6 +8,9 @@ mod approvals; // what waits for a person
 mod route; // what runs on another class of workers
 mod in_flight; // which assignments run here
 mod cancel; // what is wanted no more
+mod deaths; // how often one has killed its worker
+mod quarantine; // what may do so again runs alone
+mod share; // what waits here while another worker has room
 mod durable; // writes that must become definite
 pub(crate) mod load; // how much is held, and how much more may come
 
@@ -44,15 +47,21 @@ use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds, TraceContext};
+use deaths::{Deaths, Suspicion, Which};
 use durable::{Standing, may_replace};
 use in_flight::{Claim, Flight, InFlight};
 use load::Load;
+use quarantine::{Isolation, Quarantine};
 use rejection::Rejection;
 
 pub use load::observe;
+pub use share::share;
 
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
 const LOOK_UPS: usize = 8;
+
+/// How long after its deadline a block that hangs keeps its delivery.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// What an administrator decides about the pipeline.
 #[derive(Clone, Debug)]
@@ -100,6 +109,8 @@ pub struct Pipeline {
     pub(crate) cut: CancellationToken,
     pub(crate) tombstones: Tombstones,
     in_flight: InFlight,
+    deaths: Deaths,
+    quarantine: Quarantine,
 }
 
 /// An assignment that is not refused.
@@ -123,11 +134,19 @@ struct Arrival {
     span: Span,
 }
 
+/// The right to run a block, and whether it runs alone: until its delivery is settled.
+struct Turn<'a> {
+    slot: Slot,
+    isolation: Option<Isolation<'a>>,
+}
+
 /// An arrival that nothing else here works on, with what is recorded of it.
 #[derive(Debug)]
 struct Accepted {
     arrival: Arrival,
     record: Option<Record>,
+    /// Workers that have died of it; looked up only where it is to be executed.
+    deaths: u32,
     flight: Flight,
 }
 
@@ -147,6 +166,7 @@ impl Pipeline {
             approvals: Approvals::new(&broker),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
             dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
+            deaths: Deaths::new(broker.clone()),
             settings,
             broker,
             streams,
@@ -161,6 +181,7 @@ impl Pipeline {
             cut: CancellationToken::new(),
             tombstones: Tombstones::default(),
             in_flight: InFlight::default(),
+            quarantine: Quarantine::default(),
         }
     }
 
@@ -177,16 +198,21 @@ impl Pipeline {
     }
 
     /// Decodes each delivery, says the verdict, sets copies of running work aside, and reads with one
-    /// request what is recorded of the rest.
+    /// request what is recorded of the rest. A redelivery that was refused before is refused again.
     async fn accept(self: &Arc<Self>, chunk: Vec<Delivery>) -> Vec<Accepted> {
-        let mut arrivals = Vec::with_capacity(chunk.len());
-        let session = self.broker.session();
+        let mut judged = Vec::with_capacity(chunk.len());
         for delivery in chunk {
             if delivery.delivered() > 1 {
                 self.metrics.redelivered();
             }
             failpoint::reach(Point::Pulled).await;
-            match self.judge(&delivery) {
+            let judgement = self.judge(&delivery);
+            judged.push((delivery, judgement));
+        }
+        let session = self.broker.session();
+        let mut arrivals = Vec::with_capacity(judged.len());
+        for (delivery, judgement) in self.repeat_refusals(judged).await {
+            match judgement {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
                     let verdict = report::accepted(&assignment, &self.settings.worker_id);
@@ -206,14 +232,19 @@ impl Pipeline {
 
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
     async fn carry_out(self: Arc<Self>, accepted: Accepted) {
-        let Accepted { arrival, record, flight } = accepted;
+        let Accepted { arrival, record, deaths, flight } = accepted;
         failpoint::reach(Point::LookedUp).await;
-        match record {
-            Some(record) if !may_replace(&record, &arrival.delivery) => {
+        let expected = record.as_ref().map_or(0, |record| record.sequence);
+        match (record, Suspicion::after(deaths)) {
+            (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
                 Box::pin(self.answer(arrival, record)).await;
             }
-            record => match (&*arrival.assignment.block, &self.engine) {
+            (_, Suspicion::Poison(deaths)) => {
+                let poison = Execution::not_begun(deaths::too_many(deaths));
+                Box::pin(self.finish(arrival, expected, Duration::ZERO, poison)).await;
+            }
+            (record, suspicion) => match (&*arrival.assignment.block, &self.engine) {
                 (Block::Human(approval), Engine::Real(_)) => {
                     let approval = approval.clone();
                     Box::pin(self.park(arrival, &approval, record)).await;
@@ -222,8 +253,7 @@ impl Pipeline {
                     // A run that is asked for anew is not met by a cancel of the old one.
                     let is_rerun = record.is_some() || arrival.delivery.is_replay();
                     let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
-                    let expected = record.map_or(0, |record| record.sequence);
-                    self.execute_in_turn(arrival, expected, flight.stop().requested(since)).await;
+                    self.execute_in_turn(arrival, expected, suspicion, flight.stop().requested(since)).await;
                 }
             },
         }
@@ -234,20 +264,24 @@ impl Pipeline {
         }
     }
 
-    /// Waits for a slot and runs the block in it; what is cancelled before is not begun.
-    async fn execute_in_turn(&self, mut arrival: Arrival, expected: u64, cancelled: impl Future<Output = Fault>) {
+    /// Waits for a turn and runs the block in it; what is cancelled before is not begun.
+    async fn execute_in_turn(
+        &self,
+        mut arrival: Arrival,
+        expected: u64,
+        suspicion: Suspicion,
+        cancelled: impl Future<Output = Fault>,
+    ) {
         let mut cancelled = std::pin::pin!(cancelled);
-        let assignment = &arrival.assignment;
-        let turn = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority);
         let turn = tokio::select! {
             biased;
             fault = &mut cancelled => Err(fault),
-            turn = turn => Ok(turn),
+            turn = self.turn(&arrival, suspicion) => Ok(turn),
         };
         match turn {
             // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
-            Ok(Ok(slot)) => Box::pin(self.execute(arrival, expected, slot, cancelled)).await,
-            Ok(Err(Closed)) => Box::pin(arrival.delivery.settle(Settlement::HandBack)).await,
+            Ok(Ok(turn)) => Box::pin(self.execute(arrival, expected, turn, cancelled)).await,
+            Ok(Err(Closed)) => Box::pin(self.hand_back(arrival.delivery)).await,
             Err(fault) => {
                 arrival.delivery.started();
                 let queued = arrival.delivery.received().elapsed();
@@ -256,14 +290,35 @@ impl Pipeline {
         }
     }
 
-    /// Runs the block in its slot; the broker gets back what may not start, or was cut off.
-    async fn execute(&self, mut arrival: Arrival, expected: u64, slot: Slot, cancelled: impl Future<Output = Fault>) {
+    /// Waits for a slot among others, or until there are no others.
+    async fn turn(&self, arrival: &Arrival, suspicion: Suspicion) -> Result<Turn<'_>, Closed> {
+        let assignment = &arrival.assignment;
+        if suspicion == Suspicion::Quarantined {
+            let isolation = Some(Box::pin(self.isolate(arrival)).await?);
+            return Ok(Turn { slot: self.schedule.slot_alone(assignment.pool, &assignment.key.tenant)?, isolation });
+        }
+        let patience = share::patience(arrival.delivery.delivered());
+        let slot = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority, patience).await?;
+        Ok(Turn { slot, isolation: None })
+    }
+
+    /// Runs the block in its turn; the broker gets back what may not start, or was cut off.
+    async fn execute(
+        &self,
+        mut arrival: Arrival,
+        expected: u64,
+        turn: Turn<'_>,
+        cancelled: impl Future<Output = Fault>,
+    ) {
+        let Turn { slot, isolation: _isolation } = turn;
         arrival.delivery.started();
+        self.deaths.begins(&Which::of(&arrival.delivery)).await;
         let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
         let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
+        arrival.delivery.must_end_by(Some(Instant::now() + arrival.assignment.timeout + GRACE));
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
         let links = Links {
             trace: telemetry::context_of(&span).or_else(|| arrival.trace.clone()),
@@ -276,14 +331,26 @@ impl Pipeline {
             () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
+        arrival.delivery.must_end_by(None);
         self.load.flow(arrival.delivery.source()).finished(begun.elapsed());
         if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
             [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
         }
         match ended {
             Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
-            Ended::Abandoned => arrival.delivery.settle(Settlement::HandBack).await,
+            Ended::Abandoned => self.hand_back(arrival.delivery).await,
         }
+    }
+
+    /// Gives a delivery to another worker. Nobody has died of it: where that could be thought, it is noted.
+    async fn hand_back(&self, delivery: Delivery) {
+        let which = Which::of(&delivery);
+        if delivery.is_lapsed() {
+            self.deaths.lapsed(which);
+        } else if which.delivered == 1 || delivery.has_begun() {
+            self.deaths.handed_back(&which).await;
+        }
+        delivery.settle(Settlement::HandBack).await;
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
@@ -291,7 +358,7 @@ impl Pipeline {
         let Arrival { delivery, assignment, .. } = &arrival;
         if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
-            return;
+            return self.hand_back(arrival.delivery).await;
         }
         let failed = execution.failed.clone();
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
@@ -372,9 +439,23 @@ impl Pipeline {
             // Usually nothing is recorded of any.
             let found = !records.is_empty();
             let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
-            Accepted { arrival, record, flight }
+            Accepted { arrival, record, deaths: 0, flight }
         });
-        accepted.collect()
+        let mut accepted: Vec<_> = accepted.collect();
+        Box::pin(self.count_deaths(&mut accepted)).await;
+        accepted
+    }
+
+    /// Asks for redeliveries that no record answers; the first delivery of a message costs nothing here.
+    async fn count_deaths(&self, accepted: &mut [Accepted]) {
+        let suspects = accepted.iter_mut().filter(|accepted| {
+            let delivery = &accepted.arrival.delivery;
+            delivery.delivered() > 1 && accepted.record.as_ref().is_none_or(|record| may_replace(record, delivery))
+        });
+        let mut suspects: Vec<_> = suspects.collect();
+        let deliveries: Vec<_> = suspects.iter().map(|suspect| Which::of(&suspect.arrival.delivery)).collect();
+        let deaths = self.deaths.before(&deliveries).await;
+        suspects.iter_mut().zip(deaths).for_each(|(suspect, deaths)| suspect.deaths = deaths);
     }
 
     /// A task for each: it ends when its delivery is settled or dropped.

@@ -69,11 +69,16 @@ impl StepResult {
         if encoded.len() <= max_payload {
             return encoded;
         }
-        let message = format!("the result has {} bytes, the broker takes {max_payload}", encoded.len());
+        self.is_too_large(assignment, encoded.len());
+        self.to_json(assignment, worker_id)
+    }
+
+    /// The broker takes no result of so many bytes: it becomes an error that says so.
+    pub fn is_too_large(&mut self, assignment: &Assignment, bytes: usize) {
+        let message = format!("the result has {bytes} bytes, more than the broker takes");
         let mut fault = Fault::new(Cause::OverCap, message);
         fault.details.block_type = Some(assignment.block.kind().as_str());
         (self.status, self.outputs, self.error) = (fault.cause.status(), None, Some(fault));
-        self.to_json(assignment, worker_id)
     }
 
     fn to_json(&self, assignment: &Assignment, worker_id: &str) -> Bytes {

@@ -56,18 +56,22 @@ impl Pipeline {
             let may_shrink = step.outputs.is_some();
             let write = || async {
                 match self.ledger.write(key, delivery.publication(), expected, result.clone()).await {
-                    // The broker has come back with a smaller limit: no other try can succeed.
-                    Err(_) if may_shrink && result.len() > self.largest_result() => Ok(Stored::Refused),
-                    outcome => outcome,
+                    // No other try can succeed.
+                    Err(StoreError::TooLarge { .. }) if may_shrink => Ok(None),
+                    // The broker has come back with a smaller limit, and hangs up on whoever ignores it.
+                    Err(_) if may_shrink && result.len() > self.largest_result() => Ok(None),
+                    outcome => outcome.map(Some),
                 }
             };
             let outcome = || outcome(delivery, key, expected, &result);
-            if let Stored::At(_) = self.spooled(outcome, self.until_definite(write)).await {
-                return Standing::Ours(result);
-            }
-            if may_shrink && result.len() > self.largest_result() {
-                result = self.encode(step, assignment);
-                continue;
+            match self.spooled(outcome, self.until_definite(write)).await {
+                Some(Stored::At(_)) => return Standing::Ours(result),
+                Some(Stored::Refused) => {}
+                None => {
+                    step.is_too_large(assignment, result.len());
+                    result = self.encode(step, assignment);
+                    continue;
+                }
             }
             let stored = Box::pin(self.read_records(std::slice::from_ref(key))).await.into_values().next();
             match stored {
@@ -151,7 +155,8 @@ impl Pipeline {
     /// Keeps the dead letter of a step that failed for good.
     pub(super) async fn keep_failure(&self, arrival: &Arrival, fault: &Fault, failed: &[Attempt]) {
         let addressee = arrival.assignment.addressee();
-        self.keep_dead_letter(&arrival.delivery, &addressee, Stage::Execute, fault, failed).await;
+        let stage = Stage::of_result(fault.cause.code(), fault.cause.is_retryable());
+        self.keep_dead_letter(&arrival.delivery, &addressee, stage, fault, failed).await;
     }
 
     pub(super) async fn keep_dead_letter(
@@ -185,7 +190,7 @@ impl Pipeline {
                 Err(error) => {
                     tracing::warn!(%error, attempt, "writing again");
                     // A stream that is gone gives no answer either, where somebody else listens on its subject.
-                    if attempt > 0 || matches!(error, StoreError::Refused { .. }) {
+                    if attempt > 0 || !matches!(error, StoreError::Unknown { .. }) {
                         self.raise_unless_away(Concern::StorageRefused, &error);
                     }
                     self.metrics.publish_retried();
@@ -214,30 +219,32 @@ impl Pipeline {
         }
     }
 
-    /// Asks until there is an answer: without one nothing may start.
+    /// What is recorded of these.
     pub(super) async fn read_records(&self, keys: &[AssignmentKey]) -> HashMap<String, Record> {
-        if keys.is_empty() {
-            return HashMap::new();
-        }
         self.until_read(|| self.ledger.look_up(keys)).await
     }
 
-    /// Repeats a read until the broker has answered.
-    pub(super) async fn until_read<T, E: Display, F>(&self, read: impl Fn() -> F) -> T
+    /// Which refusals are stored of these.
+    pub(super) async fn read_refusals(&self, keys: &[AssignmentKey]) -> HashMap<String, (Publication, Bytes)> {
+        self.until_read(|| self.ledger.refusals(keys)).await
+    }
+
+    /// Asks until there is an answer: without one nothing may start.
+    pub(super) async fn until_read<T, E: Display, F>(&self, ask: impl Fn() -> F) -> T
     where
         F: Future<Output = Result<T, E>>,
     {
         let mut attempt = 0;
         loop {
-            match read().await {
+            match ask().await {
                 Ok(answer) => return answer,
                 Err(error) => {
                     tracing::warn!(%error, "a look-up failed: asking again");
                     self.raise_unless_away(Concern::StreamsUnavailable, &error);
-                    tokio::time::sleep(pause(attempt)).await;
-                    attempt += 1;
                 }
             }
+            tokio::time::sleep(pause(attempt)).await;
+            attempt += 1;
         }
     }
 

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Arrival;
 use super::cancel::Stop;
+use super::deaths::Which;
 use crate::assignment::AssignmentKey;
 use crate::control::cancel::Tombstone;
-use crate::intake::{Hold, Publication};
+use crate::intake::Hold;
 
 /// Shared by all tasks of a pipeline.
 #[derive(Clone, Debug, Default)]
@@ -16,9 +17,10 @@ pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
 
 #[derive(Debug)]
 struct Running {
-    publication: Publication,
+    which: Which,
     hold: Arc<Hold>,
     stop: Arc<Stop>,
+    lapsed_looks: u32,
     copies: Vec<Arrival>,
 }
 
@@ -48,15 +50,16 @@ impl InFlight {
                 let flight =
                     Flight { in_flight: self.clone(), key: Some(vacant.key().clone()), stop: Arc::clone(&stop) };
                 vacant.insert(Running {
-                    publication: arrival.delivery.publication().clone(),
+                    which: Which::of(&arrival.delivery),
                     hold: arrival.delivery.hold(),
                     stop,
+                    lapsed_looks: 0,
                     copies: Vec::new(),
                 });
                 Claim::First(arrival, flight)
             }
-            Entry::Occupied(running) if running.get().publication == *arrival.delivery.publication() => {
-                running.get().hold.renew_from(arrival.delivery.received());
+            Entry::Occupied(running) if running.get().which.publication == *arrival.delivery.publication() => {
+                running.get().hold.renew_by(&arrival.delivery.hold());
                 Claim::Renewed
             }
             Entry::Occupied(mut running) => {
@@ -73,6 +76,21 @@ impl InFlight {
         if let Some(running) = self.lock().get(key) {
             running.stop.raise(tombstone);
         }
+    }
+
+    /// What is still here although its hold has lapsed this many looks ago; each once.
+    pub(super) fn lapsed(&self, looks: u32) -> Vec<Which> {
+        let mut running = self.lock();
+        let lapsed = running.values_mut().filter_map(|running| {
+            running.lapsed_looks = if running.hold.is_lapsed() { running.lapsed_looks.saturating_add(1) } else { 0 };
+            (running.lapsed_looks == looks).then(|| running.which.clone())
+        });
+        lapsed.collect()
+    }
+
+    /// How many copies wait for the record of an assignment.
+    pub(super) fn copies(&self, key: &AssignmentKey) -> usize {
+        self.lock().get(key).map_or(0, |running| running.copies.len())
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<AssignmentKey, Running>> {

@@ -1,7 +1,7 @@
 //! How much the worker holds, how much more it can use, and when that is too much.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -20,9 +20,14 @@ const MAX_HELD_BACK: usize = 1000;
 /// A pool that has let work wait for this long without starting any is overloaded.
 const OVERLOADED: Duration = Duration::from_secs(30);
 
-/// Samples what changes by itself, ten times a second, until the worker has stopped.
+/// Between two samples.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// Samples after which a worker has lived on although a hold has lapsed, and says so: 3 s.
+const LIVED_ON: u32 = 30;
+
+/// Samples what changes by itself until the worker has stopped.
 pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    let mut ticks = tokio::time::interval(SAMPLE);
     let mut last = Instant::now();
     while !stop.is_cancelled() {
         ticks.tick().await;
@@ -36,6 +41,7 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
         }
         pipeline.metrics.set_memory_held(pipeline.load.bytes());
         pipeline.note_overload();
+        pipeline.note_lapses();
         pipeline.metrics.set_nats_connected(!pipeline.health.is_raised(Concern::NatsDisconnected));
     }
 }
@@ -63,7 +69,12 @@ impl Pipeline {
         };
         // What could not be stored would only pile up here. Whoever could not store it clears the concern.
         let cannot_store = self.health.is_raised(Concern::StorageRefused);
-        !self.gate.is_open() || self.holds_too_much() || cannot_store || pools(source).iter().any(is_full)
+        let is_told_not_to = self.quarantine.is_occupied() || self.load.asks_for_nothing.load(Ordering::Acquire);
+        is_told_not_to
+            || !self.gate.is_open()
+            || self.holds_too_much()
+            || cannot_store
+            || pools(source).iter().any(is_full)
     }
 
     fn slots(&self, source: Source) -> usize {
@@ -95,6 +106,11 @@ impl Pipeline {
         }
     }
 
+    /// A worker that lives on after a lapse has not died of what it holds, however long that still takes.
+    fn note_lapses(&self) {
+        self.in_flight.lapsed(LIVED_ON).into_iter().for_each(|which| self.deaths.lapsed(which));
+    }
+
     fn holds_too_much(&self) -> bool {
         self.load.bytes() as u64 >= self.settings.max_memory_bytes
     }
@@ -123,6 +139,7 @@ pub(crate) struct Room {
 #[derive(Debug, Default)]
 pub(crate) struct Load {
     bytes: Arc<AtomicUsize>,
+    asks_for_nothing: AtomicBool,
     intake: Arc<Flow>,
     gpu_route: Arc<Flow>,
 }
@@ -132,6 +149,7 @@ pub(crate) struct Load {
 pub(crate) struct Flow {
     waiting: AtomicUsize,
     asked_for: AtomicUsize,
+    pulls: AtomicUsize,
     freed: Notify,
     finished: AtomicUsize,
     per_100_ms: AtomicUsize,
@@ -155,7 +173,13 @@ impl Load {
 
     /// Deliveries that were asked for and may still come.
     pub(crate) fn open_pulls(&self) -> usize {
-        self.flows().map(|flow| flow.asked_for.load(Ordering::Relaxed)).sum()
+        self.flows().map(|flow| flow.asked_for.load(Ordering::Acquire)).sum()
+    }
+
+    /// While the guard lives, nothing is pulled.
+    pub(crate) fn stop_asking(&self) -> AsksForNothing<'_> {
+        self.asks_for_nothing.store(true, Ordering::Release);
+        AsksForNothing(self)
     }
 
     /// Blocks that have ended so far, and how long these held their slots.
@@ -191,9 +215,15 @@ impl Flow {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// How many deliveries were asked for and may still come.
-    pub(crate) fn set_asked_for(&self, deliveries: usize) {
-        self.asked_for.store(deliveries, Ordering::Relaxed);
+    /// How many deliveries were asked for and may still come, in at most so many pulls.
+    pub(crate) fn set_asked_for(&self, deliveries: usize, pulls: usize) {
+        self.asked_for.store(deliveries, Ordering::Release);
+        self.pulls.store(pulls, Ordering::Release);
+    }
+
+    /// Pulls that may be open.
+    pub(crate) fn pulls(&self) -> usize {
+        self.pulls.load(Ordering::Acquire)
     }
 
     /// One more block has ended, which held its slot for so long.
@@ -219,6 +249,16 @@ impl Flow {
     /// Returns when a delivery has begun or gone since the last look.
     pub(crate) async fn freed(&self) {
         self.freed.notified().await;
+    }
+}
+
+/// Nothing is pulled.
+#[must_use = "dropping it lets the worker pull again"]
+pub(crate) struct AsksForNothing<'a>(&'a Load);
+
+impl Drop for AsksForNothing<'_> {
+    fn drop(&mut self) {
+        self.0.asks_for_nothing.store(false, Ordering::Release);
     }
 }
 

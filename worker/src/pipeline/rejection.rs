@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::Pipeline;
+use bytes::Bytes;
+
+use super::{Judged, Pipeline};
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, AssignmentKey, Undecodable};
 use crate::failpoint::{self, Point};
@@ -10,6 +12,7 @@ use crate::fault::Fault;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
 use crate::report::dead_letter::Stage;
+use crate::report::ledger::refused_subject;
 use crate::telemetry::TraceContext;
 
 /// Why a delivery does not run.
@@ -42,7 +45,45 @@ impl Rejection {
     }
 }
 
+/// A delivery, and what this worker makes of it.
+pub(super) type Judgement = (Delivery, Result<Judged, Rejection>);
+
+/// What a redelivery may have been refused for before. What is wrong for good is found wrong each time.
+fn refusable((delivery, judgement): &Judgement) -> Option<AssignmentKey> {
+    let is_redelivery = delivery.delivered() > 1;
+    match judgement {
+        Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment)) => is_redelivery.then(|| assignment.key.clone()),
+        Err(Rejection { ends: RejectionEnd::Refused(key), .. }) => is_redelivery.then(|| key.clone()),
+        Err(Rejection { ends: RejectionEnd::DeadLetter(_), .. }) => None,
+    }
+}
+
 impl Pipeline {
+    /// What was refused once stays refused, whatever has changed since: the Router has been told so, and may have sent it
+    /// again. Returns the others. Only redeliveries ask.
+    pub(super) async fn repeat_refusals(self: &Arc<Self>, judged: Vec<Judgement>) -> Vec<Judgement> {
+        let keys: Vec<_> = judged.iter().filter_map(refusable).collect();
+        if keys.is_empty() {
+            return judged;
+        }
+        let refusals = self.read_refusals(&keys).await;
+        let mut others = Vec::with_capacity(judged.len());
+        for one in judged {
+            let refusal = refusable(&one).and_then(|key| refusals.get(&refused_subject(&key)));
+            match refusal.filter(|(publication, _)| publication == one.0.publication()) {
+                Some((_, verdict)) => self.spawn(Self::refuse_again, (one.0, verdict.clone())),
+                None => others.push(one),
+            }
+        }
+        others
+    }
+
+    async fn refuse_again(self: Arc<Self>, (delivery, verdict): (Delivery, Bytes)) {
+        let trace = TraceContext::of(delivery.headers(), None);
+        self.outbox.refuse(verdict, trace).await;
+        delivery.settle(Settlement::Done).await;
+    }
+
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
     /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {

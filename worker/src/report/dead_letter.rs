@@ -29,11 +29,21 @@ pub enum Stage {
     Admit,
     /// Its block failed for good.
     Execute,
+    /// It killed its workers.
+    Crash,
 }
 
 impl Stage {
     /// Every stage.
-    pub const ALL: [Self; 3] = [Self::Decode, Self::Admit, Self::Execute];
+    pub const ALL: [Self; 4] = [Self::Decode, Self::Admit, Self::Execute, Self::Crash];
+
+    /// Where an assignment failed that has a result: the only final 4001 is that of a poison.
+    pub const fn of_result(code: u16, retryable: bool) -> Self {
+        match (code, retryable) {
+            (4001, false) => Self::Crash,
+            _ => Self::Execute,
+        }
+    }
 
     /// The public word, also the metric label.
     pub const fn as_str(self) -> &'static str {
@@ -41,6 +51,7 @@ impl Stage {
             Self::Decode => "decode",
             Self::Admit => "admit",
             Self::Execute => "execute",
+            Self::Crash => "crash",
         }
     }
 }
@@ -95,7 +106,8 @@ impl DeadLetters {
         addressee: &Addressee,
         fault: &StoredError,
     ) -> Result<(), StoreError> {
-        self.send(delivery, addressee, Stage::Execute, LetterError::Stored(fault), Vec::new()).await
+        let stage = Stage::of_result(fault.code, fault.retryable);
+        self.send(delivery, addressee, stage, LetterError::Stored(fault), Vec::new()).await
     }
 
     async fn send(
@@ -120,19 +132,27 @@ impl DeadLetters {
         }
         let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
         let whole = encode(&letter);
-        // The broker's limit counts the headers too; 2 KiB is more than these have.
-        if whole.len() + 2048 <= self.broker.max_payload() {
-            return self.store(contract::DLQ, &dlq_id, trace.as_ref(), whole).await;
+        if self.may_take(&whole) && fits(self.store(&dlq_id, trace.as_ref(), whole).await)? {
+            return Ok(());
         }
         (letter.assignment, letter.raw_base64) = (None, None);
-        let mut envelope = encode(&letter);
-        if envelope.len() + 1024 > self.broker.max_payload() {
-            // Very many attempts, at a broker that takes very little: the last one says most.
-            letter.attempts.drain(..letter.attempts.len().saturating_sub(1));
-            envelope = encode(&letter);
+        let original = original.bytes();
+        let bytes = original.len();
+        if !fits(self.store_beside(&dlq_id, original).await)? {
+            letter.omitted = Some(format!("the original of {bytes} bytes: no message of this size is taken here"));
         }
-        self.store_beside(&dlq_id, original.bytes()).await?;
-        self.store(contract::DLQ, &dlq_id, trace.as_ref(), envelope).await
+        let envelope = encode(&letter);
+        if self.may_take(&envelope) && fits(self.store(&dlq_id, trace.as_ref(), envelope).await)? {
+            return Ok(());
+        }
+        // Very many attempts, where very little is taken: the last one says most.
+        letter.attempts.drain(..letter.attempts.len().saturating_sub(1));
+        self.store(&dlq_id, trace.as_ref(), encode(&letter)).await
+    }
+
+    /// The broker's limit counts the headers too; 2 KiB is more than these have. The stream may have a lower one.
+    fn may_take(&self, letter: &Bytes) -> bool {
+        letter.len() + 2048 <= self.broker.max_payload()
     }
 
     fn letter<'a>(
@@ -151,6 +171,7 @@ impl DeadLetters {
             error,
             assignment: None,
             raw_base64: None,
+            omitted: None,
             redacted: None,
             attempts,
             deliveries: delivery.delivered(),
@@ -165,19 +186,13 @@ impl DeadLetters {
         }
     }
 
-    async fn store(
-        &self,
-        subject: &str,
-        dlq_id: &str,
-        trace: Option<&TraceContext>,
-        letter: Bytes,
-    ) -> Result<(), StoreError> {
+    async fn store(&self, dlq_id: &str, trace: Option<&TraceContext>, letter: Bytes) -> Result<(), StoreError> {
         let mut headers = HeaderMap::new();
         headers.insert(NATS_MESSAGE_ID, dlq_id);
         if let Some(trace) = trace {
             trace.add_to(&mut headers);
         }
-        self.broker.store(subject.to_owned(), headers, letter).await.map(drop)
+        self.broker.store(contract::DLQ.to_owned(), headers, letter).await.map(drop)
     }
 
     /// The original, beside its letter. One that just fits the broker has no room for headers: then its place, right
@@ -211,6 +226,15 @@ fn as_object(payload: &[u8]) -> Option<&RawValue> {
     }
     serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
     serde_json::from_str::<&RawValue>(json).ok()
+}
+
+/// Whether it is kept; not so where no message of its size is.
+fn fits(stored: Result<(), StoreError>) -> Result<bool, StoreError> {
+    match stored {
+        Ok(()) => Ok(true),
+        Err(StoreError::TooLarge { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn encode(letter: &DeadLetter<'_>) -> Bytes {

@@ -1,22 +1,18 @@
 //! One record per assignment: the ExecResult itself. The first writer wins, and the broker decides who that is.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE;
 use bytes::Bytes;
-use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::assignment::AssignmentKey;
+use crate::broker::last::{LookUpError, header};
 use crate::broker::streams::RESULT_STREAM;
 use crate::broker::{Broker, StoreError, Stored};
 use crate::contract::{self, StoredError, StoredResult};
 use crate::intake::Publication;
-
-/// How long a look-up may take before it is asked again.
-const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How much the clocks of those who write may differ.
 const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(60);
@@ -51,23 +47,16 @@ impl Record {
     }
 
     fn read(message: &async_nats::Message) -> Option<Self> {
-        let headers = message.headers.as_ref()?;
-        let sequence = headers.get("Nats-Sequence")?.as_str().parse().ok()?;
-        let publication = headers.get(contract::HEADER_ANSWERS);
+        let sequence = header(message, "Nats-Sequence")?.parse().ok()?;
         let stored: Option<StoredResult> = serde_json::from_slice(&message.payload).ok();
         Some(Self {
             result: message.payload.clone(),
             sequence,
-            publication: publication.and_then(|header| Publication::parse(header.as_str())),
+            publication: header(message, contract::HEADER_ANSWERS).and_then(Publication::parse),
             fault: stored.and_then(|stored| stored.error),
         })
     }
 }
-
-/// The broker could not be asked, or did not answer: ask again.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot read the records: {0}")]
-pub struct LookUpError(String);
 
 /// The stream of records.
 #[derive(Clone, Debug)]
@@ -96,51 +85,8 @@ impl Ledger {
     /// # Errors
     /// No complete answer: nothing may be concluded for any of them.
     pub async fn look_up(&self, keys: &[AssignmentKey]) -> Result<HashMap<String, Record>, LookUpError> {
-        let mut found = HashMap::new();
-        let mut missing: Vec<String> = keys.iter().map(subject).collect();
-        missing.sort_unstable();
-        missing.dedup();
-        while !missing.is_empty() {
-            let is_complete = self.ask(&missing, &mut found).await?;
-            if is_complete {
-                break;
-            }
-            missing.retain(|subject| !found.contains_key(subject));
-        }
-        Ok(found)
-    }
-
-    /// One `multi_last` request (nats-server 2.11 and later). Each record comes as a message of its own; a status ends
-    /// them. Returns whether the answer was complete: a byte limit at the broker may cut it short.
-    async fn ask(&self, subjects: &[String], found: &mut HashMap<String, Record>) -> Result<bool, LookUpError> {
-        let failed = |reason: &dyn std::fmt::Display| LookUpError(reason.to_string());
-        let client = self.broker.lookups();
-        let inbox = client.new_inbox();
-        let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| failed(&error))?;
-        let request = serde_json::json!({ "multi_last": subjects }).to_string();
-        let api = format!("$JS.API.DIRECT.GET.{RESULT_STREAM}");
-        client.publish_with_reply(api, inbox, request.into()).await.map_err(|error| failed(&error))?;
-        let mut pending = 0_u64;
-        let collect = async {
-            while let Some(message) = answers.next().await {
-                let description = message.description.as_deref().unwrap_or_default();
-                match message.status.map(|status| status.as_u16()) {
-                    None => {
-                        let headers = message.headers.as_ref();
-                        let header =
-                            |name: &str| headers.and_then(|headers| headers.get(name)).map(|value| value.as_str());
-                        pending = header("Nats-Num-Pending").and_then(|pending| pending.parse().ok()).unwrap_or(0);
-                        let subject = header("Nats-Subject").map(str::to_owned);
-                        found.extend(subject.zip(Record::read(&message)));
-                    }
-                    Some(204) => return Ok(pending == 0),
-                    Some(404) if description.contains("No Results") => return Ok(true),
-                    Some(status) => return Err(LookUpError(format!("{status} {description}"))),
-                }
-            }
-            Err(LookUpError("the connection ended".to_owned()))
-        };
-        tokio::time::timeout(LOOK_UP_TIMEOUT, collect).await.map_err(|_| failed(&"no answer"))?
+        let kept = self.broker.last(RESULT_STREAM, keys.iter().map(subject).collect()).await?;
+        Ok(kept.into_iter().filter_map(|(subject, message)| Some((subject, Record::read(&message)?))).collect())
     }
 
     /// Whether a record that was written after `published` may have been dropped by now, for age or number. The broker's
@@ -150,7 +96,7 @@ impl Ledger {
     /// The broker could not be asked.
     pub async fn may_have_dropped_since(&self, published: Timestamp) -> Result<bool, LookUpError> {
         let stream = self.broker.jetstream().get_stream(RESULT_STREAM).await;
-        let state = stream.map_err(|error| LookUpError(error.to_string()))?.cached_info().state.clone();
+        let state = stream.map_err(|error| LookUpError::new(RESULT_STREAM, error))?.cached_info().state.clone();
         let oldest = Timestamp::from_nanosecond(state.first_timestamp.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX);
         let nothing_was_dropped = state.first_sequence <= 1;
         let keeps_older = state.messages > 0 && oldest + CLOCK_DIFFERENCE < published;
@@ -173,6 +119,18 @@ impl Ledger {
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
         headers.insert(contract::HEADER_ANSWERS, publication.to_header());
         self.broker.store(subject(key), headers, result).await
+    }
+
+    /// The refusals that are stored of these assignments, by their subjects: which publication, and what was said.
+    ///
+    /// # Errors
+    /// No complete answer: nothing may be concluded for any of them.
+    pub async fn refusals(&self, keys: &[AssignmentKey]) -> Result<HashMap<String, (Publication, Bytes)>, LookUpError> {
+        let kept = self.broker.last(RESULT_STREAM, keys.iter().map(refused_subject).collect()).await?;
+        let read = |message: async_nats::Message| {
+            Some((header(&message, contract::HEADER_ANSWERS).and_then(Publication::parse)?, message.payload))
+        };
+        Ok(kept.into_iter().filter_map(|(subject, message)| Some((subject, read(message)?))).collect())
     }
 
     /// Stores a refusal, so that a redelivery can repeat it.

@@ -181,6 +181,17 @@ impl<T> FairQueue<T> {
         Some((item, started))
     }
 
+    /// The places of at most `most` that are so, lowest class first: they would wait longest.
+    pub fn find(&self, most: usize, is_so: impl Fn(&T) -> bool) -> Vec<Place> {
+        let lanes = self.classes.iter().enumerate().flat_map(|(class, waiting)| {
+            waiting.lanes.iter().flat_map(move |(tenant, lane)| {
+                lane.items.iter().map(move |(number, item)| (class, tenant, *number, item))
+            })
+        });
+        let found = lanes.filter(|(_, _, _, item)| is_so(item)).take(most);
+        found.map(|(class, tenant, number, _)| Place { tenant: tenant.clone(), class, number }).collect()
+    }
+
     /// Takes an item out that still waits.
     pub fn remove(&mut self, place: &Place, now: Instant) -> Option<T> {
         let class = self.classes.get_mut(place.class)?;

@@ -1,0 +1,147 @@
+//! Who holds a delivery, and until when: what waits goes where there is room, and nothing starts on what has lapsed.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::AckKind;
+use async_nats::jetstream::consumer::PullConsumer;
+use beamline_tests::audit::{Allowed, audit};
+use beamline_tests::peer::Peer;
+use beamline_tests::rig::Rig;
+use beamline_tests::router::{Key, Router, assignment};
+use beamline_tests::wait::{SOON, until};
+use bytes::Bytes;
+use futures::StreamExt;
+use serde_json::json;
+
+/// A hold lapses after 10 s; then the next worker needs a moment.
+const LAPSE: Duration = Duration::from_secs(40);
+/// Longer than what counts as a pause, shorter than a hold.
+const PAUSE: Duration = Duration::from_secs(4);
+
+/// Everything is settled, and all invariants hold.
+async fn kept_its_promise(router: &Router, peer: &Peer) {
+    router.settled(LAPSE).await;
+    let found = audit(router, &peer.hits("/"), Allowed { attempts: 3 }).await;
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[tokio::test]
+async fn what_waits_at_a_busy_worker_goes_to_one_that_has_room() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/slot"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    let waiting = assignment("acme", "waiting", rig.call("/ok"));
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+    let second = rig.another("worker-2").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&waiting).await["metadata"]["worker_id"], "worker-2");
+    rig.peer.open("slot");
+    assert_eq!(rig.router.result(&running).await["metadata"]["worker_id"], "worker-1");
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/").len(), 2, "each ran once");
+    assert_eq!(rig.worker.metric("worker_redeliveries_total").await, 0.0, "nothing came straight back");
+    assert_eq!(second.metric("worker_redeliveries_total").await, 1.0);
+}
+
+#[tokio::test]
+async fn what_waits_stays_while_nobody_has_room() {
+    let small = ["--io-pool-size=1", "--cpu-pool-size=1"];
+    let rig = Rig::start(&small).await;
+    let second = small.iter().fold(rig.another("worker-2"), |setup, flag| setup.flag(*flag)).start(&rig.nats).await;
+    for number in 0..8 {
+        rig.router.submit(&assignment("acme", &format!("full-{number}"), rig.call("/gate/slot"))).await;
+    }
+    rig.peer.arrived("/gate/slot", 2).await;
+    // The time itself is what is tested: more than work waits before others are asked for.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    for worker in [&rig.worker, &second] {
+        assert_eq!(worker.metric("worker_redeliveries_total").await, 0.0);
+    }
+    rig.peer.open("slot");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn w04_nothing_that_waited_through_a_pause_starts_before_it_is_delivered_again() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/slot"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    let waiting = assignment("acme", "waiting", rig.call("/ok"));
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+    rig.worker.pause();
+    tokio::time::sleep(PAUSE).await;
+    rig.peer.open("slot");
+    rig.worker.resume();
+    assert_eq!(rig.router.result(&running).await["status"], "success", "what ran has finished");
+    assert_eq!(rig.router.result(&waiting).await["status"], "success");
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert!(rig.worker.metric("worker_redeliveries_total").await >= 1.0, "it was delivered again");
+    assert_eq!(rig.peer.hits("/").len(), 2, "each ran once");
+}
+
+#[tokio::test]
+async fn w04_nothing_that_arrived_during_a_pause_starts_before_it_is_delivered_again() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "buffered", rig.call("/ok"));
+    let delivered = async || rig.router.consumer().await.map(|consumer| consumer.num_ack_pending);
+    let waiting = async || rig.router.consumer().await.map(|consumer| consumer.num_waiting);
+    until("a pull is open", async || waiting().await == Some(1)).await;
+    rig.worker.pause();
+    rig.router.submit(&payload).await;
+    tokio::time::sleep(PAUSE).await;
+    let was_buffered = delivered().await == Some(1);
+    rig.worker.resume();
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+    // The pull may have ended in the moment between the look and the pause: then nothing was under way.
+    assert_eq!(rig.worker.metric("worker_redeliveries_total").await >= 1.0, was_buffered);
+    rig.worker.says("dropping what arrived while this process was stopped: pulling anew").await;
+}
+
+#[tokio::test]
+async fn a_refusal_that_is_stored_is_repeated_byte_for_byte_to_a_redelivery() {
+    let mut rig = Rig::start(&[]).await;
+    // What a publication is called is in the record of any other.
+    let other = assignment("acme", "other", rig.call("/ok"));
+    rig.router.submit(&other).await;
+    rig.router.result(&other).await;
+    let record = rig.router.record(&other).await.expect("a record");
+    let name = record.headers.get("Beamline-Answers").expect("a record names its publication").to_string();
+    rig.worker.kill();
+
+    let (refused, accepted) =
+        (assignment("acme", "refused", rig.call("/ok?1")), assignment("acme", "new", rig.call("/ok?2")));
+    let sequence = rig.router.submit(&refused).await;
+    let later = rig.router.submit(&accepted).await;
+    let publication = |sequence: u64| format!("{},{sequence}", name.rsplit_once(',').expect("three parts").0);
+    let said = json!({"assignment_id": "refused", "tenant_id": "acme", "status": "rejected", "message": "as it was"});
+    let said = Bytes::from(said.to_string());
+    // A worker that died after it had stored its refusal; and a refusal of an earlier publication of an id.
+    for (payload, answers) in [(&refused, sequence), (&accepted, sequence - 1)] {
+        let subject = format!("caf.exec.refused.{}", Key::from(payload).token());
+        let mut headers = HeaderMap::new();
+        headers.insert("Beamline-Answers", publication(answers));
+        let sent = rig.router.jetstream().publish_with_headers(subject, headers, said.clone()).await;
+        sent.expect("a publish").await.expect("it is stored");
+    }
+    let consumer: PullConsumer =
+        rig.router.stream("CAF_EXEC_ASSIGN").await.get_consumer("caf-workers").await.expect("it is there");
+    let mut messages = consumer.fetch().max_messages(2).messages().await.expect("messages");
+    while let Some(message) = messages.next().await {
+        message.expect("a message").ack_with(AckKind::Nak(None)).await.expect("it is given back");
+    }
+    assert_eq!(later, sequence + 1);
+
+    let worker = rig.another("worker-2").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&accepted).await["status"], "success");
+    rig.router.settled(SOON).await;
+    let story = rig.router.story(&refused);
+    assert_eq!(story.verdicts, [serde_json::from_slice::<serde_json::Value>(&said).expect("JSON")]);
+    assert!(story.results.is_empty() && rig.peer.hits("/ok?1").is_empty(), "it did not run");
+    assert_eq!(worker.metric("worker_redeliveries_total").await, 2.0);
+}
