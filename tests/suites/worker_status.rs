@@ -123,7 +123,7 @@ async fn the_published_series_have_exactly_the_published_labels() {
     for (name, names) in expected {
         assert_eq!(labels(&series[name]), BTreeSet::from([names.to_vec()]), "{name}");
     }
-    let types = BTreeSet::from(["http.request", "fs.put", "fs.get", "sql.query"]);
+    let types = BTreeSet::from(["http.request", "fs.put", "fs.get", "sql.query", "human.approval"]);
     assert_eq!(values(&series["worker_tasks_total"], "type"), types);
     assert_eq!(values(&series["worker_resource_usage"], "type"), BTreeSet::from(["cpu_time_ms", "memory_mb"]));
     assert_eq!(values(&series["worker_pool_queue_depth"], "pool"), BTreeSet::from(["cpu", "gpu", "io"]));
