@@ -248,6 +248,21 @@ fn shipped_programs_have_no_fail_points() {
 }
 
 #[test]
+fn every_promise_of_the_contract_is_kept_by_a_test_that_exists() {
+    let page = read("docs/contract.md");
+    let (_, promises) = page.split_once("## Which test keeps which promise").expect("the list of promises");
+    let names = promises.split('`').filter(|text| text.starts_with("worker_") && text.contains("::"));
+    let mut count = 0;
+    for name in names {
+        let (suite, test) = name.split_once("::").expect("suite::test");
+        let is_there = read(format!("tests/suites/{suite}.rs")).contains(&format!("fn {test}("));
+        assert!(is_there, "docs/contract.md names {name}");
+        count += 1;
+    }
+    assert!(count > 50, "only {count} tests are named");
+}
+
+#[test]
 fn links_between_pages_lead_somewhere() {
     for page in files("md") {
         let folder = page.parent().expect("a page lies in a folder").to_owned();
