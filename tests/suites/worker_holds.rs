@@ -112,6 +112,7 @@ async fn a_refusal_that_is_stored_is_repeated_byte_for_byte_to_a_redelivery() {
     rig.router.result(&other).await;
     let record = rig.router.record(&other).await.expect("a record");
     let name = record.headers.get("Beamline-Answers").expect("a record names its publication").to_string();
+    rig.router.settled(SOON).await;
     rig.worker.kill();
 
     let (refused, accepted) =

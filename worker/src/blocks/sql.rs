@@ -181,10 +181,11 @@ impl Sql {
     }
 }
 
-/// A moment before the deadline, so that there is time to say why.
+/// A moment before the deadline, so that there is time to say why; shorter than the usual delay before another attempt,
+/// which would only run into the deadline.
 fn before(deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(Instant::now());
-    deadline.checked_sub((left / 10).min(Duration::from_millis(200))).unwrap_or(deadline)
+    deadline.checked_sub((left / 10).min(Duration::from_millis(50))).unwrap_or(deadline)
 }
 
 /// A connection in use. Dropped, what runs on it is stopped on the server too, and it is closed.
