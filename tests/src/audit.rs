@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use async_nats::jetstream::stream::Stream;
 use serde::Serialize;
 
 use crate::journal::{End, Fact, Outcome};
@@ -50,7 +51,7 @@ pub enum Kept {
 /// How the intake and its consumer stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Left {
-    /// Messages that the intake's stream still keeps.
+    /// Messages of the intake's stream that nobody has answered.
     pub messages: u64,
     /// Messages that nobody has taken.
     pub pending: u64,
@@ -165,7 +166,8 @@ pub async fn audit(router: &Router, hits: &[Hit], allowed: Allowed) -> Vec<Strin
             audit.find(&key.token(), Kept::Letter);
         }
     }
-    let messages = router.stream(&router.intake_stream()).await.cached_info().state.messages;
+    let intake = router.stream(&router.intake_stream()).await;
+    let messages = unanswered(&intake, &audit).await.expect("the broker answers");
     let consumer = router.consumer().await.expect("the workers' consumer is there");
     let left = Left {
         messages,
@@ -174,6 +176,29 @@ pub async fn audit(router: &Router, hits: &[Hit], allowed: Allowed) -> Vec<Strin
         deliveries: consumer.delivered.consumer_sequence,
     };
     audit.end(left).violations
+}
+
+/// How many messages of the intake nobody has answered.
+///
+/// A broker that is killed may forget that it has removed what was settled: such a message is in the stream, and no
+/// consumer's any more.
+///
+/// # Errors
+/// The broker does not answer.
+pub async fn unanswered(intake: &Stream, audit: &Audit) -> anyhow::Result<u64> {
+    /// More than a few are no slip of the broker.
+    const FEW: u64 = 100;
+    let state = &intake.cached_info().state;
+    if state.messages > FEW {
+        return Ok(state.messages);
+    }
+    let (mut unanswered, mut next) = (0, state.first_sequence);
+    for _ in 0..state.messages {
+        let message = intake.get_first_raw_message_by_subject(">", next).await?;
+        next = message.sequence + 1;
+        unanswered += u64::from(!Key::read(&message.payload).is_some_and(|key| audit.knows_an_end(&key.token())));
+    }
+    Ok(unanswered)
 }
 
 /// The fact in something that was heard, and the token of the assignment that it is about.
@@ -192,6 +217,11 @@ pub fn token(subject: &str) -> String {
 }
 
 impl Audit {
+    /// Whether an assignment has a record, a refusal or a dead letter.
+    fn knows_an_end(&self, token: &str) -> bool {
+        self.stories.get(token).is_some_and(|story| story.record.is_some() || story.is_refused || story.has_letter)
+    }
+
     /// Nothing is known yet.
     pub fn new(rules: Rules) -> Self {
         Self { rules, stories: HashMap::new(), publications: 0, effects: 0, missed: 0, recoveries: Vec::new() }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::{self, Message};
-use beamline_tests::audit::{Audit, Kept, Left, token};
+use beamline_tests::audit::{Audit, Kept, Left, token, unanswered};
 use beamline_tests::journal::Outcome;
 use beamline_tests::router::Key;
 use futures::TryStreamExt;
@@ -36,7 +36,7 @@ pub(crate) async fn read(url: &str, audit: &mut Audit) -> anyhow::Result<Left> {
     let stream = js.get_stream("CAF_EXEC_ASSIGN").await?;
     let consumer = stream.consumer_info("caf-workers").await?;
     Ok(Left {
-        messages: stream.cached_info().state.messages,
+        messages: unanswered(&stream, audit).await?,
         pending: consumer.num_pending,
         unsettled: u64::try_from(consumer.num_ack_pending)?,
         deliveries: consumer.delivered.consumer_sequence,

@@ -42,7 +42,7 @@ pub(crate) async fn settled(url: &str, limit: Duration) -> anyhow::Result<bool> 
     while started.elapsed() < limit {
         let stream = js.get_stream("CAF_EXEC_ASSIGN").await?;
         let consumer = stream.consumer_info("caf-workers").await?;
-        if stream.cached_info().state.messages == 0 && consumer.num_pending == 0 && consumer.num_ack_pending == 0 {
+        if consumer.num_pending == 0 && consumer.num_ack_pending == 0 {
             return Ok(true);
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
