@@ -73,8 +73,8 @@ until_pool() { quietly kubectl -n $namespace wait workerpool/demo --for=jsonpath
 show_pool() { kubectl -n $namespace get workerpools; }
 
 a_worker() {
-  kubectl -n $namespace get pods -l beamline.dev/pool=demo --field-selector status.phase=Running -o name | head -n 1 |
-    cut -d/ -f2
+  kubectl -n $namespace get pods -l beamline.dev/pool=demo --field-selector status.phase=Running \
+    -o jsonpath='{.items[0].metadata.name}'
 }
 
 # The same way in for every cluster: through its API server.
