@@ -12,7 +12,7 @@ use beamline_tests::router::{Key, Router, assignment};
 use beamline_tests::wait::{SOON, until};
 use bytes::Bytes;
 use futures::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A hold lapses after 10 s; then the next worker needs a moment.
 const LAPSE: Duration = Duration::from_secs(40);
@@ -26,15 +26,21 @@ async fn kept_its_promise(router: &Router, peer: &Peer) {
     assert!(found.is_empty(), "{found:#?}");
 }
 
-#[tokio::test]
-async fn what_waits_at_a_busy_worker_goes_to_one_that_has_room() {
-    let rig = Rig::start(&["--io-pool-size=1"]).await;
+/// The only slot is taken by the first until the gate `slot` opens, and the second has been accepted.
+async fn one_runs_and_one_waits(rig: &Rig) -> (Value, Value) {
     let running = assignment("acme", "running", rig.call("/gate/slot"));
     rig.router.submit(&running).await;
     rig.peer.arrived("/gate/slot", 1).await;
     let waiting = assignment("acme", "waiting", rig.call("/ok"));
     rig.router.submit(&waiting).await;
     rig.router.verdict(&waiting).await;
+    (running, waiting)
+}
+
+#[tokio::test]
+async fn what_waits_at_a_busy_worker_goes_to_one_that_has_room() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let (running, waiting) = one_runs_and_one_waits(&rig).await;
     let second = rig.another("worker-2").start(&rig.nats).await;
     assert_eq!(rig.router.result(&waiting).await["metadata"]["worker_id"], "worker-2");
     rig.peer.open("slot");
@@ -66,12 +72,7 @@ async fn what_waits_stays_while_nobody_has_room() {
 #[tokio::test]
 async fn w04_nothing_that_waited_through_a_pause_starts_before_it_is_delivered_again() {
     let rig = Rig::start(&["--io-pool-size=1"]).await;
-    let running = assignment("acme", "running", rig.call("/gate/slot"));
-    rig.router.submit(&running).await;
-    rig.peer.arrived("/gate/slot", 1).await;
-    let waiting = assignment("acme", "waiting", rig.call("/ok"));
-    rig.router.submit(&waiting).await;
-    rig.router.verdict(&waiting).await;
+    let (running, waiting) = one_runs_and_one_waits(&rig).await;
     rig.worker.pause();
     tokio::time::sleep(PAUSE).await;
     rig.peer.open("slot");

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Concern;
 use crate::broker::Broker;
+use crate::broker::last::header;
 use crate::broker::streams::{ACK_WAIT, Ready, Source};
 use crate::contract;
 use crate::pipeline::Pipeline;
@@ -434,8 +435,7 @@ struct Vanished;
 
 /// A status ends a pull, and says how much of it was not served.
 fn end_of_pull(pulls: &mut Pulls, status: StatusCode, message: &async_nats::Message) -> Result<(), Vanished> {
-    let unserved = message.headers.as_ref().and_then(|headers| headers.get("Nats-Pending-Messages"));
-    let unserved = unserved.and_then(|value| value.as_str().parse().ok());
+    let unserved = header(message, "Nats-Pending-Messages").and_then(|value| value.parse().ok());
     let reason = message.description.as_deref().unwrap_or_default();
     match (status.as_u16(), unserved) {
         (100, _) => {}

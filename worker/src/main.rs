@@ -203,13 +203,18 @@ fn address(config: &Config) -> Address {
     }
 }
 
+/// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
+fn pool_name(config: &Config) -> Option<String> {
+    config.pool.as_ref().map(ToString::to_string)
+}
+
 fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Result<pipeline::Settings> {
     let spool = config.outbox_dir.clone().map(|directory| {
         let failed = format!("--outbox-dir: {} cannot be used", directory.display());
         Spool::open(directory).context(failed)
     });
     Ok(pipeline::Settings {
-        pool: config.pool.as_ref().map(ToString::to_string),
+        pool: pool_name(config),
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
         route_subject: intake.route_subject(),
@@ -222,11 +227,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
 }
 
 fn dead_letter_settings(config: &Config) -> dead_letter::Settings {
-    dead_letter::Settings {
-        redact: config.dlq_redact,
-        worker_id: config.worker_id.clone(),
-        pool: config.pool.as_ref().map(ToString::to_string),
-    }
+    dead_letter::Settings { redact: config.dlq_redact, worker_id: config.worker_id.clone(), pool: pool_name(config) }
 }
 
 fn sources(config: &Config) -> Sources {
@@ -254,7 +255,7 @@ fn follow(policy: Option<(PolicyFile, Policy)>, metrics: &Arc<Metrics>) -> watch
 fn identity(config: &Config) -> Identity {
     Identity {
         worker_id: config.worker_id.clone(),
-        pool: config.pool.as_ref().map(ToString::to_string),
+        pool: pool_name(config),
         class: if sources(config).intake { "general" } else { "gpu" },
         started_at: Timestamp::now(),
     }

@@ -13,6 +13,7 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 
+use super::last::header;
 use super::{Broker, StoreError, Stored};
 use crate::admin::{Concern, Health};
 use crate::execute::backoff;
@@ -330,15 +331,14 @@ impl Follower {
 
     /// A request to go on sending is answered; a sign of silence shows whether everything has come.
     async fn heartbeat(&mut self, message: async_nats::Message) -> Result<(), ReadError> {
-        if let Some(reply) = message.reply {
+        if let Some(reply) = message.reply.clone() {
             self.bucket.broker.say(reply, Bytes::new()).await;
             return Ok(());
         }
-        let header = |name| message.headers.as_ref().and_then(|headers| headers.get(name));
-        if header("Nats-Consumer-Stalled").is_some() {
+        if header(&message, "Nats-Consumer-Stalled").is_some() {
             return Ok(());
         }
-        let sent = header(NATS_LAST_CONSUMER.as_ref()).and_then(|sent| sent.as_str().parse().ok());
+        let sent = header(&message, NATS_LAST_CONSUMER.as_ref()).and_then(|sent| sent.parse().ok());
         if sent.is_some_and(|sent: u64| sent != self.sequence) {
             return Err(self.bucket.unread(&"a message was missed"));
         }

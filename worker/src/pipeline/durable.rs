@@ -85,7 +85,7 @@ impl Pipeline {
 
     /// Awaits a write; where that takes long and there is a disk for it, the outcome lies there meanwhile.
     async fn spooled<T>(&self, outcome: impl Fn() -> Option<Outcome>, writing: impl Future<Output = T>) -> T {
-        let Some(spool) = self.settings.spool.clone() else { return writing.await };
+        let Some(spool) = &self.settings.spool else { return writing.await };
         let mut writing = std::pin::pin!(writing);
         if let Ok(written) = tokio::time::timeout(SPOOL_AFTER, &mut writing).await {
             return written;

@@ -89,9 +89,7 @@ impl Spool {
 
     fn file_of(&self, outcome: &Outcome) -> PathBuf {
         let identity = [&outcome.tenant_id, &outcome.assignment_id, &outcome.publication].map(|part| part.as_bytes());
-        let digest = Sha256::digest(identity.join(&b'\0'));
-        let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.directory.join(name + ".json")
+        self.directory.join(format!("{:x}.json", Sha256::digest(identity.join(&b'\0'))))
     }
 }
 

@@ -3,19 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
 use async_nats::jetstream;
-use beamline_tests::journal::Journal;
 use beamline_tests::nats::NatsServer;
 use clap::Args;
 
-use crate::auditor::{self, Question};
 use crate::crew::{self, Member};
-use crate::landed::Landed;
-use crate::load::{Mix, Size, World};
+use crate::load::{Mix, Size};
 use crate::nemesis::{Nemesis, Rhythm};
-use crate::sink::Sink;
-use crate::{Origin, listener};
+use crate::scene::Scene;
+use crate::{Origin, auditor, listener};
 
 /// After the last fault: holds lapse after 10 s, then the rest is done.
 const DRAIN: Duration = Duration::from_secs(90);
@@ -46,17 +42,12 @@ pub(crate) struct Plan {
 
 /// Whether the promise was kept.
 pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
-    let _ = std::fs::remove_dir_all(&plan.journal);
-    std::fs::create_dir_all(&plan.journal).with_context(|| plan.journal.display().to_string())?;
-    let journal = |name: &str| Journal::create(&plan.journal.join(name));
-    let (router, heard, effects) = (journal("router"), journal("heard"), journal("effects"));
-    let files = tempfile::tempdir()?;
-    let world = World::new(Sink::start(effects.clone()).await?, files.path().to_owned())?;
+    let scene = Scene::set(&plan.journal).await?;
     let nats = NatsServer::start();
     let url = nats.url();
-    let crew = gather(plan.workers, files.path(), &nats).await?;
-    listener::listen(&url, heard.clone()).await?;
-    let landed = Landed::create(&plan.journal.join("faults"))?;
+    let crew = gather(plan.workers, scene.files(), &nats).await?;
+    listener::listen(&url, scene.heard.clone()).await?;
+    let landed = scene.landed()?;
     let mut nemesis = Nemesis::new(nats, crew, plan.rhythm, origin.seed, landed);
     let size = Size {
         assignments: plan.assignments,
@@ -66,7 +57,7 @@ pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
         mix: Mix::Everything,
     };
     tokio::select! {
-        submitted = world.submit(&url, &router, size, origin.seed) => submitted?,
+        submitted = scene.world.submit(&url, &scene.router, size, origin.seed) => submitted?,
         () = nemesis.rage() => {}
     }
     nemesis.relent();
@@ -74,15 +65,9 @@ pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
         eprintln!("not everything is settled after {DRAIN:?}");
     }
     crew::dismiss(&mut nemesis.crew).await?;
-    [&router, &heard, &effects].into_iter().for_each(Journal::flush);
     let mut rules = vec![format!("--at-it={}", plan.rhythm.at_it().as_secs_f64())];
     rules.extend(plan.least.iter().map(|least| format!("--least={least}")));
-    let question = Question { goal: "G1", nats_url: &url, journal: &plan.journal, rules };
-    let holds = auditor::ask(question, origin).await?;
-    if holds {
-        std::fs::remove_dir_all(&plan.journal)?;
-    }
-    Ok(holds)
+    scene.holds("G1", &url, rules, origin).await
 }
 
 /// Starts the workers, and lets the broker keep every record of the run.

@@ -11,6 +11,7 @@
 mod kill; // workers and the broker are killed, paused and cut off
 mod crash; // one fault exactly between two steps, everywhere
 mod rollout; // workers are replaced
+mod scene; // what they are played on
 mod nemesis; // who does that, and when
 mod crew; // workers, each behind a network that breaks
 mod load; // the Router

@@ -228,5 +228,5 @@ fn idempotency_key(key: &str) -> String {
     if key.len() <= MAX_KEY_BYTES {
         return key.to_owned();
     }
-    Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Sha256::digest(key))
 }
