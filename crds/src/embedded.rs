@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    Affinity, Container, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -100,11 +100,110 @@ pub(crate) fn volume_mounts(generator: &mut SchemaGenerator) -> Schema {
     schema
 }
 
+/// Containers that start before the worker and stop after it. What a pod of level `restricted` must not have is kept in the
+/// schema where its refusal can say so.
+pub(crate) fn sidecars(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = bounded::<Vec<Container>>(generator);
+    few_with_short_names(&mut schema, 8);
+    keyed_by(&mut schema, "name");
+    let container = "/items/properties";
+    keep(
+        &mut schema,
+        container,
+        &[
+            "args",
+            "command",
+            "env",
+            "envFrom",
+            "image",
+            "imagePullPolicy",
+            "lifecycle",
+            "livenessProbe",
+            "name",
+            "ports",
+            "readinessProbe",
+            "resources",
+            "securityContext",
+            "startupProbe",
+            "volumeMounts",
+            "workingDir",
+        ],
+    );
+    keep(&mut schema, "/items/properties/lifecycle/properties", &["postStart", "preStop"]);
+    keep(
+        &mut schema,
+        "/items/properties/securityContext/properties",
+        &[
+            "allowPrivilegeEscalation",
+            "capabilities",
+            "privileged",
+            "readOnlyRootFilesystem",
+            "runAsGroup",
+            "runAsNonRoot",
+            "runAsUser",
+            "seccompProfile",
+        ],
+    );
+    for list in ["ports", "volumeMounts"] {
+        limit_items(&mut schema, &format!("{container}/{list}"), 32);
+    }
+    if let Some(Value::Object(item)) = schema.pointer_mut("/items") {
+        let rules = SIDECAR_RULES.map(|(rule, message)| json!({ "rule": rule, "message": message }));
+        item.insert("x-kubernetes-validations".to_owned(), rules.to_vec().into());
+    }
+    schema
+}
+
+/// What a sidecar must have and must not have.
+const SIDECAR_RULES: [(&str, &str); 9] = [
+    (
+        "self.name.matches('^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$') && self.name != 'worker' && !self.name.startsWith('beamline-')",
+        "sidecars.name: use at most 63 of a-z, 0-9 and '-'; 'worker' and names starting with 'beamline-' are taken",
+    ),
+    ("has(self.image) && self.image != ''", "sidecars.image: is required"),
+    (
+        "!has(self.securityContext) || !has(self.securityContext.privileged) || !self.securityContext.privileged",
+        "sidecars.securityContext.privileged: must not be true: pods meet the Pod Security level restricted",
+    ),
+    (
+        "!has(self.securityContext) || !has(self.securityContext.allowPrivilegeEscalation) || !self.securityContext.allowPrivilegeEscalation",
+        "sidecars.securityContext.allowPrivilegeEscalation: must not be true: pods meet the Pod Security level restricted",
+    ),
+    (
+        "!has(self.securityContext) || ((!has(self.securityContext.runAsNonRoot) || self.securityContext.runAsNonRoot) && (!has(self.securityContext.runAsUser) || self.securityContext.runAsUser != 0))",
+        "sidecars.securityContext: must not run as root: leave runAsNonRoot out and set runAsUser to the image's user",
+    ),
+    (
+        "!has(self.securityContext) || !has(self.securityContext.capabilities) || !has(self.securityContext.capabilities.add) || self.securityContext.capabilities.add.all(c, c == 'NET_BIND_SERVICE')",
+        "sidecars.securityContext.capabilities.add: only NET_BIND_SERVICE may be added",
+    ),
+    (
+        "!has(self.securityContext) || !has(self.securityContext.seccompProfile) || self.securityContext.seccompProfile.type != 'Unconfined'",
+        "sidecars.securityContext.seccompProfile.type: must not be Unconfined",
+    ),
+    (
+        "!has(self.ports) || self.ports.all(p, !has(p.hostPort))",
+        "sidecars.ports.hostPort: must not be set: pods do not use ports of the node",
+    ),
+    (
+        "!has(self.ports) || self.ports.all(p, p.containerPort != 9090 && (!has(p.name) || p.name != 'metrics'))",
+        "sidecars.ports: port 9090 and the name 'metrics' are the worker's; choose another",
+    ),
+];
+
 /// Rules look through these lists; the API server refuses a rule that could become slow.
 fn few_with_short_names(schema: &mut Schema, max_items: u32) {
-    schema.insert("maxItems".to_owned(), max_items.into());
+    limit_items(schema, "", max_items);
     if let Some(Value::Object(name)) = schema.pointer_mut("/items/properties/name") {
         name.insert("maxLength".to_owned(), 253.into());
+    }
+}
+
+fn limit_items(schema: &mut Schema, pointer: &str, max_items: u32) {
+    if pointer.is_empty() {
+        schema.insert("maxItems".to_owned(), max_items.into());
+    } else if let Some(Value::Object(list)) = schema.pointer_mut(pointer) {
+        list.insert("maxItems".to_owned(), max_items.into());
     }
 }
 

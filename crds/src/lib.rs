@@ -10,9 +10,14 @@ mod worker_pool; // the object: name rules, columns, /scale
 mod disruption; // how many pods a node drain may take
 mod egress; // which addresses HTTP and SQL blocks may reach
 mod filesystem; // which directories file blocks may use
+mod gpu; // the pods that have GPUs
 mod nats; // where the work comes from
-mod observability; // where traces go
+mod network_policy; // whether the pods get a NetworkPolicy
+mod observability; // where traces go, and who collects metrics
 mod rollout; // how pods are replaced
+mod scaling; // how many workers there are
+mod sql; // which databases SQL blocks may use
+mod tenants; // what each tenant gets
 mod worker; // what one pod looks like
 
 mod status; // what the operator reports
@@ -26,9 +31,14 @@ mod manifest; // the promises of workerpools.yaml
 pub use disruption::Disruption;
 pub use egress::{Egress, EgressPolicy};
 pub use filesystem::{EmptyDir, Filesystem, PersistentVolumeClaim, Root, RootVolume};
-pub use nats::{Nats, SecretKeyRef, Storage, Streams, Tls};
+pub use gpu::Gpu;
+pub use nats::{Delivery, Nats, SecretKeyRef, Storage, Streams, Tls};
+pub use network_policy::NetworkPolicy;
 pub use observability::Observability;
 pub use rollout::Rollout;
-pub use status::{Mode, Queue, Scaling, WorkerPoolStatus};
+pub use scaling::{Mode, Scaling};
+pub use sql::{InlineConnections, Sql, SqlConnection};
+pub use status::{Decision, GpuStatus, LimitedBy, Queue, WorkerPoolStatus};
+pub use tenants::{NamedTenant, TenantTerms, Tenants};
 pub use worker::{ImagePullPolicy, Limits, Pools, Resources, Worker};
 pub use worker_pool::{WorkerPool, WorkerPoolSpec};

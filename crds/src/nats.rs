@@ -4,7 +4,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The NATS system that hands out the work and keeps the results. JetStream must be on.
+/// The NATS system that hands out the work and keeps the results.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -38,13 +38,17 @@ pub struct Nats {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
 
+    /// How assignments are handed out. Default: JetStream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delivery: Option<Delivery>,
+
     /// Subject that assignments arrive on. Default: caf.exec.assign.v1. Any other gets a stream of its own,
     /// CAF_POOL_<subject>.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200), regex(pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"))]
     pub subject: Option<String>,
 
-    /// Name of the durable consumer that shares the work among the workers. Default: caf-workers.
+    /// Name of the durable consumer, or of the core queue group, that shares the work among the workers. Default: caf-workers.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 100), regex(pattern = "^[A-Za-z0-9_-]+$"))]
     pub queue_group: Option<String>,
@@ -52,6 +56,15 @@ pub struct Nats {
     /// The streams that keep assignments, results and dead letters.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub streams: Option<Streams>,
+}
+
+/// How assignments are handed out.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// From a stream: what no worker takes waits, and what a dead worker held goes to another one.
+    JetStream,
+    /// From a core NATS queue group: at most once. What no worker takes is lost, nothing waits, and there is no depth.
+    Core,
 }
 
 /// One key of a Secret in the pool's namespace.

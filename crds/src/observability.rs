@@ -1,9 +1,9 @@
-//! Where traces go.
+//! Where traces go, and who collects metrics.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Where traces are sent. Metrics need no setting: every worker serves them on its port `metrics`.
+/// Where traces are sent, and who collects metrics: every worker serves them on its port `metrics`.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Observability {
@@ -15,4 +15,9 @@ pub struct Observability {
         regex(pattern = "^https?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[1-9][0-9]{0,4})?(/[^ ]*)?$")
     )]
     pub otlp_endpoint: Option<String>,
+
+    /// Whether the pods get a PodMonitor, by which a Prometheus Operator finds their metrics. Its type must be
+    /// installed. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod_monitor: Option<bool>,
 }

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{embedded, prose};
+use crate::{Mode, embedded, prose};
 
 /// What the operator last saw and did.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -15,16 +15,16 @@ pub struct WorkerPoolStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
 
-    /// Pods that exist.
+    /// Pods that exist, without those that have GPUs.
     pub replicas: i32,
 
-    /// Pods that take work.
+    /// Of them, pods that take work.
     pub ready_replicas: i32,
 
-    /// Pods that the operator asks for.
+    /// Pods that the operator asks for, without those that have GPUs.
     pub desired_replicas: i32,
 
-    /// Label selector of the pods, for autoscalers and kubectl.
+    /// Label selector of these pods, for autoscalers and kubectl.
     #[schemars(length(max = 256))]
     pub selector: String,
 
@@ -34,7 +34,11 @@ pub struct WorkerPoolStatus {
 
     /// Why there are as many replicas as there are.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub scaling: Option<Scaling>,
+    pub scaling: Option<Decision>,
+
+    /// The pods with GPUs. Absent without spec.gpu.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuStatus>,
 
     /// Ready, Progressing, QueueReadable, StreamsReady.
     #[schemars(schema_with = "embedded::conditions")]
@@ -58,6 +62,20 @@ pub struct Queue {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oldest_since: Option<Time>,
 
+    /// Assignments that arrive in a second, over the last minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub arrivals_per_second: Option<String>,
+
+    /// Assignments that end in a second, over the last minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub completions_per_second: Option<String>,
+
+    /// Seconds until nothing is left, if it goes on like this. Absent while the queue does not shrink.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_eta_seconds: Option<i64>,
+
     /// Dead letters kept, of all pools that share the broker.
     pub dead_letters: i64,
 }
@@ -65,7 +83,7 @@ pub struct Queue {
 /// Why there are as many replicas as there are.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
-pub struct Scaling {
+pub struct Decision {
     /// Who decides the number of replicas.
     pub mode: Mode,
 
@@ -77,9 +95,36 @@ pub struct Scaling {
     pub reason: String,
 }
 
-/// Who decides the number of replicas.
+/// The pods with GPUs, and the work that waits for them.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuStatus {
+    /// Pods that exist.
+    pub replicas: i32,
+
+    /// Pods that take work.
+    pub ready_replicas: i32,
+
+    /// Pods that the operator asks for.
+    pub desired_replicas: i32,
+
+    /// What keeps desiredReplicas below what is asked for.
+    pub limited_by: LimitedBy,
+
+    /// Assignments on the GPU route that no worker has taken yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<i64>,
+
+    /// Assignments from the GPU route that workers hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_flight: Option<i64>,
+}
+
+/// What keeps the number of pods below what is asked for.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// spec.replicas, written by a person or through /scale.
-    Manual,
+pub enum LimitedBy {
+    /// Nothing.
+    None,
+    /// gpu.maxTotal.
+    MaxTotal,
 }

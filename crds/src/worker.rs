@@ -3,31 +3,35 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    Affinity, Container, EnvVar, LocalObjectReference, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Egress, Filesystem, embedded};
+use crate::{Egress, Filesystem, Sql, embedded};
 
 /// What one worker pod looks like and may do. Every pod meets the Pod Security level `restricted`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!has(self.env) || self.env.all(e, !(e.name in ['NATS_CREDS', 'NATS_TLS_CA', 'NATS_TLS_CERT', 'NATS_TLS_KEY', 'NATS_URL', 'OTEL_EXPORTER_OTLP_ENDPOINT', 'PROMETHEUS_ENDPOINT', 'WORKER_CPU_POOL_SIZE', 'WORKER_DRAIN_TIMEOUT', 'WORKER_EGRESS_ALLOW', 'WORKER_EGRESS_DENY', 'WORKER_EGRESS_POLICY', 'WORKER_FS_ROOTS', 'WORKER_GPU_POOL_SIZE', 'WORKER_ID', 'WORKER_IO_POOL_SIZE', 'WORKER_MAX_CPU_TIME_MS', 'WORKER_MAX_MEMORY_MB', 'WORKER_NATS_QUEUE_GROUP', 'WORKER_NATS_SUBJECT', 'WORKER_POOL', 'WORKER_SANDBOX_MODE']))")
+    validation = Rule::new("!has(self.env) || self.env.all(e, !(e.name in ['NATS_CREDS', 'NATS_TLS_CA', 'NATS_TLS_CERT', 'NATS_TLS_KEY', 'NATS_URL', 'OTEL_EXPORTER_OTLP_ENDPOINT', 'PROMETHEUS_ENDPOINT', 'WORKER_CPU_POOL_SIZE', 'WORKER_DRAIN_TIMEOUT', 'WORKER_EGRESS_ALLOW', 'WORKER_EGRESS_DENY', 'WORKER_EGRESS_POLICY', 'WORKER_FS_ROOTS', 'WORKER_GPU_POOL_SIZE', 'WORKER_ID', 'WORKER_IO_POOL_SIZE', 'WORKER_MAX_CPU_TIME_MS', 'WORKER_MAX_MEMORY_MB', 'WORKER_NATS_CREATE_STREAMS', 'WORKER_NATS_DELIVERY', 'WORKER_NATS_QUEUE_GROUP', 'WORKER_NATS_SUBJECT', 'WORKER_POOL', 'WORKER_SANDBOX_MODE', 'WORKER_SQL_CONNECTIONS_FILE', 'WORKER_SQL_INLINE_CONNECTIONS', 'WORKER_TENANTS_FILE']))")
         .message("worker.env: NATS_URL, NATS_CREDS, NATS_TLS_*, PROMETHEUS_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT and the WORKER_* variables of fields are set from the fields of this spec; set the field instead"),
     validation = Rule::new("!has(self.volumes) || self.volumes.all(v, !v.name.startsWith('beamline-'))")
         .message("worker.volumes: names starting with 'beamline-' are taken by the operator; choose another"),
     validation = Rule::new("!has(self.volumes) || self.volumes.all(v, [has(v.configMap), has(v.secret), has(v.emptyDir), has(v.persistentVolumeClaim), has(v.csi), has(v.projected)].exists_one(s, s))")
         .message("worker.volumes: every volume needs exactly one source of configMap, secret, emptyDir, persistentVolumeClaim, csi and projected (hostPath is not available: pods meet the Pod Security level restricted)"),
+    validation = Rule::new("!has(self.volumes) || self.volumes.all(v, !has(v.projected) || !has(v.projected.sources) || v.projected.sources.all(s, !has(s.serviceAccountToken)))")
+        .message("worker.volumes.projected: must not mount a serviceAccountToken: workers have no rights in the cluster"),
     validation = Rule::new("!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.volumes) && self.volumes.exists(v, v.name == m.name))")
         .message("worker.volumeMounts: every name must be that of an entry in worker.volumes"),
     validation = Rule::new("!has(self.volumeMounts) || self.volumeMounts.all(m, m.mountPath.startsWith('/') && m.mountPath != '/' && m.mountPath != '/etc/beamline' && !m.mountPath.startsWith('/etc/beamline/'))")
         .message("worker.volumeMounts: mountPath must be absolute and outside /etc/beamline, where the operator mounts the pool's own Secrets"),
     validation = Rule::new("!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.filesystem) ? !self.filesystem.roots.exists(r, r.path == m.mountPath) : m.mountPath != '/data')")
         .message("worker.volumeMounts: mountPath is the path of a root in worker.filesystem (/data by default); choose another"),
+    validation = Rule::new("!has(self.sidecars) || self.sidecars.all(c, !has(c.volumeMounts) || c.volumeMounts.all(m, has(self.volumes) && self.volumes.exists(v, v.name == m.name)))")
+        .message("worker.sidecars.volumeMounts: every name must be that of an entry in worker.volumes"),
     validation = Rule::new("!has(self.podLabels) || self.podLabels.all(k, !k.startsWith('beamline.dev/') && !k.startsWith('app.kubernetes.io/'))")
         .message("worker.podLabels: keys below beamline.dev/ and app.kubernetes.io/ are set by the operator; choose another"),
     validation = Rule::new("!has(self.podAnnotations) || self.podAnnotations.all(k, !k.startsWith('beamline.dev/'))")
@@ -78,6 +82,10 @@ pub struct Worker {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub egress: Option<Egress>,
 
+    /// Databases of sql.query blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sql: Option<Sql>,
+
     /// Further environment variables of the container, such as WORKER_HTTP_CONNECT_TIMEOUT.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "embedded::env")]
@@ -119,6 +127,13 @@ pub struct Worker {
     #[schemars(schema_with = "embedded::volume_mounts")]
     pub volume_mounts: Vec<VolumeMount>,
 
+    /// Further containers of the pods, such as a database proxy or an inference server. They run as native sidecars:
+    /// started before the worker, restarted by themselves, and stopped after it. Where an entry leaves it open, its
+    /// security context is that of the worker, with a read-only root; they may mount worker.volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "embedded::sidecars")]
+    pub sidecars: Vec<Container>,
+
     /// Further labels of the pods.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(schema_with = "embedded::strings")]
@@ -159,6 +174,11 @@ pub struct Pools {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub io: Option<i32>,
+
+    /// Blocks that ask for the gpu pool, on pods that find GPUs without spec.gpu. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 4096))]
+    pub gpu: Option<i32>,
 }
 
 /// What the blocks of one pod may use.

@@ -3,7 +3,9 @@
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::{Disruption, Nats, Observability, Rollout, Worker, WorkerPoolStatus, prose};
+use crate::{
+    Disruption, Gpu, Nats, NetworkPolicy, Observability, Rollout, Scaling, Tenants, Worker, WorkerPoolStatus, prose,
+};
 
 /// A pool of identical workers that execute flow blocks assigned over NATS.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -62,7 +64,17 @@ use crate::{Disruption, Nats, Observability, Rollout, Worker, WorkerPoolStatus, 
     validation = Rule::new("self.metadata.name.matches('^[a-z]([a-z0-9-]{0,54}[a-z0-9])?$')")
         .message("metadata.name: use at most 56 of a-z, 0-9 and '-', starting with a letter and ending with a letter or digit (it also names a Service, and <name>-worker a ServiceAccount)"),
     validation = Rule::new("!self.metadata.name.endsWith('-gpu')")
-        .message("metadata.name: must not end in '-gpu': <name>-gpu is the GPU Deployment of the pool <name>")
+        .message("metadata.name: must not end in '-gpu': <name>-gpu is the GPU Deployment of the pool <name>"),
+    validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.worker) || !has(self.spec.worker.pools) || !has(self.spec.worker.pools.gpu) || self.spec.worker.pools.gpu == 0")
+        .message("worker.pools.gpu: is for pools without spec.gpu, whose pods find GPUs themselves; set gpu.poolSize instead"),
+    validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.nats.delivery) || self.spec.nats.delivery != 'Core'")
+        .message("gpu: needs nats.delivery JetStream: what workers with GPUs execute waits in a stream"),
+    validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.gpu.container) || self.spec.gpu.container == 'worker' || (has(self.spec.gpu.sidecars) && self.spec.gpu.sidecars.exists(c, c.name == self.spec.gpu.container)) || (has(self.spec.worker) && has(self.spec.worker.sidecars) && self.spec.worker.sidecars.exists(c, c.name == self.spec.gpu.container))")
+        .message("gpu.container: must be 'worker' or the name of an entry in gpu.sidecars or worker.sidecars"),
+    validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.gpu.sidecars) || !has(self.spec.worker) || !has(self.spec.worker.sidecars) || self.spec.gpu.sidecars.all(c, !self.spec.worker.sidecars.exists(o, o.name == c.name))")
+        .message("gpu.sidecars: must not have a name of worker.sidecars: pods with GPUs run both"),
+    validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.gpu.sidecars) || self.spec.gpu.sidecars.all(c, !has(c.volumeMounts) || c.volumeMounts.all(m, has(self.spec.worker) && has(self.spec.worker.volumes) && self.spec.worker.volumes.exists(v, v.name == m.name)))")
+        .message("gpu.sidecars.volumeMounts: every name must be that of an entry in worker.volumes")
 )]
 pub struct WorkerPoolSpec {
     /// How many workers to run. Also what `kubectl scale` and the `/scale` subresource write.
@@ -71,6 +83,15 @@ pub struct WorkerPoolSpec {
     #[schemars(range(min = 0, max = 10000))]
     pub replicas: i32,
 
+    /// Whether workers take no work. The pods stay, running blocks end, and cancels and answers are still served. In
+    /// force within seconds, without a restart. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paused: Option<bool>,
+
+    /// Who decides how many workers there are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<Scaling>,
+
     /// The NATS system that hands out the work and keeps the results.
     pub nats: Nats,
 
@@ -78,15 +99,28 @@ pub struct WorkerPoolSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<Worker>,
 
+    /// Pods with GPUs, beside the others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
+
     /// How pods are replaced when the pool changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
+
+    /// What each tenant gets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<Tenants>,
 
     /// How many workers a node drain may take away at once. Default: one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disruption: Option<Disruption>,
 
-    /// Where traces are sent.
+    /// Whether the pods get a NetworkPolicy, an outer wall around the exact guard inside the workers. It lets out what
+    /// worker.egress allows and in what scrapes metrics. Default: Auto.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_policy: Option<NetworkPolicy>,
+
+    /// Where traces are sent, and who collects metrics.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observability: Option<Observability>,
 }

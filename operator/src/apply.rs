@@ -3,7 +3,9 @@
 //! A child that still is as our last write left it is not written again. "As we left it" is exact: the API server
 //! takes a field away from our entry in `managedFields` as soon as anybody else changes or removes it.
 //!
-//! Nothing is pruned here: every pool has all of these children, and owner references clean up after the pool.
+//! What a pool wants no more is removed, if it is its own. Owner references clean up after a pool that is gone.
+
+mod nudge; // pods that should look at their files again
 
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -11,7 +13,7 @@ use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
@@ -19,15 +21,17 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::controller::{Context, Watched};
-use crate::desired::{Desired, names};
+use crate::desired::{Desired, Workload, names};
 use crate::error::Error;
 use crate::memory::Settled;
-use crate::observe::Observed;
+use crate::observe::{self, Observed};
 
 /// What the rest of a reconcile needs to know of the result.
 pub struct Applied {
-    /// The workers, as a whole.
-    pub deployment: Arc<Deployment>,
+    /// The pods without GPUs of their own.
+    pub general: Arc<Deployment>,
+    /// The pods with GPUs.
+    pub gpu: Option<Arc<Deployment>>,
 }
 
 /// Makes the children what they should be.
@@ -38,14 +42,55 @@ pub async fn apply(
     desired: &Desired,
 ) -> Result<Applied, Error> {
     // No `..` on purpose: a new child must not compile until it has a place in this order.
-    let Desired { service_account, config_map, service, budget, deployment } = desired;
+    let Desired { service_account, config_map, service, general, gpu } = desired;
     // Pods start as soon as the Deployment exists: their account and configuration come first, and so does the budget
     // that protects them.
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
-    child(ctx, pool, observed.config_map.as_ref(), config_map).await?;
+    let config_map = child(ctx, pool, observed.config_map.as_ref(), config_map).await?;
     child(ctx, pool, observed.service.as_ref(), service).await?;
+    let general = workload(ctx, pool, &observed.general, general).await?;
+    let gpu = match gpu {
+        Some(gpu) => Some(workload(ctx, pool, &observed.gpu, gpu).await?),
+        None => {
+            remove(ctx, pool, observed.gpu.deployment.as_ref()).await?;
+            remove(ctx, pool, observed.gpu.budget.as_ref()).await?;
+            None
+        }
+    };
+    nudge::nudge(ctx, &config_map, &observed.pods).await?;
+    Ok(Applied { general, gpu })
+}
+
+async fn workload(
+    ctx: &Context,
+    pool: &ObjectRef<Watched>,
+    observed: &observe::Workload,
+    desired: &Workload,
+) -> Result<Arc<Deployment>, Error> {
+    let Workload { budget, deployment } = desired;
     child(ctx, pool, observed.budget.as_ref(), budget).await?;
-    Ok(Applied { deployment: child(ctx, pool, observed.deployment.as_ref(), deployment).await? })
+    child(ctx, pool, observed.deployment.as_ref(), deployment).await
+}
+
+/// Removes what is left of a child, unless it was replaced behind our back.
+async fn remove<K>(ctx: &Context, pool: &ObjectRef<Watched>, live: Option<&Arc<K>>) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + k8s_openapi::Resource,
+    K: Clone + Debug + DeserializeOwned,
+{
+    let Some(live) = live.filter(|live| live.meta().deletion_timestamp.is_none()) else { return Ok(()) };
+    let (name, namespace) = (live.name_any(), live.namespace().unwrap_or_default());
+    let exactly = Preconditions { uid: live.uid(), resource_version: None };
+    let params = DeleteParams { preconditions: Some(exactly), ..DeleteParams::background() };
+    ctx.metrics.applied(K::KIND);
+    match Api::<K>::namespaced(ctx.client.clone(), &namespace).delete(&name, &params).await {
+        Ok(_) => tracing::info!(kind = K::KIND, name, namespace, "removed"),
+        // Gone already, or another object by now: the watch will tell.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+        Err(source) => return Err(Error::Remove { kind: K::KIND.to_owned(), name, source }),
+    }
+    ctx.memory.unsettle(pool, &(K::KIND, name));
+    Ok(())
 }
 
 async fn child<K>(ctx: &Context, pool: &ObjectRef<Watched>, live: Option<&Arc<K>>, wish: &K) -> Result<Arc<K>, Error>
@@ -54,8 +99,9 @@ where
     K: Clone + Debug + Serialize + DeserializeOwned,
 {
     let fingerprint = fingerprint(wish);
+    let name = (K::KIND, wish.name_any());
     if let Some(live) = live
-        && ctx.memory.is_settled(pool, K::KIND, &settled(live.as_ref(), fingerprint))
+        && ctx.memory.is_settled(pool, &name, &settled(live.as_ref(), fingerprint))
     {
         return Ok(Arc::clone(live));
     }
@@ -64,7 +110,7 @@ where
         name: wish.name_any(),
         source,
     })?;
-    ctx.memory.settle(pool, K::KIND, settled(&applied, fingerprint));
+    ctx.memory.settle(pool, name, settled(&applied, fingerprint));
     Ok(Arc::new(applied))
 }
 

@@ -3,27 +3,41 @@
 mod budget;
 mod config_map;
 mod deployment;
+mod environment;
 pub mod names;
 mod pod;
+mod secrets;
 mod service;
 mod service_account;
 
-use beamline_crds::Scaling;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use sha2::{Digest, Sha256};
 
-use crate::pool::ValidPool;
+pub use config_map::policy_hash;
+
+use crate::pool::{Class, ValidPool};
+use crate::scale::Decisions;
 
 /// All children of a pool.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Desired {
     /// Who the pods are.
     pub service_account: ServiceAccount,
-    /// What the workers are told.
+    /// What running workers read again when it changes.
     pub config_map: ConfigMap,
     /// Where their metrics are found.
     pub service: Service,
+    /// The pods without GPUs of their own.
+    pub general: Workload,
+    /// The pods with GPUs.
+    pub gpu: Option<Workload>,
+}
+
+/// The pods of one class.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workload {
     /// What a node drain may take.
     pub budget: PodDisruptionBudget,
     /// The workers.
@@ -31,15 +45,28 @@ pub struct Desired {
 }
 
 /// The children of this pool, with as many workers as decided.
-pub fn desired(pool: &ValidPool, scaling: &Scaling) -> Desired {
-    let config_map = config_map::config_map(pool);
+pub fn desired(pool: &ValidPool, decisions: &Decisions) -> Desired {
+    let workload = |class: &Class, replicas| Workload {
+        budget: budget::budget(pool, class.kind),
+        deployment: deployment::deployment(pool, class, replicas),
+    };
     Desired {
         service_account: service_account::service_account(pool),
+        config_map: config_map::config_map(pool),
         service: service::service(pool),
-        budget: budget::budget(pool),
-        deployment: deployment::deployment(pool, scaling, &config_map),
-        config_map,
+        general: workload(&pool.general, decisions.general.desired),
+        gpu: pool.gpu.as_ref().zip(decisions.gpu.as_ref()).map(|(class, gpu)| workload(class, gpu.desired)),
     }
+}
+
+/// A short fingerprint, the same in every version of the operator.
+fn digest<'a>(parts: impl Iterator<Item = &'a str>) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(part.len().to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -44,6 +44,16 @@ pub enum Error {
         /// What the API server said.
         source: kube::Error,
     },
+    /// A child that is wanted no more cannot be removed.
+    #[error("{kind} `{name}` cannot be removed: {}", explain(source))]
+    Remove {
+        /// Kind of the child.
+        kind: String,
+        /// Name of the child.
+        name: String,
+        /// What the API server said.
+        source: kube::Error,
+    },
     /// The status cannot be written.
     #[error("the status cannot be written: {}", explain(.0))]
     Publish(kube::Error),
@@ -60,8 +70,14 @@ impl Error {
             Self::Unreadable(_) => reason::UNREADABLE_SPEC,
             Self::InTheWay { .. } => reason::NAME_CONFLICT,
             Self::Observe { .. } => reason::OBSERVE_FAILED,
-            Self::Apply { source: kube::Error::Api(status), .. } if status.code == 403 => forbidden(&status.message),
+            Self::Apply { source: kube::Error::Api(status), .. }
+            | Self::Remove { source: kube::Error::Api(status), .. }
+                if status.code == 403 =>
+            {
+                forbidden(&status.message)
+            }
             Self::Apply { .. } => reason::APPLY_FAILED,
+            Self::Remove { .. } => reason::REMOVE_FAILED,
             Self::Publish(_) => reason::PUBLISH_FAILED,
             Self::Panicked => reason::PANICKED,
         }

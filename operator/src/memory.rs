@@ -20,10 +20,13 @@ pub struct Memory {
 
 #[derive(Default)]
 struct Notes {
-    settled: HashMap<&'static str, Settled>,
+    settled: HashMap<Child, Settled>,
     published: Option<Published>,
     failures: u32,
 }
+
+/// Kind and name of a child.
+pub type Child = (&'static str, String);
 
 /// A status that was written.
 #[derive(Clone)]
@@ -49,13 +52,20 @@ pub struct Settled {
 
 impl Memory {
     /// Whether this is how our last write left the child.
-    pub fn is_settled(&self, pool: &ObjectRef<Watched>, child: &'static str, now: &Settled) -> bool {
+    pub fn is_settled(&self, pool: &ObjectRef<Watched>, child: &Child, now: &Settled) -> bool {
         self.notes().get(pool).and_then(|notes| notes.settled.get(child)).is_some_and(|settled| settled == now)
     }
 
     /// Notes how a write left a child.
-    pub fn settle(&self, pool: &ObjectRef<Watched>, child: &'static str, settled: Settled) {
+    pub fn settle(&self, pool: &ObjectRef<Watched>, child: Child, settled: Settled) {
         self.notes().entry(pool.clone()).or_default().settled.insert(child, settled);
+    }
+
+    /// Forgets a child that was removed.
+    pub fn unsettle(&self, pool: &ObjectRef<Watched>, child: &Child) {
+        if let Some(notes) = self.notes().get_mut(pool) {
+            notes.settled.remove(child);
+        }
     }
 
     /// The status that was last written to this very pool.

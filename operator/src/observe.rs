@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use crate::controller::Context;
 use crate::desired::names;
 use crate::error::Error;
-use crate::pool::ValidPool;
+use crate::pool::{Kind, ValidPool};
 
 /// The caches behind the watches.
 pub struct Caches {
@@ -37,30 +37,56 @@ pub struct Caches {
 pub struct Observed {
     /// Who the pods are.
     pub service_account: Option<Arc<ServiceAccount>>,
-    /// What the workers are told.
+    /// What running workers read again when it changes.
     pub config_map: Option<Arc<ConfigMap>>,
     /// Where their metrics are found.
     pub service: Option<Arc<Service>>,
-    /// What a node drain may take.
-    pub budget: Option<Arc<PodDisruptionBudget>>,
-    /// The workers, as a whole.
-    pub deployment: Option<Arc<Deployment>>,
+    /// The pods without GPUs of their own.
+    pub general: Workload,
+    /// The pods with GPUs, or what is left of them.
+    pub gpu: Workload,
     /// The workers, one by one.
     pub pods: Vec<Arc<Pod>>,
 }
 
-/// Finds the children, and refuses to go on where one of their names is taken.
+/// The pods of one class.
+pub struct Workload {
+    /// What a node drain may take.
+    pub budget: Option<Arc<PodDisruptionBudget>>,
+    /// The workers, as a whole.
+    pub deployment: Option<Arc<Deployment>>,
+}
+
+/// Finds the children, and refuses to go on where the name of one that is wanted is taken.
 pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error> {
     let Caches { service_accounts, config_maps, services, budgets, deployments, pods } = &ctx.caches;
     let name = pool.name.as_str();
+    let gpu = names::workload(name, Kind::Gpu);
     Ok(Observed {
         service_account: child(&ctx.client, service_accounts, pool, &names::service_account(name)).await?,
         config_map: child(&ctx.client, config_maps, pool, name).await?,
         service: child(&ctx.client, services, pool, name).await?,
-        budget: child(&ctx.client, budgets, pool, name).await?,
-        deployment: child(&ctx.client, deployments, pool, name).await?,
+        general: Workload {
+            budget: child(&ctx.client, budgets, pool, name).await?,
+            deployment: child(&ctx.client, deployments, pool, name).await?,
+        },
+        gpu: match pool.gpu {
+            Some(_) => Workload {
+                budget: child(&ctx.client, budgets, pool, &gpu).await?,
+                deployment: child(&ctx.client, deployments, pool, &gpu).await?,
+            },
+            None => Workload { budget: remains(budgets, pool, &gpu), deployment: remains(deployments, pool, &gpu) },
+        },
         pods: workers(pods, pool),
     })
+}
+
+/// What the pool wants no more: only its own, and whoever else has the name is none of our business.
+fn remains<K>(cache: &Store<K>, pool: &ValidPool, name: &str) -> Option<Arc<K>>
+where
+    K: Resource<DynamicType = ()> + Lookup<DynamicType = ()> + Clone,
+{
+    cache.get(&ObjectRef::new(name).within(&pool.namespace)).filter(|found| foreign(found.as_ref(), pool).is_none())
 }
 
 async fn child<K>(client: &Client, cache: &Store<K>, pool: &ValidPool, name: &str) -> Result<Option<Arc<K>>, Error>

@@ -4,6 +4,8 @@
 pub const WORKERS_READY: &str = "WorkersReady";
 /// Ready: nobody is asked for.
 pub const IDLE: &str = "Idle";
+/// Ready: workers take no work, because the pool says so.
+pub const PAUSED: &str = "Paused";
 /// Nothing is left to do for the Deployment.
 pub const COMPLETE: &str = "Complete";
 /// Pods come, go or are replaced.
@@ -55,6 +57,8 @@ pub const NAME_CONFLICT: &str = "NameConflict";
 pub const OBSERVE_FAILED: &str = "ObserveFailed";
 /// A child cannot be written.
 pub const APPLY_FAILED: &str = "ApplyFailed";
+/// A child that is wanted no more cannot be removed.
+pub const REMOVE_FAILED: &str = "RemoveFailed";
 /// The operator lacks a right.
 pub const FORBIDDEN: &str = "Forbidden";
 /// The pool's namespace is being deleted.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use beamline_crds::{Scaling, WorkerPool};
+use beamline_crds::WorkerPool;
 use jiff::{Timestamp, Unit};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::Action;
@@ -14,12 +14,15 @@ use crate::desired::desired;
 use crate::error::Error;
 use crate::observe::observe;
 use crate::pool::validate;
-use crate::{scale, status};
+use crate::scale::{self, Decisions};
+use crate::status;
 
 /// What a reconcile that went well leaves behind.
 pub struct Converged {
+    /// Whether workers take no work.
+    pub paused: bool,
     /// How many workers, and why.
-    pub scaling: Scaling,
+    pub decisions: Decisions,
     /// The children as they are now.
     pub applied: Applied,
     /// The workers, one by one.
@@ -43,11 +46,11 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
 async fn converge(pool: &WorkerPool, reference: &ObjectRef<Watched>, ctx: &Context) -> Result<Converged, Error> {
     let valid = validate(pool, &ctx.worker_image)?;
     let observed = observe(ctx, &valid).await?;
-    let scaling = scale::decide(&valid);
-    let desired = desired(&valid, &scaling);
+    let decisions = scale::decide(&valid);
+    let desired = desired(&valid, &decisions);
     let applied = apply(ctx, reference, &observed, &desired).await?;
-    ctx.signals.follow(&valid, scaling.desired);
-    Ok(Converged { scaling, applied, pods: observed.pods })
+    ctx.signals.follow(&valid, &decisions);
+    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods })
 }
 
 /// As the API server keeps it: a finer time would differ from what was written, and be written again.

@@ -23,6 +23,7 @@ use crate::broker::{BrokerError, Brokers, Shared};
 use crate::controller::Watched;
 use crate::memory::Memory;
 use crate::pool::{Nats, ValidPool};
+use crate::scale::Decisions;
 use crate::streams::{self, DEAD_LETTER_SUBJECT, DEAD_LETTERS};
 
 /// How often a healthy broker is asked.
@@ -83,12 +84,12 @@ impl Signals {
     }
 
     /// Keeps asking about this pool until it is gone; takes over what changed in it.
-    pub fn follow(self: &Arc<Self>, pool: &ValidPool, workers: i32) {
+    pub fn follow(self: &Arc<Self>, pool: &ValidPool, decisions: &Decisions) {
         let reference = ObjectRef::new(&pool.name).within(&pool.namespace);
         let question = Question {
             namespace: pool.namespace.clone(),
             nats: pool.nats.clone(),
-            max_ack_pending: streams::max_ack_pending(workers, pool.worker.cpu_slots + pool.worker.io_slots),
+            max_ack_pending: streams::max_ack_pending(decisions.general.desired, pool.general.slots.total()),
         };
         let mut all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(followed) = all.get(&reference) {
@@ -242,6 +243,7 @@ async fn queue(jetstream: &Context, nats: &Nats) -> Result<Queue, BrokerError> {
         in_flight,
         oldest_since: (depth > 0).then(|| oldest(stream.cached_info())).flatten(),
         dead_letters: dead_letters(jetstream).await?,
+        ..Queue::default()
     })
 }
 

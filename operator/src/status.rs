@@ -1,11 +1,12 @@
 //! What users are told. `compute` is pure: no client, no clock of its own. `publish` writes only what changed.
 
 mod cause;
+mod class;
 mod conditions;
 
 use std::time::Duration;
 
-use beamline_crds::{Queue, Scaling, WorkerPool, WorkerPoolStatus};
+use beamline_crds::{Decision, GpuStatus, Queue, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
@@ -18,6 +19,7 @@ use crate::error::Error;
 use crate::reconcile::Converged;
 use crate::signals::Reading;
 
+use class::ClassState;
 pub use conditions::ready;
 
 /// How far a watch may be behind our own writes.
@@ -52,7 +54,8 @@ pub fn compute(
         desired_replicas: counts.desired,
         selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
         queue: reading.queue.clone().or_else(|| before.queue.clone()),
-        scaling: counts.scaling.clone(),
+        scaling: counts.scaling,
+        gpu: counts.gpu,
         conditions: conditions::conditions(pool, before, outcome, reading, now),
     }
 }
@@ -61,17 +64,27 @@ struct Counts {
     replicas: i32,
     ready: i32,
     desired: i32,
-    scaling: Option<Scaling>,
+    scaling: Option<Decision>,
+    gpu: Option<GpuStatus>,
 }
 
 impl Counts {
     fn of(converged: &Converged) -> Self {
-        let status = converged.applied.deployment.status.as_ref();
+        let general = ClassState::general(converged);
+        let gpu = converged.decisions.gpu.zip(ClassState::gpu(converged));
         Self {
-            replicas: status.and_then(|status| status.replicas).unwrap_or(0),
-            ready: status.and_then(|status| status.ready_replicas).unwrap_or(0),
-            desired: converged.scaling.desired,
-            scaling: Some(converged.scaling.clone()),
+            replicas: general.exist,
+            ready: general.ready,
+            desired: general.desired,
+            scaling: Some(converged.decisions.general.clone()),
+            gpu: gpu.map(|(decision, state)| GpuStatus {
+                replicas: state.exist,
+                ready_replicas: state.ready,
+                desired_replicas: state.desired,
+                limited_by: decision.limited_by,
+                pending: None,
+                in_flight: None,
+            }),
         }
     }
 
@@ -81,6 +94,7 @@ impl Counts {
             ready: before.ready_replicas,
             desired: before.desired_replicas,
             scaling: before.scaling.clone(),
+            gpu: before.gpu.clone(),
         }
     }
 }

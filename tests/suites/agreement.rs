@@ -10,9 +10,11 @@ use beamline_crds::WorkerPool;
 use beamline_operator::desired::{Desired, desired};
 use beamline_operator::pool::{InvalidPool, ValidPool, validate};
 use beamline_operator::{scale, streams};
+use beamline_worker::assignment::TenantId;
 use beamline_worker::blocks::egress::Entry;
 use beamline_worker::broker::streams::{self as expected, Intake as Source};
 use beamline_worker::config::Config;
+use beamline_worker::policy::Policy;
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
@@ -74,13 +76,29 @@ fn another_subject_has_the_same_streams() {
 #[track_caller]
 fn starts(spec: Value) -> Config {
     let pool = pool(spec);
-    let Desired { config_map, deployment, .. } = desired(&pool, &scale::decide(&pool));
-    let pod = deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
+    let Desired { general, .. } = desired(&pool, &scale::decide(&pool));
+    let pod = general.deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers.into_iter().next().expect("a container");
-    let environment: BTreeMap<String, String> = config_map.data.expect("data");
+    let environment: BTreeMap<String, String> =
+        container.env.into_iter().flatten().filter_map(|variable| Some((variable.name, variable.value?))).collect();
     let args = container.args.unwrap_or_default();
     Config::from_args(args.into_iter().map(OsString::from), |name| environment.get(name).map(OsString::from))
         .unwrap_or_else(|problems| panic!("a worker of this pool does not start:\n{problems}"))
+}
+
+#[test]
+fn workers_read_the_policy_that_the_operator_writes() {
+    let tenants = json!({
+        "defaults": {"weight": 2, "priority": 3, "maxSlotShare": 50},
+        "named": [{"id": "acme", "weight": bound("tenants.defaults.weight", "maximum"), "maxSlotShare": 100}],
+    });
+    let pool = pool(json!({"nats": {"url": "nats://nats:4222"}, "paused": true, "tenants": tenants}));
+    let Desired { config_map, .. } = desired(&pool, &scale::decide(&pool));
+    let policy = Policy::parse(&config_map.data.expect("data")["policy.yaml"]).expect("a policy");
+    assert!(policy.paused);
+    let terms = |tenant: &str| policy.terms(&TenantId::parse(tenant).expect("a tenant"));
+    assert_eq!((terms("acme").weight, terms("acme").priority, terms("acme").max_slot_share), (1000, 3, 100));
+    assert_eq!((terms("other").weight, terms("other").max_slot_share), (2, 50));
 }
 
 #[test]

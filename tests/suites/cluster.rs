@@ -159,7 +159,7 @@ async fn a_broken_rule_is_refused_with_the_field_and_the_fix() {
     refused("orders", root("data"), "filesystem.roots.path: must be absolute");
     refused("orders", root("/etc"), "filesystem.roots: a path must not be in a system directory");
     refused("orders", json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable");
-    refused("orders", json!({"paused": true}), "unknown field \"spec.paused\"");
+    refused("orders", json!({"pausd": true}), "unknown field \"spec.pausd\"");
 
     // What the API server cannot compare, the operator says.
     namespace.apply(&pool("orders", json!({"worker": {"limits": {"memoryMb": 500}}})));

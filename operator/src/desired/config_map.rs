@@ -1,57 +1,47 @@
-//! What the workers are told: their environment, but for the pod's own name.
+//! What running workers read again when it changes: the policy, and the databases that blocks name.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
+use serde_json::{Value, json};
 
-use super::{names, pod};
-use crate::pool::{EgressPolicy, ValidPool};
+use super::{digest, names, secrets};
+use crate::pool::ValidPool;
 
+/// File of the policy.
+pub(super) const POLICY: &str = "policy.yaml";
+/// File of the databases.
+pub(super) const SQL_CONNECTIONS: &str = "sql-connections.yaml";
+
+/// JSON is YAML, and needs no quoting of ours.
 pub(super) fn config_map(pool: &ValidPool) -> ConfigMap {
-    ConfigMap {
-        metadata: names::metadata(pool, pool.name.clone()),
-        data: Some(environment(pool)),
-        ..ConfigMap::default()
+    let mut data = BTreeMap::from([(POLICY.to_owned(), policy(pool))]);
+    if !pool.worker.sql.connections.is_empty() {
+        data.insert(SQL_CONNECTIONS.to_owned(), sql_connections(pool));
     }
+    ConfigMap { metadata: names::metadata(pool, pool.name.clone()), data: Some(data), ..ConfigMap::default() }
 }
 
-fn environment(pool: &ValidPool) -> BTreeMap<String, String> {
-    let worker = &pool.worker;
-    let nats = &pool.nats;
-    let egress = match worker.egress.policy {
-        EgressPolicy::Internal => "internal",
-        EgressPolicy::PublicOnly => "public-only",
-    };
-    let roots: Vec<&str> = worker.roots.iter().map(|root| root.path.as_str()).collect();
-    let always = [
-        ("NATS_URL", nats.url.clone()),
-        ("PROMETHEUS_ENDPOINT", format!("0.0.0.0:{}", pod::METRICS_PORT)),
-        ("WORKER_CPU_POOL_SIZE", worker.cpu_slots.to_string()),
-        ("WORKER_DRAIN_TIMEOUT", format!("{}s", worker.drain_seconds)),
-        ("WORKER_EGRESS_POLICY", egress.to_owned()),
-        ("WORKER_FS_ROOTS", roots.join(",")),
-        ("WORKER_GPU_POOL_SIZE", "0".to_owned()),
-        ("WORKER_IO_POOL_SIZE", worker.io_slots.to_string()),
-        ("WORKER_MAX_CPU_TIME_MS", worker.cpu_time.as_millis().to_string()),
-        ("WORKER_MAX_MEMORY_MB", worker.memory_mb.to_string()),
-        ("WORKER_NATS_QUEUE_GROUP", nats.queue_group.clone()),
-        ("WORKER_NATS_SUBJECT", nats.subject.clone()),
-        ("WORKER_POOL", format!("{}/{}", pool.namespace, pool.name)),
-        ("WORKER_SANDBOX_MODE", worker.sandbox.to_string()),
-    ];
-    let sometimes = [
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", pool.otlp_endpoint.clone()),
-        ("WORKER_EGRESS_ALLOW", list(&worker.egress.allow)),
-        ("WORKER_EGRESS_DENY", list(&worker.egress.deny)),
-    ];
-    always
-        .into_iter()
-        .chain(sometimes.into_iter().filter_map(|(name, value)| Some((name, value?))))
-        .chain(pod::secret_files(pool).into_iter().map(|file| (file.variable, file.path())))
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+/// Changes with what running workers should read again.
+pub fn policy_hash(config_map: &ConfigMap) -> String {
+    digest(config_map.data.iter().flatten().flat_map(|(name, text)| [name.as_str(), text]))
 }
 
-fn list(entries: &[String]) -> Option<String> {
-    (!entries.is_empty()).then(|| entries.join(","))
+fn policy(pool: &ValidPool) -> String {
+    let mut policy = json!({ "paused": pool.paused });
+    if let (Some(tenants), Value::Object(policy)) = (&pool.tenants, &mut policy) {
+        policy.insert("tenants".to_owned(), json!(tenants));
+    }
+    format!("{policy:#}\n")
+}
+
+fn sql_connections(pool: &ValidPool) -> String {
+    let list = secrets::sql(pool).map(|(connection, file)| {
+        let mut entry = json!({ "name": connection.name, "urlFile": file.path() });
+        if let (false, Value::Object(entry)) = (connection.tenants.is_empty(), &mut entry) {
+            entry.insert("tenants".to_owned(), json!(connection.tenants));
+        }
+        entry
+    });
+    format!("{:#}\n", Value::Array(list.collect()))
 }

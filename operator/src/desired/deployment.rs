@@ -1,25 +1,24 @@
-//! The workers: how many, and how one generation of pods replaces another.
+//! The workers of a class: how many, and how one generation of pods replaces another.
 
-use std::collections::BTreeMap;
-
-use beamline_crds::Scaling;
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
-use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec};
+use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use sha2::{Digest, Sha256};
 
 use super::{names, pod};
-use crate::pool::{Rollout, ValidPool};
+use crate::pool::{Class, Rollout, ValidPool};
 
-pub(super) fn deployment(pool: &ValidPool, scaling: &Scaling, config: &ConfigMap) -> Deployment {
+pub(super) fn deployment(pool: &ValidPool, class: &Class, replicas: i32) -> Deployment {
     Deployment {
-        metadata: names::metadata(pool, pool.name.clone()),
+        metadata: names::class_metadata(pool, class.kind),
         spec: Some(DeploymentSpec {
-            replicas: Some(scaling.desired),
+            replicas: Some(replicas),
             revision_history_limit: Some(3),
-            selector: names::selector(&pool.name),
-            strategy: Some(strategy(&pool.rollout)),
-            template: PodTemplateSpec { metadata: Some(template_metadata(pool, config)), spec: Some(pod::pod(pool)) },
+            selector: names::selector(&pool.name, class.kind),
+            strategy: Some(strategy(&class.rollout)),
+            template: PodTemplateSpec {
+                metadata: Some(template_metadata(pool, class)),
+                spec: Some(pod::pod(pool, class)),
+            },
             ..DeploymentSpec::default()
         }),
         status: None,
@@ -36,18 +35,13 @@ fn strategy(rollout: &Rollout) -> DeploymentStrategy {
     }
 }
 
-fn template_metadata(pool: &ValidPool, config: &ConfigMap) -> ObjectMeta {
+fn template_metadata(pool: &ValidPool, class: &Class) -> ObjectMeta {
     let mut labels = pool.worker.pod_labels.clone();
-    labels.extend(names::all_labels(&pool.name));
-    let mut annotations = pool.worker.pod_annotations.clone();
-    annotations.insert(names::CONFIG_HASH.to_owned(), hash(config.data.as_ref()));
-    ObjectMeta { labels: Some(labels), annotations: Some(annotations), ..ObjectMeta::default() }
-}
-
-fn hash(data: Option<&BTreeMap<String, String>>) -> String {
-    let mut hash = Sha256::new();
-    for (name, value) in data.into_iter().flatten() {
-        hash.update(format!("{name}={value}\n"));
+    labels.extend(names::class_labels(&pool.name, class.kind));
+    let annotations = pool.worker.pod_annotations.clone();
+    ObjectMeta {
+        labels: Some(labels),
+        annotations: (!annotations.is_empty()).then_some(annotations),
+        ..ObjectMeta::default()
     }
-    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }

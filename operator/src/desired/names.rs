@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 
-use crate::pool::ValidPool;
+use crate::pool::{Kind, ValidPool};
 
 /// Says which pool a child belongs to.
 pub const POOL_LABEL: &str = "beamline.dev/pool";
@@ -18,39 +18,66 @@ pub const OPERATOR: &str = "beamline-operator";
 pub const CONTAINER: &str = "worker";
 /// Name of the port that serves metrics and probes.
 pub const METRICS_PORT: &str = "metrics";
-/// Changes with the configuration, so that pods are replaced when it does.
-pub const CONFIG_HASH: &str = "beamline.dev/config-hash";
+/// On a pod: which policy it was last told to look for.
+pub const POLICY_HASH: &str = "beamline.dev/policy-hash";
 
 /// Name of the ServiceAccount.
 pub fn service_account(pool: &str) -> String {
     format!("{pool}-worker")
 }
 
-/// Labels that tell the pods of a pool from all others.
-pub fn selector_labels(pool: &str) -> BTreeMap<String, String> {
-    labels([(POOL_LABEL, pool), (CLASS_LABEL, "general")])
+/// Name of the Deployment of a class, and of its budget.
+pub fn workload(pool: &str, class: Kind) -> String {
+    match class {
+        Kind::General => pool.to_owned(),
+        Kind::Gpu => format!("{pool}-gpu"),
+    }
 }
 
-/// The selector as autoscalers read it.
+/// The value of [`CLASS_LABEL`].
+pub const fn class_name(class: Kind) -> &'static str {
+    match class {
+        Kind::General => "general",
+        Kind::Gpu => "gpu",
+    }
+}
+
+/// Labels that tell the pods of a class from all others.
+pub fn selector_labels(pool: &str, class: Kind) -> BTreeMap<String, String> {
+    labels([(POOL_LABEL, pool), (CLASS_LABEL, class_name(class))])
+}
+
+/// The selector of the general class, as autoscalers read it.
 pub fn selector_text(pool: &str) -> String {
-    format!("{POOL_LABEL}={pool},{CLASS_LABEL}=general")
+    format!("{POOL_LABEL}={pool},{CLASS_LABEL}={}", class_name(Kind::General))
 }
 
 /// The selector as Deployments, budgets and spread constraints read it.
-pub fn selector(pool: &str) -> LabelSelector {
-    LabelSelector { match_labels: Some(selector_labels(pool)), ..LabelSelector::default() }
+pub fn selector(pool: &str, class: Kind) -> LabelSelector {
+    LabelSelector { match_labels: Some(selector_labels(pool, class)), ..LabelSelector::default() }
 }
 
-/// Labels of everything that belongs to a pool.
+/// What selects the pods of all classes.
+pub fn pool_labels(pool: &str) -> BTreeMap<String, String> {
+    labels([(POOL_LABEL, pool)])
+}
+
+/// Labels of everything that belongs to a pool as a whole.
 pub fn all_labels(pool: &str) -> BTreeMap<String, String> {
-    let mut all = selector_labels(pool);
-    all.extend(labels([
+    labels([
+        (POOL_LABEL, pool),
         (MANAGED_BY_LABEL, OPERATOR),
         ("app.kubernetes.io/name", "beamline-worker"),
         ("app.kubernetes.io/instance", pool),
         ("app.kubernetes.io/component", "worker"),
         ("app.kubernetes.io/part-of", "beamline"),
-    ]));
+    ])
+}
+
+/// Labels of what belongs to one class.
+pub fn class_labels(pool: &str, class: Kind) -> BTreeMap<String, String> {
+    let mut all = all_labels(pool);
+    all.extend(selector_labels(pool, class));
     all
 }
 
@@ -63,6 +90,11 @@ pub fn metadata(pool: &ValidPool, name: String) -> ObjectMeta {
         owner_references: Some(vec![pool.owner.clone()]),
         ..ObjectMeta::default()
     }
+}
+
+/// Metadata of a child that belongs to one class.
+pub fn class_metadata(pool: &ValidPool, class: Kind) -> ObjectMeta {
+    ObjectMeta { labels: Some(class_labels(&pool.name, class)), ..metadata(pool, workload(&pool.name, class)) }
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> BTreeMap<String, String> {

@@ -1,64 +1,37 @@
 //! One worker pod: what runs, what it sees, and that it meets the Pod Security level `restricted`.
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapEnvSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
-    EnvVarSource, HTTPGetAction, KeyToPath, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext,
-    PodSpec, Probe, ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext,
-    TopologySpreadConstraint, Volume, VolumeMount,
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, HTTPGetAction,
+    PersistentVolumeClaimVolumeSource, PodResourceClaim, PodSecurityContext, PodSpec, Probe, ResourceClaim,
+    ResourceRequirements, SeccompProfile, SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
 };
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names;
-use crate::pool::{ImagePullPolicy, Root, RootVolume, Scheduling, SecretKeyRef, ValidPool};
+use super::environment::environment;
+use super::{names, secrets};
+use crate::pool::{Class, Devices, ImagePullPolicy, Root, RootVolume, Source, ValidPool, Worker};
 
 /// Port of metrics and probes, as in the seed's `--prometheus-endpoint`.
 pub(super) const METRICS_PORT: i32 = 9090;
+/// Where the ConfigMap is mounted: the whole of it, for a single file of it would never be updated.
+pub(super) const CONFIG_DIRECTORY: &str = "/etc/beamline/config";
+/// Volume of the ConfigMap.
+const CONFIG_VOLUME: &str = "beamline-config";
 /// The unprivileged user that the image is built for.
 const USER: i64 = 65532;
 /// What a worker needs after its drain to flush and exit.
 const EXIT_SECONDS: i32 = 5;
-/// Secrets are readable by the pod's group, which is how a process that is not root reads them.
-const SECRET_MODE: i32 = 0o440;
+/// What the pod calls its claim on devices.
+const DEVICE_CLAIM: &str = "beamline-gpu";
 
-/// A key of a Secret that workers read as a file.
-pub(super) struct SecretFile {
-    /// Variable that tells the worker its path.
-    pub(super) variable: &'static str,
-    volume: &'static str,
-    file: &'static str,
-    secret: SecretKeyRef,
-}
-
-impl SecretFile {
-    pub(super) fn path(&self) -> String {
-        format!("{}/{}", self.directory(), self.file)
-    }
-
-    fn directory(&self) -> String {
-        format!("/etc/beamline/{}", self.volume.trim_start_matches("beamline-"))
-    }
-}
-
-/// The Secrets that workers read. Mounted as files, so that a rotated one reaches running pods.
-pub(super) fn secret_files(pool: &ValidPool) -> Vec<SecretFile> {
-    let nats = &pool.nats;
-    [
-        ("NATS_CREDS", "beamline-nats-creds", "nats.creds", &nats.credentials),
-        ("NATS_TLS_CA", "beamline-nats-ca", "ca.crt", &nats.tls.ca_secret_ref),
-        ("NATS_TLS_CERT", "beamline-nats-cert", "tls.crt", &nats.tls.cert_secret_ref),
-        ("NATS_TLS_KEY", "beamline-nats-key", "tls.key", &nats.tls.key_secret_ref),
-    ]
-    .into_iter()
-    .filter_map(|(variable, volume, file, secret)| Some(SecretFile { variable, volume, file, secret: secret.clone()? }))
-    .collect()
-}
-
-pub(super) fn pod(pool: &ValidPool) -> PodSpec {
+pub(super) fn pod(pool: &ValidPool, class: &Class) -> PodSpec {
     let worker = &pool.worker;
-    let Scheduling { node_selector, tolerations, affinity, topology_spread_constraints, priority_class_name } =
-        worker.scheduling.clone();
-    PodSpec {
-        containers: vec![container(pool)],
+    let spread = worker.topology_spread_constraints.clone().unwrap_or_else(|| spread(&pool.name, class));
+    let mut pod = PodSpec {
+        containers: vec![container(pool, class)],
+        // Native sidecars: they start before the worker, are restarted by themselves, and stop after it.
+        init_containers: non_empty(class.sidecars.iter().cloned().map(sidecar).collect::<Vec<_>>()),
         volumes: Some(volumes(pool)),
         service_account_name: Some(names::service_account(&pool.name)),
         automount_service_account_token: Some(false),
@@ -67,37 +40,70 @@ pub(super) fn pod(pool: &ValidPool) -> PodSpec {
         image_pull_secrets: non_empty(worker.image_pull_secrets.clone()),
         termination_grace_period_seconds: Some(i64::from(worker.drain_seconds + EXIT_SECONDS)),
         security_context: Some(pod_security()),
-        node_selector: non_empty(node_selector),
-        tolerations: non_empty(tolerations),
-        affinity,
-        topology_spread_constraints: non_empty(topology_spread_constraints.unwrap_or_else(|| spread(&pool.name))),
-        priority_class_name,
+        runtime_class_name: class.runtime_class_name.clone(),
+        node_selector: non_empty(class.node_selector.clone()),
+        tolerations: non_empty(class.tolerations.clone()),
+        affinity: worker.affinity.clone(),
+        topology_spread_constraints: non_empty(spread),
+        priority_class_name: worker.priority_class_name.clone(),
         ..PodSpec::default()
+    };
+    if let Some(devices) = &class.devices {
+        give(&mut pod, devices);
+    }
+    pod
+}
+
+/// Gives the devices to the container that is to have them.
+fn give(pod: &mut PodSpec, devices: &Devices) {
+    let mut containers = pod.containers.iter_mut().chain(pod.init_containers.iter_mut().flatten());
+    let Some(container) = containers.find(|container| container.name == devices.container) else { return };
+    let resources = container.resources.get_or_insert_default();
+    match &devices.source {
+        Source::Plugin(resource) => {
+            let count = Quantity(devices.count.to_string());
+            resources.limits.get_or_insert_default().insert(resource.clone(), count);
+        }
+        Source::ClaimTemplate(template) => {
+            let claim = ResourceClaim { name: DEVICE_CLAIM.to_owned(), request: None };
+            resources.claims.get_or_insert_default().push(claim);
+            pod.resource_claims = Some(vec![PodResourceClaim {
+                name: DEVICE_CLAIM.to_owned(),
+                resource_claim_template_name: Some(template.clone()),
+                resource_claim_name: None,
+            }]);
+        }
     }
 }
 
-fn container(pool: &ValidPool) -> Container {
+/// What its author left open is as tight as the worker's.
+fn sidecar(mut sidecar: Container) -> Container {
+    sidecar.restart_policy = Some("Always".to_owned());
+    let SecurityContext { allow_privilege_escalation, capabilities, read_only_root_filesystem, .. } =
+        container_security();
+    let security = sidecar.security_context.get_or_insert_default();
+    security.allow_privilege_escalation = allow_privilege_escalation;
+    security.read_only_root_filesystem = security.read_only_root_filesystem.or(read_only_root_filesystem);
+    security.capabilities.get_or_insert_default().drop = capabilities.and_then(|capabilities| capabilities.drop);
+    sidecar
+}
+
+fn container(pool: &ValidPool, class: &Class) -> Container {
     let worker = &pool.worker;
     Container {
         name: names::CONTAINER.to_owned(),
         image: Some(worker.image.clone()),
         image_pull_policy: worker.image_pull_policy.map(|policy| pull_policy(policy).to_owned()),
         command: Some(vec!["/beamline_worker".to_owned()]),
-        // The operator creates the streams; a worker that did so too would race it with other settings.
-        args: Some(vec!["--nats-create-streams=false".to_owned()]),
-        env_from: Some(vec![EnvFromSource {
-            config_map_ref: Some(ConfigMapEnvSource { name: pool.name.clone(), optional: None }),
-            ..EnvFromSource::default()
-        }]),
-        env: Some(std::iter::once(worker_id()).chain(worker.env.iter().cloned()).collect()),
+        env: Some(environment(pool, class)),
         ports: Some(vec![ContainerPort {
             name: Some(names::METRICS_PORT.to_owned()),
             container_port: METRICS_PORT,
             ..ContainerPort::default()
         }]),
         resources: Some(ResourceRequirements {
-            requests: non_empty(worker.resources.requests.clone()),
-            limits: non_empty(worker.resources.limits.clone()),
+            requests: non_empty(class.resources.requests.clone()),
+            limits: non_empty(class.resources.limits.clone()),
             claims: None,
         }),
         startup_probe: Some(Probe { period_seconds: Some(1), failure_threshold: Some(60), ..probe("/livez") }),
@@ -114,20 +120,6 @@ const fn pull_policy(policy: ImagePullPolicy) -> &'static str {
         ImagePullPolicy::Always => "Always",
         ImagePullPolicy::IfNotPresent => "IfNotPresent",
         ImagePullPolicy::Never => "Never",
-    }
-}
-
-fn worker_id() -> EnvVar {
-    EnvVar {
-        name: "WORKER_ID".to_owned(),
-        value: None,
-        value_from: Some(EnvVarSource {
-            field_ref: Some(ObjectFieldSelector {
-                api_version: Some("v1".to_owned()),
-                field_path: "metadata.name".to_owned(),
-            }),
-            ..EnvVarSource::default()
-        }),
     }
 }
 
@@ -166,24 +158,37 @@ fn container_security() -> SecurityContext {
 }
 
 fn volumes(pool: &ValidPool) -> Vec<Volume> {
-    let roots = pool.worker.roots.iter().enumerate().map(|(index, root)| root_volume(index, root));
-    let secrets = secret_files(pool).into_iter().map(secret_volume);
-    roots.chain(secrets).chain(pool.worker.volumes.iter().cloned()).collect()
+    let config = Volume {
+        name: CONFIG_VOLUME.to_owned(),
+        config_map: Some(ConfigMapVolumeSource { name: pool.name.clone(), ..ConfigMapVolumeSource::default() }),
+        ..Volume::default()
+    };
+    let Worker { roots, volumes, .. } = &pool.worker;
+    std::iter::once(config)
+        .chain(roots.iter().enumerate().map(|(index, root)| root_volume(index, root)))
+        .chain(secrets::all(pool).map(|file| file.volume()))
+        .chain(volumes.iter().cloned())
+        .collect()
 }
 
 fn mounts(pool: &ValidPool) -> Vec<VolumeMount> {
-    let roots = pool.worker.roots.iter().enumerate().map(|(index, root)| VolumeMount {
+    let config = VolumeMount {
+        name: CONFIG_VOLUME.to_owned(),
+        mount_path: CONFIG_DIRECTORY.to_owned(),
+        read_only: Some(true),
+        ..VolumeMount::default()
+    };
+    let Worker { roots, volume_mounts, .. } = &pool.worker;
+    let roots = roots.iter().enumerate().map(|(index, root)| VolumeMount {
         name: root_name(index),
         mount_path: root.path.clone(),
         ..VolumeMount::default()
     });
-    let secrets = secret_files(pool).into_iter().map(|file| VolumeMount {
-        name: file.volume.to_owned(),
-        mount_path: file.directory(),
-        read_only: Some(true),
-        ..VolumeMount::default()
-    });
-    roots.chain(secrets).chain(pool.worker.volume_mounts.iter().cloned()).collect()
+    std::iter::once(config)
+        .chain(roots)
+        .chain(secrets::all(pool).map(|file| file.mount()))
+        .chain(volume_mounts.iter().cloned())
+        .collect()
 }
 
 fn root_name(index: usize) -> String {
@@ -203,27 +208,14 @@ fn root_volume(index: usize, root: &Root) -> Volume {
     volume
 }
 
-fn secret_volume(file: SecretFile) -> Volume {
-    Volume {
-        name: file.volume.to_owned(),
-        secret: Some(SecretVolumeSource {
-            secret_name: Some(file.secret.name),
-            default_mode: Some(SECRET_MODE),
-            items: Some(vec![KeyToPath { key: file.secret.key, path: file.file.to_owned(), mode: None }]),
-            optional: None,
-        }),
-        ..Volume::default()
-    }
-}
-
 /// Evenly over nodes and zones as far as that is possible: a pool must still start on one node.
-fn spread(pool: &str) -> Vec<TopologySpreadConstraint> {
+fn spread(pool: &str, class: &Class) -> Vec<TopologySpreadConstraint> {
     ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
         .map(|key| TopologySpreadConstraint {
             topology_key: key.to_owned(),
             max_skew: 1,
             when_unsatisfiable: "ScheduleAnyway".to_owned(),
-            label_selector: Some(names::selector(pool)),
+            label_selector: Some(names::selector(pool, class.kind)),
             // Each generation of pods on its own, so that a rollout does not end up lopsided.
             match_label_keys: Some(vec!["pod-template-hash".to_owned()]),
             ..TopologySpreadConstraint::default()

@@ -14,7 +14,7 @@ pub(super) fn service(pool: &ValidPool) -> Service {
             cluster_ip: Some("None".to_owned()),
             // A worker that is not ready is the one whose metrics matter.
             publish_not_ready_addresses: Some(true),
-            selector: Some(names::selector_labels(&pool.name)),
+            selector: Some(names::pool_labels(&pool.name)),
             ports: Some(vec![ServicePort {
                 name: Some(names::METRICS_PORT.to_owned()),
                 port: METRICS_PORT,

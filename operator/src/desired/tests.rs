@@ -1,7 +1,11 @@
 //! Every fixture goes through the real `validate`.
 
-use k8s_openapi::api::core::v1::{Container, PodSpec};
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Container, PodSpec, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use serde_json::{Value, json};
 
 use super::*;
 use crate::pool::tests::valid;
@@ -12,31 +16,47 @@ fn wanted(spec: &str) -> Desired {
     desired(&pool, &scale::decide(&pool))
 }
 
+fn template(workload: Workload) -> PodTemplateSpec {
+    workload.deployment.spec.expect("a spec").template
+}
+
 fn pod(spec: &str) -> PodSpec {
-    wanted(spec).deployment.spec.and_then(|spec| spec.template.spec).expect("a pod")
+    template(wanted(spec).general).spec.expect("a pod")
+}
+
+fn gpu_pod(spec: &str) -> PodSpec {
+    template(wanted(spec).gpu.expect("pods with GPUs")).spec.expect("a pod")
 }
 
 fn container(spec: &str) -> Container {
     pod(spec).containers.into_iter().next().expect("a container")
 }
 
-#[track_caller]
-fn tells_workers(spec: &str, name: &str, expected: Option<&str>) {
-    let data = wanted(spec).config_map.data.unwrap_or_default();
-    assert_eq!(data.get(name).map(String::as_str), expected, "{name}");
+fn environment(pod: PodSpec) -> BTreeMap<String, String> {
+    let worker = pod.containers.into_iter().next().expect("a container");
+    worker.env.into_iter().flatten().filter_map(|variable| Some((variable.name, variable.value?))).collect()
 }
 
-fn config_hash(spec: &str) -> String {
-    let template = wanted(spec).deployment.spec.expect("a spec").template;
-    template.metadata.and_then(|metadata| metadata.annotations).expect("annotations")[names::CONFIG_HASH].clone()
+#[track_caller]
+fn tells_workers(spec: &str, name: &str, expected: Option<&str>) {
+    assert_eq!(environment(pod(spec)).get(name).map(String::as_str), expected, "{name}");
+}
+
+fn file(spec: &str, name: &str) -> Value {
+    let data = wanted(spec).config_map.data.expect("data");
+    serde_json::from_str(&data[name]).expect("JSON, which is YAML")
 }
 
 #[test]
 fn all_children_are_named_after_the_pool_and_go_with_it() {
-    let Desired { service_account, config_map, service, budget, deployment } = wanted("{}");
-    let all = [service_account.metadata, config_map.metadata, service.metadata, budget.metadata, deployment.metadata];
+    let Desired { service_account, config_map, service, general, gpu } = wanted(r#"{"gpu": {}}"#);
+    let mut all = vec![service_account.metadata, config_map.metadata, service.metadata];
+    for Workload { budget, deployment } in std::iter::once(general).chain(gpu) {
+        all.extend([budget.metadata, deployment.metadata]);
+    }
     let names: Vec<_> = all.iter().filter_map(|metadata| metadata.name.as_deref()).collect();
-    assert_eq!(names, ["default-worker", "default", "default", "default", "default"]);
+    let expected = ["default-worker", "default", "default", "default", "default", "default-gpu", "default-gpu"];
+    assert_eq!(names, expected);
     for metadata in &all {
         let owner = &metadata.owner_references.as_ref().expect("an owner")[0];
         assert_eq!((owner.uid.as_str(), owner.controller), ("1234", Some(true)));
@@ -46,7 +66,7 @@ fn all_children_are_named_after_the_pool_and_go_with_it() {
 
 #[test]
 fn the_replicas_are_always_sent() {
-    let replicas = |spec| wanted(spec).deployment.spec.and_then(|spec| spec.replicas);
+    let replicas = |spec| wanted(spec).general.deployment.spec.and_then(|spec| spec.replicas);
     assert_eq!(replicas("{}"), Some(2));
     assert_eq!(replicas(r#"{"replicas": 0}"#), Some(0));
 }
@@ -86,19 +106,138 @@ fn every_variable_of_ours_is_refused_in_worker_env() {
                 "keySecretRef": {"name": "nats", "key": "key"}
             }
         },
-        "worker": {"egress": {"allow": ["a"], "deny": ["b"]}}
+        "worker": {
+            "egress": {"allow": ["a"], "deny": ["b"]},
+            "sql": {"connections": [{"name": "crm", "urlSecretRef": {"name": "crm", "key": "url"}}]}
+        }
     }"#;
     let crd = <beamline_crds::WorkerPool as kube::CustomResourceExt>::crd();
     let rules = serde_json::to_string(&crd).expect("a manifest is plain data");
-    for name in wanted(everything).config_map.data.expect("data").keys().map(String::as_str).chain(["WORKER_ID"]) {
+    for name in environment(pod(everything)).keys().map(String::as_str).chain(["WORKER_ID"]) {
         assert!(rules.contains(&format!("'{name}'")), "worker.env may set {name}");
     }
 }
 
 #[test]
-fn changed_settings_replace_the_pods_and_a_changed_count_does_not() {
-    assert_eq!(config_hash("{}"), config_hash(r#"{"replicas": 9}"#));
-    assert_ne!(config_hash("{}"), config_hash(r#"{"worker": {"pools": {"io": 17}}}"#));
+fn only_what_workers_read_at_their_start_replaces_them() {
+    let template = |spec| template(wanted(spec).general);
+    let running = template("{}");
+    assert_ne!(running, template(r#"{"worker": {"pools": {"io": 17}}}"#));
+    for spec in [
+        r#"{"replicas": 9}"#,
+        r#"{"paused": true}"#,
+        r#"{"tenants": {"named": [{"id": "acme", "weight": 4}]}}"#,
+        r#"{"gpu": {"replicas": 1}}"#,
+        r#"{"rollout": {"maxSurge": 3}}"#,
+    ] {
+        assert_eq!(running, template(spec), "{spec}");
+    }
+}
+
+#[test]
+fn a_policy_tells_running_workers_to_pause_and_what_tenants_get() {
+    assert_eq!(file("{}", "policy.yaml"), json!({"paused": false}));
+    let tenants = json!({"defaults": {"maxSlotShare": 50}, "named": [{"id": "acme", "weight": 4, "priority": 7}]});
+    let spec = json!({"paused": true, "tenants": tenants}).to_string();
+    assert_eq!(file(&spec, "policy.yaml"), json!({"paused": true, "tenants": tenants}));
+    let hash = |spec: &str| policy_hash(&wanted(spec).config_map);
+    assert_eq!(hash("{}"), hash(r#"{"replicas": 9}"#));
+    assert_ne!(hash("{}"), hash(&spec));
+}
+
+#[test]
+fn a_database_is_named_in_a_file_and_its_url_stays_in_its_secret() {
+    let spec = r#"{"worker": {"sql": {"inlineConnections": "Deny", "connections": [
+        {"name": "crm", "urlSecretRef": {"name": "crm-db", "key": "url"}, "tenants": ["acme"]},
+        {"name": "wiki", "urlSecretRef": {"name": "wiki-db", "key": "dsn"}}
+    ]}}}"#;
+    tells_workers(spec, "WORKER_SQL_INLINE_CONNECTIONS", Some("deny"));
+    tells_workers(spec, "WORKER_SQL_CONNECTIONS_FILE", Some("/etc/beamline/config/sql-connections.yaml"));
+    tells_workers("{}", "WORKER_SQL_CONNECTIONS_FILE", None);
+    let expected = json!([
+        {"name": "crm", "urlFile": "/etc/beamline/sql/0/url", "tenants": ["acme"]},
+        {"name": "wiki", "urlFile": "/etc/beamline/sql/1/url"},
+    ]);
+    assert_eq!(file(spec, "sql-connections.yaml"), expected);
+    let volumes = pod(spec).volumes.expect("volumes");
+    let secret = volumes.iter().find(|volume| volume.name == "beamline-sql-1").and_then(|volume| volume.secret.clone());
+    let secret = secret.expect("a Secret");
+    assert_eq!(secret.secret_name.as_deref(), Some("wiki-db"));
+    assert_eq!(secret.items.expect("items")[0].key, "dsn");
+}
+
+#[test]
+fn pods_with_gpus_take_only_what_asks_for_the_gpu_pool() {
+    let spec = r#"{
+        "worker": {
+            "nodeSelector": {"zone": "a", "accelerator": "none"},
+            "tolerations": [{"key": "flows", "operator": "Exists"}]
+        },
+        "gpu": {
+            "replicas": 1,
+            "count": 2,
+            "poolSize": 4,
+            "runtimeClassName": "nvidia",
+            "nodeSelector": {"accelerator": "h200"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "resources": {"limits": {"memory": "8Gi"}}
+        }
+    }"#;
+    let pod = gpu_pod(spec);
+    let told = environment(pod.clone());
+    let slots = ["WORKER_CPU_POOL_SIZE", "WORKER_IO_POOL_SIZE", "WORKER_GPU_POOL_SIZE"].map(|name| told[name].as_str());
+    assert_eq!(slots, ["0", "0", "4"]);
+    assert_eq!(told["WORKER_MAX_MEMORY_MB"], "4096", "half of its own limit");
+    let limits = pod.containers[0].resources.clone().and_then(|resources| resources.limits).expect("limits");
+    assert_eq!((limits["nvidia.com/gpu"].0.as_str(), limits["memory"].0.as_str()), ("2", "8Gi"));
+    let nodes = pod.node_selector.expect("nodes");
+    assert_eq!((nodes["zone"].as_str(), nodes["accelerator"].as_str()), ("a", "h200"));
+    assert_eq!(pod.tolerations.map(|all| all.len()), Some(2));
+    assert_eq!(pod.runtime_class_name.as_deref(), Some("nvidia"));
+    let Workload { budget, deployment } = wanted(spec).gpu.expect("pods with GPUs");
+    let spec = deployment.spec.expect("a spec");
+    assert_eq!(budget.spec.and_then(|budget| budget.selector), Some(spec.selector));
+    let rolling = spec.strategy.and_then(|strategy| strategy.rolling_update).expect("a rolling update");
+    assert_eq!(rolling.max_surge, Some(IntOrString::Int(0)), "there may be no device for one more");
+}
+
+#[test]
+fn the_container_that_is_to_have_the_devices_gets_them() {
+    let of = |gpu: Value| {
+        let pod = gpu_pod(&json!({ "gpu": gpu }).to_string());
+        let sidecar = pod.init_containers.clone().unwrap_or_default().into_iter().next();
+        (pod.containers[0].clone(), sidecar, pod.resource_claims)
+    };
+    let server = json!([{"name": "triton", "image": "triton:1"}]);
+    let (worker, sidecar, _) = of(json!({"container": "triton", "sidecars": server, "resourceName": "amd.com/gpu"}));
+    assert!(!worker.resources.and_then(|resources| resources.limits).expect("limits").contains_key("amd.com/gpu"));
+    let limits = sidecar.and_then(|sidecar| sidecar.resources).and_then(|resources| resources.limits).expect("limits");
+    assert_eq!(limits["amd.com/gpu"].0, "1");
+    let (worker, _, claims) = of(json!({"resourceClaimTemplateName": "h200"}));
+    let claim = &worker.resources.and_then(|resources| resources.claims).expect("claims")[0];
+    let claims = claims.expect("claims of the pod");
+    assert_eq!(claims[0].name, claim.name);
+    assert_eq!(claims[0].resource_claim_template_name.as_deref(), Some("h200"));
+}
+
+#[test]
+fn a_sidecar_is_native_and_as_tight_as_its_author_lets_it_be() {
+    let spec = r#"{"worker": {"sidecars": [
+        {"name": "proxy", "image": "proxy:1"},
+        {"name": "cache", "image": "cache:1", "securityContext": {
+            "runAsUser": 1000, "readOnlyRootFilesystem": false, "capabilities": {"add": ["NET_BIND_SERVICE"]}
+        }}
+    ]}}"#;
+    let sidecars = pod(spec).init_containers.expect("sidecars");
+    let [proxy, cache] = &sidecars[..] else { panic!("two sidecars") };
+    assert_eq!(proxy.restart_policy.as_deref(), Some("Always"));
+    let security = proxy.security_context.clone().expect("a security context");
+    assert_eq!((security.allow_privilege_escalation, security.read_only_root_filesystem), (Some(false), Some(true)));
+    let security = cache.security_context.clone().expect("a security context");
+    assert_eq!((security.run_as_user, security.read_only_root_filesystem), (Some(1000), Some(false)));
+    let capabilities = security.capabilities.expect("capabilities");
+    assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
+    assert_eq!(capabilities.add, Some(vec!["NET_BIND_SERVICE".to_owned()]));
 }
 
 #[test]
@@ -129,8 +268,9 @@ fn secrets_are_files_and_workers_are_told_where() {
     tells_workers(spec, "NATS_TLS_CA", Some("/etc/beamline/nats-ca/ca.crt"));
     let mounts = container(spec).volume_mounts.expect("mounts");
     let paths: Vec<_> = mounts.iter().map(|mount| mount.mount_path.as_str()).collect();
-    assert_eq!(paths, ["/data", "/etc/beamline/nats-creds", "/etc/beamline/nats-ca"]);
-    let secret = pod(spec).volumes.expect("volumes")[1].secret.clone().expect("a Secret");
+    let expected = ["/etc/beamline/config", "/data", "/etc/beamline/nats-creds", "/etc/beamline/nats-ca"];
+    assert_eq!(paths, expected);
+    let secret = pod(spec).volumes.expect("volumes")[2].secret.clone().expect("a Secret");
     assert_eq!(secret.secret_name.as_deref(), Some("nats"));
     assert_eq!(secret.items.expect("items")[0].key, "worker.creds");
 }
@@ -143,9 +283,9 @@ fn roots_are_scratch_space_or_claims() {
     ]}}}"#;
     tells_workers(spec, "WORKER_FS_ROOTS", Some("/data,/shared"));
     let volumes = pod(spec).volumes.expect("volumes");
-    let size = volumes[0].empty_dir.as_ref().and_then(|scratch| scratch.size_limit.clone());
+    let size = volumes[1].empty_dir.as_ref().and_then(|scratch| scratch.size_limit.clone());
     assert_eq!(size.expect("a size").0, "1Gi");
-    assert_eq!(volumes[1].persistent_volume_claim.as_ref().expect("a claim").claim_name, "flows");
+    assert_eq!(volumes[2].persistent_volume_claim.as_ref().expect("a claim").claim_name, "flows");
 }
 
 #[test]
@@ -161,15 +301,14 @@ fn pods_spread_unless_the_spec_says_how() {
 #[test]
 fn the_labels_that_select_pods_cannot_be_taken_away() {
     let spec = r#"{"worker": {"podLabels": {"team": "flows", "beamline.dev/pool": "another"}}}"#;
-    let template = wanted(spec).deployment.spec.expect("a spec").template;
-    let labels = template.metadata.and_then(|metadata| metadata.labels).expect("labels");
+    let labels = template(wanted(spec).general).metadata.and_then(|metadata| metadata.labels).expect("labels");
     assert_eq!((labels["team"].as_str(), labels[names::POOL_LABEL].as_str()), ("flows", "default"));
 }
 
 #[test]
 fn a_budget_says_what_may_be_missing_or_what_must_stay() {
     let limits = |spec| {
-        let budget = wanted(spec).budget.spec.expect("a spec");
+        let budget = wanted(spec).general.budget.spec.expect("a spec");
         (budget.max_unavailable, budget.min_available)
     };
     assert_eq!(limits("{}"), (Some(IntOrString::Int(1)), None));

@@ -1,5 +1,7 @@
 //! Fixtures that go through the real `validate`, and the defaults that users can rely on.
 
+use std::time::Duration;
+
 use super::*;
 
 const IMAGE: &str = "registry.example.com/beamline:1";
@@ -49,14 +51,14 @@ fn workers_run_the_image_that_the_pool_or_else_the_operator_names() {
 #[test]
 fn memory_defaults_to_half_of_the_limit() {
     let memory = |limit| {
-        valid(&format!(r#"{{"worker": {{"resources": {{"limits": {{"memory": {limit}}}}}}}}}"#)).worker.memory_mb
+        valid(&format!(r#"{{"worker": {{"resources": {{"limits": {{"memory": {limit}}}}}}}}}"#)).general.memory_mb
     };
     assert_eq!(memory(r#""2Gi""#), 1024);
     assert_eq!(memory(r#""512Mi""#), 256);
     assert_eq!(memory(r#""2G""#), 953);
     assert_eq!(memory("1073741824"), 512);
     assert_eq!(memory(r#""1e9""#), 476);
-    assert_eq!(valid("{}").worker.memory_mb, 512, "half of the default limit");
+    assert_eq!(valid("{}").general.memory_mb, 512, "half of the default limit");
 }
 
 #[test]
@@ -66,15 +68,27 @@ fn memory_leaves_a_quarter_to_the_worker_itself() {
             r#"{{"worker": {{"limits": {{"memoryMb": {memory_mb}}}, "resources": {{"limits": {{"memory": "1Gi"}}}}}}}}"#
         )
     };
-    assert_eq!(valid(&asked(768)).worker.memory_mb, 768);
+    assert_eq!(valid(&asked(768)).general.memory_mb, 768);
     rejects(&asked(769), "worker.limits.memoryMb: 769 is over 75 % of worker.resources.limits.memory (1024 MiB)");
+}
+
+#[test]
+fn pods_with_gpus_are_as_the_others_where_nothing_else_is_said() {
+    let gpu = |spec| valid(spec).gpu.expect("pods with GPUs");
+    let class = gpu(r#"{"gpu": {}, "worker": {"resources": {"limits": {"memory": "2Gi"}}}}"#);
+    assert_eq!((class.replicas, class.slots, class.memory_mb), (0, Slots { cpu: 0, io: 0, gpu: 2 }, 1024));
+    let devices = class.devices.expect("devices");
+    assert_eq!((devices.count, devices.container.as_str()), (1, "worker"));
+    assert_eq!(devices.source, Source::Plugin("nvidia.com/gpu".to_owned()));
+    let own = r#"{"gpu": {"resources": {"limits": {"memory": "20Mi"}}}}"#;
+    rejects(own, "gpu.resources.limits.memory: `20Mi` is less than a worker needs; set 32Mi or more");
 }
 
 #[test]
 fn memory_stays_within_what_a_worker_accepts() {
     let limit = |memory: &str| format!(r#"{{"worker": {{"resources": {{"limits": {{"memory": "{memory}"}}}}}}}}"#);
-    assert_eq!(valid(&limit("32Mi")).worker.memory_mb, 16);
-    assert_eq!(valid(&limit("4Ti")).worker.memory_mb, 1_048_576);
+    assert_eq!(valid(&limit("32Mi")).general.memory_mb, 16);
+    assert_eq!(valid(&limit("4Ti")).general.memory_mb, 1_048_576);
     rejects(&limit("20Mi"), "worker.resources.limits.memory: `20Mi` is less than a worker needs; set 32Mi or more");
 }
 

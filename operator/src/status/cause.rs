@@ -4,8 +4,8 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
+use super::class::ClassState;
 use crate::reason;
-use crate::reconcile::Converged;
 
 /// A cause that a person can act on. The first in this order wins.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,9 +15,8 @@ pub(super) struct Cause {
     pub(super) message: String,
 }
 
-pub(super) fn cause(converged: &Converged) -> Option<Cause> {
-    let quota = not_created(&converged.applied.deployment);
-    quota.or_else(|| converged.pods.iter().filter_map(|pod| of_pod(pod)).min())
+pub(super) fn cause(class: &ClassState<'_>) -> Option<Cause> {
+    not_created(class.deployment).or_else(|| class.pods().filter_map(of_pod).min())
 }
 
 /// Pods that the API server does not let the Deployment create.

@@ -2,10 +2,10 @@
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::DeploymentStatus;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::cause;
+use super::class::ClassState;
 use crate::broker::BrokerError;
 use crate::error::Error;
 use crate::reason;
@@ -74,15 +74,21 @@ fn readiness(outcome: Result<&Converged, &Error>, depends_on: [&Verdict; 2]) -> 
     if let Some(missing) = depends_on.into_iter().find(|verdict| verdict.status != "True") {
         return Verdict::no(&missing.reason, missing.message.clone());
     }
-    let (ready, desired) = (ready_workers(converged), converged.scaling.desired);
-    match (desired, ready) {
-        (0, _) => Verdict::yes(reason::IDLE, "no workers are asked for"),
-        (_, 0) => match cause::cause(converged) {
+    let classes = ClassState::all(converged);
+    if let Some(missing) = classes.iter().find(|class| class.desired > 0 && class.ready == 0) {
+        return match cause::cause(missing) {
             Some(cause) => Verdict::no(cause.reason, cause.message),
-            None => Verdict::no(reason::WORKERS_STARTING, format!("0 of {desired} workers ready")),
-        },
-        _ => Verdict::yes(reason::WORKERS_READY, format!("{ready} of {desired} workers ready")),
+            None => Verdict::no(reason::WORKERS_STARTING, missing.in_words()),
+        };
     }
+    let workers = in_words(&classes);
+    if converged.paused {
+        return Verdict::yes(reason::PAUSED, format!("spec.paused is true: no work is taken; {workers}"));
+    }
+    if classes.iter().all(|class| class.desired == 0) {
+        return Verdict::yes(reason::IDLE, "no workers are asked for");
+    }
+    Verdict::yes(reason::WORKERS_READY, workers)
 }
 
 /// The difference between what is asked for and what is there.
@@ -91,19 +97,22 @@ fn progress(outcome: Result<&Converged, &Error>) -> Verdict {
         Ok(converged) => converged,
         Err(error) => return Verdict::no(error.reason(), error.to_string()),
     };
-    let desired = converged.scaling.desired;
-    let (exist, ready) = (existing_workers(converged), ready_workers(converged));
-    let updated = status(converged).and_then(|status| status.updated_replicas).unwrap_or(0);
-    if is_current(converged) && [exist, ready, updated] == [desired; 3] {
-        return Verdict::no(reason::COMPLETE, format!("{ready} of {desired} workers ready"));
-    }
-    match cause::cause(converged) {
+    let classes = ClassState::all(converged);
+    let Some(moving) = classes.iter().find(|class| !class.is_complete()) else {
+        return Verdict::no(reason::COMPLETE, in_words(&classes));
+    };
+    match cause::cause(moving) {
         Some(cause) => Verdict::yes(cause.reason, cause.message),
         None => Verdict::yes(
             reason::ROLLING_OUT,
-            format!("{ready} of {desired} workers ready, {updated} of {exist} up to date"),
+            format!("{}, {} of {} up to date", moving.in_words(), moving.updated, moving.exist),
         ),
     }
+}
+
+/// "3 of 4 workers ready, 1 of 2 workers with GPUs ready".
+fn in_words(classes: &[ClassState<'_>]) -> String {
+    classes.iter().map(ClassState::in_words).collect::<Vec<_>>().join(", ")
 }
 
 /// What the broker says; before it says anything, what it said to an earlier operator.
@@ -120,24 +129,6 @@ fn answer(before: &WorkerPoolStatus, type_: &str, answer: Option<&Result<(), Bro
 
 fn find<'a>(status: &'a WorkerPoolStatus, type_: &str) -> Option<&'a Condition> {
     status.conditions.iter().find(|condition| condition.type_ == type_)
-}
-
-fn status(converged: &Converged) -> Option<&DeploymentStatus> {
-    converged.applied.deployment.status.as_ref()
-}
-
-fn ready_workers(converged: &Converged) -> i32 {
-    status(converged).and_then(|status| status.ready_replicas).unwrap_or(0)
-}
-
-fn existing_workers(converged: &Converged) -> i32 {
-    status(converged).and_then(|status| status.replicas).unwrap_or(0)
-}
-
-/// Whether the numbers answer the Deployment's latest change.
-fn is_current(converged: &Converged) -> bool {
-    let generation = converged.applied.deployment.metadata.generation;
-    status(converged).and_then(|status| status.observed_generation) >= generation
 }
 
 fn condition(pool: &WorkerPool, before: &WorkerPoolStatus, type_: &str, verdict: Verdict, now: Timestamp) -> Condition {

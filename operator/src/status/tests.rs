@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use beamline_crds::Mode;
+use beamline_crds::{Decision, LimitedBy, Mode};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -13,6 +13,7 @@ use crate::apply::Applied;
 use crate::broker::BrokerError;
 use crate::pool::InvalidPool;
 use crate::pool::tests::stored;
+use crate::scale::{Decisions, GpuDecision};
 
 const NOON: i64 = 1_795_608_000;
 
@@ -20,23 +21,39 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(NOON + second).expect("in range")
 }
 
-fn workers(desired: i32, ready: i32) -> Converged {
-    let deployment: Deployment = serde_json::from_value(json!({
+fn deployment(desired: i32, ready: i32) -> Arc<Deployment> {
+    let deployment = serde_json::from_value(json!({
         "metadata": {"generation": 1},
         "status": {"observedGeneration": 1, "replicas": desired, "readyReplicas": ready, "updatedReplicas": desired},
-    }))
-    .expect("a Deployment");
+    }));
+    Arc::new(deployment.expect("a Deployment"))
+}
+
+fn workers(desired: i32, ready: i32) -> Converged {
+    let general = Decision { mode: Mode::Manual, desired, reason: format!("spec.replicas is {desired}") };
     Converged {
-        scaling: Scaling { mode: Mode::Manual, desired, reason: format!("spec.replicas is {desired}") },
-        applied: Applied { deployment: Arc::new(deployment) },
+        paused: false,
+        decisions: Decisions { general, gpu: None },
+        applied: Applied { general: deployment(desired, ready), gpu: None },
         pods: Vec::new(),
     }
 }
 
-fn with_pod(mut converged: Converged, status: serde_json::Value) -> Converged {
-    let pod: Pod = serde_json::from_value(json!({"metadata": {}, "status": status})).expect("a Pod");
+fn with_gpus(mut converged: Converged, desired: i32, ready: i32) -> Converged {
+    converged.decisions.gpu = Some(GpuDecision { desired, limited_by: LimitedBy::MaxTotal });
+    converged.applied.gpu = Some(deployment(desired, ready));
+    converged
+}
+
+fn with_pod_of(class: &str, mut converged: Converged, status: serde_json::Value) -> Converged {
+    let metadata = json!({"labels": {"beamline.dev/class": class}});
+    let pod: Pod = serde_json::from_value(json!({"metadata": metadata, "status": status})).expect("a Pod");
     converged.pods.push(Arc::new(pod));
     converged
+}
+
+fn with_pod(converged: Converged, status: serde_json::Value) -> Converged {
+    with_pod_of("general", converged, status)
 }
 
 fn container(state: serde_json::Value) -> serde_json::Value {
@@ -93,6 +110,39 @@ fn one_ready_worker_is_enough_and_progressing_carries_the_difference() {
 #[test]
 fn a_pool_that_asks_for_nobody_is_idle_and_ready() {
     says(&workers(0, 0), &healthy(), "Ready", ("True", "Idle", "no workers are asked for"));
+}
+
+#[test]
+fn a_paused_pool_is_ready_and_says_so() {
+    let paused = Converged { paused: true, ..workers(2, 2) };
+    let message = "spec.paused is true: no work is taken; 2 of 2 workers ready";
+    says(&paused, &healthy(), "Ready", ("True", "Paused", message));
+}
+
+#[test]
+fn each_class_needs_a_worker_where_any_are_asked_for() {
+    let message = "7 of 7 workers ready, 1 of 2 workers with GPUs ready";
+    says(&with_gpus(workers(7, 7), 2, 1), &healthy(), "Ready", ("True", "WorkersReady", message));
+    let message = "1 of 2 workers with GPUs ready, 2 of 2 up to date";
+    says(&with_gpus(workers(7, 7), 2, 1), &healthy(), "Progressing", ("True", "RollingOut", message));
+    let message = "0 of 2 workers with GPUs ready";
+    says(&with_gpus(workers(7, 7), 2, 0), &healthy(), "Ready", ("False", "WorkersStarting", message));
+    says(&with_gpus(workers(0, 0), 0, 0), &healthy(), "Ready", ("True", "Idle", "no workers are asked for"));
+    let gpu = first(&with_gpus(workers(7, 7), 2, 1), &healthy()).gpu.expect("pods with GPUs");
+    assert_eq!((gpu.replicas, gpu.ready_replicas, gpu.desired_replicas), (2, 1, 2));
+    assert_eq!(gpu.limited_by, LimitedBy::MaxTotal);
+}
+
+#[test]
+fn a_cause_is_that_of_the_class_it_holds_up() {
+    let pending = json!({"conditions": [{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "Insufficient nvidia.com/gpu",
+    }]});
+    let stuck = with_pod_of("gpu", with_gpus(workers(1, 1), 1, 0), pending.clone());
+    let message = "no node takes a worker: Insufficient nvidia.com/gpu";
+    says(&stuck, &healthy(), "Ready", ("False", "Unschedulable", message));
+    let starting = with_pod_of("gpu", with_gpus(workers(1, 0), 0, 0), pending);
+    says(&starting, &healthy(), "Ready", ("False", "WorkersStarting", "0 of 1 workers ready"));
 }
 
 #[test]
@@ -164,7 +214,7 @@ fn workers_that_do_not_start_say_why() {
 #[test]
 fn a_quota_is_named_without_the_pod_that_met_it() {
     let mut converged = workers(2, 0);
-    let deployment = Arc::get_mut(&mut converged.applied.deployment).expect("not shared");
+    let deployment = Arc::get_mut(&mut converged.applied.general).expect("not shared");
     deployment.status.as_mut().expect("a status").conditions = serde_json::from_value(json!([{
         "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate",
         "message": "pods \"default-5c9-x7k\" is forbidden: exceeded quota: pods, used: pods=4, limited: pods=4",

@@ -1,0 +1,76 @@
+//! A kubelet brings a changed ConfigMap into running pods after a minute or so, or at once when a pod's annotations
+//! change. So every pod that is older than the change gets an annotation.
+
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+use crate::controller::Context;
+use crate::desired::{self, names};
+use crate::error::Error;
+
+/// Pods told at once.
+const AT_ONCE: usize = 8;
+
+/// Makes the kubelets look at the ConfigMap again, for each pod that may have an older one.
+pub(super) async fn nudge(ctx: &Context, config_map: &ConfigMap, pods: &[Arc<Pod>]) -> Result<(), Error> {
+    let hash = desired::policy_hash(config_map);
+    let changed = last_change(config_map);
+    let outdated = pods.iter().filter(|pod| is_outdated(pod, changed, &hash));
+    stream::iter(outdated).map(Ok).try_for_each_concurrent(AT_ONCE, |pod| tell(ctx, pod, &hash)).await
+}
+
+fn last_change(config_map: &ConfigMap) -> Option<Timestamp> {
+    let ours = config_map.managed_fields().iter().filter(|entry| entry.manager.as_deref() == Some(names::OPERATOR));
+    ours.filter_map(|entry| entry.time.as_ref()).map(|time| time.0).max()
+}
+
+fn is_outdated(pod: &Pod, changed: Option<Timestamp>, hash: &str) -> bool {
+    let created = pod.creation_timestamp().map(|time| time.0);
+    pod.metadata.deletion_timestamp.is_none()
+        && created <= changed
+        && pod.annotations().get(names::POLICY_HASH).is_none_or(|known| known != hash)
+}
+
+async fn tell(ctx: &Context, pod: &Pod, hash: &str) -> Result<(), Error> {
+    let (name, namespace) = (pod.name_any(), pod.namespace().unwrap_or_default());
+    let patch = json!({ "metadata": { "uid": pod.uid(), "annotations": { names::POLICY_HASH: hash } } });
+    ctx.metrics.applied("Pod");
+    let api = Api::<Pod>::namespaced(ctx.client.clone(), &namespace);
+    match api.patch_metadata(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+        Ok(_) => Ok(()),
+        // Gone, or another pod by now.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        Err(source) => Err(Error::Apply { kind: "Pod".to_owned(), name, source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(created: &str, told: Option<&str>) -> Pod {
+        let annotations = told.map(|hash| json!({ names::POLICY_HASH: hash }));
+        serde_json::from_value(json!({"metadata": {"creationTimestamp": created, "annotations": annotations}}))
+            .expect("a Pod")
+    }
+
+    #[test]
+    fn only_pods_that_are_older_than_the_change_are_told_and_only_once() {
+        let config_map: ConfigMap = serde_json::from_value(json!({"metadata": {"managedFields": [
+            {"manager": "somebody", "operation": "Update", "time": "2026-11-26T12:00:00Z"},
+            {"manager": names::OPERATOR, "operation": "Apply", "time": "2026-11-26T10:00:00Z"},
+        ]}}))
+        .expect("a ConfigMap");
+        let changed = last_change(&config_map);
+        assert!(is_outdated(&pod("2026-11-26T09:00:00Z", None), changed, "new"));
+        assert!(is_outdated(&pod("2026-11-26T09:00:00Z", Some("old")), changed, "new"));
+        assert!(!is_outdated(&pod("2026-11-26T09:00:00Z", Some("new")), changed, "new"));
+        assert!(!is_outdated(&pod("2026-11-26T11:00:00Z", None), changed, "new"), "it starts with the new one");
+    }
+}

@@ -1,0 +1,98 @@
+//! Where the work comes from.
+
+use std::time::Duration;
+
+use beamline_crds as crds;
+use beamline_crds::{Delivery, SecretKeyRef, Storage, Tls};
+
+use super::InvalidPool;
+
+const SUBJECT: &str = "caf.exec.assign.v1";
+const QUEUE_GROUP: &str = "caf-workers";
+const STREAM_REPLICAS: usize = 1;
+const RESULT_RETENTION: Duration = Duration::from_secs(3600);
+const RESULT_MAX_MESSAGES: i64 = 2_000_000;
+const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(720 * 3600);
+
+/// Where the work comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Nats {
+    /// Address of the servers.
+    pub url: String,
+    /// What workers connect with.
+    pub credentials: Option<SecretKeyRef>,
+    /// What the operator connects with.
+    pub operator_credentials: Option<SecretKeyRef>,
+    /// TLS material of both.
+    pub tls: Tls,
+    /// How assignments are handed out.
+    pub delivery: Delivery,
+    /// Subject of the assignments.
+    pub subject: String,
+    /// Durable consumer on the subject, or core queue group.
+    pub queue_group: String,
+    /// How streams are created.
+    pub streams: Streams,
+}
+
+/// How streams are created.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Streams {
+    /// Whether the operator creates what is missing.
+    pub manage: bool,
+    /// Servers that keep each stream.
+    pub replicas: usize,
+    /// Where they keep it.
+    pub storage: Storage,
+    /// Age at which a result goes.
+    pub result_retention: Duration,
+    /// Results kept at most.
+    pub result_max_messages: i64,
+    /// Age at which a dead letter goes.
+    pub dead_letter_retention: Duration,
+}
+
+pub(super) fn nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
+    let crds::Nats {
+        url,
+        credentials_secret_ref,
+        operator_credentials_secret_ref,
+        tls,
+        delivery,
+        subject,
+        queue_group,
+        streams,
+    } = nats;
+    Ok(Nats {
+        url,
+        operator_credentials: operator_credentials_secret_ref.or_else(|| credentials_secret_ref.clone()),
+        credentials: credentials_secret_ref,
+        tls: tls.unwrap_or_default(),
+        delivery: delivery.unwrap_or(Delivery::JetStream),
+        subject: subject.unwrap_or_else(|| SUBJECT.to_owned()),
+        queue_group: queue_group.unwrap_or_else(|| QUEUE_GROUP.to_owned()),
+        streams: kept(streams.unwrap_or_default())?,
+    })
+}
+
+fn kept(streams: crds::Streams) -> Result<Streams, InvalidPool> {
+    let crds::Streams { manage, replicas, storage, result_retention, result_max_messages, dead_letter_retention } =
+        streams;
+    Ok(Streams {
+        manage: manage.unwrap_or(true),
+        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(STREAM_REPLICAS),
+        storage: storage.unwrap_or(Storage::File),
+        result_retention: duration("nats.streams.resultRetention", result_retention, RESULT_RETENTION)?,
+        result_max_messages: result_max_messages.unwrap_or(RESULT_MAX_MESSAGES),
+        dead_letter_retention: duration(
+            "nats.streams.deadLetterRetention",
+            dead_letter_retention,
+            DEAD_LETTER_RETENTION,
+        )?,
+    })
+}
+
+fn duration(field: &'static str, value: Option<String>, default: Duration) -> Result<Duration, InvalidPool> {
+    let Some(value) = value else { return Ok(default) };
+    humantime::parse_duration(&value).map_err(|_| InvalidPool::Duration { field, value })
+}
