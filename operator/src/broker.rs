@@ -10,13 +10,12 @@ use async_nats::jetstream::{self, Context};
 use async_nats::rustls::pki_types::pem::PemObject;
 use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use async_nats::rustls::{ClientConfig, RootCertStore};
-use k8s_openapi::api::core::v1::Secret;
-use kube::{Api, Client};
+use kube::Client;
 use tokio::sync::{Mutex, OnceCell};
 
-use crate::error::explain;
 use crate::pool::{Nats, SecretKeyRef};
 use crate::reason;
+use crate::secrets::{self, SecretError};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
@@ -25,8 +24,11 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BrokerError {
     /// Credentials or certificates cannot be had.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// They are there, and are not what they should be.
     #[error("{0}")]
-    Secret(String),
+    Credentials(String),
     /// No connection.
     #[error("no connection to {url}: {why}")]
     Unreachable {
@@ -104,7 +106,8 @@ impl BrokerError {
     /// Reason of a condition: a closed set.
     pub const fn reason(&self) -> &'static str {
         match self {
-            Self::Secret(_) => reason::SECRET_UNUSABLE,
+            Self::Secret(error) => error.reason(),
+            Self::Credentials(_) => reason::SECRET_UNUSABLE,
             Self::Unreachable { .. } => reason::NATS_UNREACHABLE,
             Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,
             Self::Refused { .. } => reason::NATS_REFUSED,
@@ -196,7 +199,7 @@ impl Brokers {
 
     async fn access(&self, namespace: &str, nats: &Nats) -> Result<Access, BrokerError> {
         let read = async |secret: &Option<SecretKeyRef>| match secret {
-            Some(secret) => self.secret(namespace, secret).await.map(Some),
+            Some(secret) => secrets::text(&self.kubernetes, namespace, secret).await.map(Some),
             None => Ok(None),
         };
         Ok(Access {
@@ -206,20 +209,6 @@ impl Brokers {
             certificate: read(&nats.tls.cert_secret_ref).await?,
             key: read(&nats.tls.key_secret_ref).await?,
         })
-    }
-
-    /// By name only: the operator may not list Secrets.
-    async fn secret(&self, namespace: &str, SecretKeyRef { name, key }: &SecretKeyRef) -> Result<String, BrokerError> {
-        let secret = Api::<Secret>::namespaced(self.kubernetes.clone(), namespace)
-            .get_opt(name)
-            .await
-            .map_err(|error| BrokerError::Secret(format!("Secret `{name}` cannot be read: {}", explain(&error))))?
-            .ok_or_else(|| BrokerError::Secret(format!("Secret `{name}` does not exist")))?;
-        let value = secret
-            .data
-            .and_then(|mut data| data.remove(key))
-            .ok_or_else(|| BrokerError::Secret(format!("Secret `{name}` has no key `{key}`")))?;
-        String::from_utf8(value.0).map_err(|_| BrokerError::Secret(format!("Secret `{name}`, key `{key}`: not text")))
     }
 }
 
@@ -240,9 +229,9 @@ async fn connect(access: &Access) -> Result<Broker, BrokerError> {
         .connection_timeout(CONNECT_TIMEOUT)
         .request_timeout(Some(REQUEST_TIMEOUT));
     if let Some(credentials) = &access.credentials {
-        options = options
-            .credentials(credentials)
-            .map_err(|error| BrokerError::Secret(format!("the NATS credentials are not a .creds file: {error}")))?;
+        options = options.credentials(credentials).map_err(|error| {
+            BrokerError::Credentials(format!("the NATS credentials are not a .creds file: {error}"))
+        })?;
     }
     if let Some(tls) = tls(access)? {
         options = options.require_tls(true).tls_client_config(tls);
@@ -292,13 +281,13 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> 
         .collect::<Result<_, _>>()
         .map_err(|error| unusable("certificate", &error))?;
     if certificates.is_empty() {
-        return Err(BrokerError::Secret("the NATS TLS certificate holds no PEM certificate".to_owned()));
+        return Err(BrokerError::Credentials("the NATS TLS certificate holds no PEM certificate".to_owned()));
     }
     Ok(certificates)
 }
 
 fn unusable(what: &str, error: &dyn std::fmt::Display) -> BrokerError {
-    BrokerError::Secret(format!("the NATS TLS {what} is unusable: {error}"))
+    BrokerError::Credentials(format!("the NATS TLS {what} is unusable: {error}"))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod status; // saying how it went
 pub mod signals; // what the broker says about each pool
 pub mod streams; // what the broker must keep
 pub mod broker; // connections to it
+pub mod secrets; // what they are opened with
 
 pub mod error; // why it did not go
 pub mod reason; // the words for how it went

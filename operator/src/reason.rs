@@ -19,6 +19,8 @@ pub const STREAMS_MATCH: &str = "StreamsMatch";
 pub const ASKING_NATS: &str = "AskingNats";
 /// A Secret, or a key of it, is missing or holds something else.
 pub const SECRET_UNUSABLE: &str = "SecretUnusable";
+/// The operator has no right to read Secrets in the pool's namespace.
+pub const SECRET_FORBIDDEN: &str = "SecretForbidden";
 /// No connection to the broker.
 pub const NATS_UNREACHABLE: &str = "NatsUnreachable";
 /// A connection to the broker, and no answer.
