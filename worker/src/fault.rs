@@ -110,9 +110,30 @@ impl Cause {
         }
     }
 
-    /// Whether the assignment is also kept as a dead letter.
+    /// Whether the assignment is also kept as a dead letter, whatever the administrator has chosen.
     pub const fn is_dead_letter(self) -> bool {
-        !self.is_retryable() && matches!(self.status(), Status::Error)
+        Letters::Final.include(self.code(), self.is_retryable())
+    }
+}
+
+/// Which errors become dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Letters {
+    /// Those that no retry helps.
+    Final,
+    /// Those too whose attempts here are used up.
+    Exhausted,
+}
+
+impl Letters {
+    /// Whether an error with these public parts is one of them: so a record says it as well as its cause did. A bug, a
+    /// cancel and a deadline never are.
+    pub const fn include(self, code: u16, retryable: bool) -> bool {
+        match (code, retryable) {
+            (5001 | 5002, _) | (4001, true) => false,
+            (_, false) => true,
+            (_, true) => matches!(self, Self::Exhausted),
+        }
     }
 }
 
@@ -259,6 +280,18 @@ mod tests {
     #[test]
     fn a_bug_is_reported_at_once_and_may_be_tried_again_by_the_router() {
         assert!(Cause::Internal.is_retryable() && !Cause::Internal.is_retried_here());
+    }
+
+    #[test]
+    fn what_was_tried_again_here_is_a_letter_only_where_exhausted_ones_are() {
+        for cause in [Cause::ResourceUnavailable, Cause::Network, Cause::ConnectTimeout, Cause::HttpStatus(503)] {
+            assert!(cause.is_retried_here());
+            assert!(Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
+            assert!(!Letters::Final.include(cause.code(), cause.is_retryable()), "{cause:?}");
+        }
+        for cause in [Cause::Internal, Cause::DeadlinePassed, Cause::Cancelled, Cause::NotAnswered] {
+            assert!(!Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
 use beamline_worker::control::Control;
 use beamline_worker::execute::Engine;
+use beamline_worker::fault::Letters;
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
@@ -221,7 +222,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         dead_letters: dead_letter_settings(config),
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
-        dlq_exhausted: config.dlq_exhausted,
+        letters: if config.dlq_exhausted { Letters::Exhausted } else { Letters::Final },
         spool: spool.transpose()?,
     })
 }

@@ -36,7 +36,7 @@ use crate::contract;
 use crate::control::cancel::Tombstones;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
-use crate::fault::Fault;
+use crate::fault::{Fault, Letters};
 use crate::gate::Gate;
 use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
@@ -80,8 +80,8 @@ pub struct Settings {
     pub max_memory_bytes: u64,
     /// CPU time that one block may use.
     pub max_cpu_time: Duration,
-    /// Whether retryable errors become dead letters when their attempts are used up.
-    pub dlq_exhausted: bool,
+    /// Which errors become dead letters.
+    pub letters: Letters,
     /// Where outcomes wait that the broker does not take.
     pub spool: Option<Spool>,
 }
@@ -385,7 +385,7 @@ impl Pipeline {
     async fn answer(&self, arrival: Arrival, record: Record) {
         let Arrival { delivery, assignment, .. } = &arrival;
         if record.publication.as_ref() == Some(delivery.publication())
-            && let Some(fault) = record.dead_letter()
+            && let Some(fault) = record.dead_letter(self.settings.letters)
         {
             let addressee = assignment.addressee();
             failpoint::reach(Point::BeforeDeadLetter).await;

@@ -147,9 +147,10 @@ impl Pipeline {
         self.broker.max_payload().saturating_sub(HEADER_BYTES)
     }
 
-    /// The fault of a step that failed for good.
+    /// The fault of a step that is due as a dead letter too.
     pub(super) fn due_letter<'s>(&self, step: &'s StepResult) -> Option<&'s Fault> {
-        step.error.as_ref().filter(|fault| self.is_dead_letter(fault))
+        let is_due = |fault: &&Fault| self.settings.letters.include(fault.cause.code(), fault.cause.is_retryable());
+        step.error.as_ref().filter(is_due)
     }
 
     /// Keeps the dead letter of a step that failed for good.
@@ -246,10 +247,6 @@ impl Pipeline {
             tokio::time::sleep(pause(attempt)).await;
             attempt += 1;
         }
-    }
-
-    fn is_dead_letter(&self, fault: &Fault) -> bool {
-        fault.cause.is_dead_letter() || (self.settings.dlq_exhausted && fault.cause.is_retried_here())
     }
 }
 

@@ -315,10 +315,20 @@ fn without_secrets(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Cause;
 
     fn redacted(original: serde_json::Value) -> serde_json::Value {
         let object = serde_json::value::to_raw_value(&original).expect("JSON");
         serde_json::from_str(redact(&object).get()).expect("JSON")
+    }
+
+    #[test]
+    fn of_all_results_only_that_of_a_poison_is_of_the_stage_crash() {
+        let stage = |cause: Cause| Stage::of_result(cause.code(), cause.is_retryable());
+        assert_eq!(stage(Cause::Poison), Stage::Crash);
+        for cause in [Cause::Internal, Cause::NotAllowed, Cause::ExecutionFailed, Cause::Network, Cause::OverCap] {
+            assert_eq!(stage(cause), Stage::Execute, "{cause:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::broker::last::{LookUpError, header};
 use crate::broker::streams::RESULT_STREAM;
 use crate::broker::{Broker, StoreError, Stored};
 use crate::contract::{self, StoredError, StoredResult};
+use crate::fault::Letters;
 use crate::intake::Publication;
 
 /// How much the clocks of those who write may differ.
@@ -36,9 +37,9 @@ impl Record {
         self.fault.as_ref().is_some_and(|fault| fault.retryable)
     }
 
-    /// The error that is due as a dead letter too: final, and neither a cancel nor a deadline.
-    pub fn dead_letter(&self) -> Option<&StoredError> {
-        self.fault.as_ref().filter(|fault| !fault.retryable && !(5000..6000).contains(&fault.code))
+    /// The error that is due as a dead letter too, where these are.
+    pub fn dead_letter(&self, letters: Letters) -> Option<&StoredError> {
+        self.fault.as_ref().filter(|fault| letters.include(fault.code, fault.retryable))
     }
 
     /// Whether a delivery of `publication` is answered by it, without being executed.
