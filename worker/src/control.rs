@@ -18,6 +18,7 @@ use crate::broker::kv::{Bucket, Change};
 use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::contract;
 use crate::pipeline::Pipeline;
+use crate::vital::Vital;
 use cancel::{Cancel, Tombstone};
 
 /// Between two looks at what still waits.
@@ -32,6 +33,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct Control {
     desk: Arc<Desk>,
     stop: CancellationToken,
+    vital: Vital,
 }
 
 /// What all parts of it share.
@@ -45,17 +47,17 @@ struct Desk {
 
 impl Control {
     /// Begins to serve.
-    pub fn start(pipeline: Arc<Pipeline>) -> Self {
+    pub fn start(pipeline: Arc<Pipeline>, vital: Vital) -> Self {
         let desk = Arc::new(Desk {
             cancels: Bucket::new(pipeline.broker.clone(), CANCEL_BUCKET),
             tasks: TaskTracker::new(),
             pipeline,
         });
-        let stop = CancellationToken::new();
-        tokio::spawn(stop.clone().run_until_cancelled_owned(hear(Arc::clone(&desk))));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(requests::answer(Arc::clone(&desk))));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(waiting::take(Arc::clone(&desk))));
-        Self { desk, stop }
+        let control = Self { desk, stop: CancellationToken::new(), vital };
+        control.spawn("hear cancels", hear(Arc::clone(&control.desk)));
+        control.spawn("answer cancels", requests::answer(Arc::clone(&control.desk)));
+        control.spawn("take control messages", waiting::take(Arc::clone(&control.desk)));
+        control
     }
 
     /// Returns when everything that had come in before is done and known here: no assignment may be taken earlier, or
@@ -71,11 +73,19 @@ impl Control {
             self.desk.note(change);
         }
         let desk = Arc::clone(&self.desk);
-        tokio::spawn(self.stop.clone().run_until_cancelled_owned(async move {
+        self.spawn("note cancels", async move {
             while let Some(change) = changes.recv().await {
                 desk.note(change);
             }
-        }));
+        });
+    }
+
+    /// Starts a task that ends with the others; earlier is too early.
+    fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.vital.spawn(name, async move {
+            stop.run_until_cancelled(task).await;
+        });
     }
 
     /// Takes no more, and finishes what has been taken. What is lost on the way comes back to another worker.
@@ -125,7 +135,10 @@ impl Desk {
 /// Every worker hears each cancel at once, and stops what it has here. One that cannot be read is dropped, and reported,
 /// by whoever takes it from the stream.
 async fn hear(desk: Arc<Desk>) {
-    let Ok(mut messages) = desk.pipeline.broker.client().subscribe(contract::CANCEL).await else { return };
+    let subscribed = desk.pipeline.broker.client().subscribe(contract::CANCEL).await;
+    let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot hear cancels")) else {
+        return;
+    };
     while let Some(message) = messages.next().await {
         if let Ok(cancel) = Cancel::decode(&message.payload) {
             desk.pipeline.stop_here(&cancel.key, &cancel.now());

@@ -47,6 +47,7 @@ use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds, TraceContext};
+use crate::vital::Vital;
 use deaths::{Deaths, Suspicion, Which};
 use durable::{Standing, may_replace};
 use in_flight::{Claim, Flight, InFlight};
@@ -152,6 +153,7 @@ struct Accepted {
 
 impl Pipeline {
     /// The pipeline between these parts.
+    #[expect(clippy::too_many_arguments, reason = "they are put together in one place, in main")]
     pub fn new(
         settings: Settings,
         broker: Broker,
@@ -160,11 +162,12 @@ impl Pipeline {
         engine: Engine,
         metrics: Arc<Metrics>,
         health: Health,
+        vital: &Vital,
     ) -> Self {
         Self {
             ledger: Ledger::new(broker.clone()),
             approvals: Approvals::new(&broker),
-            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
+            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
             dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
             deaths: Deaths::new(broker.clone()),
             settings,

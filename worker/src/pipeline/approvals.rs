@@ -32,6 +32,7 @@ use crate::metrics::IgnoredAnswer;
 use crate::report::ledger::Record;
 use crate::report::{self, StepResult};
 use crate::telemetry;
+use crate::vital::Vital;
 
 /// Requests that are looked at at once when many are due.
 const LOOKS: usize = 16;
@@ -99,8 +100,8 @@ async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
 
 impl Pipeline {
     /// Has a task watch the deadlines of approvals until `stop`. A drain waits for it.
-    pub fn watch_approvals(self: &Arc<Self>, stop: CancellationToken) {
-        self.tasks.spawn(watch(Arc::clone(self), stop));
+    pub fn watch_approvals(self: &Arc<Self>, stop: CancellationToken, vital: &Vital) {
+        self.tasks.spawn(vital.watched("watch approvals", watch(Arc::clone(self), stop)));
     }
 
     /// Stores the request, tells its approvers and settles the delivery: from then on it needs nobody until it is due.

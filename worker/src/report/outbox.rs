@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::broker::{Broker, Session};
 use crate::contract;
 use crate::telemetry::TraceContext;
+use crate::vital::Vital;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,9 +51,9 @@ enum Message {
 
 impl Outbox {
     /// Starts the task that publishes; it ends when the last handle is dropped.
-    pub fn start(broker: Broker, verdicts: Subject) -> Self {
+    pub fn start(broker: Broker, verdicts: Subject, vital: &Vital) -> Self {
         let (sender, waiting) = mpsc::channel(BATCH);
-        tokio::spawn(publish(broker, verdicts, waiting));
+        vital.spawn("publish results", publish(broker, verdicts, waiting));
         Self(sender)
     }
 
