@@ -90,6 +90,7 @@ campaign() {
 
 bench() {
   local tools
+  require_databases
   tools=$(tests/cluster/tools.sh --path nats-server)
   cargo build --release --workspace --bins
   PATH=$tools:$PATH target/release/bench
