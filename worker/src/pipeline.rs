@@ -126,8 +126,7 @@ enum Judged {
 #[derive(Debug)]
 struct Arrival {
     delivery: Delivery,
-    /// In a place of its own: what waits for a slot is moved and polled, and should be small.
-    assignment: Box<Assignment>,
+    assignment: Assignment,
     said: Said,
     /// The trace that it came with.
     trace: Option<TraceContext>,
@@ -144,8 +143,9 @@ struct Turn<'a> {
 /// An arrival that nothing else here works on, with what is recorded of it.
 #[derive(Debug)]
 struct Accepted {
-    arrival: Arrival,
-    record: Option<Record>,
+    /// In a place of its own: each step that it is handed on to would have room for all of it, and many may wait.
+    arrival: Box<Arrival>,
+    record: Option<Box<Record>>,
     /// Workers that have died of it; looked up only where it is to be executed.
     deaths: u32,
     flight: Flight,
@@ -225,7 +225,7 @@ impl Pipeline {
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone() };
-                    arrivals.push(Arrival { delivery, assignment: Box::new(assignment), said, trace, span });
+                    arrivals.push(Arrival { delivery, assignment, said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -241,7 +241,7 @@ impl Pipeline {
         match (record, Suspicion::after(deaths)) {
             (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
-                Box::pin(self.answer(arrival, record)).await;
+                Box::pin(self.answer(arrival, *record)).await;
             }
             (_, Suspicion::Poison(deaths)) => {
                 let poison = Execution::not_begun(deaths::too_many(deaths));
@@ -250,7 +250,7 @@ impl Pipeline {
             (record, suspicion) => match (&*arrival.assignment.block, &self.engine) {
                 (Block::Human(approval), Engine::Real(_)) => {
                     let approval = approval.clone();
-                    Box::pin(self.park(arrival, &approval, record)).await;
+                    Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
                 }
                 _ => {
                     // A run that is asked for anew is not met by a cancel of the old one.
@@ -270,7 +270,7 @@ impl Pipeline {
     /// Waits for a turn and runs the block in it; what is cancelled before is not begun.
     async fn execute_in_turn(
         &self,
-        mut arrival: Arrival,
+        mut arrival: Box<Arrival>,
         expected: u64,
         suspicion: Suspicion,
         cancelled: impl Future<Output = Fault>,
@@ -308,7 +308,7 @@ impl Pipeline {
     /// Runs the block in its turn; the broker gets back what may not start, or was cut off.
     async fn execute(
         &self,
-        mut arrival: Arrival,
+        mut arrival: Box<Arrival>,
         expected: u64,
         turn: Turn<'_>,
         cancelled: impl Future<Output = Fault>,
@@ -357,8 +357,8 @@ impl Pipeline {
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
-    async fn finish(&self, arrival: Arrival, expected: u64, queued: Duration, execution: Execution) {
-        let Arrival { delivery, assignment, .. } = &arrival;
+    async fn finish(&self, arrival: Box<Arrival>, expected: u64, queued: Duration, execution: Execution) {
+        let Arrival { delivery, assignment, .. } = &*arrival;
         if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return self.hand_back(arrival.delivery).await;
@@ -385,8 +385,8 @@ impl Pipeline {
     }
 
     /// Repeats a recorded outcome, and its dead letter where whoever recorded it may not have come to write it.
-    async fn answer(&self, arrival: Arrival, record: Record) {
-        let Arrival { delivery, assignment, .. } = &arrival;
+    async fn answer(&self, arrival: Box<Arrival>, record: Record) {
+        let Arrival { delivery, assignment, .. } = &*arrival;
         if record.publication.as_ref() == Some(delivery.publication())
             && let Some(fault) = record.dead_letter(self.settings.letters)
         {
@@ -399,8 +399,8 @@ impl Pipeline {
     }
 
     /// Settles the delivery once the broker has its result.
-    async fn publish(&self, arrival: Arrival, result: Bytes) {
-        let Arrival { delivery, assignment, said, trace, span } = arrival;
+    async fn publish(&self, arrival: Box<Arrival>, result: Bytes) {
+        let Arrival { delivery, assignment, said, trace, span } = *arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
         failpoint::reach(Point::BeforeResult).await;
         self.outbox.publish(result, Some(said), trace).instrument(publish).await;
@@ -431,7 +431,7 @@ impl Pipeline {
                     if let Some(tombstone) = self.tombstones.get(&arrival.assignment.key) {
                         flight.stop().raise(&tombstone);
                     }
-                    claimed.push((arrival, flight));
+                    claimed.push((Box::new(arrival), flight));
                 }
                 Claim::SetAside | Claim::Renewed => {}
             }
@@ -442,7 +442,7 @@ impl Pipeline {
             // Usually nothing is recorded of any.
             let found = !records.is_empty();
             let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
-            Accepted { arrival, record, deaths: 0, flight }
+            Accepted { arrival, record: record.map(Box::new), deaths: 0, flight }
         });
         let mut accepted: Vec<_> = accepted.collect();
         Box::pin(self.count_deaths(&mut accepted)).await;

@@ -105,7 +105,7 @@ impl Pipeline {
     }
 
     /// Stores the request, tells its approvers and settles the delivery: from then on it needs nobody until it is due.
-    pub(super) async fn park(&self, mut arrival: Arrival, approval: &Approval, record: Option<Record>) {
+    pub(super) async fn park(&self, mut arrival: Box<Arrival>, approval: &Approval, record: Option<Record>) {
         let begun = Instant::now();
         arrival.delivery.started();
         let Some(mut request) = request(&arrival, self.settings.pool.clone(), record.as_ref()) else { return };
@@ -138,7 +138,7 @@ impl Pipeline {
             let waits = Request::decode(&entry).unwrap_or(request);
             self.announcement(&waits, &arrival.assignment, approval)
         });
-        let Arrival { delivery, said, trace, .. } = arrival;
+        let Arrival { delivery, said, trace, .. } = *arrival;
         self.outbox.park(announcement, said, trace).await;
         self.load.flow(delivery.source()).finished(begun.elapsed());
         delivery.settle(Settlement::Done).await;
