@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit worker faults cluster demo bench campaign-kill campaign-crash campaign-rollout
+# usage: run.sh STEP …, of check unit fuzz worker faults cluster demo bench campaign-kill campaign-crash campaign-rollout
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 check() {
   require shellcheck=shellcheck
   cargo fmt --all --check
+  cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
   cargo clippy --quiet --workspace --all-targets -- -D warnings
   git ls-files '*.sh' .ci/run | xargs shellcheck -x
 }
@@ -19,6 +20,9 @@ unit() {
   # These need a process of their own.
   cargo test --workspace --lib -- --ignored
 }
+
+# In a target directory of its own: everything is built with counters.
+fuzz() { tests/fuzz/run.sh "${TIME:-5}"; }
 
 worker() {
   local tools suite suites=()
@@ -86,6 +90,7 @@ campaign() {
 
 bench() {
   local tools
+  require_databases
   tools=$(tests/cluster/tools.sh --path nats-server)
   cargo build --release --workspace --bins
   PATH=$tools:$PATH target/release/bench
@@ -95,8 +100,8 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash | campaign-rollout) ;;
-    *) die "there is no step $step: choose from check, unit, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash, campaign-rollout" ;;
+    check | unit | fuzz | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash | campaign-rollout) ;;
+    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash, campaign-rollout" ;;
   esac
   say "== $step"
   started=$SECONDS

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use axum::http::Uri;
 use clap::{Parser, ValueEnum};
 
 /// Turns WorkerPools into running workers.
@@ -44,6 +45,11 @@ pub struct Config {
     /// Pools reconciled at once.
     #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub concurrency: u16,
+
+    /// Does nothing but ask this address of an operator, such as http://beamline:8080/readyz, for up to 30 s. Exits
+    /// with 0 as soon as it answers with 200.
+    #[arg(long)]
+    pub check: Option<Uri>,
 }
 
 /// How log lines look.

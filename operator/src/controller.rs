@@ -71,6 +71,7 @@ pub async fn run(
         return;
     }
     let (pools, pool_changes) = watching.all::<Watched>(Topic::WorkerPools);
+    metrics.show(pools.clone());
     let (service_accounts, account_changes) = watching.ours(Topic::ServiceAccounts);
     let (config_maps, config_changes) = watching.ours(Topic::ConfigMaps);
     let (services, service_changes) = watching.ours(Topic::Services);

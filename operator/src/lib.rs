@@ -23,6 +23,7 @@ pub mod events; // telling Kubernetes
 pub mod memory; // what is known from the last time
 
 pub mod admin; // probes and metrics over HTTP
+pub mod check; // asking another operator's
 pub mod leader; // which of several operators acts
 pub mod metrics; // what is counted
 pub mod telemetry; // logs

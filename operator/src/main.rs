@@ -10,5 +10,8 @@ async fn main() -> anyhow::Result<()> {
     rustls::crypto::ring::default_provider().install_default().map_err(|_| anyhow!("a TLS provider is set already"))?;
     let config = Config::parse();
     beamline_operator::telemetry::start(config.log_format, &config.log_level)?;
-    beamline_operator::run(config).await
+    match &config.check {
+        Some(url) => beamline_operator::check::check(url).await,
+        None => beamline_operator::run(config).await,
+    }
 }

@@ -1,15 +1,26 @@
-//! What the operator counts. Labels are closed sets: kinds of children and reasons of errors, never a pool's name.
+//! What the operator counts, and what the pools say. Labels of counters are closed sets: kinds of children and reasons of
+//! errors, never a pool's name.
 
+mod pools;
+
+use std::sync::OnceLock;
 use std::time::Instant;
 
+use jiff::Timestamp;
+use kube::runtime::reflector::Store;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
     process_collector::ProcessCollector,
 };
 
-/// The operator's own series.
+use crate::controller::Watched;
+
+pub use pools::series;
+
+/// The operator's own series, and the pools'.
 pub struct Metrics {
     registry: Registry,
+    pools: OnceLock<Store<Watched>>,
     reconciles: IntCounterVec,
     seconds: Histogram,
     applies: IntCounterVec,
@@ -39,7 +50,7 @@ impl Metrics {
         registry.register(Box::new(statuses.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
-        Ok(Self { registry, reconciles, seconds, applies, statuses, leader })
+        Ok(Self { registry, pools: OnceLock::new(), reconciles, seconds, applies, statuses, leader })
     }
 
     /// A reconcile ended.
@@ -63,8 +74,19 @@ impl Metrics {
         self.leader.set(i64::from(leads));
     }
 
+    /// From now on the pools of this cache are shown.
+    pub fn show(&self, pools: Store<Watched>) {
+        // Set once: an operator leads once in its life.
+        let _ = self.pools.set(pools);
+    }
+
     /// All series in Prometheus' text format.
     pub fn text(&self) -> prometheus::Result<String> {
-        TextEncoder::new().encode_to_string(&self.registry.gather())
+        let mut families = self.registry.gather();
+        if let Some(pools) = self.pools.get() {
+            let pools = pools.state();
+            families.extend(series(pools.iter().filter_map(|pool| pool.0.as_ref().ok()), Timestamp::now())?);
+        }
+        TextEncoder::new().encode_to_string(&families)
     }
 }

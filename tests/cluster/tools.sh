@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-all=(nats-server etcd kubernetes coredns helm helm3 promlint)
+all=(nats-server etcd kubernetes coredns helm helm3 kubeconform promtool)
 
 main() {
   local print_path='' path='' tool dir
@@ -19,10 +19,11 @@ main() {
   [[ ! $print_path ]] || echo "${path#:}"
 }
 
-# Sets how to build a tool: module and version, programs as NAME=PACKAGE, linker flags, and the time on two cores.
+# Sets how to build a tool: module and version, programs as NAME=PACKAGE, tags, linker flags, what to do afterwards, and
+# the time on two cores.
 recipe() {
   local program
-  programs=()
+  programs=() tags='' finish=''
   case $1 in
     nats-server)
       module=github.com/nats-io/nats-server/v2 duration="15 seconds"
@@ -50,9 +51,14 @@ recipe() {
       module=helm.sh/helm/v3 duration="60 seconds"
       programs=("helm3=$module/cmd/helm")
       ;;
-    promlint)
-      module=github.com/prometheus/client_golang duration="10 seconds"
-      programs=("promlint=.")
+    kubeconform)
+      module=github.com/yannh/kubeconform duration="20 seconds" finish=write_schemas
+      programs=("kubeconform=$module/cmd/kubeconform" "schemas=.")
+      ;;
+    promtool)
+      # Without the clients of two dozen clouds that a Prometheus can ask for its targets.
+      module=github.com/prometheus/prometheus duration="2 minutes" tags=remove_all_sd
+      programs=("promtool=$module/cmd/promtool")
       ;;
     *) die "there is no tool $1: choose from ${all[*]}" ;;
   esac
@@ -78,8 +84,14 @@ version_stamps() {
 # Where a tool is built to: another version, dependency or flag is another directory.
 directory() {
   local key
-  key=$({ cat "$here/tools/$1"/*; echo "${programs[*]} $ldflags"; declare -f compile; } | sha256sum)
+  key=$({ cat "$here/tools/$1"/*; echo "${programs[*]} $ldflags"; declare -f compile; extras; } | sha256sum)
   echo "$cache/tools/$1-${version#v}-${key::8}"
+}
+
+# What some tools have besides, and makes another version of them only.
+extras() {
+  [[ ! $tags ]] || { echo "$tags"; declare -f compile_tagged; }
+  [[ ! $finish ]] || { declare -f "$finish"; pinned kubernetes k8s.io/kubernetes; }
 }
 
 build() {
@@ -98,7 +110,7 @@ build() {
   : >"$log"
   for program in "${programs[@]}"; do
     count=$((count + 1))
-    compile "$tool" "$temp/${program%%=*}" "${program#*=}" >>"$log" 2>&1 &
+    "compile${tags:+_tagged}" "$tool" "$temp/${program%%=*}" "${program#*=}" >>"$log" 2>&1 &
     compiler=$!
     while kill -0 $compiler 2>/dev/null; do
       progress "building $tool ${version#v} (first time only, about $duration): ${program%%=*} $count/${#programs[@]}"
@@ -106,6 +118,7 @@ build() {
     done
     wait $compiler || { clear_line; tail -n 15 "$log" >&2; die "cannot build ${program%%=*} (all of it: $log)"; }
   done
+  [[ ! $finish ]] || "$finish" "$temp" >>"$log" 2>&1 || { tail -n 15 "$log" >&2; die "$finish failed (all of it: $log)"; }
   mv -T "$temp" "$dir"
   trap - EXIT
   rm -f "$log"
@@ -117,6 +130,26 @@ build() {
 compile() {
   CGO_ENABLED=0 GOWORK=off GOFLAGS='' exec go build -C "$here/tools/$1" -trimpath -buildvcs=false -ldflags "$ldflags" \
     -o "$2" "$3"
+}
+
+# The same with the recipe's tags.
+compile_tagged() {
+  CGO_ENABLED=0 GOWORK=off GOFLAGS='' exec go build -C "$here/tools/$1" -trimpath -buildvcs=false -ldflags "$ldflags" \
+    -tags "$tags" -o "$2" "$3"
+}
+
+# Every kind of the cluster's Kubernetes, and of the Prometheus Operator, as JSON schemas beside kubeconform.
+write_schemas() {
+  local kubernetes monitoring
+  kubernetes=$(module_directory kubernetes k8s.io/kubernetes)
+  monitoring=$(module_directory kubeconform github.com/prometheus-operator/prometheus-operator)
+  "$1/schemas" "$1/json" "$kubernetes/api/openapi-spec/swagger.json" \
+    "$monitoring"/example/prometheus-operator-crd/*_{servicemonitors,podmonitors,prometheusrules}.yaml
+}
+
+# module_directory TOOL MODULE: where the source of the pinned version lies.
+module_directory() {
+  GOWORK=off GOFLAGS='' go mod download -C "$here/tools/$1" -json "$2" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'
 }
 
 require_go() {

@@ -1,4 +1,4 @@
-//! A real nats-server, usually with JetStream, on a loopback port and in a directory of its own.
+//! A real nats-server with JetStream, on a loopback port and in a directory of its own.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpStream};
@@ -10,9 +10,6 @@ use tempfile::TempDir;
 
 use crate::process::{Process, free_port};
 use crate::tool;
-
-/// The store lies in the server's own directory.
-const JETSTREAM: &str = "jetstream { store_dir: STORE }";
 
 /// How long a server may take to greet; 30 ms are usual.
 const START: Duration = Duration::from_secs(20);
@@ -31,17 +28,8 @@ impl NatsServer {
         Self::with("")
     }
 
-    /// A server with JetStream and these lines in its configuration.
+    /// A server with these lines in its configuration.
     pub fn with(settings: &str) -> Self {
-        Self::configured(&format!("{JETSTREAM}\n{settings}"))
-    }
-
-    /// A server that keeps nothing.
-    pub fn without_jetstream() -> Self {
-        Self::configured("")
-    }
-
-    fn configured(settings: &str) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         // Another process may take the port between the look and the start: then another one is tried.
         for _ in 0..10 {
@@ -65,6 +53,11 @@ impl NatsServer {
         self.port
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         self.process.kill();
@@ -80,7 +73,7 @@ impl NatsServer {
     /// Starts it again with other lines in its configuration.
     pub fn restart_with(&mut self, settings: &str) {
         self.process.kill();
-        configure(self.directory.path(), self.port, &format!("{JETSTREAM}\n{settings}"));
+        configure(self.directory.path(), self.port, settings);
         self.restart();
     }
 
@@ -96,8 +89,8 @@ impl NatsServer {
 }
 
 fn configure(directory: &Path, port: u16, settings: &str) {
-    let settings = settings.replace("STORE", &format!("{:?}", directory.join("store")));
-    let config = format!("listen: \"127.0.0.1:{port}\"\n{settings}\n");
+    let store = directory.join("store");
+    let config = format!("listen: \"127.0.0.1:{port}\"\njetstream {{ store_dir: {store:?} }}\n{settings}\n");
     std::fs::write(directory.join("nats.conf"), config).expect("a configuration file");
 }
 

@@ -115,8 +115,8 @@ async fn a_pool_becomes_workers_is_kept_so_and_leaves_its_streams_behind() {
 
     namespace.kubectl(&["delete", "workerpool/orders", "--wait"]);
     for child in children {
-        let gone = async { while namespace.get(child).is_some() {} };
-        tokio::time::timeout(PATIENCE, gone).await.unwrap_or_else(|_| panic!("{child} stays"));
+        let what = format!("{child} is gone");
+        within(PATIENCE, &what, async || namespace.get(child).is_none().then_some(())).await;
     }
     let forward = namespace.forward("nats", 4222).await;
     let router = Router::connect(&forward.nats_url()).await;

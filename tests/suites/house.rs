@@ -354,6 +354,21 @@ fn operations_lists_every_series_of_the_worker() {
 }
 
 #[test]
+fn operations_lists_every_series_of_the_operator() {
+    let page = read("docs/operations.md");
+    let rows = rows(&page);
+    let sources = ["operator/src/metrics.rs", "operator/src/metrics/pools.rs"].map(read);
+    let programs = sources.iter().filter_map(|source| source.split("#[cfg(test)]").next());
+    let names: BTreeSet<_> =
+        programs.flat_map(|source| source.split('"')).filter(|text| text.starts_with("beamline_")).collect();
+    assert!(names.len() > 10, "only {names:?} were found");
+    for name in names {
+        let is_listed = rows.iter().any(|row| row.starts_with(&format!("`{name}`")));
+        assert!(is_listed, "docs/operations.md has no row for {name}");
+    }
+}
+
+#[test]
 fn operations_explains_every_reason_of_the_operator() {
     let page = read("docs/operations.md");
     let rows = rows(&page);

@@ -16,6 +16,27 @@ use serde_json::{Value, json};
 /// has sooner than the difference was handed over.
 const HAND_OVER: Duration = Duration::from_secs(6);
 
+/// By name: a task that only a test of its own would miss is one of them too.
+const VITAL_TASKS: [&str; 17] = [
+    "show that the runtime moves",
+    "read the tenants file",
+    "publish results",
+    "observe",
+    "renew holds",
+    "share work",
+    "report",
+    "obey",
+    "follow the policy",
+    "keep the streams",
+    "hear cancels",
+    "answer cancels",
+    "take control messages",
+    "note cancels",
+    "watch approvals",
+    "take assignments",
+    "process assignments",
+];
+
 // Probes.
 
 #[tokio::test]
@@ -24,7 +45,7 @@ async fn a_healthy_worker_says_so_as_published() {
     let (code, body) = rig.worker.get("/_health").await.unwrap();
     let health: Value = serde_json::from_str(&body).unwrap();
     let timestamp = health["timestamp"].as_str().unwrap();
-    assert_eq!((code, &health), (200, &json!({"status": "healthy", "timestamp": timestamp, "delivery": "jetstream"})));
+    assert_eq!((code, &health), (200, &json!({"status": "healthy", "timestamp": timestamp})));
     assert_eq!((timestamp.len(), timestamp.parse::<Timestamp>().is_ok()), ("2025-01-27T12:00:00Z".len(), true));
     for probe in ["/livez", "/readyz"] {
         assert_eq!(rig.worker.get(probe).await.unwrap(), (200, "ok\n".to_owned()), "{probe}");
@@ -51,6 +72,25 @@ async fn without_its_broker_a_worker_lives_and_is_not_ready_until_the_broker_is_
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
     until("the metric follows", async || rig.worker.metric("worker_nats_connected").await == 1.0).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_loses_a_task_on_which_everything_rests_ends_and_says_which() {
+    let nats = NatsServer::start();
+    let directory = tempfile::tempdir().unwrap();
+    let tenants = directory.path().join("tenants.yaml");
+    std::fs::write(&tenants, "paused: false").unwrap();
+    let endings = VITAL_TASKS.map(|task| {
+        Worker::named("fragile")
+            .flag(format!("--nats-url={}", nats.url()))
+            .flag(format!("--tenants-file={}", tenants.display()))
+            .env("BEAMLINE_ENDS", task)
+            .end()
+    });
+    for (task, ending) in VITAL_TASKS.iter().zip(futures::future::join_all(endings).await) {
+        assert_eq!(ending.code, Some(1), "{task}: {}", ending.said);
+        assert!(ending.said.contains(&format!("`{task}` has ended")), "{task}: {}", ending.said);
+    }
 }
 
 #[tokio::test]

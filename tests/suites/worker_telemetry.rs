@@ -218,12 +218,12 @@ async fn metrics_keep_the_rules_of_prometheus_but_for_the_published_name() {
     }
     rig.router.settled(SOON).await;
     let (_, metrics) = rig.worker.get("/metrics").await.unwrap();
-    let mut lint = Command::new(tool::program("promlint"));
-    let mut lint = lint.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lint = Command::new(tool::program("promtool"));
+    let mut lint = lint.args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     lint.stdin.take().unwrap().write_all(metrics.as_bytes()).unwrap();
-    let said = String::from_utf8(lint.wait_with_output().unwrap().stdout).unwrap();
+    let said = String::from_utf8(lint.wait_with_output().unwrap().stderr).unwrap();
     // The description has given this one its name.
-    let known = "worker_task_latency_ms: metric names should not contain abbreviated units";
+    let known = "worker_task_latency_ms metric names should not contain abbreviated units";
     let problems: BTreeSet<&str> = said.lines().filter(|line| *line != known).collect();
     assert_eq!(problems, BTreeSet::new());
 }

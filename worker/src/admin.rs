@@ -19,7 +19,6 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::broker::streams::Mode;
 use crate::metrics::Metrics;
 use crate::pulse;
 
@@ -143,7 +142,6 @@ impl Health {
 /// The address cannot be listened on, or there is no thread to be had.
 pub fn serve_apart(
     address: SocketAddr,
-    mode: Mode,
     health: Health,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
@@ -154,7 +152,7 @@ pub fn serve_apart(
     let serve = move || {
         runtime.block_on(async {
             match TcpListener::from_std(listener) {
-                Ok(listener) => serve(listener, mode, health, metrics, stop).await,
+                Ok(listener) => serve(listener, health, metrics, stop).await,
                 Err(error) => tracing::error!(%error, "nobody answers probes and scrapes"),
             }
         });
@@ -163,8 +161,8 @@ pub fn serve_apart(
 }
 
 /// Answers `/_health`, `/livez`, `/readyz` and `/metrics` until the stop.
-pub async fn serve(listener: TcpListener, mode: Mode, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
-    let router = router(mode, health, metrics);
+pub async fn serve(listener: TcpListener, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
+    let router = router(health, metrics);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
     loop {
@@ -210,9 +208,9 @@ async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
     let _ = tokio::time::timeout(LAST_ANSWER_TIMEOUT, connection).await;
 }
 
-fn router(mode: Mode, health: Health, metrics: Arc<Metrics>) -> Router {
+fn router(health: Health, metrics: Arc<Metrics>) -> Router {
     Router::new()
-        .route("/_health", get(async move |State(health): State<Health>| overall(&health, mode)))
+        .route("/_health", get(overall))
         // No concern fails it: a restart only helps a process that does not move.
         .route("/livez", get(async || alive(pulse::runtime_silent_for())))
         .route("/readyz", get(ready))
@@ -225,12 +223,11 @@ fn router(mode: Mode, health: Health, metrics: Arc<Metrics>) -> Router {
 struct Overall {
     status: &'static str,
     timestamp: String,
-    delivery: &'static str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<String>,
 }
 
-fn overall(health: &Health, mode: Mode) -> Response {
+async fn overall(State(health): State<Health>) -> Response {
     let reasons = health.reasons(Concern::fails_health);
     let (code, status) = match reasons.is_empty() {
         true => (StatusCode::OK, "healthy"),
@@ -238,7 +235,7 @@ fn overall(health: &Health, mode: Mode) -> Response {
     };
     let now = Timestamp::now();
     let timestamp = now.round(Unit::Second).unwrap_or(now).to_string();
-    match serde_json::to_string(&Overall { status, timestamp, delivery: mode.as_str(), reasons }) {
+    match serde_json::to_string(&Overall { status, timestamp, reasons }) {
         Ok(body) => (code, [(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
@@ -285,8 +282,7 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let (health, stop) = (Health::new(), CancellationToken::new());
-            let task =
-                tokio::spawn(serve(listener, Mode::JetStream, health.clone(), Arc::new(Metrics::new()), stop.clone()));
+            let task = tokio::spawn(serve(listener, health.clone(), Arc::new(Metrics::new()), stop.clone()));
             Self { address, health, stop, task }
         }
 
@@ -316,9 +312,8 @@ mod tests {
         let server = Server::start().await;
         let (head, body) = server.ask("GET", "/_health").await;
         assert!(head.starts_with("http/1.1 200") && head.contains("content-type: application/json"), "{head}");
-        let timestamp = body
-            .strip_prefix(r#"{"status":"healthy","timestamp":""#)
-            .and_then(|rest| rest.strip_suffix(r#"","delivery":"jetstream"}"#));
+        let timestamp =
+            body.strip_prefix(r#"{"status":"healthy","timestamp":""#).and_then(|rest| rest.strip_suffix("\"}"));
         let timestamp = timestamp.unwrap_or_else(|| panic!("{body}"));
         assert_eq!((timestamp.len(), timestamp.ends_with('Z')), ("2025-01-27T12:00:00Z".len(), true), "{timestamp}");
         timestamp.parse::<Timestamp>().unwrap();
@@ -327,10 +322,7 @@ mod tests {
         let (head, body) = server.ask("GET", "/_health").await;
         assert!(head.starts_with("http/1.1 503"), "{head}");
         assert!(body.starts_with(r#"{"status":"unhealthy","timestamp":""#), "{body}");
-        assert!(
-            body.ends_with(r#","delivery":"jetstream","reasons":["NATS disconnected: connection refused"]}"#),
-            "{body}"
-        );
+        assert!(body.ends_with(r#","reasons":["NATS disconnected: connection refused"]}"#), "{body}");
 
         server.health.clear(Concern::NatsDisconnected);
         assert_eq!(server.code("/_health").await, 200);

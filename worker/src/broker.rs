@@ -1,5 +1,6 @@
 //! The connection to NATS: the only place that knows how to reach it and what its answers mean.
 
+mod asked; // requests to keep something, and their answers
 pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
 pub mod streams; // what the worker needs there, and how it must be set
@@ -8,9 +9,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_nats::Subject;
 use async_nats::jetstream::{self, ErrorCode};
-use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, ServerAddr, Subject};
-use async_nats::{PublishErrorKind, RequestErrorKind};
+use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode};
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::watch;
@@ -18,6 +19,7 @@ use tokio::sync::watch;
 use crate::admin::{Concern, Health};
 use crate::execute::backoff;
 use crate::telemetry::TraceContext;
+use asked::Asked;
 
 /// Two missed pings end a connection, so a silent broker is noticed within three of these.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
@@ -54,6 +56,7 @@ pub struct Broker(Arc<Connections>);
 struct Connections {
     client: Client,
     lookups: Client,
+    asked: Asked,
     jetstream: jetstream::Context,
     connects: watch::Receiver<u64>,
 }
@@ -113,7 +116,8 @@ impl Broker {
         let lookups = open(options(address, "look-ups")?, address, health, None).await;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(REQUEST_TIMEOUT);
-        Ok(Self(Arc::new(Connections { client, lookups, jetstream, connects })))
+        let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
+        Ok(Self(Arc::new(Connections { client, lookups, asked, jetstream, connects })))
     }
 
     /// The connection that everything but look-ups uses.
@@ -152,21 +156,19 @@ impl Broker {
     /// # Errors
     /// Refused for another reason than the precondition, or unknown; see [`StoreError`].
     pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
-        // In a place of its own: it is large, and every task has room for it.
-        let answer = Box::pin(self.0.client.request_with_headers(subject.clone(), headers, payload)).await;
-        let answer = match answer {
-            Ok(answer) => answer,
+        let unknown = |subject, reason| Err(StoreError::Unknown { subject, reason });
+        let answer = match self.0.asked.ask(subject.as_str().into(), headers, payload).await {
+            Ok(Some(answer)) if answer.status == Some(StatusCode::NO_RESPONDERS) => {
+                return Err(StoreError::Refused { subject, reason: "no stream listens there".to_owned() });
+            }
+            Ok(Some(answer)) => answer,
+            Ok(None) => return unknown(subject, format!("nothing came in {} s", REQUEST_TIMEOUT.as_secs())),
             Err(error) => match error.kind() {
-                RequestErrorKind::MaxPayloadExceeded => return Err(StoreError::TooLarge { subject }),
-                RequestErrorKind::NoResponders => {
-                    return Err(StoreError::Refused { subject, reason: "no stream listens there".to_owned() });
-                }
-                RequestErrorKind::InvalidSubject => {
+                PublishErrorKind::MaxPayloadExceeded => return Err(StoreError::TooLarge { subject }),
+                PublishErrorKind::InvalidSubject => {
                     return Err(StoreError::Refused { subject, reason: error.to_string() });
                 }
-                RequestErrorKind::TimedOut | RequestErrorKind::Other => {
-                    return Err(StoreError::Unknown { subject, reason: error.to_string() });
-                }
+                PublishErrorKind::Send => return unknown(subject, error.to_string()),
             },
         };
         match serde_json::from_slice(&answer.payload) {
@@ -176,7 +178,7 @@ impl Broker {
                 ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Err(StoreError::TooLarge { subject }),
                 _ => Err(StoreError::Refused { subject, reason: error.to_string() }),
             },
-            _ => Err(StoreError::Unknown { subject, reason: "the answer is no PubAck".to_owned() }),
+            _ => unknown(subject, "the answer is no PubAck".to_owned()),
         }
     }
 
@@ -198,18 +200,6 @@ impl Broker {
         if let Err(error) = said {
             tracing::warn!(%error, "cannot publish");
         }
-    }
-
-    /// The same, with headers.
-    ///
-    /// # Errors
-    /// It is too large, or there is no connection any more.
-    pub async fn send(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
-        let sent = self.0.client.publish_with_headers(subject.to_owned(), headers, payload).await;
-        sent.map_err(|error| match error.kind() {
-            PublishErrorKind::MaxPayloadExceeded => StoreError::TooLarge { subject: subject.to_owned() },
-            _ => StoreError::Unknown { subject: subject.to_owned(), reason: error.to_string() },
-        })
     }
 
     /// Waits until what was published has left this process, however long that takes.

@@ -11,8 +11,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use jiff::Timestamp;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,6 +18,7 @@ use crate::broker::kv::{Bucket, Change};
 use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::contract;
 use crate::pipeline::Pipeline;
+use crate::vital::Vital;
 use cancel::{Cancel, Tombstone};
 
 /// Between two looks at what still waits.
@@ -34,6 +33,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct Control {
     desk: Arc<Desk>,
     stop: CancellationToken,
+    vital: Vital,
 }
 
 /// What all parts of it share.
@@ -47,44 +47,45 @@ struct Desk {
 
 impl Control {
     /// Begins to serve.
-    pub fn start(pipeline: Arc<Pipeline>) -> Self {
+    pub fn start(pipeline: Arc<Pipeline>, vital: Vital) -> Self {
         let desk = Arc::new(Desk {
             cancels: Bucket::new(pipeline.broker.clone(), CANCEL_BUCKET),
             tasks: TaskTracker::new(),
             pipeline,
         });
-        let stop = CancellationToken::new();
-        tokio::spawn(stop.clone().run_until_cancelled_owned(hear(Arc::clone(&desk))));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(requests::answer(Arc::clone(&desk))));
-        tokio::spawn(stop.clone().run_until_cancelled_owned({
-            let desk = Arc::clone(&desk);
-            async move {
-                desk.pipeline.jetstream().await;
-                waiting::take(desk).await;
-            }
-        }));
-        Self { desk, stop }
+        let control = Self { desk, stop: CancellationToken::new(), vital };
+        control.spawn("hear cancels", hear(Arc::clone(&control.desk)));
+        control.spawn("answer cancels", requests::answer(Arc::clone(&control.desk)));
+        control.spawn("take control messages", waiting::take(Arc::clone(&control.desk)));
+        control
     }
 
     /// Returns when everything that had come in before is done and known here: no assignment may be taken earlier, or
     /// it might run although it was cancelled.
     pub async fn caught_up(&self) {
+        self.nothing_waits().await;
+        // What others have written before their messages were done is among the first that the bucket tells.
+        let mut changes = self.desk.cancels.watch(self.desk.pipeline.health.clone());
+        while let Some(change) = changes.recv().await {
+            if change == Change::Current {
+                break;
+            }
+            self.desk.note(change);
+        }
         let desk = Arc::clone(&self.desk);
-        // Where nothing is kept there is nothing to catch up with.
-        let changes = match desk.pipeline.has_jetstream() {
-            true => Some(desk.catch_up().await),
-            false => None,
-        };
-        tokio::spawn(self.stop.clone().run_until_cancelled_owned(async move {
-            desk.pipeline.jetstream().await;
-            let mut changes = match changes {
-                Some(changes) => changes,
-                None => desk.catch_up().await,
-            };
+        self.spawn("note cancels", async move {
             while let Some(change) = changes.recv().await {
                 desk.note(change);
             }
-        }));
+        });
+    }
+
+    /// Starts a task that ends with the others; earlier is too early.
+    fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.vital.spawn(name, async move {
+            stop.run_until_cancelled(task).await;
+        });
     }
 
     /// Takes no more, and finishes what has been taken. What is lost on the way comes back to another worker.
@@ -93,28 +94,12 @@ impl Control {
         self.desk.tasks.close();
         let _ = tokio::time::timeout(LAST_WORDS, self.desk.tasks.wait()).await;
     }
-}
-
-impl Desk {
-    /// Returns when everything that was there is known, with what comes after it.
-    async fn catch_up(&self) -> mpsc::Receiver<Change> {
-        self.nothing_waits().await;
-        // What others have written before their messages were done is among the first that the bucket tells.
-        let mut changes = self.cancels.watch(self.pipeline.health.clone());
-        while let Some(change) = changes.recv().await {
-            if change == Change::Current {
-                break;
-            }
-            self.note(change);
-        }
-        changes
-    }
 
     async fn nothing_waits(&self) {
         let (mut done, mut since) = (None, Instant::now());
         let mut until = None;
         loop {
-            if let Ok(stream) = self.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
+            if let Ok(stream) = self.desk.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
                 && let Ok(consumer) = stream.consumer_info(CONTROL_CONSUMER).await
             {
                 let until = *until.get_or_insert(stream.cached_info().state.last_sequence);
@@ -133,7 +118,9 @@ impl Desk {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
+}
 
+impl Desk {
     /// A cancel that stands from now on, or has stood before this worker came.
     fn note(&self, change: Change) {
         if let Change::Put(entry) = change {
@@ -148,14 +135,13 @@ impl Desk {
 /// Every worker hears each cancel at once, and stops what it has here. One that cannot be read is dropped, and reported,
 /// by whoever takes it from the stream.
 async fn hear(desk: Arc<Desk>) {
-    let Ok(mut messages) = desk.pipeline.broker.client().subscribe(contract::CANCEL).await else { return };
+    let subscribed = desk.pipeline.broker.client().subscribe(contract::CANCEL).await;
+    let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot hear cancels")) else {
+        return;
+    };
     while let Some(message) = messages.next().await {
         if let Ok(cancel) = Cancel::decode(&message.payload) {
             desk.pipeline.stop_here(&cancel.key, &cancel.now());
-            if !desk.pipeline.has_jetstream() {
-                // Nobody keeps it but whoever hears it.
-                desk.pipeline.tombstones.put(&cancel.key, &Tombstone { at: Timestamp::now(), ..cancel.now() });
-            }
         }
     }
 }

@@ -152,7 +152,7 @@ pub async fn execute(
         scope.attempt = attempt;
         let started_at = Timestamp::now();
         let attempt_started = Instant::now();
-        let work = metered(one_attempt(engine, assignment, &scope), &scope.cpu_time);
+        let work = one_attempt(engine, assignment, &scope);
         let outcome = tokio::select! {
             biased;
             outcome = tokio::time::timeout_at(deadline.into(), work) => outcome.unwrap_or_else(|_| Err(too_late(assignment))),

@@ -2,7 +2,8 @@
 //! in no image and no release.
 //!
 //! A worker that is started with `BEAMLINE_FAILPOINTS=<path of a Unix socket>` says at each point where it is, and waits
-//! for leave to go on: whoever listens there can kill it, stop it or cut it off exactly between two steps.
+//! for leave to go on: whoever listens there can kill it, stop it or cut it off exactly between two steps. And one with
+//! `BEAMLINE_ENDS=<name of a vital task>` loses that task.
 
 /// Between two steps of an assignment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +87,20 @@ pub async fn reach(point: Point) {
     }
 }
 
+/// The task itself: shipped programs have no fail-points.
+#[cfg(not(debug_assertions))]
+pub async fn unless_it_ends(_name: &str, task: impl Future<Output = ()>) {
+    task.await;
+}
+
+/// The task itself, unless `BEAMLINE_ENDS` names it: that one ends before it has begun.
+#[cfg(debug_assertions)]
+pub async fn unless_it_ends(name: &str, task: impl Future<Output = ()>) {
+    if ends().is_none_or(|ends| ends != name) {
+        task.await;
+    }
+}
+
 #[cfg(debug_assertions)]
 async fn ask(socket: &std::path::Path, point: Point) -> std::io::Result<()> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -100,4 +115,10 @@ async fn ask(socket: &std::path::Path, point: Point) -> std::io::Result<()> {
 fn socket() -> Option<&'static std::path::Path> {
     static SOCKET: std::sync::OnceLock<Option<std::path::PathBuf>> = std::sync::OnceLock::new();
     SOCKET.get_or_init(|| std::env::var_os("BEAMLINE_FAILPOINTS").map(Into::into)).as_deref()
+}
+
+#[cfg(debug_assertions)]
+#[expect(clippy::disallowed_methods, reason = "no flag: shipped programs have no fail-points")]
+fn ends() -> Option<std::ffi::OsString> {
+    std::env::var_os("BEAMLINE_ENDS")
 }

@@ -22,10 +22,6 @@ pub enum Cause {
     NoSuchPool,
     /// The assignment asks for more memory than this worker may ever hold.
     NeverFits,
-    /// It needs something kept, and this broker has no JetStream.
-    NoJetStream,
-    /// This worker is full, or stops, and nobody else is given its work.
-    Overloaded,
     /// A missing file, an SQL error: the block ran and its work failed.
     ExecutionFailed,
     /// Database busy, pool exhausted, disk full: it may pass.
@@ -64,13 +60,12 @@ impl Cause {
             Self::MissingField => 1002,
             Self::InvalidFormat => 1003,
             Self::ExecutionFailed => 2001,
-            Self::NoSuchPool | Self::NeverFits | Self::NoJetStream | Self::ResourceUnavailable | Self::OverCap => 2002,
+            Self::NoSuchPool | Self::NeverFits | Self::ResourceUnavailable | Self::OverCap => 2002,
             Self::NotAllowed => 2003,
             Self::Network | Self::Tls => 3001,
             Self::ConnectTimeout => 3002,
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
             Self::Internal | Self::Poison => 4001,
-            Self::Overloaded => 4002,
             Self::Cancelled => 5001,
             Self::DeadlinePassed | Self::NotAnswered => 5002,
         }
@@ -80,7 +75,6 @@ impl Cause {
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::NoSuchPool
-            | Self::Overloaded
             | Self::ResourceUnavailable
             | Self::Network
             | Self::ConnectTimeout
@@ -91,7 +85,6 @@ impl Cause {
             | Self::MissingField
             | Self::InvalidFormat
             | Self::NeverFits
-            | Self::NoJetStream
             | Self::ExecutionFailed
             | Self::OverCap
             | Self::NotAllowed
@@ -105,7 +98,7 @@ impl Cause {
 
     /// Whether this worker tries the block again before it reports. A bug would only repeat itself.
     pub const fn is_retried_here(self) -> bool {
-        self.is_retryable() && !matches!(self, Self::Internal | Self::Overloaded | Self::DeadlinePassed)
+        self.is_retryable() && !matches!(self, Self::Internal | Self::DeadlinePassed)
     }
 
     /// The status of the result that reports it.
@@ -117,9 +110,30 @@ impl Cause {
         }
     }
 
-    /// Whether the assignment is also kept as a dead letter.
+    /// Whether the assignment is also kept as a dead letter, whatever the administrator has chosen.
     pub const fn is_dead_letter(self) -> bool {
-        !self.is_retryable() && matches!(self.status(), Status::Error)
+        Letters::Final.include(self.code(), self.is_retryable())
+    }
+}
+
+/// Which errors become dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Letters {
+    /// Those that no retry helps.
+    Final,
+    /// Those too whose attempts here are used up.
+    Exhausted,
+}
+
+impl Letters {
+    /// Whether an error with these public parts is one of them: so a record says it as well as its cause did. A bug, a
+    /// cancel and a deadline never are.
+    pub const fn include(self, code: u16, retryable: bool) -> bool {
+        match (code, retryable) {
+            (5001 | 5002, _) | (4001, true) => false,
+            (_, false) => true,
+            (_, true) => matches!(self, Self::Exhausted),
+        }
     }
 }
 
@@ -266,6 +280,18 @@ mod tests {
     #[test]
     fn a_bug_is_reported_at_once_and_may_be_tried_again_by_the_router() {
         assert!(Cause::Internal.is_retryable() && !Cause::Internal.is_retried_here());
+    }
+
+    #[test]
+    fn what_was_tried_again_here_is_a_letter_only_where_exhausted_ones_are() {
+        for cause in [Cause::ResourceUnavailable, Cause::Network, Cause::ConnectTimeout, Cause::HttpStatus(503)] {
+            assert!(cause.is_retried_here());
+            assert!(Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
+            assert!(!Letters::Final.include(cause.code(), cause.is_retryable()), "{cause:?}");
+        }
+        for cause in [Cause::Internal, Cause::DeadlinePassed, Cause::Cancelled, Cause::NotAnswered] {
+            assert!(!Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
+        }
     }
 
     #[test]

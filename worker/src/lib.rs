@@ -23,5 +23,6 @@ pub mod admin; // probes and scrapes
 pub mod metrics; // what is counted
 pub mod telemetry; // logs and traces
 pub mod pulse; // whether this process goes on
+pub mod vital; // the tasks without which it does not
 pub mod shutdown; // one way down
 pub mod failpoint; // where a fault campaign stops a test build

@@ -7,11 +7,12 @@ use anyhow::Context;
 use beamline_worker::admin::{self, Concern, Health};
 use beamline_worker::assignment::Pool;
 use beamline_worker::blocks::{self, Blocks, egress, http, sql};
-use beamline_worker::broker::streams::{self, Keeper, Mode, Needs, Source, Sources};
+use beamline_worker::broker::streams::{self, Keeper, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
 use beamline_worker::control::Control;
 use beamline_worker::execute::Engine;
+use beamline_worker::fault::Letters;
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
@@ -20,6 +21,7 @@ use beamline_worker::presence::{self, Identity};
 use beamline_worker::report::dead_letter;
 use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
+use beamline_worker::vital::{self, Vital};
 use beamline_worker::{pulse, shutdown, telemetry};
 use jiff::Timestamp;
 use mimalloc::MiMalloc;
@@ -92,46 +94,41 @@ async fn work(
     blocks: Handle,
 ) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
-    let mode = config.nats_delivery;
-    admin::serve_apart(config.prometheus_endpoint, mode, health.clone(), Arc::clone(&metrics), ended.clone())
+    admin::serve_apart(config.prometheus_endpoint, health.clone(), Arc::clone(&metrics), ended.clone())
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
-    tokio::spawn(pulse::show_that_the_runtime_moves());
-    let policy = follow(policy, &metrics);
-    let mut told_to_stop = std::pin::pin!(shutdown::signalled());
+    let (vital, tasks_ended) = Vital::new();
+    vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
+    let policy = follow(policy, &metrics, &vital);
+    let mut told_to_stop = std::pin::pin!(told_to_stop(tasks_ended));
     let prepared = tokio::select! {
-        prepared = prepare(&config, &health, policy, metrics, blocks) => prepared?,
-        signalled = &mut told_to_stop => return signalled.map_err(Into::into),
+        prepared = prepare(&config, &health, policy, metrics, blocks, &vital) => prepared?,
+        told = &mut told_to_stop => return told,
     };
     let Prepared { pipeline, keeper } = prepared;
     let identity = Arc::new(identity(&config));
-    tokio::spawn(pipeline::observe(Arc::clone(&pipeline), ended.clone()));
-    if mode == Mode::JetStream {
-        tokio::spawn(intake::renew(Arc::clone(&pipeline), ended.clone()));
-        tokio::spawn(pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
-    }
-    tokio::spawn(presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
-    tokio::spawn(presence::obey(Arc::clone(&pipeline), identity));
-    tokio::spawn({
+    vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
+    vital.spawn("renew holds", intake::renew(Arc::clone(&pipeline), ended.clone()));
+    vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
+    vital.spawn("report", presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
+    vital.spawn("obey", presence::obey(Arc::clone(&pipeline), identity));
+    if config.tenants_file.is_some() {
         let pipeline = Arc::clone(&pipeline);
-        async move { pipeline.follow_policy().await }
-    });
+        vital.spawn("follow the policy", async move { pipeline.follow_policy().await });
+    }
     let streams = keeper.watch();
-    tokio::spawn(keeper.run(health.clone()));
-    let control = Control::start(Arc::clone(&pipeline));
+    vital.spawn("keep the streams", keeper.run(health.clone()));
+    let control = Control::start(Arc::clone(&pipeline), vital.clone());
     tokio::select! {
         () = control.caught_up() => {}
-        signalled = &mut told_to_stop => return signalled.map_err(Into::into),
+        told = &mut told_to_stop => return told,
     }
     let (chunks, waiting) = mpsc::channel(CHUNKS);
     let stop = CancellationToken::new();
-    pipeline.watch_approvals(stop.clone());
+    pipeline.watch_approvals(stop.clone(), &vital);
     let taking = TaskTracker::new();
     for source in pulled(sources(&config)) {
-        let (pipeline, chunks, stop) = (Arc::clone(&pipeline), chunks.clone(), stop.clone());
-        match mode {
-            Mode::JetStream => taking.spawn(intake::take(pipeline, source, streams.clone(), chunks, stop)),
-            Mode::Core => taking.spawn(intake::join(pipeline, source, intake_of(&config), chunks, stop)),
-        };
+        let take = intake::take(Arc::clone(&pipeline), source, streams.clone(), chunks.clone(), stop.clone());
+        taking.spawn(vital.watched("take assignments", take));
     }
     taking.close();
     // The channel ends with the last of them.
@@ -139,23 +136,26 @@ async fn work(
     let intake = shutdown::Intake {
         stop,
         taking,
-        processing: tokio::spawn({
+        processing: tokio::spawn(vital.watched("process assignments", {
             let pipeline = Arc::clone(&pipeline);
             async move { pipeline.run(waiting).await }
-        }),
+        })),
     };
     health.clear(Concern::Starting);
-    tracing::info!(
-        subject = config.nats_subject,
-        consumer = config.nats_queue_group,
-        delivery = mode.as_str(),
-        "taking assignments"
-    );
-    let signalled = told_to_stop.await;
+    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, "taking assignments");
+    told_to_stop.await?;
     tracing::info!("told to stop");
     shutdown::drain(&pipeline, intake, control, config.drain_timeout).await;
     ended.cancel();
-    signalled.map_err(Into::into)
+    Ok(())
+}
+
+/// Returns when the worker is told to stop; an error where it cannot go on before that.
+async fn told_to_stop(mut tasks_ended: vital::Ended) -> anyhow::Result<()> {
+    tokio::select! {
+        signalled = shutdown::signalled() => Ok(signalled?),
+        name = tasks_ended.next() => anyhow::bail!("the task `{name}` has ended, and nothing can go on without it"),
+    }
 }
 
 /// What stands when the broker has been found as it must be.
@@ -170,21 +170,18 @@ async fn prepare(
     policy: watch::Receiver<Arc<Policy>>,
     metrics: Arc<Metrics>,
     blocks: Handle,
+    vital: &Vital,
 ) -> anyhow::Result<Prepared> {
     let engine = engine(config, blocks).map_err(anyhow::Error::msg)?;
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
-    let intake = intake_of(config);
+    let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
     let settings = pipeline_settings(config, &intake)?;
-    let (mode, sources, create) = (config.nats_delivery, sources(config), config.nats_create_streams);
-    let keeper = Keeper::start(broker.clone(), Needs { mode, intake, sources, create }, health).await?;
+    let keeper = Keeper::start(broker.clone(), intake, sources(config), config.nats_create_streams, health).await?;
     let streams = keeper.watch();
-    let pipeline = Pipeline::new(settings, broker, streams, schedule(config, policy), engine, metrics, health.clone());
+    let schedule = schedule(config, policy);
+    let pipeline = Pipeline::new(settings, broker, streams, schedule, engine, metrics, health.clone(), vital);
     pipeline.record_spooled().await;
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
-}
-
-fn intake_of(config: &Config) -> streams::Intake {
-    streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() }
 }
 
 fn engine(config: &Config, runtime: Handle) -> Result<Engine, String> {
@@ -231,7 +228,6 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         Spool::open(directory).context(failed)
     });
     Ok(pipeline::Settings {
-        mode: config.nats_delivery,
         pool: pool_name(config),
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
@@ -239,7 +235,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         dead_letters: dead_letter_settings(config),
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
-        dlq_exhausted: config.dlq_exhausted,
+        letters: if config.dlq_exhausted { Letters::Exhausted } else { Letters::Final },
         spool: spool.transpose()?,
     })
 }
@@ -263,10 +259,10 @@ fn schedule(config: &Config, policy: watch::Receiver<Arc<Policy>>) -> Schedule {
 }
 
 /// The policy of every moment: what the file says, or that there is none.
-fn follow(policy: Option<(PolicyFile, Policy)>, metrics: &Arc<Metrics>) -> watch::Receiver<Arc<Policy>> {
+fn follow(policy: Option<(PolicyFile, Policy)>, metrics: &Arc<Metrics>, vital: &Vital) -> watch::Receiver<Arc<Policy>> {
     let Some((file, policy)) = policy else { return watch::Sender::new(Arc::default()).subscribe() };
     let (sender, receiver) = watch::channel(Arc::new(policy));
-    tokio::spawn(file.follow(sender, Arc::clone(metrics)));
+    vital.spawn("read the tenants file", file.follow(sender, Arc::clone(metrics)));
     receiver
 }
 

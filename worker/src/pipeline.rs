@@ -26,19 +26,19 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
 use crate::admin::Health;
-use crate::admission::{self, Refusal};
+use crate::admission;
 use crate::approval::Approvals;
 use crate::assignment::{Assignment, Undecodable};
 use crate::blocks::Block;
 use crate::broker::Broker;
-use crate::broker::streams::{Mode, Ready};
+use crate::broker::streams::Ready;
 use crate::contract;
 use crate::control::cancel::Tombstones;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
-use crate::fault::{Cause, Fault};
+use crate::fault::{Fault, Letters};
 use crate::gate::Gate;
-use crate::intake::{Delivery, Holds, Publication, Settlement};
+use crate::intake::{Delivery, Holds, Settlement};
 use crate::metrics::Metrics;
 use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
@@ -47,10 +47,10 @@ use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds, TraceContext};
-use cancel::Stop;
+use crate::vital::Vital;
 use deaths::{Deaths, Suspicion, Which};
 use durable::{Standing, may_replace};
-use in_flight::{Claim, Flight, InFlight, Landed};
+use in_flight::{Claim, Flight, InFlight};
 use load::Load;
 use quarantine::{Isolation, Quarantine};
 use rejection::Rejection;
@@ -67,8 +67,6 @@ const GRACE: Duration = Duration::from_secs(30);
 /// What an administrator decides about the pipeline.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// How assignments come in.
-    pub mode: Mode,
     /// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
     pub pool: Option<String>,
     /// Who signs verdicts and results.
@@ -83,8 +81,8 @@ pub struct Settings {
     pub max_memory_bytes: u64,
     /// CPU time that one block may use.
     pub max_cpu_time: Duration,
-    /// Whether retryable errors become dead letters when their attempts are used up.
-    pub dlq_exhausted: bool,
+    /// Which errors become dead letters.
+    pub letters: Letters,
     /// Where outcomes wait that the broker does not take.
     pub spool: Option<Spool>,
 }
@@ -128,8 +126,7 @@ enum Judged {
 #[derive(Debug)]
 struct Arrival {
     delivery: Delivery,
-    /// In a place of its own: what waits for a slot is moved and polled, and should be small.
-    assignment: Box<Assignment>,
+    assignment: Assignment,
     said: Said,
     /// The trace that it came with.
     trace: Option<TraceContext>,
@@ -146,8 +143,9 @@ struct Turn<'a> {
 /// An arrival that nothing else here works on, with what is recorded of it.
 #[derive(Debug)]
 struct Accepted {
-    arrival: Arrival,
-    record: Option<Record>,
+    /// In a place of its own: each step that it is handed on to would have room for all of it, and many may wait.
+    arrival: Box<Arrival>,
+    record: Option<Box<Record>>,
     /// Workers that have died of it; looked up only where it is to be executed.
     deaths: u32,
     flight: Flight,
@@ -155,6 +153,7 @@ struct Accepted {
 
 impl Pipeline {
     /// The pipeline between these parts.
+    #[expect(clippy::too_many_arguments, reason = "they are put together in one place, in main")]
     pub fn new(
         settings: Settings,
         broker: Broker,
@@ -163,12 +162,13 @@ impl Pipeline {
         engine: Engine,
         metrics: Arc<Metrics>,
         health: Health,
+        vital: &Vital,
     ) -> Self {
         Self {
-            ledger: Ledger::new(broker.clone(), settings.mode),
+            ledger: Ledger::new(broker.clone()),
             approvals: Approvals::new(&broker),
-            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into()),
-            dead_letters: DeadLetters::new(broker.clone(), streams.clone(), settings.dead_letters.clone()),
+            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
+            dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
             deaths: Deaths::new(broker.clone()),
             settings,
             broker,
@@ -225,7 +225,7 @@ impl Pipeline {
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone() };
-                    arrivals.push(Arrival { delivery, assignment: Box::new(assignment), said, trace, span });
+                    arrivals.push(Arrival { delivery, assignment, said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -241,7 +241,7 @@ impl Pipeline {
         match (record, Suspicion::after(deaths)) {
             (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
-                Box::pin(self.answer(arrival, record)).await;
+                Box::pin(self.answer(arrival, *record)).await;
             }
             (_, Suspicion::Poison(deaths)) => {
                 let poison = Execution::not_begun(deaths::too_many(deaths));
@@ -250,20 +250,19 @@ impl Pipeline {
             (record, suspicion) => match (&*arrival.assignment.block, &self.engine) {
                 (Block::Human(approval), Engine::Real(_)) => {
                     let approval = approval.clone();
-                    Box::pin(self.park(arrival, &approval, record)).await;
+                    Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
                 }
                 _ => {
                     // A run that is asked for anew is not met by a cancel of the old one.
                     let is_rerun = record.is_some() || arrival.delivery.is_replay();
                     let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
-                    self.execute_in_turn(arrival, expected, suspicion, self.called_off(flight.stop(), since)).await;
+                    self.execute_in_turn(arrival, expected, suspicion, flight.stop().requested(since)).await;
                 }
             },
         }
-        let Landed { copies, outcome } = flight.land();
+        let copies = flight.land();
         if !copies.is_empty() {
-            let mut accepted = Box::pin(self.look_up(copies)).await;
-            accepted.iter_mut().for_each(|copy| copy.record = copy.record.take().or_else(|| outcome.clone()));
+            let accepted = Box::pin(self.look_up(copies)).await;
             self.start(accepted);
         }
     }
@@ -271,7 +270,7 @@ impl Pipeline {
     /// Waits for a turn and runs the block in it; what is cancelled before is not begun.
     async fn execute_in_turn(
         &self,
-        mut arrival: Arrival,
+        mut arrival: Box<Arrival>,
         expected: u64,
         suspicion: Suspicion,
         cancelled: impl Future<Output = Fault>,
@@ -309,7 +308,7 @@ impl Pipeline {
     /// Runs the block in its turn; the broker gets back what may not start, or was cut off.
     async fn execute(
         &self,
-        mut arrival: Arrival,
+        mut arrival: Box<Arrival>,
         expected: u64,
         turn: Turn<'_>,
         cancelled: impl Future<Output = Fault>,
@@ -321,7 +320,7 @@ impl Pipeline {
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
-        let may_start = || !arrival.delivery.is_lapsed() && !self.is_cut_off();
+        let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
         arrival.delivery.must_end_by(Some(Instant::now() + arrival.assignment.timeout + GRACE));
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
         let links = Links {
@@ -332,7 +331,7 @@ impl Pipeline {
             .instrument(span.clone());
         let ended = tokio::select! {
             ended = work => ended,
-            () = self.cut.cancelled(), if self.hands_back() => Ended::Abandoned,
+            () = self.cut.cancelled() => Ended::Abandoned,
         };
         drop(slot);
         arrival.delivery.must_end_by(None);
@@ -343,26 +342,6 @@ impl Pipeline {
         match ended {
             Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
             Ended::Abandoned => self.hand_back(arrival.delivery).await,
-        }
-    }
-
-    /// Whether the broker gives to another worker what this one does not do. In core mode it has forgotten it: then what is
-    /// accepted is done here, or the Router is told to send it again.
-    pub(crate) fn hands_back(&self) -> bool {
-        self.settings.mode == Mode::JetStream
-    }
-
-    fn is_cut_off(&self) -> bool {
-        self.hands_back() && self.cut.is_cancelled()
-    }
-
-    /// Returns when the work shall not go on: it is cancelled, or nobody would do it after this worker's end.
-    async fn called_off(&self, stop: &Stop, since: Timestamp) -> Fault {
-        tokio::select! {
-            fault = stop.requested(since) => fault,
-            () = self.cut.cancelled(), if !self.hands_back() => {
-                Fault::new(Cause::Overloaded, "the worker stops and cannot end it in time: send it again")
-            }
         }
     }
 
@@ -378,8 +357,8 @@ impl Pipeline {
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
-    async fn finish(&self, arrival: Arrival, expected: u64, queued: Duration, execution: Execution) {
-        let Arrival { delivery, assignment, .. } = &arrival;
+    async fn finish(&self, arrival: Box<Arrival>, expected: u64, queued: Duration, execution: Execution) {
+        let Arrival { delivery, assignment, .. } = &*arrival;
         if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return self.hand_back(arrival.delivery).await;
@@ -406,10 +385,10 @@ impl Pipeline {
     }
 
     /// Repeats a recorded outcome, and its dead letter where whoever recorded it may not have come to write it.
-    async fn answer(&self, arrival: Arrival, record: Record) {
-        let Arrival { delivery, assignment, .. } = &arrival;
+    async fn answer(&self, arrival: Box<Arrival>, record: Record) {
+        let Arrival { delivery, assignment, .. } = &*arrival;
         if record.publication.as_ref() == Some(delivery.publication())
-            && let Some(fault) = record.dead_letter()
+            && let Some(fault) = record.dead_letter(self.settings.letters)
         {
             let addressee = assignment.addressee();
             failpoint::reach(Point::BeforeDeadLetter).await;
@@ -420,24 +399,14 @@ impl Pipeline {
     }
 
     /// Settles the delivery once the broker has its result.
-    async fn publish(&self, arrival: Arrival, result: Bytes) {
-        let Arrival { delivery, assignment, said, trace, span } = arrival;
+    async fn publish(&self, arrival: Box<Arrival>, result: Bytes) {
+        let Arrival { delivery, assignment, said, trace, span } = *arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
-        let id = self.result_id(delivery.publication());
-        if id.is_some() {
-            self.in_flight.ended(&assignment.key, delivery.publication(), &result);
-        }
         failpoint::reach(Point::BeforeResult).await;
-        let publishing = self.outbox.publish(result.clone(), Some(said), id, trace).instrument(publish);
-        self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
+        self.outbox.publish(result, Some(said), trace).instrument(publish).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
-    }
-
-    /// What names a result that no record does.
-    fn result_id(&self, publication: &Publication) -> Option<String> {
-        (!self.ledger.is_kept()).then(|| publication.to_header())
     }
 
     fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
@@ -448,35 +417,10 @@ impl Pipeline {
         if self.is_for_the_route(delivery, &assignment) {
             return Ok(Judged::PassesOn(assignment));
         }
-        match self.refusal(delivery, &assignment) {
+        match admission::refusal(&assignment, &self.schedule, self.settings.max_memory_bytes >> 20) {
             None => Ok(Judged::Runs(assignment)),
             Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
         }
-    }
-
-    fn refusal(&self, delivery: &Delivery, assignment: &Assignment) -> Option<Refusal> {
-        let refusal = admission::refusal(assignment, &self.schedule, self.settings.max_memory_bytes >> 20);
-        refusal.or_else(|| self.cannot_be_kept(assignment)).or_else(|| delivery.is_surplus().then(admission::no_room))
-    }
-
-    /// What waits for a person is kept by the broker.
-    fn cannot_be_kept(&self, assignment: &Assignment) -> Option<Refusal> {
-        match (&*assignment.block, &self.engine) {
-            (Block::Human(_), Engine::Real(_)) if !self.has_jetstream() => {
-                Some(admission::no_jetstream(assignment.block.kind()))
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether the broker keeps anything.
-    pub(crate) fn has_jetstream(&self) -> bool {
-        self.streams.borrow().has_jetstream
-    }
-
-    /// Returns when it does.
-    pub(crate) async fn jetstream(&self) {
-        let _ = self.streams.clone().wait_for(|ready| ready.has_jetstream).await;
     }
 
     async fn look_up(self: &Arc<Self>, arrivals: Vec<Arrival>) -> Vec<Accepted> {
@@ -487,7 +431,7 @@ impl Pipeline {
                     if let Some(tombstone) = self.tombstones.get(&arrival.assignment.key) {
                         flight.stop().raise(&tombstone);
                     }
-                    claimed.push((arrival, flight));
+                    claimed.push((Box::new(arrival), flight));
                 }
                 Claim::SetAside | Claim::Renewed => {}
             }
@@ -498,7 +442,7 @@ impl Pipeline {
             // Usually nothing is recorded of any.
             let found = !records.is_empty();
             let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
-            Accepted { arrival, record, deaths: 0, flight }
+            Accepted { arrival, record: record.map(Box::new), deaths: 0, flight }
         });
         let mut accepted: Vec<_> = accepted.collect();
         Box::pin(self.count_deaths(&mut accepted)).await;

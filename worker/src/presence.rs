@@ -53,7 +53,10 @@ pub async fn report(pipeline: Arc<Pipeline>, identity: Arc<Identity>, ended: Can
 /// Answers whoever tells the worker to pull or not to.
 pub async fn obey(pipeline: Arc<Pipeline>, identity: Arc<Identity>) {
     let subject = format!("{}.{}", contract::WORKER_CONTROL, contract::escape(&identity.worker_id));
-    let Ok(mut requests) = pipeline.broker.client().subscribe(subject).await else { return };
+    let subscribed = pipeline.broker.client().subscribe(subject).await;
+    let Ok(mut requests) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot be told anything")) else {
+        return;
+    };
     while let Some(request) = requests.next().await {
         let (pipeline, identity) = (Arc::clone(&pipeline), Arc::clone(&identity));
         // A stop waits for what it stops; whoever changes their mind must not wait for that.

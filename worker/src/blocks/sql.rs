@@ -181,6 +181,18 @@ impl Sql {
     }
 }
 
+/// What of a text is sent to a PostgreSQL server, and whether it is a query; nothing where it is refused.
+#[cfg(fuzzing)]
+pub fn sent_to_postgres(text: &str) -> Option<(&str, bool)> {
+    statement::only(text, Engine::Postgres).ok().map(|reading| (reading.text, reading.is_query))
+}
+
+/// The same for a MySQL or MariaDB server.
+#[cfg(fuzzing)]
+pub fn sent_to_mysql(text: &str) -> Option<(&str, bool)> {
+    statement::only(text, Engine::Mysql).ok().map(|reading| (reading.text, reading.is_query))
+}
+
 /// A moment before the deadline, so that there is time to say why; shorter than the usual delay before another attempt,
 /// which would only run into the deadline.
 fn before(deadline: Instant) -> Instant {

@@ -4,13 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use async_nats::RequestErrorKind;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{self, ErrorCode};
-use bytes::Bytes;
-use serde::Deserialize;
+
 use tokio::sync::watch;
 
 use super::Broker;
@@ -56,8 +54,6 @@ const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What is known about one assignment, beside its record.
 const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
 
-/// Between two looks for JetStream where there was none: one request.
-const LOOK_FOR_JETSTREAM: Duration = Duration::from_secs(3);
 /// Between two looks for the route, on a worker that only passes work on to it: one request.
 const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
 
@@ -88,37 +84,9 @@ pub struct Sources {
     pub gpu_route: bool,
 }
 
-/// How assignments come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Through a stream: each at least once, whoever dies.
-    JetStream,
-    /// Through a queue group of core NATS: each at most once.
-    Core,
-}
-
-impl Mode {
-    /// The public word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::JetStream => "jetstream",
-            Self::Core => "core",
-        }
-    }
-}
-
-/// What was found of what this worker needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ready {
-    /// Whether the broker keeps anything; only core mode goes on without that.
-    pub has_jetstream: bool,
-    /// Where assignments wait; in core mode nowhere.
-    pub assignments: Option<Assignments>,
-}
-
 /// Where assignments are pulled from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Assignments {
+pub struct Ready {
     /// The stream that they wait in.
     pub stream: String,
     /// When that stream was made, RFC 3339: with a sequence it names a publication for ever.
@@ -130,13 +98,6 @@ pub struct Assignments {
 }
 
 impl Ready {
-    /// The consumer of the GPU route, where there is that route.
-    pub fn route(&self) -> Option<&str> {
-        self.assignments.as_ref().and_then(|assignments| assignments.route.as_deref())
-    }
-}
-
-impl Assignments {
     /// The consumer to pull from.
     pub fn consumer_of(&self, source: Source) -> Option<&str> {
         match source {
@@ -150,21 +111,10 @@ impl Assignments {
 #[derive(Debug)]
 pub struct Keeper {
     broker: Broker,
-    needs: Needs,
+    intake: Intake,
+    sources: Sources,
+    create: bool,
     ready: watch::Sender<Ready>,
-}
-
-/// What a worker needs of the broker.
-#[derive(Clone, Debug)]
-pub struct Needs {
-    /// How assignments come in.
-    pub mode: Mode,
-    /// From where.
-    pub intake: Intake,
-    /// Which of its two places.
-    pub sources: Sources,
-    /// Whether what is missing is made.
-    pub create: bool,
 }
 
 impl Keeper {
@@ -172,12 +122,18 @@ impl Keeper {
     ///
     /// # Errors
     /// A mismatch: it never heals by waiting.
-    pub async fn start(broker: Broker, needs: Needs, health: &Health) -> Result<Self, StreamsError> {
+    pub async fn start(
+        broker: Broker,
+        intake: Intake,
+        sources: Sources,
+        create: bool,
+        health: &Health,
+    ) -> Result<Self, StreamsError> {
         loop {
-            match ensure(&broker, &needs, None).await {
+            match ensure(broker.jetstream(), &intake, sources, create, None).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
-                    return Ok(Self { broker, needs, ready: watch::Sender::new(ready) });
+                    return Ok(Self { broker, intake, sources, create, ready: watch::Sender::new(ready) });
                 }
                 Err(mismatch @ StreamsError::Mismatch { .. }) => return Err(mismatch),
                 Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
@@ -198,17 +154,16 @@ impl Keeper {
             tokio::time::sleep(LOOK_AGAIN).await;
             let is_urgent =
                 [Concern::StreamsUnavailable, Concern::StorageRefused].map(|concern| health.is_raised(concern));
-            let look_anyway = if self.ready.borrow().has_jetstream { LOOK_ANYWAY } else { LOOK_FOR_JETSTREAM };
-            if !is_urgent.contains(&true) && last.elapsed() < look_anyway {
-                if !self.needs.sources.gpu_route && last_for_route.elapsed() >= LOOK_FOR_ROUTE {
+            if !is_urgent.contains(&true) && last.elapsed() < LOOK_ANYWAY {
+                if !self.sources.gpu_route && last_for_route.elapsed() >= LOOK_FOR_ROUTE {
                     last_for_route = Instant::now();
                     self.look_for_route().await;
                 }
                 continue;
             }
             last = Instant::now();
-            let known = self.ready.borrow().clone();
-            match ensure(&self.broker, &self.needs, Some(known)).await {
+            let known = self.ready.borrow().route.clone();
+            match ensure(self.broker.jetstream(), &self.intake, self.sources, self.create, known).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
                     self.ready.send_if_modified(|known| std::mem::replace(known, ready.clone()) != ready);
@@ -224,16 +179,10 @@ impl Keeper {
 
     /// A route comes and goes with its consumer. What cannot be asked for stays as it was known last.
     async fn look_for_route(&self) {
-        if self.needs.mode == Mode::Core {
-            return;
-        }
-        let Ok(stream) = self.broker.jetstream().get_stream_no_info(self.needs.intake.stream()).await else { return };
-        match find_route(&stream, &self.needs.intake).await {
+        let Ok(stream) = self.broker.jetstream().get_stream_no_info(self.intake.stream()).await else { return };
+        match find_route(&stream, &self.intake).await {
             Ok(route) => {
-                self.ready.send_if_modified(|known| match &mut known.assignments {
-                    Some(known) => std::mem::replace(&mut known.route, route.clone()) != route,
-                    None => false,
-                });
+                self.ready.send_if_modified(|known| std::mem::replace(&mut known.route, route.clone()) != route);
             }
             Err(error) => tracing::debug!(%error, "cannot look for the GPU route"),
         }
@@ -310,73 +259,32 @@ impl Intake {
 ///
 /// # Errors
 /// See [`StreamsError`]; a mismatch never heals by waiting.
-async fn ensure(broker: &Broker, needs: &Needs, known: Option<Ready>) -> Result<Ready, StreamsError> {
-    let (js, create) = (broker.jetstream(), needs.create);
-    if needs.mode == Mode::Core {
-        // What has been there once is only away.
-        let had_jetstream = known.is_some_and(|known| known.has_jetstream);
-        if !had_jetstream && !has_jetstream(broker).await? {
-            return Ok(Ready { has_jetstream: false, assignments: None });
-        }
-        ensure_notes(js, create).await?;
-        return Ok(Ready { has_jetstream: true, assignments: None });
-    }
-    ensure_stream(js, results(), create).await?;
-    ensure_notes(js, create).await?;
-    let assignments = Some(ensure_assignments(js, needs, known).await?);
-    Ok(Ready { has_jetstream: true, assignments })
-}
-
-/// Dead letters, control messages, and what workers note for each other.
-async fn ensure_notes(js: &jetstream::Context, create: bool) -> Result<(), StreamsError> {
-    ensure_stream(js, dead_letters(), create).await?;
-    for wanted in buckets() {
+async fn ensure(
+    js: &jetstream::Context,
+    intake: &Intake,
+    sources: Sources,
+    create: bool,
+    known_route: Option<String>,
+) -> Result<Ready, StreamsError> {
+    for wanted in [results(), dead_letters()].into_iter().chain(buckets()) {
         ensure_stream(js, wanted, create).await?;
     }
     let stream = ensure_stream(js, control(), create).await?;
-    ensure_consumer(&stream, control_consumer(), create).await
-}
-
-async fn ensure_assignments(
-    js: &jetstream::Context,
-    needs: &Needs,
-    known: Option<Ready>,
-) -> Result<Assignments, StreamsError> {
-    let Needs { intake, sources, create, .. } = needs;
-    let stream = ensure_stream(js, assignments(intake), *create).await?;
-    ensure_consumer(&stream, consumer(intake), *create).await?;
+    ensure_consumer(&stream, control_consumer(), create).await?;
+    let stream = ensure_stream(js, assignments(intake), create).await?;
+    ensure_consumer(&stream, consumer(intake), create).await?;
     let route = match sources.gpu_route {
-        true => ensure_route(&stream, intake, *sources, *create).await?,
+        true => ensure_route(&stream, intake, sources, create).await?,
         // Whoever may not even look for it works without it.
-        false => match find_route(&stream, intake).await {
-            Ok(route) => route,
-            Err(_) => known.and_then(|known| known.route().map(str::to_owned)),
-        },
+        false => find_route(&stream, intake).await.unwrap_or(known_route),
     };
     let info = stream.cached_info();
-    Ok(Assignments {
+    Ok(Ready {
         stream: info.config.name.clone(),
         created: rfc3339(info.created.unix_timestamp_nanos()),
         consumer: intake.queue_group.clone(),
         route,
     })
-}
-
-/// Whether the broker has JetStream for this account.
-async fn has_jetstream(broker: &Broker) -> Result<bool, StreamsError> {
-    #[derive(Deserialize)]
-    struct Answer {
-        error: Option<jetstream::Error>,
-    }
-    let answer = broker.client().request(format!("$JS.API.STREAM.INFO.{DLQ_STREAM}"), Bytes::new()).await;
-    let answer = match answer {
-        Ok(answer) => answer,
-        Err(error) if error.kind() == RequestErrorKind::NoResponders => return Ok(false),
-        Err(error) => return Err(unavailable("JetStream", &error)),
-    };
-    let error = serde_json::from_slice(&answer.payload).ok().and_then(|answer: Answer| answer.error);
-    let code = error.map(|error| error.error_code());
-    Ok(!matches!(code, Some(ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT)))
 }
 
 /// Where assignments wait.

@@ -27,7 +27,9 @@ const AT_ONCE: usize = 1024;
 pub(super) async fn answer(desk: Arc<Desk>) {
     let client = desk.pipeline.broker.client();
     let subscribed = client.queue_subscribe(contract::CANCEL, CONTROL_CONSUMER.to_owned()).await;
-    let Ok(mut messages) = subscribed else { return };
+    let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot answer cancels")) else {
+        return;
+    };
     let places = Arc::new(Semaphore::new(AT_ONCE));
     while let Some(message) = messages.next().await {
         let Some(reply) = message.reply else { continue };

@@ -32,12 +32,12 @@ pub struct Hold {
     /// Stops of this process when the subscription was made that brought it.
     gaps: AtomicU64,
     is_being_renewed: AtomicBool,
-    /// Where the broker hears about the delivery; `None` where it has forgotten it, and so the hold never lapses.
-    reply: Option<Subject>,
+    /// Where the broker hears about the delivery.
+    reply: Subject,
 }
 
 impl Hold {
-    fn new(reply: Option<Subject>, gaps: u64) -> Self {
+    fn new(reply: Subject, gaps: u64) -> Self {
         Self {
             start: Instant::now(),
             renewed_ms: AtomicU64::new(0),
@@ -63,7 +63,7 @@ impl Hold {
     /// Whether the broker may have given the delivery to another worker by now. A process that was stopped cannot tell
     /// for what it had, nor for what was under way to it then.
     pub fn is_lapsed(&self) -> bool {
-        self.reply.is_some() && (self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age() >= ACK_WAIT)
+        self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age() >= ACK_WAIT
     }
 
     pub(super) fn must_end_by(&self, end: Option<Instant>) {
@@ -71,14 +71,14 @@ impl Hold {
         self.end_ms.store(end, Ordering::Relaxed);
     }
 
-    pub(super) const fn reply(&self) -> Option<&Subject> {
-        self.reply.as_ref()
+    pub(super) const fn reply(&self) -> &Subject {
+        &self.reply
     }
 
     /// On a lapsed hold nothing is said to the broker, since another worker may hold the delivery now.
     fn is_due(&self) -> bool {
         let is_over = contract::millis(self.start.elapsed()) >= self.end_ms.load(Ordering::Relaxed);
-        self.reply.is_some() && self.age() >= ACK_WAIT / 3 && !self.is_lapsed() && !is_over
+        self.age() >= ACK_WAIT / 3 && !self.is_lapsed() && !is_over
     }
 
     fn age(&self) -> Duration {
@@ -117,7 +117,7 @@ pub(super) struct Held {
 
 impl Holds {
     /// The hold on a delivery that has just arrived.
-    pub(super) fn take(&self, reply: Option<Subject>, gaps: u64) -> Held {
+    pub(super) fn take(&self, reply: Subject, gaps: u64) -> Held {
         let hold = Arc::new(Hold::new(reply, gaps));
         let place = self.lock().insert(Arc::clone(&hold));
         Held { holds: self.clone(), place, hold }
@@ -153,9 +153,8 @@ impl Drop for Held {
 }
 
 async fn renew_one(broker: &Broker, hold: Arc<Hold>) {
-    let Some(reply) = hold.reply.clone() else { return };
     let asked = Instant::now();
-    match broker.client().request(reply, AckKind::Progress.into()).await {
+    match broker.client().request(hold.reply.clone(), AckKind::Progress.into()).await {
         Ok(_) => hold.renew_from(asked),
         Err(error) => tracing::debug!(%error, "a progress ack was not answered"),
     }
@@ -168,7 +167,7 @@ mod tests {
 
     fn aged(seconds: u64) -> Hold {
         let start = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("the machine is up for longer");
-        Hold { start, ..Hold::new(Some("reply".into()), pulse::gaps()) }
+        Hold { start, ..Hold::new("reply".into(), pulse::gaps()) }
     }
 
     #[test]
@@ -190,17 +189,10 @@ mod tests {
 
     #[test]
     fn what_came_before_a_stop_has_lapsed_until_it_is_delivered_again() {
-        let hold = Hold::new(Some("reply".into()), pulse::gaps().wrapping_sub(1));
+        let hold = Hold::new("reply".into(), pulse::gaps().wrapping_sub(1));
         assert!(hold.is_lapsed() && !hold.is_due());
         hold.gaps.store(0, Ordering::Relaxed);
-        hold.renew_by(&Hold::new(Some("reply".into()), pulse::gaps()));
+        hold.renew_by(&Hold::new("reply".into(), pulse::gaps()));
         assert!(!hold.is_lapsed());
-    }
-
-    #[test]
-    fn what_the_broker_has_forgotten_never_lapses() {
-        let hold = Hold { reply: None, ..aged(60) };
-        hold.gaps.store(pulse::gaps().wrapping_sub(1), Ordering::Relaxed);
-        assert!(!hold.is_lapsed() && !hold.is_due());
     }
 }

@@ -32,6 +32,7 @@ use crate::metrics::IgnoredAnswer;
 use crate::report::ledger::Record;
 use crate::report::{self, StepResult};
 use crate::telemetry;
+use crate::vital::Vital;
 
 /// Requests that are looked at at once when many are due.
 const LOOKS: usize = 16;
@@ -69,10 +70,6 @@ enum Reason {
 
 /// Ends requests at their deadlines, and concludes what a worker left behind, until `stop`.
 async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
-    tokio::select! {
-        () = pipeline.jetstream() => {}
-        () = stop.cancelled() => return,
-    }
     let mut changes = pipeline.approvals.requests().watch(pipeline.health.clone());
     let (mut deadlines, mut looks) = (Deadlines::default(), FuturesUnordered::new());
     loop {
@@ -103,12 +100,12 @@ async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
 
 impl Pipeline {
     /// Has a task watch the deadlines of approvals until `stop`. A drain waits for it.
-    pub fn watch_approvals(self: &Arc<Self>, stop: CancellationToken) {
-        self.tasks.spawn(watch(Arc::clone(self), stop));
+    pub fn watch_approvals(self: &Arc<Self>, stop: CancellationToken, vital: &Vital) {
+        self.tasks.spawn(vital.watched("watch approvals", watch(Arc::clone(self), stop)));
     }
 
     /// Stores the request, tells its approvers and settles the delivery: from then on it needs nobody until it is due.
-    pub(super) async fn park(&self, mut arrival: Arrival, approval: &Approval, record: Option<Record>) {
+    pub(super) async fn park(&self, mut arrival: Box<Arrival>, approval: &Approval, record: Option<Record>) {
         let begun = Instant::now();
         arrival.delivery.started();
         let Some(mut request) = request(&arrival, self.settings.pool.clone(), record.as_ref()) else { return };
@@ -141,7 +138,7 @@ impl Pipeline {
             let waits = Request::decode(&entry).unwrap_or(request);
             self.announcement(&waits, &arrival.assignment, approval)
         });
-        let Arrival { delivery, said, trace, .. } = arrival;
+        let Arrival { delivery, said, trace, .. } = *arrival;
         self.outbox.park(announcement, said, trace).await;
         self.load.flow(delivery.source()).finished(begun.elapsed());
         delivery.settle(Settlement::Done).await;
@@ -258,8 +255,7 @@ impl Pipeline {
     async fn conclude(&self, entry: &Entry, request: &Request) {
         let State::Ended { result, .. } = &request.state else { return };
         let result = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
-        let id = self.result_id(&request.publication);
-        self.outbox.publish(result, None, id, request.trace.clone()).await;
+        self.outbox.publish(result, None, request.trace.clone()).await;
         // Refused where somebody else has removed it.
         self.until_definite(|| self.approvals.requests().delete(&entry.key, entry.revision)).await;
     }

@@ -84,11 +84,7 @@ impl Pipeline {
     }
 
     /// Awaits a write; where that takes long and there is a disk for it, the outcome lies there meanwhile.
-    pub(super) async fn spooled<T>(
-        &self,
-        outcome: impl Fn() -> Option<Outcome>,
-        writing: impl Future<Output = T>,
-    ) -> T {
+    async fn spooled<T>(&self, outcome: impl Fn() -> Option<Outcome>, writing: impl Future<Output = T>) -> T {
         let Some(spool) = &self.settings.spool else { return writing.await };
         let mut writing = std::pin::pin!(writing);
         if let Ok(written) = tokio::time::timeout(SPOOL_AFTER, &mut writing).await {
@@ -133,18 +129,9 @@ impl Pipeline {
         let key = AssignmentKey { tenant, assignment_id: assignment_id.into() };
         let write = || self.ledger.write(&key, &publication, outcome.expected, result.clone());
         match self.until_definite(write).await {
-            Stored::At(_) if !self.ledger.is_kept() => {
-                self.outbox.publish(result, None, Some(outcome.publication.clone()), None).await;
-                tracing::info!(assignment_id, "published an outcome from the disk");
-            }
             Stored::At(_) => tracing::info!(assignment_id, "recorded an outcome from the disk"),
             Stored::Refused => tracing::info!(assignment_id, "an outcome from the disk was superseded"),
         }
-    }
-
-    /// What only this worker has until it is published.
-    pub(super) fn unrecorded(&self, delivery: &Delivery, key: &AssignmentKey, result: &Bytes) -> Option<Outcome> {
-        if self.ledger.is_kept() { None } else { outcome(delivery, key, 0, result) }
     }
 
     pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
@@ -160,9 +147,10 @@ impl Pipeline {
         self.broker.max_payload().saturating_sub(HEADER_BYTES)
     }
 
-    /// The fault of a step that failed for good.
+    /// The fault of a step that is due as a dead letter too.
     pub(super) fn due_letter<'s>(&self, step: &'s StepResult) -> Option<&'s Fault> {
-        step.error.as_ref().filter(|fault| self.is_dead_letter(fault))
+        let is_due = |fault: &&Fault| self.settings.letters.include(fault.cause.code(), fault.cause.is_retryable());
+        step.error.as_ref().filter(is_due)
     }
 
     /// Keeps the dead letter of a step that failed for good.
@@ -259,10 +247,6 @@ impl Pipeline {
             tokio::time::sleep(pause(attempt)).await;
             attempt += 1;
         }
-    }
-
-    fn is_dead_letter(&self, fault: &Fault) -> bool {
-        fault.cause.is_dead_letter() || (self.settings.dlq_exhausted && fault.cause.is_retried_here())
     }
 }
 

@@ -7,11 +7,9 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
 
 use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
-use crate::broker::streams::Ready;
 use crate::broker::{Broker, StoreError, wire_len};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
@@ -73,14 +71,13 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct DeadLetters {
     broker: Broker,
-    streams: watch::Receiver<Ready>,
     settings: Settings,
 }
 
 impl DeadLetters {
     /// Over this connection.
-    pub const fn new(broker: Broker, streams: watch::Receiver<Ready>, settings: Settings) -> Self {
-        Self { broker, streams, settings }
+    pub const fn new(broker: Broker, settings: Settings) -> Self {
+        Self { broker, settings }
     }
 
     /// Writes a dead letter, once; the same publication and stage make the same letter, so again is harmless.
@@ -195,7 +192,7 @@ impl DeadLetters {
         if let Some(trace) = trace {
             trace.add_to(&mut headers);
         }
-        self.keep(contract::DLQ, headers, letter).await
+        self.broker.store(contract::DLQ.to_owned(), headers, letter).await.map(drop)
     }
 
     /// The original, beside its letter. One that just fits the broker has no room for headers: then its place, right
@@ -207,16 +204,7 @@ impl DeadLetters {
         if original.len() + wire_len(&headers) > self.broker.max_payload() {
             headers = HeaderMap::new();
         }
-        self.keep(contract::DLQ_RAW, headers, original).await
-    }
-
-    /// Without JetStream nobody keeps it: it goes to whoever listens.
-    async fn keep(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
-        let has_jetstream = self.streams.borrow().has_jetstream;
-        match has_jetstream {
-            true => self.broker.store(subject.to_owned(), headers, payload).await.map(drop),
-            false => self.broker.send(subject, headers, payload).await,
-        }
+        self.broker.store(contract::DLQ_RAW.to_owned(), headers, original).await.map(drop)
     }
 
     fn original(&self, payload: &Bytes) -> Original {
@@ -327,10 +315,20 @@ fn without_secrets(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Cause;
 
     fn redacted(original: serde_json::Value) -> serde_json::Value {
         let object = serde_json::value::to_raw_value(&original).expect("JSON");
         serde_json::from_str(redact(&object).get()).expect("JSON")
+    }
+
+    #[test]
+    fn of_all_results_only_that_of_a_poison_is_of_the_stage_crash() {
+        let stage = |cause: Cause| Stage::of_result(cause.code(), cause.is_retryable());
+        assert_eq!(stage(Cause::Poison), Stage::Crash);
+        for cause in [Cause::Internal, Cause::NotAllowed, Cause::ExecutionFailed, Cause::Network, Cause::OverCap] {
+            assert_eq!(stage(cause), Stage::Execute, "{cause:?}");
+        }
     }
 
     #[test]

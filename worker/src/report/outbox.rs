@@ -7,8 +7,7 @@
 
 use std::time::Duration;
 
-use async_nats::header::NATS_MESSAGE_ID;
-use async_nats::{HeaderMap, Subject, Subscriber};
+use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
@@ -16,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::broker::{Broker, Session};
 use crate::contract;
 use crate::telemetry::TraceContext;
+use crate::vital::Vital;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,23 +44,23 @@ struct Outgoing {
 
 #[derive(Debug)]
 enum Message {
-    Result { result: Bytes, said: Option<Said>, id: Option<String> },
+    Result { result: Bytes, said: Option<Said> },
     Parked { announcement: Option<Bytes>, said: Said },
     Refusal { verdict: Bytes },
 }
 
 impl Outbox {
     /// Starts the task that publishes; it ends when the last handle is dropped.
-    pub fn start(broker: Broker, verdicts: Subject) -> Self {
+    pub fn start(broker: Broker, verdicts: Subject, vital: &Vital) -> Self {
         let (sender, waiting) = mpsc::channel(BATCH);
-        tokio::spawn(publish(broker, verdicts, waiting));
+        vital.spawn("publish results", publish(broker, verdicts, waiting));
         Self(sender)
     }
 
     /// Returns when the broker has the result, and before it the verdict where that is not certain yet, however long that
-    /// takes. A result that has no record has an `id`: by it a stream of somebody's knows a second try.
-    pub async fn publish(&self, result: Bytes, said: Option<Said>, id: Option<String>, trace: Option<TraceContext>) {
-        self.hand_in(Message::Result { result, said, id }, trace).await;
+    /// takes.
+    pub async fn publish(&self, result: Bytes, said: Option<Said>, trace: Option<TraceContext>) {
+        self.hand_in(Message::Result { result, said }, trace).await;
     }
 
     /// Returns when the broker has the verdict on what waits for a person, and what approvers are told of it.
@@ -101,14 +101,11 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     for outgoing in batch {
         let trace = outgoing.trace.as_ref();
         match &outgoing.message {
-            Message::Result { result, said, id } => {
+            Message::Result { result, said } => {
                 if let Some(lost) = said.as_ref().filter(|said| said.session != session) {
                     broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
                 }
-                match id {
-                    None => broker.say_in(trace, contract::RESULT, result.clone()).await,
-                    Some(id) => say_as(broker, id, trace, result.clone()).await,
-                }
+                broker.say_in(trace, contract::RESULT, result.clone()).await;
             }
             Message::Parked { announcement, said } => {
                 if said.session != session {
@@ -123,17 +120,6 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     }
     broker.say(inbox, Bytes::new()).await;
     came_back(fence).await && broker.session() == session
-}
-
-async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result: Bytes) {
-    let mut headers = HeaderMap::new();
-    headers.insert(NATS_MESSAGE_ID, id);
-    if let Some(trace) = trace {
-        trace.add_to(&mut headers);
-    }
-    if let Err(error) = broker.send(contract::RESULT, headers, result).await {
-        tracing::warn!(%error, "cannot publish");
-    }
 }
 
 async fn came_back(mut fence: Subscriber) -> bool {

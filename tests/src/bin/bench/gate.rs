@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use async_nats::{Client, Subscriber};
+use beamline_tests::mariadb::MariaDb;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
+use beamline_tests::postgres::Postgres;
 use beamline_tests::router::{ASSIGN, RESULT, assignment};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
@@ -27,6 +29,8 @@ const AT_ONCE: usize = 4000;
 /// Results may be late, but not for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TENANT: &str = "tenant-1";
+/// In every database.
+const USERS: &str = "CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT, email TEXT)";
 
 /// A kind of work, and how long it may take at that rate.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,10 +39,12 @@ enum Kind {
     Put,
     Get,
     Sqlite,
+    Postgres,
+    MariaDb,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Http, Self::Put, Self::Get, Self::Sqlite];
+    const ALL: [Self; 6] = [Self::Http, Self::Put, Self::Get, Self::Sqlite, Self::Postgres, Self::MariaDb];
 
     const fn name(self) -> &'static str {
         match self {
@@ -46,6 +52,8 @@ impl Kind {
             Self::Put => "fs.put, 1 KiB",
             Self::Get => "fs.get, 1 KiB",
             Self::Sqlite => "sql.query, SQLite",
+            Self::Postgres => "sql.query, PostgreSQL",
+            Self::MariaDb => "sql.query, MariaDB",
         }
     }
 
@@ -53,7 +61,7 @@ impl Kind {
         match self {
             Self::Http => 500.0,
             Self::Put | Self::Get => 200.0,
-            Self::Sqlite => 300.0,
+            Self::Sqlite | Self::Postgres | Self::MariaDb => 300.0,
         }
     }
 
@@ -67,6 +75,14 @@ impl Kind {
 struct World {
     peer: Peer,
     files: TempDir,
+    postgres: Database<Postgres>,
+    mariadb: Database<MariaDb>,
+}
+
+/// A server, and the address of the users in it.
+struct Database<S> {
+    url: String,
+    _server: S,
 }
 
 impl World {
@@ -75,17 +91,21 @@ impl World {
         let own = files.path().join(TENANT);
         std::fs::create_dir(&own)?;
         std::fs::write(own.join("in.json"), "x".repeat(1024))?;
-        let users = rusqlite::Connection::open(own.join("users.db"))?;
-        users.execute_batch(
-            "CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT, email TEXT);
-             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)
-             INSERT INTO users SELECT i, 'user ' || i, i || '@example.com' FROM n;",
-        )?;
-        Ok(Self { peer: Peer::start().await, files })
+        let users = users();
+        rusqlite::Connection::open(own.join("users.db"))?.execute_batch(&format!("{USERS}; {users}"))?;
+        let (postgres, mariadb) = (Postgres::start().await, MariaDb::start().await);
+        let postgres =
+            Database { url: postgres.database("gate", &format!("{USERS}; {users}")).await, _server: postgres };
+        let mariadb = Database { url: mariadb.database("gate", &[USERS, &users]).await, _server: mariadb };
+        Ok(Self { peer: Peer::start().await, files, postgres, mariadb })
     }
 
     fn job(&self, number: usize) -> Value {
         let path = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
+        let query = |url: &str, query: &str| {
+            let parameters = [number % 1000 + 1];
+            json!({ "type": "sql.query", "connection_string": url, "query": query, "parameters": parameters })
+        };
         match Kind::of(number) {
             Kind::Http => {
                 json!({ "type": "http.request", "method": "POST", "url": self.peer.url("/ok"), "body": "{}" })
@@ -94,10 +114,9 @@ impl World {
                 json!({ "type": "fs.put", "path": path(&format!("out-{}", number % 64)), "content": "x".repeat(1024) })
             }
             Kind::Get => json!({ "type": "fs.get", "path": path("in.json") }),
-            Kind::Sqlite => json!({
-                "type": "sql.query", "connection_string": format!("sqlite://{}", path("users.db")),
-                "query": "SELECT * FROM users WHERE id = ?", "parameters": [number % 1000 + 1],
-            }),
+            Kind::Sqlite => query(&format!("sqlite://{}", path("users.db")), "SELECT * FROM users WHERE id = ?"),
+            Kind::Postgres => query(&self.postgres.url, "SELECT * FROM users WHERE id = $1"),
+            Kind::MariaDb => query(&self.mariadb.url, "SELECT * FROM users WHERE id = ?"),
         }
     }
 
@@ -107,6 +126,12 @@ impl World {
             |number| assignment(TENANT, &format!("{run}-{number}"), self.job(number)).to_string().into_bytes();
         (0..count).map(payload).collect()
     }
+}
+
+/// Fills the table of users.
+fn users() -> String {
+    let rows: Vec<_> = (1..=1000).map(|id| format!("({id}, 'user {id}', '{id}@example.com')")).collect();
+    format!("INSERT INTO users VALUES {}", rows.join(", "))
 }
 
 #[derive(Deserialize)]

@@ -1,4 +1,4 @@
-//! What a worker holds: idle, and for each task that waits in it for a slot.
+//! What a worker holds: idle, for each task that waits in it for a slot, and for each approval that waits for a person.
 
 use std::time::Duration;
 
@@ -6,26 +6,26 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::router::{ASSIGN, assignment};
 use beamline_tests::wait::within;
 use beamline_tests::worker::{Setup, Worker};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::figures::resident;
 use crate::table::{Row, Table, at_most};
 
 /// What an idle worker may hold.
 const IDLE_MIB: f64 = 15.0;
-/// What it may hold for a task that waits, its payload apart.
+/// What it may hold for a task or an approval that waits, the task's payload apart.
 const WAITING_KIB: f64 = 4.0;
 /// Slots of the pool that is filled with work that does not end, and of one that stays empty. A worker takes as many
 /// tasks ahead as it has slots.
 const SLOTS: usize = 4096;
-/// Tasks that wait behind it.
+/// Tasks that wait behind it; also approvals that wait.
 const WAITING: usize = 8000;
 /// Until a worker has come to rest.
 const REST: Duration = Duration::from_secs(3);
 /// Until a worker has taken what is there.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Both figures, from the kernel's count of resident pages.
+/// All figures, from the kernel's count of resident pages.
 pub(crate) async fn run(table: &mut Table) -> anyhow::Result<()> {
     let idle = idle(Worker::named("idle")).await? as f64 / (1 << 20) as f64;
     table.push(Row {
@@ -33,12 +33,16 @@ pub(crate) async fn run(table: &mut Table) -> anyhow::Result<()> {
         figure: format!("{idle:.1} MiB"),
         target: Some(at_most(IDLE_MIB, "MiB", idle)),
     });
-    let waiting = waiting().await? / 1024.0;
-    table.push(Row {
-        what: format!("memory: each of {WAITING} waiting tasks, payload apart"),
-        figure: format!("{waiting:.2} KiB"),
-        target: Some(at_most(WAITING_KIB, "KiB", waiting)),
-    });
+    let mut push = |what: &str, bytes: f64| {
+        let kib = bytes / 1024.0;
+        table.push(Row {
+            what: format!("memory: each of {WAITING} waiting {what}"),
+            figure: format!("{kib:.2} KiB"),
+            target: Some(at_most(WAITING_KIB, "KiB", kib)),
+        });
+    };
+    push("tasks, payload apart", waiting().await?);
+    push("approvals", approvals().await?);
     Ok(())
 }
 
@@ -60,24 +64,46 @@ async fn waiting() -> anyhow::Result<f64> {
         "type": "http.request", "method": "POST", "url": "http://peer.test/", "body": "x".repeat(300),
         "timeout_ms": 3_600_000, "sandbox": { "delay_ms": 3_600_000 },
     });
-    let publish = async |run: &str, count: usize| {
-        let mut bytes = 0;
-        for number in 0..count {
-            let payload = assignment("tenant-1", &format!("{run}-{number}"), job.clone()).to_string();
-            bytes += payload.len();
-            client.publish(ASSIGN, payload.into()).await?;
-        }
-        anyhow::Ok(bytes)
-    };
-    publish("running", SLOTS).await?;
+    publish(&client, "running", SLOTS, &job).await?;
     reaches(&worker, r#"worker_slots_busy{pool="io"}"#, SLOTS).await;
     tokio::time::sleep(REST).await;
     let before = resident(worker.id())?;
-    let payloads = publish("waiting", WAITING).await?;
+    let payloads = publish(&client, "waiting", WAITING, &job).await?;
     reaches(&worker, r#"worker_pool_queue_depth{pool="io"}"#, WAITING).await;
     tokio::time::sleep(REST).await;
     let grown = resident(worker.id())?.saturating_sub(before).saturating_sub(payloads as u64);
     Ok(grown as f64 / WAITING as f64)
+}
+
+/// Bytes by which a worker grows for each approval that it knows of.
+async fn approvals() -> anyhow::Result<f64> {
+    const OPEN: &str = "worker_approvals_open";
+    let nats = NatsServer::start();
+    let worker = Worker::named("patient").flag("--log-level=warn").start(&nats).await;
+    let client = async_nats::connect(nats.url()).await?;
+    let job = json!({
+        "type": "human.approval", "prompt": "x".repeat(300), "approvers": ["ann@example.com", "bob@example.com"],
+    });
+    // The first ones also cost what any work costs a worker that has not worked yet.
+    publish(&client, "first", WAITING, &job).await?;
+    reaches(&worker, OPEN, WAITING).await;
+    tokio::time::sleep(REST).await;
+    let before = resident(worker.id())?;
+    publish(&client, "more", WAITING, &job).await?;
+    reaches(&worker, OPEN, 2 * WAITING).await;
+    tokio::time::sleep(REST).await;
+    Ok(resident(worker.id())?.saturating_sub(before) as f64 / WAITING as f64)
+}
+
+/// Gives a worker so many of these jobs, and says how many bytes they have.
+async fn publish(client: &async_nats::Client, run: &str, count: usize, job: &Value) -> anyhow::Result<usize> {
+    let mut bytes = 0;
+    for number in 0..count {
+        let payload = assignment("tenant-1", &format!("{run}-{number}"), job.clone()).to_string();
+        bytes += payload.len();
+        client.publish(ASSIGN, payload.into()).await?;
+    }
+    Ok(bytes)
 }
 
 async fn reaches(worker: &Worker, series: &str, value: usize) {

@@ -53,6 +53,8 @@ struct Figures {
     rate: f64,
     /// CPU time of the process for each task.
     cpu: Duration,
+    /// CPU time of the broker for each task.
+    broker: Duration,
 }
 
 /// The rates of all four, taking turns, and what they are beside the bare loop of the same round.
@@ -61,7 +63,8 @@ pub(crate) async fn run(tasks: usize, rounds: usize, table: &mut Table) -> anyho
     for round in 1..=rounds {
         for (subject, figures) in Subject::ALL.iter().zip(&mut measured) {
             let one = measure(*subject, tasks).await?;
-            eprintln!("round {round}: {:<24} {:>7.0} tasks/s, {:?} CPU each", subject.name(), one.rate, one.cpu);
+            let Figures { rate, cpu, broker } = one;
+            eprintln!("round {round}: {:<24} {rate:>7.0} tasks/s, {cpu:?} CPU each, broker {broker:?}", subject.name());
             figures.push(one);
         }
     }
@@ -69,8 +72,11 @@ pub(crate) async fn run(tasks: usize, rounds: usize, table: &mut Table) -> anyho
     for (subject, figures) in Subject::ALL.iter().zip(&measured) {
         let ratio = median(figures.iter().zip(bare).map(|(one, bare)| one.rate / bare.rate));
         let rate = median(figures.iter().map(|one| one.rate));
-        let cpu = median(figures.iter().map(|one| one.cpu.as_secs_f64() * 1e6));
-        let figure = format!("{rate:.0} tasks/s, {cpu:.1} µs CPU each, {ratio:.2} of the bare loop");
+        let micros = |of: fn(&Figures) -> Duration| median(figures.iter().map(|one| of(one).as_secs_f64() * 1e6));
+        let (cpu, broker) = (micros(|one| one.cpu), micros(|one| one.broker));
+        let figure = format!(
+            "{rate:.0} tasks/s, {cpu:.1} µs CPU each and {broker:.1} of the broker, {ratio:.2} of the bare loop"
+        );
         let target = matches!(subject, Subject::Worker | Subject::Quiet).then(|| at_least(TARGET, ratio));
         table.push(Row { what: format!("no-op: {}", subject.name()), figure, target });
     }
@@ -88,6 +94,7 @@ async fn measure(subject: Subject, tasks: usize) -> anyhow::Result<Figures> {
     let mut verdicts = client.subscribe("caf.exec.assign.v1.ack").await?;
     client.flush().await?;
     let verdicts = tokio::spawn(async move { verdicts.by_ref().take(tasks).count().await });
+    let idle = cpu_time(broker.id())?;
     let mut process = start(subject, &broker.url())?;
     let rate = tokio::time::timeout(Duration::from_secs(120), async {
         results.next().await.context("no result")?;
@@ -99,8 +106,10 @@ async fn measure(subject: Subject, tasks: usize) -> anyhow::Result<Figures> {
     let rate = rate.await.context("the work did not end within two minutes")??;
     ensure!(verdicts.await? == tasks, "a verdict is missing");
     let used = cpu_time(process.id().context("it has ended")?)?;
+    let of_broker = cpu_time(broker.id())?.saturating_sub(idle);
     process.kill().await?;
-    Ok(Figures { rate, cpu: used / u32::try_from(tasks)? })
+    let each = u32::try_from(tasks)?;
+    Ok(Figures { rate, cpu: used / each, broker: of_broker / each })
 }
 
 /// The worker makes the other streams itself; work has to wait somewhere before it runs.

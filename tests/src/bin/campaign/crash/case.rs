@@ -117,8 +117,8 @@ impl Stage {
         let nats = NatsServer::start();
         let mut crew = Vec::new();
         for number in 0..2 {
-            let points = [(VARIABLE, trap.socket(number))];
-            crew.push(Member::start_with(format!("worker-{number}"), root, &nats, &points).await);
+            let variables = [(VARIABLE, trap.socket(number)), ("WORKER_DLQ_EXHAUSTED", "true".to_owned())];
+            crew.push(Member::start_with(format!("worker-{number}"), root, &nats, &variables).await);
         }
         for member in &crew {
             member.worker.ready().await;

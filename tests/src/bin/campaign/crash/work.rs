@@ -1,4 +1,5 @@
-//! What runs in a crash sweep: every kind of block, as it succeeds and as it fails for good, and what is refused.
+//! What runs in a crash sweep: every kind of block, as it succeeds and as it fails for good, what runs out of attempts,
+//! and what is refused.
 
 use std::path::Path;
 
@@ -11,6 +12,8 @@ use serde_json::{Value, json};
 pub(crate) enum Work {
     Http,
     HttpFails,
+    /// Its attempts run out, where that makes a dead letter.
+    HttpExhausted,
     Put,
     Get,
     GetFails,
@@ -23,7 +26,7 @@ pub(crate) enum Work {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Success,
-    /// An error for good with this code, and a dead letter.
+    /// An error with this code, for good or out of attempts, and a dead letter.
     Error(u16),
     /// A verdict with this code, and a dead letter.
     Refusal(u16),
@@ -39,14 +42,24 @@ const DATABASE: &str = "sweep.db";
 const READ: &str = "read.txt";
 
 impl Work {
-    pub(crate) const ALL: [Self; 8] =
-        [Self::Http, Self::HttpFails, Self::Put, Self::Get, Self::GetFails, Self::Sql, Self::SqlFails, Self::Refused];
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Http,
+        Self::HttpFails,
+        Self::HttpExhausted,
+        Self::Put,
+        Self::Get,
+        Self::GetFails,
+        Self::Sql,
+        Self::SqlFails,
+        Self::Refused,
+    ];
 
     /// For people.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Http => "http",
             Self::HttpFails => "http-fails",
+            Self::HttpExhausted => "http-exhausted",
             Self::Put => "put",
             Self::Get => "get",
             Self::GetFails => "get-fails",
@@ -64,6 +77,7 @@ impl Work {
         match self {
             Self::Http => call("/ok"),
             Self::HttpFails => call("/status/404"),
+            Self::HttpExhausted => call("/status/503"),
             Self::Put => json!({"type": "fs.put", "path": path("written.txt"), "content": "something"}),
             Self::Get => json!({"type": "fs.get", "path": path(READ)}),
             Self::GetFails => json!({"type": "fs.get", "path": path("not-there.txt")}),
@@ -77,7 +91,7 @@ impl Work {
     pub(crate) const fn end(self) -> End {
         match self {
             Self::Http | Self::Put | Self::Get | Self::Sql => End::Success,
-            Self::HttpFails => End::Error(3003),
+            Self::HttpFails | Self::HttpExhausted => End::Error(3003),
             Self::GetFails | Self::SqlFails => End::Error(2001),
             Self::Refused => End::Refusal(1001),
         }
