@@ -11,9 +11,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{ASSIGN, DLQ, DLQ_RAW, Key, Kind, Router, assignment, escape, json as read};
-use beamline_tests::wait::SOON;
+use beamline_tests::router::{ASSIGN, DLQ, DLQ_RAW, Key, Kind, Router, Story, assignment, escape, json as read};
+use beamline_tests::wait::{SOON, until};
 use beamline_tests::worker::Worker;
+use futures::StreamExt;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -561,6 +562,71 @@ async fn ids_are_escaped_wherever_they_become_a_name() {
         let token = Key::from(&payload).token();
         assert!(rig.peer.hits("/ok").iter().any(|hit| hit.key() == token), "{token}");
     }
+}
+
+/// A name that means something to a broker or a file system, and what stands for it.
+const NAME: (&str, &str) = ("a.*>/$é", "a=2E=2A=3E=2F=24=C3=A9");
+
+#[tokio::test]
+async fn a_tenants_directory_has_its_escaped_name() {
+    let rig = Rig::start(&[]).await;
+    let (tenant, escaped) = NAME;
+    let payload = assignment(tenant, "put", rig.put("own.txt", "x"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+    assert_eq!(std::fs::read_to_string(rig.file_of(escaped, "own.txt")).unwrap(), "x");
+}
+
+#[tokio::test]
+async fn a_streams_subject_has_the_escaped_ids() {
+    let rig = Rig::start(&[]).await;
+    let (id, escaped) = NAME;
+    let mut chunks = rig.router.client().subscribe("caf.exec.stream.v1.>").await.unwrap();
+    rig.router.client().flush().await.unwrap();
+    let mut job = rig.call("/ok");
+    job["stream"] = json!(true);
+    let payload = assignment(id, id, job);
+    rig.router.submit(&payload).await;
+    let chunk = tokio::time::timeout(SOON, chunks.next()).await.expect("a chunk").expect("a chunk");
+    assert_eq!(chunk.subject.as_str(), format!("caf.exec.stream.v1.{escaped}.{escaped}"));
+}
+
+#[tokio::test]
+async fn refusals_cancels_and_requests_for_approval_are_kept_under_the_escaped_ids() {
+    let rig = Rig::start(&[]).await;
+    let (id, escaped) = NAME;
+    let mut refused = assignment(id, id, rig.call("/ok"));
+    refused["resources"] = json!({"pool": "gpu"});
+    let asks = json!({"type": "human.approval", "prompt": "?", "approvers": ["a@example.com"]});
+    for payload in [refused, assignment(id, id, asks)] {
+        rig.router.submit(&payload).await;
+    }
+    let kept = async |stream: &str, subject: &str| {
+        let subject = format!("{subject}.{escaped}.{escaped}");
+        until(&format!("{stream} has {subject}"), async || rig.router.last(stream, &subject).await.is_some()).await;
+    };
+    kept("CAF_EXEC_RESULT", "caf.exec.refused").await;
+    kept("KV_caf-approvals", "$KV.caf-approvals").await;
+    let cancel = json!({"version": "1", "tenant_id": id, "assignment_id": id}).to_string();
+    rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+    kept("KV_caf-cancel", "$KV.caf-cancel").await;
+    // The cancel meets what is kept under these names.
+    let cancelled = |story: &Story| story.results.iter().any(|result| read(result)["status"] == "cancelled");
+    rig.router.learn((id, id), "a cancelled result", |story| cancelled(story).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_workers_subjects_have_its_escaped_id() {
+    let rig = Rig::start(&[]).await;
+    let (id, escaped) = ("w.1 > *", "w=2E1=20=3E=20=2A");
+    let client = rig.router.client();
+    let mut reports = client.subscribe(format!("caf.worker.report.v1.{escaped}")).await.unwrap();
+    client.flush().await.unwrap();
+    let _worker = rig.another(id).start(&rig.nats).await;
+    let report = tokio::time::timeout(SOON, reports.next()).await.expect("a report").expect("a report");
+    assert_eq!(read(&report.payload)["worker"], id);
+    let told = client.request(format!("caf.worker.control.v1.{escaped}"), r#"{"pull":true}"#.into()).await;
+    assert_eq!(read(&told.expect("an answer").payload)["worker"], id);
 }
 
 // Whether it may run here.

@@ -590,6 +590,26 @@ async fn one_tenants_slow_peers_never_take_every_slot() {
 }
 
 #[tokio::test]
+async fn a_tenant_of_four_times_the_weight_has_four_times_the_slots() {
+    let policy = Policy::new("tenants: {named: [{id: heavy, weight: 4}, {id: light, weight: 1}]}");
+    // The slots for CPU work only widen the look-ahead, so that all of it waits in this worker.
+    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=1", "--cpu-pool-size=64"]).await;
+    rig.router.submit(&assignment("other", "blocks", rig.call("/gate/one"))).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    for number in 0..60 {
+        let tenant = if number % 2 == 0 { "light" } else { "heavy" };
+        let call = rig.call(&format!("/slow/40?{tenant}"));
+        rig.router.submit(&assignment(tenant, &format!("{tenant}-{number}"), call)).await;
+    }
+    until("all wait", async || rig.worker.metric(r#"worker_pool_queue_depth{pool="io"}"#).await == 60.0).await;
+    rig.peer.open("one");
+    let first = rig.peer.arrived("/slow", 30).await;
+    let heavy = first.iter().take(30).filter(|hit| hit.path.ends_with("?heavy")).count();
+    // 24 where each takes as long as the others; what counts is the time that they really took.
+    assert!((20..=27).contains(&heavy), "{heavy} of the first 30");
+}
+
+#[tokio::test]
 async fn an_assignment_without_a_priority_has_its_tenants() {
     let policy = Policy::new("tenants: {defaults: {priority: 2}, named: [{id: vip, priority: 8}]}");
     let rig = Rig::start(&[&policy.flag(), "--io-pool-size=1"]).await;
