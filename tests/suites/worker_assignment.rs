@@ -118,6 +118,20 @@ async fn a_broken_rule_is_refused_with_its_code_and_names_the_field() {
     assert!(rig.router.heard().iter().all(|heard| heard.kind != Kind::Result), "nothing was executed");
 }
 
+#[tokio::test]
+async fn a_field_whose_name_is_nearly_the_whole_message_is_refused_as_well() {
+    let rig = Rig::start(&[]).await;
+    let mut job = rig.call("/never");
+    // A verdict says its message twice: whole, this name would make it larger than the broker takes.
+    job["headers"] = json!({"x".repeat(900_000): 5});
+    let payload = assignment("acme", "long-name", job);
+    rig.router.submit(&payload).await;
+    let verdict = rig.router.verdict(&payload).await;
+    assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(1003)));
+    assert!(verdict["message"].as_str().unwrap().starts_with("/job/headers/xxx"), "{verdict}");
+    assert_eq!(rig.router.letter(&payload).await["stage"], "decode");
+}
+
 /// Rejected, not retryable, kept whole as a dead letter of stage `decode`, all with the same code and words.
 async fn refused(router: &Router, payload: &Value, code: u16, pointer: &str) {
     let (id, request) = (payload["assignment_id"].clone(), payload["request_id"].clone());

@@ -81,9 +81,13 @@ pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A key as one step of a JSON pointer.
+/// How much of a key stands in a message: the key may be as long as the assignment, and a verdict says it twice.
+const SHOWN_KEY_BYTES: usize = 256;
+
+/// A key as one step of a JSON pointer; a long one is cut.
 pub fn pointer_step(key: &str) -> String {
-    key.replace('~', "~0").replace('/', "~1")
+    let shown = key.get(..key.floor_char_boundary(SHOWN_KEY_BYTES)).unwrap_or_default();
+    shown.replace('~', "~0").replace('/', "~1")
 }
 
 /// What the Router publishes on [`ASSIGN`]. Unknown fields are ignored here and kept in a dead letter.
@@ -665,6 +669,12 @@ mod tests {
     fn a_token_keeps_plain_names_and_escapes_the_rest() {
         assert_eq!(escape("acme-1_B"), "acme-1_B");
         assert_eq!(escape("a.b*>= é"), "a=2Eb=2A=3E=3D=20=C3=A9");
+    }
+
+    #[test]
+    fn a_key_in_a_pointer_is_escaped_and_cut_between_characters() {
+        assert_eq!(pointer_step("a/b~c"), "a~1b~0c");
+        assert_eq!(pointer_step(&format!("x{}", "é".repeat(500_000))), format!("x{}", "é".repeat(127)));
     }
 
     #[test]

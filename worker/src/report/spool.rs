@@ -96,11 +96,18 @@ impl Spool {
 /// A file is there whole or not at all.
 fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let temp = path.with_extension("tmp");
-    let mut file = File::create(&temp)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&temp, path)?;
+    if let Err(error) = write(&temp, content).and_then(|()| std::fs::rename(&temp, path)) {
+        // What could not be kept must not fill the disk.
+        let _ = std::fs::remove_file(&temp);
+        return Err(error);
+    }
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(content)?;
+    file.sync_all()
 }
 
 #[cfg(test)]
@@ -144,6 +151,17 @@ mod tests {
         }
         assert!(spool.kept().unwrap().is_empty());
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn what_could_not_be_kept_takes_no_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let spool = Spool::open(directory.path().to_owned()).unwrap();
+        let file = spool.file_of(&outcome("a"));
+        std::fs::create_dir(&file).unwrap();
+        assert!(spool.keep(&outcome("a")).is_err());
+        let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(left, [file]);
     }
 
     #[test]
