@@ -100,8 +100,9 @@ pub struct Tls {
     pub key_secret_ref: Option<SecretKeyRef>,
 }
 
-/// The streams that keep assignments, results and dead letters. These settings count when a stream is created: the
-/// operator never alters or deletes one that exists.
+/// The streams that keep assignments, results and dead letters. Pools that share streams have one that governs them, the
+/// first that managed them: what it says here is done also when it changes. What is left out has its default when a
+/// stream is created, and is the administrator's afterwards. Storage is never altered, and no stream is deleted.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -111,7 +112,8 @@ pub struct Tls {
         .message("nats.streams.deadLetterRetention: must be at least 1h")
 )]
 pub struct Streams {
-    /// Whether the operator creates the streams and the consumer that are missing. With false it only compares them.
+    /// Whether the operator creates the streams and consumers that are missing and governs them. With false it only
+    /// compares them.
     /// Default: true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub manage: Option<bool>,

@@ -72,7 +72,7 @@ pub struct Queue {
     #[schemars(length(max = 32))]
     pub completions_per_second: Option<String>,
 
-    /// Seconds until nothing is left, if it goes on like this. Absent while the queue does not shrink.
+    /// Seconds that what waits and runs now takes at this rate of completions. Absent while nothing ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_eta_seconds: Option<i64>,
 

@@ -55,7 +55,7 @@ pub enum BrokerError {
     },
     /// Something exists with another setting.
     #[error(
-        "{what}: field {field} is {found} but must be {wanted}; alter or remove it by hand, the operator never alters what exists"
+        "{what}: field {field} is {found} but must be {wanted}; alter or remove it by hand, the operator never alters this"
     )]
     Mismatch {
         /// Stream or consumer.
@@ -78,6 +78,16 @@ pub enum BrokerError {
     Unmanaged {
         /// Stream or consumer.
         what: String,
+    },
+    /// A stream keeps what a core queue group gets.
+    #[error(
+        "nats.delivery is Core, and stream {stream} keeps all that comes on {subject} too; drain and remove it, or use another subject"
+    )]
+    Captured {
+        /// Subject of both.
+        subject: String,
+        /// Name of the stream.
+        stream: String,
     },
     /// Another consumer already takes the subject: a message is for one of them only.
     #[error(
@@ -113,12 +123,12 @@ impl BrokerError {
             Self::Refused { .. } => reason::NATS_REFUSED,
             Self::Mismatch { .. } => reason::STREAM_MISMATCH,
             Self::Missing { .. } | Self::Unmanaged { .. } => reason::STREAM_MISSING,
-            Self::Taken { .. } => reason::SUBJECT_TAKEN,
+            Self::Taken { .. } | Self::Captured { .. } => reason::SUBJECT_TAKEN,
         }
     }
 }
 
-fn chain(error: &dyn StdError) -> String {
+pub(crate) fn chain(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -140,6 +150,11 @@ pub struct Broker {
 }
 
 impl Broker {
+    /// Whether the server keeps anything.
+    pub fn has_jetstream(&self) -> bool {
+        self.client.server_info().jetstream
+    }
+
     /// JetStream, where the connection is up. A request on one that is down would only wait for its timeout.
     pub fn jetstream(&self) -> Result<&Context, BrokerError> {
         match self.client.connection_state() {
@@ -213,7 +228,7 @@ impl Brokers {
 }
 
 /// A name without dots means a Service of the pool's namespace, as its workers see it; from here it needs the rest.
-fn qualified(url: &str, namespace: &str) -> String {
+pub(crate) fn qualified(url: &str, namespace: &str) -> String {
     let Some((scheme, address)) = url.split_once("://") else { return url.to_owned() };
     let (host, port) =
         address.split_once(':').map_or((address, String::new()), |(host, port)| (host, format!(":{port}")));

@@ -26,6 +26,7 @@ use crate::error::{Error, explain, explain_watch};
 use crate::events::Events;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
+use crate::neighbours::{self, Neighbours};
 use crate::observe::Caches;
 use crate::reconcile::reconcile;
 use crate::signals::Signals;
@@ -79,7 +80,10 @@ pub async fn run(
     let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
     let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
     let memory = Arc::<Memory>::default();
-    let (signals, readings) = Signals::new(Brokers::new(client.clone()), pools.clone(), Arc::clone(&memory));
+    let cluster = Box::pin(neighbours::this_cluster()).await;
+    let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
+    let (signals, readings) =
+        Signals::new(Brokers::new(client.clone()), pools.clone(), neighbours, Arc::clone(&memory));
     let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
     let events = Events::new(client.clone());
     let context = Arc::new(Context {

@@ -13,7 +13,9 @@ pub mod apply; // making it so
 pub mod status; // saying how it went
 
 pub mod signals; // what the broker says about each pool
+pub mod rates; // how fast it comes and goes
 pub mod streams; // what the broker must keep
+pub mod neighbours; // other pools on the same broker
 pub mod broker; // connections to it
 pub mod secrets; // what they are opened with
 

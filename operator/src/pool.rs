@@ -17,7 +17,7 @@ pub use crds::{
     Delivery, EgressPolicy, ImagePullPolicy, InlineConnections, Resources, SecretKeyRef, SqlConnection, Storage,
     Tenants, Tls,
 };
-pub use nats::{Nats, Streams};
+pub use nats::{Explicit, Nats, Streams, meeting_point};
 pub use worker::{Egress, Root, RootVolume, Sql, Worker};
 
 /// What a node drain may take where a spec says nothing.

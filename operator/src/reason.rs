@@ -15,6 +15,15 @@ pub const QUEUE_READ: &str = "QueueRead";
 /// Streams and consumer are as they must be.
 pub const STREAMS_MATCH: &str = "StreamsMatch";
 
+/// There is no queue to read: a core queue group keeps nothing.
+pub const NO_QUEUE: &str = "NoQueue";
+/// The queue is read, and other pools take from it too.
+pub const QUEUE_SHARED: &str = "QueueShared";
+/// Streams can be used, and one has another setting than the pool says.
+pub const SETTINGS_DIFFER: &str = "SettingsDiffer";
+/// Streams can be used, and work waits for GPU slots that no pool has any more.
+pub const ROUTE_NOT_DRAINED: &str = "RouteNotDrained";
+
 /// The broker was asked for the first time and has not answered.
 pub const ASKING_NATS: &str = "AskingNats";
 /// A Secret, or a key of it, is missing or holds something else.

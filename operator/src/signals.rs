@@ -4,17 +4,14 @@
 //! It also keeps the streams, since the same connection does both. An unreadable queue is not an empty one: the last
 //! numbers stay, marked as old.
 
+mod queue; // the numbers
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::jetstream::Context;
-use async_nats::jetstream::context::ConsumerInfoErrorKind;
-use async_nats::jetstream::stream::Info;
 use beamline_crds::Queue;
-use futures::TryStreamExt;
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -22,9 +19,11 @@ use tokio::time::Instant;
 use crate::broker::{BrokerError, Brokers, Shared};
 use crate::controller::Watched;
 use crate::memory::Memory;
-use crate::pool::{Nats, ValidPool};
+use crate::neighbours::Neighbours;
+use crate::pool::{Delivery, Nats, ValidPool};
+use crate::rates::Window;
 use crate::scale::Decisions;
-use crate::streams::{self, DEAD_LETTER_SUBJECT, DEAD_LETTERS};
+use crate::streams::{self, Demand, Remark};
 
 /// How often a healthy broker is asked.
 const POLL: Duration = Duration::from_secs(2);
@@ -33,27 +32,44 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long a connection is used before its Secrets are read again.
 const SECRETS_AGE: Duration = Duration::from_secs(60);
 
+/// How often streams that were in order are looked at again.
+const STREAMS_AGE: Duration = Duration::from_secs(10);
+
 /// What the broker said about a pool; `None` where it was not asked yet.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reading {
     /// The queue when it was last readable.
     pub queue: Option<Queue>,
-    /// Whether it is readable now.
-    pub readable: Option<Result<(), BrokerError>>,
-    /// Whether the streams and the consumer are as they must be.
-    pub streams: Option<Result<(), BrokerError>>,
+    /// The GPU route when it was last readable.
+    pub route: Option<Route>,
+    /// Whether there is a queue, and whether it is readable now.
+    pub readable: Option<Result<Readable, BrokerError>>,
+    /// Whether streams and consumers are as they must be, with what is worth saying when they are.
+    pub streams: Option<Result<Vec<Remark>, BrokerError>>,
 }
 
-/// What is asked for a pool.
-#[derive(Clone, Debug, PartialEq)]
-struct Question {
-    namespace: String,
-    nats: Nats,
-    max_ack_pending: i64,
+/// Whose numbers a queue's are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readable {
+    /// The pool's own.
+    Own,
+    /// Of these pools too, by namespace/name.
+    Shared(Vec<String>),
+    /// Nobody's: a core queue group keeps nothing.
+    NoQueue,
+}
+
+/// The work that waits for GPU slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// That no worker has taken yet.
+    pub pending: i64,
+    /// That workers hold.
+    pub in_flight: i64,
 }
 
 struct Followed {
-    question: watch::Sender<Question>,
+    demand: watch::Sender<Demand>,
     reading: Arc<Mutex<Reading>>,
 }
 
@@ -61,6 +77,7 @@ struct Followed {
 pub struct Signals {
     brokers: Brokers,
     pools: Store<Watched>,
+    neighbours: Neighbours,
     memory: Arc<Memory>,
     followed: Mutex<HashMap<ObjectRef<Watched>, Followed>>,
     changed: UnboundedSender<ObjectRef<Watched>>,
@@ -71,10 +88,11 @@ impl Signals {
     pub fn new(
         brokers: Brokers,
         pools: Store<Watched>,
+        neighbours: Neighbours,
         memory: Arc<Memory>,
     ) -> (Arc<Self>, UnboundedReceiver<ObjectRef<Watched>>) {
         let (changed, changes) = unbounded();
-        (Arc::new(Self { brokers, pools, memory, followed: Mutex::default(), changed }), changes)
+        (Arc::new(Self { brokers, pools, neighbours, memory, followed: Mutex::default(), changed }), changes)
     }
 
     /// What was last heard about a pool.
@@ -86,72 +104,92 @@ impl Signals {
     /// Keeps asking about this pool until it is gone; takes over what changed in it.
     pub fn follow(self: &Arc<Self>, pool: &ValidPool, decisions: &Decisions) {
         let reference = ObjectRef::new(&pool.name).within(&pool.namespace);
-        let question = Question {
+        let demand = Demand {
             namespace: pool.namespace.clone(),
+            name: pool.name.clone(),
             nats: pool.nats.clone(),
-            max_ack_pending: streams::max_ack_pending(decisions.general.desired, pool.general.slots.total()),
+            max_ack_pending: streams::max_ack_pending(pool, decisions),
         };
         let mut all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(followed) = all.get(&reference) {
-            followed.question.send_if_modified(|current| {
-                let differs = *current != question;
-                *current = question;
+            followed.demand.send_if_modified(|current| {
+                let differs = *current != demand;
+                *current = demand;
                 differs
             });
             return;
         }
-        let (sender, receiver) = watch::channel(question);
+        let (sender, receiver) = watch::channel(demand);
         let reading = Arc::<Mutex<Reading>>::default();
         tokio::spawn(Arc::clone(self).listen(reference.clone(), receiver, Arc::clone(&reading)));
-        all.insert(reference, Followed { question: sender, reading });
+        all.insert(reference, Followed { demand: sender, reading });
     }
 
     async fn listen(
         self: Arc<Self>,
         pool: ObjectRef<Watched>,
-        mut question: watch::Receiver<Question>,
+        mut demand: watch::Receiver<Demand>,
         reading: Arc<Mutex<Reading>>,
     ) {
         let mut line = Line::default();
         while self.pools.get(&pool).is_some() {
-            let asked = question.borrow_and_update().clone();
+            let asked = demand.borrow_and_update().clone();
             let pause = match self.ask(&asked, &mut line).await {
                 Ok(answer) => self.heard(&pool, &reading, answer),
-                Err(error) => self.unheard(&pool, &reading, &error),
+                Err(error) => {
+                    line.hang_up();
+                    self.unheard(&pool, &reading, &error)
+                }
             };
-            // A changed question is asked at once; the sender lives as long as this pool is followed.
-            let _ = tokio::time::timeout(pause, question.changed()).await;
+            // A changed demand is looked at at once; the sender lives as long as this pool is followed.
+            let _ = tokio::time::timeout(pause, demand.changed()).await;
         }
         self.forget(&pool);
     }
 
-    async fn ask(&self, question: &Question, line: &mut Line) -> Result<Answer, BrokerError> {
-        let shared = line.open(&self.brokers, question).await?;
+    async fn ask(&self, demand: &Demand, line: &mut Line) -> Result<Answer, BrokerError> {
+        let shared = line.open(&self.brokers, demand).await?;
         let Some(broker) = shared.get() else {
-            return Err(BrokerError::Unreachable { url: question.nats.url.clone(), why: "not connected".to_owned() });
+            return Err(BrokerError::Unreachable { url: demand.nats.url.clone(), why: "not connected".to_owned() });
         };
         let jetstream = broker.jetstream()?;
-        let streams = streams::ensure(jetstream, &question.nats, question.max_ack_pending).await;
-        Ok(Answer {
-            streams: streams.map_err(|error| self.naming_the_pool(error, question)),
-            queue: queue(jetstream, &question.nats).await,
-        })
+        if demand.nats.delivery == Delivery::Core && !broker.has_jetstream() {
+            return Ok(Answer { streams: Ok(Vec::new()), queue: Ok(None), readable: Readable::NoQueue });
+        }
+        let sharing = self.neighbours.sharing(demand);
+        let streams = match line.still_in_order(demand) {
+            Some(remarks) => Ok(remarks),
+            None => streams::ensure(jetstream, &self.with_those_of(demand, &sharing), &self.neighbours).await,
+        };
+        let queue = match demand.nats.delivery {
+            Delivery::Core => Ok(None),
+            Delivery::JetStream => queue::read(jetstream, &demand.nats, &mut line.window).await.map(Some),
+        };
+        line.found(demand, streams.as_ref().ok().filter(|_| queue.is_ok()));
+        let readable = match queue {
+            Ok(None) => Readable::NoQueue,
+            _ if sharing.is_empty() => Readable::Own,
+            _ => Readable::Shared(sharing),
+        };
+        Ok(Answer { streams: streams.map_err(|error| self.naming_the_pool(error, demand)), queue, readable })
+    }
+
+    /// The broker counts what the workers of all pools hold that take from one queue.
+    fn with_those_of(&self, demand: &Demand, sharing: &[String]) -> Demand {
+        let all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = all.iter().filter(|(pool, _)| {
+            let name = format!("{}/{}", pool.namespace.as_deref().unwrap_or_default(), pool.name);
+            sharing.contains(&name)
+        });
+        let max_ack_pending =
+            others.fold(demand.max_ack_pending, |sum, (_, other)| sum.plus(other.demand.borrow().max_ack_pending));
+        Demand { max_ack_pending, ..demand.clone() }
     }
 
     /// A subject that is taken is usually taken by another pool of ours.
-    fn naming_the_pool(&self, error: BrokerError, question: &Question) -> BrokerError {
+    fn naming_the_pool(&self, error: BrokerError, demand: &Demand) -> BrokerError {
         let BrokerError::Taken { subject, group, pool: None } = error else { return error };
-        let all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
-        let has_it = |followed: &Followed| {
-            let Nats { url, subject, queue_group, .. } = &followed.question.borrow().nats;
-            (url, subject, queue_group) == (&question.nats.url, &question.nats.subject, &group)
-        };
-        // Several may share it. The sentence must not change from one time to the next.
-        let pool = all
-            .iter()
-            .filter(|(_, followed)| has_it(followed))
-            .map(|(pool, _)| format!("{}/{}", pool.namespace.as_deref().unwrap_or_default(), pool.name))
-            .min();
+        let pool = self.neighbours.holder(demand, &group);
         BrokerError::Taken { subject, group, pool }
     }
 
@@ -159,8 +197,12 @@ impl Signals {
         let pause = if answer.queue.is_ok() { POLL } else { RETRY };
         self.update(pool, reading, |reading| {
             reading.streams = Some(answer.streams);
-            reading.readable = Some(answer.queue.as_ref().map(|_| ()).map_err(Clone::clone));
-            reading.queue = answer.queue.ok().or_else(|| reading.queue.take());
+            reading.readable = Some(answer.queue.as_ref().map(|_| answer.readable).map_err(Clone::clone));
+            match answer.queue {
+                Ok(Some((queue, route))) => (reading.queue, reading.route) = (Some(queue), route),
+                Ok(None) => (reading.queue, reading.route) = (None, None),
+                Err(_) => {}
+            }
         });
         pause
     }
@@ -169,7 +211,7 @@ impl Signals {
         self.update(pool, reading, |reading| {
             reading.readable = Some(Err(error.clone()));
             // Streams that were found in order are still taken to be: nothing says otherwise.
-            if !matches!(reading.streams, Some(Ok(()))) {
+            if !matches!(reading.streams, Some(Ok(_))) {
                 reading.streams = Some(Err(error.clone()));
             }
         });
@@ -197,69 +239,48 @@ fn lock(reading: &Mutex<Reading>) -> std::sync::MutexGuard<'_, Reading> {
 }
 
 struct Answer {
-    streams: Result<(), BrokerError>,
-    queue: Result<Queue, BrokerError>,
+    streams: Result<Vec<Remark>, BrokerError>,
+    queue: Result<Option<(Queue, Option<Route>)>, BrokerError>,
+    readable: Readable,
 }
 
-/// The connection that a task uses, and since when.
+/// What the task of a pool keeps from one question to the next.
 #[derive(Default)]
 struct Line {
     current: Option<(Shared, Nats, Instant)>,
+    window: Window,
+    in_order: Option<(Demand, Vec<Remark>, Instant)>,
 }
 
 impl Line {
-    async fn open(&mut self, brokers: &Brokers, question: &Question) -> Result<Shared, BrokerError> {
+    async fn open(&mut self, brokers: &Brokers, demand: &Demand) -> Result<Shared, BrokerError> {
         if let Some((shared, nats, since)) = &self.current
-            && *nats == question.nats
+            && *nats == demand.nats
             && since.elapsed() < SECRETS_AGE
         {
             return Ok(Arc::clone(shared));
         }
-        let shared = brokers.connection(&question.namespace, &question.nats).await?;
-        self.current = Some((Arc::clone(&shared), question.nats.clone(), Instant::now()));
+        let shared = brokers.connection(&demand.namespace, &demand.nats).await?;
+        self.current = Some((Arc::clone(&shared), demand.nats.clone(), Instant::now()));
         Ok(shared)
     }
-}
 
-async fn queue(jetstream: &Context, nats: &Nats) -> Result<Queue, BrokerError> {
-    let (stream_name, group) = (streams::intake_stream(&nats.subject), &nats.queue_group);
-    let stream = jetstream.get_stream(&stream_name).await.map_err(|error| match error.kind() {
-        kind if streams::is_missing(&kind) => BrokerError::Missing { what: format!("stream {stream_name}") },
-        _ => BrokerError::unanswered(format!("for stream {stream_name}"), &error),
-    })?;
-    let consumer = stream.consumer_info(group).await.map_err(|error| {
-        let what = format!("consumer {group} of stream {stream_name}");
-        match error.kind() {
-            ConsumerInfoErrorKind::NotFound => BrokerError::Missing { what },
-            _ => BrokerError::unanswered(format!("for {what}"), &error),
-        }
-    })?;
-    let pending = i64::try_from(consumer.num_pending).unwrap_or(i64::MAX);
-    let in_flight = i64::try_from(consumer.num_ack_pending).unwrap_or(i64::MAX);
-    let depth = pending.saturating_add(in_flight);
-    Ok(Queue {
-        depth,
-        pending,
-        in_flight,
-        oldest_since: (depth > 0).then(|| oldest(stream.cached_info())).flatten(),
-        dead_letters: dead_letters(jetstream).await?,
-        ..Queue::default()
-    })
-}
-
-/// A work-queue stream keeps nothing that is finished, so that its first message is the oldest unfinished one.
-fn oldest(intake: &Info) -> Option<Time> {
-    if intake.state.messages == 0 {
-        return None;
+    /// The next question reads the Secrets again: they may have been rotated, and the old ones revoked.
+    fn hang_up(&mut self) {
+        self.current = None;
     }
-    jiff::Timestamp::from_second(intake.state.first_timestamp.unix_timestamp()).ok().map(Time)
-}
 
-async fn dead_letters(jetstream: &Context) -> Result<i64, BrokerError> {
-    let unanswered =
-        |error: &dyn std::error::Error| BrokerError::unanswered(format!("for stream {DEAD_LETTERS}"), error);
-    let stream = jetstream.get_stream_no_info(DEAD_LETTERS).await.map_err(|error| unanswered(&error))?;
-    let counts = stream.info_with_subjects(DEAD_LETTER_SUBJECT).await.map_err(|error| unanswered(&error))?;
-    let counts: Vec<(String, usize)> = counts.try_collect().await.map_err(|error| unanswered(&error))?;
-    Ok(counts.into_iter().map(|(_, count)| i64::try_from(count).unwrap_or(i64::MAX)).sum())
+    /// What was remarked lately, when nothing was wrong and the same was asked.
+    fn still_in_order(&self, demand: &Demand) -> Option<Vec<Remark>> {
+        let (asked, remarks, since) = self.in_order.as_ref()?;
+        (asked == demand && since.elapsed() < STREAMS_AGE).then(|| remarks.clone())
+    }
+
+    fn found(&mut self, demand: &Demand, remarks: Option<&Vec<Remark>>) {
+        self.in_order = match (remarks, self.in_order.take()) {
+            (None, _) => None,
+            (Some(_), Some(known)) if known.0 == *demand && known.2.elapsed() < STREAMS_AGE => Some(known),
+            (Some(remarks), _) => Some((demand.clone(), remarks.clone(), Instant::now())),
+        };
+    }
 }

@@ -17,7 +17,7 @@ use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::names;
 use crate::error::Error;
 use crate::reconcile::Converged;
-use crate::signals::Reading;
+use crate::signals::{Readable, Reading};
 
 use class::ClassState;
 pub use conditions::ready;
@@ -44,8 +44,12 @@ pub fn compute(
     now: Timestamp,
 ) -> WorkerPoolStatus {
     let counts = match outcome {
-        Ok(converged) => Counts::of(converged),
+        Ok(converged) => Counts::of(converged, before, reading),
         Err(_) => Counts::kept(before),
+    };
+    let queue = match &reading.readable {
+        Some(Ok(Readable::NoQueue)) => None,
+        _ => reading.queue.clone().or_else(|| before.queue.clone()),
     };
     WorkerPoolStatus {
         observed_generation: pool.metadata.generation,
@@ -53,7 +57,7 @@ pub fn compute(
         ready_replicas: counts.ready,
         desired_replicas: counts.desired,
         selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
-        queue: reading.queue.clone().or_else(|| before.queue.clone()),
+        queue,
         scaling: counts.scaling,
         gpu: counts.gpu,
         conditions: conditions::conditions(pool, before, outcome, reading, now),
@@ -69,9 +73,14 @@ struct Counts {
 }
 
 impl Counts {
-    fn of(converged: &Converged) -> Self {
+    fn of(converged: &Converged, before: &WorkerPoolStatus, reading: &Reading) -> Self {
         let general = ClassState::general(converged);
         let gpu = converged.decisions.gpu.zip(ClassState::gpu(converged));
+        let (pending, in_flight) = match (&reading.readable, reading.route) {
+            (_, Some(route)) => (Some(route.pending), Some(route.in_flight)),
+            (Some(Ok(Readable::NoQueue)), None) => (None, None),
+            (_, None) => before.gpu.as_ref().map_or((None, None), |gpu| (gpu.pending, gpu.in_flight)),
+        };
         Self {
             replicas: general.exist,
             ready: general.ready,
@@ -82,8 +91,8 @@ impl Counts {
                 ready_replicas: state.ready,
                 desired_replicas: state.desired,
                 limited_by: decision.limited_by,
-                pending: None,
-                in_flight: None,
+                pending,
+                in_flight,
             }),
         }
     }
@@ -136,7 +145,11 @@ fn due(before: &WorkerPoolStatus, next: &WorkerPoolStatus, since: Option<Duratio
     if before == next {
         return Due::Nothing;
     }
-    let without_numbers = |status: &WorkerPoolStatus| WorkerPoolStatus { queue: None, ..status.clone() };
+    let without_numbers = |status: &WorkerPoolStatus| WorkerPoolStatus {
+        queue: None,
+        gpu: status.gpu.clone().map(|gpu| GpuStatus { pending: None, in_flight: None, ..gpu }),
+        ..status.clone()
+    };
     let numbers_only = without_numbers(before) == without_numbers(next);
     match since.and_then(|since| NUMBERS_EVERY.checked_sub(since)) {
         Some(rest) if numbers_only && !started_or_ended(before.queue.as_ref(), next.queue.as_ref()) => Due::In(rest),

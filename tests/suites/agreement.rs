@@ -56,6 +56,8 @@ fn expect_the_same_streams(nats: Value) {
     assert_eq!(streams::control_consumer(), expected::control_consumer());
     let consumer = expected::consumer(&source);
     assert_eq!(streams::consumer(&pool.nats, consumer.max_ack_pending), consumer);
+    let route = expected::route_consumer(&source);
+    assert_eq!(streams::route_consumer(&pool.nats, route.max_ack_pending), route);
 }
 
 #[test]

@@ -50,6 +50,26 @@ pub struct Streams {
     pub result_max_messages: i64,
     /// Age at which a dead letter goes.
     pub dead_letter_retention: Duration,
+    /// What the spec itself says of them.
+    pub explicit: Explicit,
+}
+
+/// What a spec says about streams that may exist already; the rest of them is the administrator's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Explicit {
+    /// Servers that keep each stream.
+    pub replicas: Option<usize>,
+    /// Age at which a result goes.
+    pub result_retention: Option<Duration>,
+    /// Results kept at most.
+    pub result_max_messages: Option<i64>,
+    /// Age at which a dead letter goes.
+    pub dead_letter_retention: Option<Duration>,
+}
+
+/// Where a pool's workers meet: subject and queue group.
+pub fn meeting_point(nats: &crds::Nats) -> (&str, &str) {
+    (nats.subject.as_deref().unwrap_or(SUBJECT), nats.queue_group.as_deref().unwrap_or(QUEUE_GROUP))
 }
 
 pub(super) fn nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
@@ -78,21 +98,24 @@ pub(super) fn nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
 fn kept(streams: crds::Streams) -> Result<Streams, InvalidPool> {
     let crds::Streams { manage, replicas, storage, result_retention, result_max_messages, dead_letter_retention } =
         streams;
+    let explicit = Explicit {
+        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()),
+        result_retention: duration("nats.streams.resultRetention", result_retention)?,
+        result_max_messages,
+        dead_letter_retention: duration("nats.streams.deadLetterRetention", dead_letter_retention)?,
+    };
     Ok(Streams {
         manage: manage.unwrap_or(true),
-        replicas: replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(STREAM_REPLICAS),
+        replicas: explicit.replicas.unwrap_or(STREAM_REPLICAS),
         storage: storage.unwrap_or(Storage::File),
-        result_retention: duration("nats.streams.resultRetention", result_retention, RESULT_RETENTION)?,
+        result_retention: explicit.result_retention.unwrap_or(RESULT_RETENTION),
         result_max_messages: result_max_messages.unwrap_or(RESULT_MAX_MESSAGES),
-        dead_letter_retention: duration(
-            "nats.streams.deadLetterRetention",
-            dead_letter_retention,
-            DEAD_LETTER_RETENTION,
-        )?,
+        dead_letter_retention: explicit.dead_letter_retention.unwrap_or(DEAD_LETTER_RETENTION),
+        explicit,
     })
 }
 
-fn duration(field: &'static str, value: Option<String>, default: Duration) -> Result<Duration, InvalidPool> {
-    let Some(value) = value else { return Ok(default) };
-    humantime::parse_duration(&value).map_err(|_| InvalidPool::Duration { field, value })
+fn duration(field: &'static str, value: Option<String>) -> Result<Option<Duration>, InvalidPool> {
+    let Some(value) = value else { return Ok(None) };
+    humantime::parse_duration(&value).map(Some).map_err(|_| InvalidPool::Duration { field, value })
 }

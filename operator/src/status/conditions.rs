@@ -10,7 +10,8 @@ use crate::broker::BrokerError;
 use crate::error::Error;
 use crate::reason;
 use crate::reconcile::Converged;
-use crate::signals::Reading;
+use crate::signals::{Readable, Reading};
+use crate::streams::Remark;
 
 /// As long as a sentence in a condition may be.
 const LONGEST_MESSAGE: usize = 1024;
@@ -48,14 +49,8 @@ pub(super) fn conditions(
     reading: &Reading,
     now: Timestamp,
 ) -> Vec<Condition> {
-    let queue = answer(
-        before,
-        "QueueReadable",
-        reading.readable.as_ref(),
-        Verdict::yes(reason::QUEUE_READ, "the broker answers"),
-    );
-    let fine = Verdict::yes(reason::STREAMS_MATCH, "streams and consumer are as they must be");
-    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), fine);
+    let queue = answer(before, "QueueReadable", reading.readable.as_ref(), queue_read);
+    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), |remarks| streams_match(remarks));
     let verdicts = [
         ("Ready", readiness(outcome, [&streams, &queue])),
         ("Progressing", progress(outcome)),
@@ -115,10 +110,36 @@ fn in_words(classes: &[ClassState<'_>]) -> String {
     classes.iter().map(ClassState::in_words).collect::<Vec<_>>().join(", ")
 }
 
+fn queue_read(readable: &Readable) -> Verdict {
+    match readable {
+        Readable::Own => Verdict::yes(reason::QUEUE_READ, "the broker answers"),
+        Readable::Shared(others) => {
+            let message = format!("the queue and its numbers are shared with {}", others.join(", "));
+            Verdict::yes(reason::QUEUE_SHARED, message)
+        }
+        Readable::NoQueue => {
+            Verdict::yes(reason::NO_QUEUE, "nats.delivery is Core: nothing waits in a queue, and there is no depth")
+        }
+    }
+}
+
+fn streams_match(remarks: &[Remark]) -> Verdict {
+    let Some(first) = remarks.first() else {
+        return Verdict::yes(reason::STREAMS_MATCH, "streams and consumer are as they must be");
+    };
+    let all: Vec<_> = remarks.iter().map(Remark::to_string).collect();
+    Verdict::yes(first.reason(), all.join("; "))
+}
+
 /// What the broker says; before it says anything, what it said to an earlier operator.
-fn answer(before: &WorkerPoolStatus, type_: &str, answer: Option<&Result<(), BrokerError>>, fine: Verdict) -> Verdict {
+fn answer<T>(
+    before: &WorkerPoolStatus,
+    type_: &str,
+    answer: Option<&Result<T, BrokerError>>,
+    fine: impl FnOnce(&T) -> Verdict,
+) -> Verdict {
     match answer {
-        Some(Ok(())) => fine,
+        Some(Ok(answer)) => fine(answer),
         Some(Err(error)) => Verdict::no(error.reason(), error.to_string()),
         None => match find(before, type_) {
             Some(before) => Verdict::new(&before.status, &before.reason, &before.message),

@@ -14,6 +14,8 @@ use crate::broker::BrokerError;
 use crate::pool::InvalidPool;
 use crate::pool::tests::stored;
 use crate::scale::{Decisions, GpuDecision};
+use crate::signals::Route;
+use crate::streams::Remark;
 
 const NOON: i64 = 1_795_608_000;
 
@@ -67,7 +69,12 @@ fn container(state: serde_json::Value) -> serde_json::Value {
 }
 
 fn healthy() -> Reading {
-    Reading { queue: Some(Queue::default()), readable: Some(Ok(())), streams: Some(Ok(())) }
+    Reading {
+        queue: Some(Queue::default()),
+        route: None,
+        readable: Some(Ok(Readable::Own)),
+        streams: Some(Ok(Vec::new())),
+    }
 }
 
 fn lost() -> BrokerError {
@@ -153,7 +160,7 @@ fn a_pool_without_a_ready_worker_is_not_ready() {
 #[test]
 fn a_lost_broker_keeps_the_last_numbers_and_says_so() {
     let queue = Queue { depth: 5, pending: 5, ..Queue::default() };
-    let reading = Reading { queue: Some(queue.clone()), readable: Some(Err(lost())), streams: Some(Ok(())) };
+    let reading = Reading { queue: Some(queue.clone()), readable: Some(Err(lost())), ..healthy() };
     let message = "no connection to nats://nats:4222: connection refused";
     says(&workers(2, 2), &reading, "QueueReadable", ("False", "NatsUnreachable", message));
     says(&workers(2, 2), &reading, "Ready", ("False", "NatsUnreachable", message));
@@ -186,9 +193,52 @@ fn a_mismatching_stream_is_named() {
     };
     let reading = Reading { streams: Some(Err(mismatch)), ..healthy() };
     let message = "stream CAF_EXEC_RESULT: field allow_direct is false but must be true; \
-                   alter or remove it by hand, the operator never alters what exists";
+                   alter or remove it by hand, the operator never alters this";
     says(&workers(2, 2), &reading, "StreamsReady", ("False", "StreamMismatch", message));
     says(&workers(2, 2), &reading, "QueueReadable", ("True", "QueueRead", "the broker answers"));
+}
+
+#[test]
+fn a_queue_that_pools_share_says_with_whom() {
+    let shared = Readable::Shared(vec!["flows/a".to_owned(), "shop/b".to_owned()]);
+    let reading = Reading { readable: Some(Ok(shared)), ..healthy() };
+    let message = "the queue and its numbers are shared with flows/a, shop/b";
+    says(&workers(2, 2), &reading, "QueueReadable", ("True", "QueueShared", message));
+    says(&workers(2, 2), &reading, "Ready", ("True", "WorkersReady", "2 of 2 workers ready"));
+}
+
+#[test]
+fn a_core_queue_group_has_no_numbers_and_is_fine() {
+    let before = WorkerPoolStatus { queue: Some(Queue::default()), ..WorkerPoolStatus::default() };
+    let reading = Reading { queue: None, readable: Some(Ok(Readable::NoQueue)), ..healthy() };
+    let status = then(&before, &workers(2, 2), &reading, 0);
+    assert_eq!(status.queue, None);
+    let message = "nats.delivery is Core: nothing waits in a queue, and there is no depth";
+    says(&workers(2, 2), &reading, "QueueReadable", ("True", "NoQueue", message));
+    says(&workers(2, 2), &reading, "Ready", ("True", "WorkersReady", "2 of 2 workers ready"));
+}
+
+#[test]
+fn what_is_worth_saying_of_streams_does_not_make_a_pool_unready() {
+    let subject = "caf.exec.route.gpu.v1".to_owned();
+    let reading = Reading { streams: Some(Ok(vec![Remark::Stranded { subject }])), ..healthy() };
+    let message = "work waits on caf.exec.route.gpu.v1 for GPU slots, and no pool has any: set spec.gpu again, or purge that subject";
+    says(&workers(2, 2), &reading, "StreamsReady", ("True", "RouteNotDrained", message));
+    says(&workers(2, 2), &reading, "Ready", ("True", "WorkersReady", "2 of 2 workers ready"));
+}
+
+#[test]
+fn what_waits_for_gpu_slots_is_shown_with_them_and_stays_while_the_broker_is_away() {
+    let reading = Reading { route: Some(Route { pending: 3, in_flight: 2 }), ..healthy() };
+    let converged = with_gpus(workers(1, 1), 1, 1);
+    let status = first(&converged, &reading);
+    let numbers = |status: &WorkerPoolStatus| status.gpu.as_ref().map(|gpu| (gpu.pending, gpu.in_flight));
+    assert_eq!(numbers(&status), Some((Some(3), Some(2))));
+    let after_a_restart = then(&status, &converged, &Reading::default(), 60);
+    assert_eq!(numbers(&after_a_restart), Some((Some(3), Some(2))));
+    let moved = Reading { route: Some(Route { pending: 2, in_flight: 2 }), ..healthy() };
+    let soon = Some(Duration::from_millis(500));
+    assert_eq!(due(&status, &then(&status, &converged, &moved, 1), soon), Due::In(Duration::from_millis(1500)));
 }
 
 #[test]

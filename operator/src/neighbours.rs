@@ -1,0 +1,146 @@
+//! Other pools on the same broker, as the watch cache knows them; and what marks a stream as made for one of them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use beamline_crds as crds;
+use kube::runtime::reflector::{ObjectRef, Store};
+use sha2::{Digest, Sha256};
+
+use crate::broker::qualified;
+use crate::controller::Watched;
+use crate::pool::meeting_point;
+use crate::streams::{Demand, intake_stream};
+
+/// Names the pool whose word counts for a stream, as namespace/name.
+const MANAGED_BY: &str = "beamline.dev/managed-by";
+/// Tells that pool from one of another cluster.
+const CLUSTER: &str = "beamline.dev/cluster";
+
+/// Tells clusters apart that share a broker: a fingerprint of who signs for the API server, else of its address.
+pub async fn this_cluster() -> String {
+    let Ok(config) = kube::Config::infer().await else { return "unknown".to_owned() };
+    let identity = config.root_cert.map_or_else(|| config.cluster_url.to_string().into_bytes(), |roots| roots.concat());
+    Sha256::digest(identity).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What is known of other pools.
+pub struct Neighbours {
+    pools: Store<Watched>,
+    cluster: String,
+    namespace: Option<String>,
+}
+
+/// Whose word counts for a stream.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Governor {
+    /// Nobody's: a worker made it, or a person.
+    Nobody,
+    /// This pool's, which is there and manages it.
+    Pool(String),
+    /// It was this pool's, which is gone or does not manage it any more.
+    Gone(String),
+    /// A pool's that this operator would not see.
+    Unseen(String),
+}
+
+impl Neighbours {
+    /// Pools of this cluster, in this namespace where it is the only one that is watched.
+    pub fn new(pools: Store<Watched>, cluster: String, namespace: Option<String>) -> Self {
+        Self { pools, cluster, namespace }
+    }
+
+    /// What a stream or consumer that is made for this pool says about itself.
+    pub fn mark(&self, pool: &str) -> HashMap<String, String> {
+        HashMap::from([(MANAGED_BY.to_owned(), pool.to_owned()), (CLUSTER.to_owned(), self.cluster.clone())])
+    }
+
+    /// Whose word counts for the stream of this name that says this about itself.
+    pub fn governor(&self, stream: &str, metadata: &HashMap<String, String>) -> Governor {
+        let Some(pool) = metadata.get(MANAGED_BY) else { return Governor::Nobody };
+        match self.find(pool) {
+            // By its name alone: the cluster may have got another identity meanwhile.
+            Some(found) if manages(&found, stream) => Governor::Pool(pool.clone()),
+            _ if self.would_see(pool, metadata) => Governor::Gone(pool.clone()),
+            _ => Governor::Unseen(pool.clone()),
+        }
+    }
+
+    /// Whether a pool was named here that this operator sees, or has seen go.
+    pub fn knows(&self, metadata: &HashMap<String, String>) -> bool {
+        metadata.get(MANAGED_BY).is_some_and(|pool| self.would_see(pool, metadata))
+    }
+
+    /// Whether another pool has GPU slots for what waits on this one's route. In doubt it has.
+    pub fn have_gpu_slots(&self, demand: &Demand) -> bool {
+        let intake = intake_stream(&demand.nats.subject);
+        self.others(demand).iter().any(|other| {
+            let Ok(other) = &other.0 else { return true };
+            let (subject, group) = meeting_point(&other.spec.nats);
+            (intake_stream(subject), group) == (intake.clone(), demand.nats.queue_group.as_str()) && has_gpu(other)
+        })
+    }
+
+    /// Pools that take from the same queue, sorted.
+    pub fn sharing(&self, demand: &Demand) -> Vec<String> {
+        let nats = &demand.nats;
+        self.at(demand, &nats.subject, &nats.queue_group)
+    }
+
+    /// The pool that takes this pool's subject by the name of another group.
+    pub fn holder(&self, demand: &Demand, group: &str) -> Option<String> {
+        self.at(demand, &demand.nats.subject, group).into_iter().next()
+    }
+
+    fn at(&self, demand: &Demand, subject: &str, group: &str) -> Vec<String> {
+        let url = qualified(&demand.nats.url, &demand.namespace);
+        let mut found: Vec<String> = self
+            .others(demand)
+            .iter()
+            .filter_map(|other| {
+                let pool = other.0.as_ref().ok()?;
+                let namespace = pool.metadata.namespace.as_deref()?;
+                let is_there = meeting_point(&pool.spec.nats) == (subject, group)
+                    && qualified(&pool.spec.nats.url, namespace) == url;
+                is_there.then(|| format!("{namespace}/{}", pool.metadata.name.as_deref().unwrap_or_default()))
+            })
+            .collect();
+        found.sort();
+        found
+    }
+
+    fn others(&self, demand: &Demand) -> Vec<Arc<Watched>> {
+        self.pools.state_filter(|pool| {
+            let metadata = kube::Resource::meta(pool);
+            (metadata.namespace.as_deref(), metadata.name.as_deref())
+                != (Some(demand.namespace.as_str()), Some(demand.name.as_str()))
+        })
+    }
+
+    fn find(&self, pool: &str) -> Option<Arc<Watched>> {
+        let (namespace, name) = pool.split_once('/')?;
+        self.pools.get(&ObjectRef::new(name).within(namespace))
+    }
+
+    fn would_see(&self, pool: &str, metadata: &HashMap<String, String>) -> bool {
+        let namespace = pool.split_once('/').map(|(namespace, _)| namespace);
+        let is_watched = self.namespace.is_none() || self.namespace.as_deref() == namespace;
+        is_watched && metadata.get(CLUSTER) == Some(&self.cluster)
+    }
+}
+
+/// One that cannot be read is taken to manage what it managed.
+fn manages(pool: &Watched, stream: &str) -> bool {
+    let Ok(pool) = &pool.0 else { return true };
+    let crds::Nats { streams, delivery, .. } = &pool.spec.nats;
+    let manage = streams.as_ref().and_then(|streams| streams.manage).unwrap_or(true);
+    let is_intake = stream.starts_with("CAF_POOL_") || stream == "CAF_EXEC_ASSIGN";
+    let (subject, _) = meeting_point(&pool.spec.nats);
+    let uses = !is_intake || (*delivery != Some(crds::Delivery::Core) && intake_stream(subject) == stream);
+    manage && uses
+}
+
+fn has_gpu(pool: &crds::WorkerPool) -> bool {
+    let slots = pool.spec.worker.as_ref().and_then(|worker| worker.pools.as_ref()).and_then(|pools| pools.gpu);
+    pool.spec.gpu.is_some() || slots.is_some_and(|slots| slots > 0)
+}

@@ -1,0 +1,77 @@
+//! The numbers of a queue: how much waits, since when, and how fast it moves.
+
+use std::time::Instant;
+
+use async_nats::jetstream::Context;
+use async_nats::jetstream::consumer;
+use async_nats::jetstream::stream::{Info, Stream};
+use beamline_crds::Queue;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::Route;
+use crate::broker::BrokerError;
+use crate::pool::Nats;
+use crate::rates::{Totals, Window, with_rates};
+use crate::streams::{self, DEAD_LETTER_SUBJECT, DEAD_LETTERS};
+
+/// The queue, and the GPU route where there is one.
+pub(super) async fn read(
+    jetstream: &Context,
+    nats: &Nats,
+    window: &mut Window,
+) -> Result<(Queue, Option<Route>), BrokerError> {
+    let name = streams::intake_stream(&nats.subject);
+    let stream = jetstream.get_stream(&name).await.map_err(|error| match error.kind() {
+        kind if streams::is_missing(&kind) => BrokerError::Missing { what: format!("stream {name}") },
+        _ => BrokerError::unanswered(format!("for stream {name}"), &error),
+    })?;
+    let group = &nats.queue_group;
+    let consumer = of(&stream, &name, group)
+        .await?
+        .ok_or_else(|| BrokerError::Missing { what: format!("consumer {group} of stream {name}") })?;
+    let route = of(&stream, &name, &streams::route_group(nats)).await?;
+    let intake = stream.cached_info();
+    let (pending, in_flight) = counts(&consumer);
+    let depth = pending.saturating_add(in_flight);
+    let queue = Queue {
+        depth,
+        pending,
+        in_flight,
+        oldest_since: (depth > 0).then(|| oldest(intake)).flatten(),
+        dead_letters: dead_letters(jetstream).await?,
+        ..Queue::default()
+    };
+    let rates = window.add(Instant::now(), Totals::of(intake, route.as_ref()));
+    let route = route.as_ref().map(counts).map(|(pending, in_flight)| Route { pending, in_flight });
+    Ok((with_rates(queue, rates), route))
+}
+
+async fn of(stream: &Stream<Info>, name: &str, group: &str) -> Result<Option<consumer::Info>, BrokerError> {
+    match stream.consumer_info(group).await {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if streams::is_no_consumer(&error) => Ok(None),
+        Err(error) => Err(BrokerError::unanswered(format!("for consumer {group} of stream {name}"), &error)),
+    }
+}
+
+/// Waiting, and held by workers.
+fn counts(consumer: &consumer::Info) -> (i64, i64) {
+    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    (number(consumer.num_pending), number(consumer.num_ack_pending as u64))
+}
+
+/// A work-queue stream keeps nothing that is finished, so that its first message is the oldest unfinished one.
+fn oldest(intake: &Info) -> Option<Time> {
+    if intake.state.messages == 0 {
+        return None;
+    }
+    jiff::Timestamp::from_second(intake.state.first_timestamp.unix_timestamp()).ok().map(Time)
+}
+
+async fn dead_letters(jetstream: &Context) -> Result<i64, BrokerError> {
+    let stream = jetstream
+        .get_stream_no_info(DEAD_LETTERS)
+        .await
+        .map_err(|error| BrokerError::unanswered(format!("for stream {DEAD_LETTERS}"), &error))?;
+    streams::messages(&stream, DEAD_LETTERS, DEAD_LETTER_SUBJECT).await
+}
