@@ -837,6 +837,13 @@ async fn a_stream_that_breaks_the_contract_ends_the_worker_and_stays_as_it_is() 
         ("max_msgs_per_subject", change(4, |config| config.max_messages_per_subject = 2)),
         ("allow_msg_ttl", change(4, |config| config.allow_message_ttl = false)),
     ];
+    let two = change(0, |config| (config.retention, config.discard) = (RetentionPolicy::Limits, DiscardPolicy::Old));
+    make_anew(&rig.router, &two).await;
+    let ending = rig.another("refuses").flag(format!("--nats-url={}", rig.nats.url())).end().await;
+    for says in ["retention Limits, but the contract needs WorkQueue", "discard Old, but the contract needs New"] {
+        assert!(ending.said.contains(says), "{says}: {}", ending.said);
+    }
+    make_anew(&rig.router, &good[0]).await;
     for (field, config) in cases {
         make_anew(&rig.router, &config).await;
         let before = rig.router.stream(&config.name).await.cached_info().config.clone();
@@ -945,4 +952,49 @@ async fn all_bad_flags_are_named_at_once_with_exit_code_2() {
         assert!(ending.said.contains(named), "{named}: {}", ending.said);
     }
     assert!(!ending.said.contains("s3cret"), "{}", ending.said);
+}
+
+#[tokio::test]
+async fn a_file_for_nats_that_cannot_be_used_ends_the_worker_before_it_connects() {
+    let files = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| {
+        let path = files.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.display().to_string()
+    };
+    let made = || rcgen::generate_simple_self_signed(["worker".to_owned()]).unwrap();
+    let (one, other) = (made(), made());
+    let cert = file("cert.pem", &one.cert.pem());
+    let key = file("key.pem", &one.signing_key.serialize_pem());
+    let other_key = file("other.pem", &other.signing_key.serialize_pem());
+    let (missing, broken) = (files.path().join("missing").display().to_string(), file("broken", "no PEM"));
+    let cases = [
+        ("--nats-creds", &missing, vec![("--nats-creds", &missing)]),
+        ("--nats-creds", &broken, vec![("--nats-creds", &broken)]),
+        ("--nats-tls-ca", &missing, vec![("--nats-tls-ca", &missing)]),
+        ("--nats-tls-ca", &broken, vec![("--nats-tls-ca", &broken)]),
+        ("--nats-tls-cert", &missing, vec![("--nats-tls-cert", &missing), ("--nats-tls-key", &key)]),
+        ("--nats-tls-cert", &key, vec![("--nats-tls-cert", &key), ("--nats-tls-key", &key)]),
+        ("--nats-tls-key", &missing, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &missing)]),
+        ("--nats-tls-key", &broken, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &broken)]),
+        ("--nats-tls-key", &other_key, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &other_key)]),
+    ];
+    for (flag, path, flags) in cases {
+        // Nobody listens there: a worker that tries to connect does not end.
+        let mut setup = Worker::named("w").flag("--nats-url=nats://127.0.0.1:1");
+        for (flag, path) in flags {
+            setup = setup.flag(format!("{flag}={path}"));
+        }
+        let ending = setup.end().await;
+        assert_eq!(ending.code, Some(1), "{flag} {path}: {}", ending.said);
+        assert!(ending.said.contains(&format!("{flag}: {path}: ")), "{flag} {path}: {}", ending.said);
+    }
+}
+
+#[tokio::test]
+async fn a_safe_root_that_is_missing_is_said_at_the_start() {
+    let nats = NatsServer::start();
+    let worker = Worker::named("w").flag("--fs-roots=/nowhere/data").start(&nats).await;
+    let said = worker.says("--fs-roots: a safe directory cannot be used").await;
+    assert_eq!((&said["level"], &said["fields"]["reason"]), (&json!("WARN"), &json!("/nowhere/data does not exist")));
 }

@@ -183,6 +183,11 @@ impl Blocks {
         self.approval_webhook.clone()
     }
 
+    /// What is wrong with the safe roots at this moment, each as a sentence.
+    pub fn complaints_about_roots(&self) -> Vec<String> {
+        self.dirs.complaints()
+    }
+
     /// What can be refused at the door: a path outside the safe roots, an address literal that the policy refuses.
     pub fn refuses(&self, block: &Block) -> Option<Invalid> {
         match block {

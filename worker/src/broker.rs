@@ -5,7 +5,7 @@ pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
 pub mod streams; // what the worker needs there, and how it must be set
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::admin::{Concern, Health};
 use crate::execute::backoff;
+use crate::pem;
 use crate::telemetry::TraceContext;
 use asked::Asked;
 
@@ -228,6 +229,7 @@ struct PubAck {
     error: Option<jetstream::Error>,
 }
 
+/// Looks into every file first: what is wrong now ends the worker, what changes later is met by the next connect.
 fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
     let mut options = match address.creds.clone() {
         None => ConnectOptions::new(),
@@ -240,9 +242,12 @@ fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
         }
     };
     if let Some(ca) = &address.tls_ca {
+        pem::authorities(ca).map_err(|reason| about("--nats-tls-ca", ca, &reason))?;
         options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((cert, key)) = &address.tls_identity {
+        let certificates = pem::certificates(cert).map_err(|reason| about("--nats-tls-cert", cert, &reason))?;
+        pem::check_key(key, certificates).map_err(|reason| about("--nats-tls-key", key, &reason))?;
         options = options.add_client_certificate(cert.clone(), key.clone());
     }
     if let Some((user, password)) = credentials_in_url(address) {
@@ -254,6 +259,10 @@ fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
         .request_timeout(Some(REQUEST_TIMEOUT))
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .reconnect_delay_callback(reconnect_delay))
+}
+
+fn about(flag: &str, file: &Path, reason: &str) -> String {
+    format!("{flag}: {}: {reason}", file.display())
 }
 
 /// The client itself ignores the credentials of an address.
@@ -313,7 +322,7 @@ fn note(event: &Event, health: &Health, connected: Option<&watch::Sender<u64>>) 
 
 /// The two parts of a credentials file: the user's token and the seed that signs for it.
 fn read_creds(path: &PathBuf) -> Result<(String, nkeys::KeyPair), String> {
-    let failed = |reason: String| format!("--nats-creds: {}: {reason}", path.display());
+    let failed = |reason: String| about("--nats-creds", path, &reason);
     let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
     let part = |name: &str| {
         let begins = |line: &&str| line.starts_with("-----BEGIN") && line.contains(name);

@@ -167,7 +167,7 @@ pub struct Resources<'a> {
 /// What a job asks of the sandbox.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct SandboxJob {
-    /// `success`, `error` or `timeout`.
+    /// `success`, `error`, `timeout` or `cancelled`.
     pub status: Option<String>,
     pub code: Option<i64>,
     pub delay_ms: Option<i64>,
@@ -217,8 +217,16 @@ fn diagnose<'a, T: Deserialize<'a>>(json: &'a str, base: &str, first: &serde_jso
     let mut reader = serde_json::Deserializer::from_str(json);
     match serde_path_to_error::deserialize::<_, T>(&mut reader) {
         Ok(_) => Invalid::input(base, "is not JSON"),
-        Err(error) => Invalid::format(format!("{base}{}", pointer(error.path())), expectation(error.inner())),
+        Err(error) => {
+            let field = twice(error.inner()).map(|field| format!("/{field}")).unwrap_or_default();
+            Invalid::format(format!("{base}{}{field}", pointer(error.path())), expectation(error.inner()))
+        }
     }
+}
+
+/// The field of ours that stands twice in an object, which is all that serde's path leads to.
+fn twice(error: &serde_json::Error) -> Option<String> {
+    error.to_string().strip_prefix("duplicate field `")?.split('`').next().map(str::to_owned)
 }
 
 fn pointer(path: &serde_path_to_error::Path) -> String {
@@ -242,7 +250,7 @@ fn expectation(error: &serde_json::Error) -> String {
         Some("i64" | "u64" | "u32") => "has the wrong type or range: expected a whole number".to_owned(),
         Some("f64") => "has the wrong type or range: expected a number".to_owned(),
         Some(expected) => format!("has the wrong type or range: expected {expected}"),
-        None if message.starts_with("duplicate field") => "is given twice".to_owned(),
+        None if twice(error).is_some() => "is given twice".to_owned(),
         None => "has the wrong type or range".to_owned(),
     }
 }
@@ -704,6 +712,20 @@ mod tests {
             assert_eq!((invalid.cause.code(), invalid.pointer.as_str()), (1003, pointer), "{json}");
         }
         assert!(read::<ExecAssignment>(r#"{"executor":null,"retry_config":{}}"#, "").is_ok());
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_is_named_by_its_pointer() {
+        for (json, pointer) in [
+            (r#"{"version":"1","version":"1"}"#, "/version"),
+            (r#"{"executor":{"provider_id":"p","provider_id":"q"}}"#, "/executor/provider_id"),
+            (r#"{"retry_config":{"jitter":0,"max_attempts":1,"jitter":0}}"#, "/retry_config/jitter"),
+        ] {
+            let invalid = read::<ExecAssignment>(json, "").unwrap_err();
+            assert_eq!((invalid.pointer.as_str(), invalid.reason.as_ref()), (pointer, "is given twice"), "{json}");
+        }
+        let invalid = read::<Job>(r#"{"type":"fs.get","type":"fs.put"}"#, "/job").unwrap_err();
+        assert_eq!(invalid.pointer, "/job/type");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod approval; // work that waits for a person, in no slot
 pub mod report; // verdicts, results, dead letters
 pub mod control; // cancels, from the stream and live
 
+pub mod pem; // certificates and keys in files
 pub mod gate; // whether this worker takes work
 pub mod presence; // what this worker says of itself
 pub mod admin; // probes and scrapes

@@ -173,6 +173,11 @@ async fn prepare(
     vital: &Vital,
 ) -> anyhow::Result<Prepared> {
     let engine = engine(config, blocks).map_err(anyhow::Error::msg)?;
+    if let Engine::Real(blocks) = &engine {
+        for reason in blocks.complaints_about_roots() {
+            tracing::warn!(reason, "--fs-roots: a safe directory cannot be used");
+        }
+    }
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
     let settings = pipeline_settings(config, &intake)?;

@@ -19,8 +19,8 @@ const MAX_DELAY_MS: i64 = 30 * 24 * 3_600_000;
 pub fn refuses(sandbox: &SandboxJob) -> Option<Invalid> {
     let SandboxJob { status, code, delay_ms, fail_attempts } = sandbox;
     let refuse = |field: &str, reason: &str| Some(Invalid::format(format!("/job/sandbox/{field}"), reason));
-    if status.as_deref().is_some_and(|status| !matches!(status, "success" | "error" | "timeout")) {
-        return refuse("status", "is not one of success, error, timeout");
+    if status.as_deref().is_some_and(|status| !matches!(status, "success" | "error" | "timeout" | "cancelled")) {
+        return refuse("status", "is not one of success, error, timeout, cancelled");
     }
     if code.is_some_and(|code| cause(code).is_none()) {
         return refuse("code", "is no code that an execution can end with");
@@ -52,12 +52,13 @@ pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<O
     }
 }
 
-/// A status of `error` or `timeout` fails always, `fail_attempts` the first ones, and a `code` alone always.
+/// A status other than `success` fails always, `fail_attempts` the first ones, and a `code` alone always.
 fn failure(sandbox: &SandboxJob, attempt: u32) -> Option<Cause> {
     let cause = sandbox.code.and_then(cause).unwrap_or(Cause::Network);
     let fails_at_first = sandbox.fail_attempts.is_some_and(|attempts| i64::from(attempt) <= attempts);
     match sandbox.status.as_deref() {
         Some("timeout") => Some(Cause::DeadlinePassed),
+        Some("cancelled") => Some(Cause::Cancelled),
         Some("error") => Some(cause),
         _ if fails_at_first => Some(cause),
         None if sandbox.code.is_some() && sandbox.fail_attempts.is_none() => Some(cause),
@@ -78,6 +79,7 @@ fn cause(code: i64) -> Option<Cause> {
         3002 => Cause::ConnectTimeout,
         3003 => Cause::HttpStatus(503),
         4001 => Cause::Internal,
+        5001 => Cause::Cancelled,
         5002 => Cause::DeadlinePassed,
         _ => return None,
     })
@@ -260,6 +262,7 @@ mod tests {
         assert_eq!(codes(json!({"status": "error"})).await, [3001; 3]);
         assert_eq!(codes(json!({"status": "error", "code": 2003, "fail_attempts": 1})).await, [2003; 3]);
         assert_eq!(codes(json!({"status": "timeout"})).await, [5002; 3]);
+        assert_eq!(codes(json!({"status": "cancelled"})).await, [5001; 3]);
         assert_eq!(codes(json!({"code": 2001})).await, [2001; 3]);
     }
 
@@ -268,7 +271,7 @@ mod tests {
         let refused = |sandbox| refuses(&serde_json::from_value(sandbox).unwrap()).map(|invalid| invalid.pointer);
         for (field, value) in [
             ("status", json!("sucess")),
-            ("status", json!("cancelled")),
+            ("status", json!("canceled")),
             ("code", json!(99)),
             ("code", json!(2004)),
             ("delay_ms", json!(-1)),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use cap_fs_ext::{FollowSymlinks, OpenOptionsFollowExt, OpenOptionsSyncExt};
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, OpenOptions, OpenOptionsExt};
-use rustix::fs::OFlags;
+use rustix::fs::{Access, AtFlags, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
@@ -53,6 +53,12 @@ impl TenantDirs {
     /// The roots are absolute; where one lies below another, the longer one is meant.
     pub fn new(roots: Vec<PathBuf>) -> Self {
         Self { roots: roots.into() }
+    }
+
+    /// What is wrong with the roots at this moment, each as a sentence: they may be mounted or made later.
+    pub fn complaints(&self) -> Vec<String> {
+        let complain = |root: &PathBuf| Some(format!("{} {}", root.display(), unusable(root)?));
+        self.roots.iter().filter_map(complain).collect()
     }
 
     /// Whether a path can be looked up at all, which needs no tenant and touches no file.
@@ -109,6 +115,19 @@ impl TenantDirs {
         // No escaped id has `=_` in it, so no other tenant's name can be this one.
         let readable = name.get(..READABLE_BYTES).unwrap_or(&name);
         format!("{readable}=_{:x}", Sha256::digest(tenant.as_str()))
+    }
+}
+
+/// Why blocks will find nothing in a root, or can put nothing there, as the end of a sentence.
+fn unusable(root: &Path) -> Option<&'static str> {
+    let may = |access: Access| rustix::fs::accessat(rustix::fs::CWD, root, access, AtFlags::EACCESS).is_ok();
+    match std::fs::metadata(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some("does not exist"),
+        Err(_) => Some("cannot be looked at"),
+        Ok(kind) if !kind.is_dir() => Some("is not a directory"),
+        Ok(_) if !may(Access::EXEC_OK) => Some("may not be searched by the worker's user"),
+        Ok(_) if !may(Access::WRITE_OK) => Some("is read-only for the worker's user: fs.put will fail there"),
+        Ok(_) => None,
     }
 }
 

@@ -136,26 +136,6 @@ impl Bucket {
         self.broker.store(self.subject(key), headers, Bytes::new()).await
     }
 
-    /// All values whose key fits a pattern such as `acme.*` or `>`, in the order in which they were stored.
-    ///
-    /// # Errors
-    /// Not known: ask again.
-    pub async fn list(&self, pattern: &str) -> Result<Vec<Entry>, ReadError> {
-        let mut follower = self.follow(pattern).await?;
-        let mut entries: Vec<Entry> = Vec::new();
-        loop {
-            match follower.next().await? {
-                Change::Put(entry) => {
-                    entries.retain(|known| known.key != entry.key);
-                    entries.push(entry);
-                }
-                Change::Removed(key) => entries.retain(|known| known.key != key),
-                Change::Current => return Ok(entries),
-                Change::Anew => {}
-            }
-        }
-    }
-
     /// Tells everything that there is and each change, for as long as the receiver lives. It begins again from the
     /// start when the connection was lost, a message was missed or the bucket was made anew.
     pub fn watch(&self, health: Health) -> mpsc::Receiver<Change> {
@@ -192,7 +172,7 @@ impl Bucket {
     }
 
     async fn tell_once(&self, changes: &mpsc::Sender<Change>, failures: &mut u32) -> Result<(), ReadError> {
-        let mut follower = self.follow(">").await?;
+        let mut follower = self.follow().await?;
         *failures = 0;
         let mut change = Change::Anew;
         while changes.send(change).await.is_ok() {
@@ -201,14 +181,14 @@ impl Bucket {
         Ok(())
     }
 
-    async fn follow(&self, pattern: &str) -> Result<Follower, ReadError> {
+    async fn follow(&self) -> Result<Follower, ReadError> {
         let client = self.broker.client();
         let inbox = client.new_inbox();
         let messages = client.subscribe(inbox.clone()).await.map_err(|error| self.unread(&error))?;
         let config = push::Config {
             deliver_subject: inbox,
             deliver_policy: DeliverPolicy::LastPerSubject,
-            filter_subject: self.subject(pattern),
+            filter_subject: self.subject(">"),
             ack_policy: AckPolicy::None,
             max_deliver: 1,
             idle_heartbeat: HEARTBEAT,

@@ -193,16 +193,12 @@ impl Keeper {
 #[derive(Debug, thiserror::Error)]
 pub enum StreamsError {
     /// It exists with a setting that breaks the contract; nothing was changed.
-    #[error("{what} has {field} {found}, but the contract needs {wanted}: change it, or let another name be used")]
+    #[error("{what} has {differences}: change it, or let another name be used")]
     Mismatch {
         /// `stream X` or `consumer Y of stream X`.
         what: String,
-        /// The setting.
-        field: &'static str,
-        /// As it is.
-        found: String,
-        /// As it must be.
-        wanted: String,
+        /// Every setting that differs: as it is, and as it must be.
+        differences: String,
     },
     /// It is missing and this worker was told not to create it.
     #[error("{0} does not exist (yet)")]
@@ -448,9 +444,8 @@ fn explain(what: &str, error: &CreateStreamError) -> StreamsError {
     if reason.contains("subjects overlap") {
         return StreamsError::Mismatch {
             what: what.to_owned(),
-            field: "subjects",
-            found: "that another stream captures already".to_owned(),
-            wanted: "them for itself".to_owned(),
+            differences: "subjects that another stream captures already, but the contract needs them for itself"
+                .to_owned(),
         };
     }
     StreamsError::Unavailable { what: what.to_owned(), reason }
@@ -518,7 +513,7 @@ fn compare_stream(what: &str, found: &Config, wanted: &Config) -> Result<(), Str
         ("no_ack", found.no_ack.to_string(), wanted.no_ack.to_string()),
         ("allow_msg_ttl", found.allow_message_ttl.to_string(), wanted.allow_message_ttl.to_string()),
     ];
-    first_mismatch(what, settings)
+    mismatch(what, settings)
 }
 
 fn compare_consumer(
@@ -533,17 +528,17 @@ fn compare_consumer(
         ("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string()),
         ("deliver_subject", format!("{:?}", found.deliver_subject), "None".to_owned()),
     ];
-    first_mismatch(what, settings)
+    mismatch(what, settings)
 }
 
-fn first_mismatch<const N: usize>(
-    what: &str,
-    settings: [(&'static str, String, String); N],
-) -> Result<(), StreamsError> {
-    match settings.into_iter().find(|(_, found, wanted)| found != wanted) {
-        None => Ok(()),
-        Some((field, found, wanted)) => Err(StreamsError::Mismatch { what: what.to_owned(), field, found, wanted }),
+fn mismatch<const N: usize>(what: &str, settings: [(&str, String, String); N]) -> Result<(), StreamsError> {
+    let differing = settings.into_iter().filter(|(_, found, wanted)| found != wanted);
+    let differences: Vec<_> =
+        differing.map(|(field, found, wanted)| format!("{field} {found}, but the contract needs {wanted}")).collect();
+    if differences.is_empty() {
+        return Ok(());
     }
+    Err(StreamsError::Mismatch { what: what.to_owned(), differences: differences.join("; ") })
 }
 
 fn unavailable(what: &str, error: &dyn std::error::Error) -> StreamsError {

@@ -10,13 +10,13 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::client::Resumption;
 use rustls::crypto::ring;
 use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::{Request, Settings, failure};
 use crate::assignment::TenantId;
 use crate::blocks::egress::{Guard, Policy, Target};
 use crate::fault::{Cause, Fault};
+use crate::pem;
 
 /// The most tenants whose connections are kept. Above it, the one that has been quiet the longest pays a handshake.
 const MAX_TENANTS: usize = 256;
@@ -193,21 +193,9 @@ pub(in crate::blocks) fn authorities(ca_file: Option<&Path>) -> Result<Vec<Certi
     }
     let mut certificates = system.certs;
     if let Some(path) = ca_file {
-        let private = private(path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
+        let private =
+            pem::authorities(path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
         certificates.extend(private);
     }
     Ok(certificates)
-}
-
-fn private(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
-    let mut certificates = Vec::new();
-    for certificate in CertificateDer::pem_slice_iter(&pem) {
-        let certificate = certificate.map_err(|error| format!("is no PEM: {error:?}"))?;
-        RootCertStore::empty()
-            .add(certificate.clone())
-            .map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;
-        certificates.push(certificate);
-    }
-    if certificates.is_empty() { Err("holds no PEM certificate".to_owned()) } else { Ok(certificates) }
 }

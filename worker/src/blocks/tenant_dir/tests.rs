@@ -22,6 +22,22 @@ fn code(found: Result<impl Sized, Fault>) -> u16 {
 }
 
 #[test]
+fn what_is_wrong_with_a_root_is_said_with_its_name() {
+    let (temp, _, path) = root();
+    std::fs::write(path("file"), "").unwrap();
+    std::fs::create_dir(path("closed")).unwrap();
+    std::fs::set_permissions(path("closed"), std::fs::Permissions::from_mode(0o555)).unwrap();
+    let dirs = TenantDirs::new(["", "file", "missing", "closed"].map(|name| path(name).into()).into());
+    let base = temp.path().display();
+    let mut expected = vec![format!("{base}/file is not a directory"), format!("{base}/missing does not exist")];
+    // Root may write there.
+    if std::fs::write(path("closed/x"), "").is_err() {
+        expected.push(format!("{base}/closed is read-only for the worker's user: fs.put will fail there"));
+    }
+    assert_eq!(dirs.complaints(), expected);
+}
+
+#[test]
 fn only_files_below_a_root_can_be_meant() {
     let dirs = TenantDirs::new(vec!["/data".into(), "/data/deep/er".into()]);
     let refused = [
