@@ -29,7 +29,7 @@ worker() {
   tools=$(tests/cluster/tools.sh --path nats-server)
   require_databases
   for suite in tests/suites/*.rs; do
-    [[ $suite == */cluster.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
+    [[ $suite == */cluster*.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
   done
   cargo build --workspace --bins
   # Most of the time they wait for a hold to lapse, so more than there are cores run side by side.
@@ -50,7 +50,7 @@ cluster() {
   fi
   tests/cluster/up.sh
   tests/cluster/load-image.sh target/image/*.tar
-  PATH=$tools:$PATH KUBECONFIG=$(tests/cluster/kubeconfig.sh) cargo test --workspace --test cluster
+  PATH=$tools:$PATH KUBECONFIG=$(tests/cluster/kubeconfig.sh) cargo test --workspace --test cluster --test cluster_chart
 }
 
 demo() { tests/demo/demo.sh; }

@@ -71,7 +71,8 @@ async fn lead(
 }
 
 async fn act(client: Client, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {
-    let controller = controller::run(client, config, readiness, metrics, stop.clone());
+    // Large: boxed once here, not in every future around it.
+    let controller = Box::pin(controller::run(client, config, readiness, metrics, stop.clone()));
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(SHUTDOWN).await;

@@ -149,7 +149,12 @@ pub fn kubectl(arguments: &[&str]) -> String {
 /// # Panics
 /// It failed.
 pub fn program(name: &str, arguments: &[&str]) -> String {
-    run(command(name).args(arguments), None).unwrap_or_else(|error| panic!("{name} {arguments:?}: {error}"))
+    try_program(name, arguments).unwrap_or_else(|error| panic!("{name} {arguments:?}: {error}"))
+}
+
+/// The same: its output, or what it said when it failed.
+pub fn try_program(name: &str, arguments: &[&str]) -> Result<String, String> {
+    run(command(name).args(arguments), None)
 }
 
 /// The chart.
