@@ -1,14 +1,19 @@
 //! What most tests need: a broker, a worker that may touch the test's own directory and peer, and a Router.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::audit::{Allowed, audit};
 use crate::nats::NatsServer;
 use crate::peer::Peer;
 use crate::router::Router;
 use crate::worker::{Setup, Worker};
+
+/// A hold lapses after 10 s; then the next worker needs a moment.
+pub const LAPSE: Duration = Duration::from_secs(40);
 
 /// Everything that a test drives. Fields end in this order: the worker before its broker.
 #[derive(Debug)]
@@ -64,6 +69,16 @@ impl Rig {
     pub fn call(&self, path: &str) -> Value {
         json!({ "type": "http.request", "method": "POST", "url": self.peer.url(path), "body": "{}" })
     }
+}
+
+/// Waits until everything is settled, also what a worker held that has died, and holds it to all invariants.
+///
+/// # Panics
+/// One of them is broken.
+pub async fn kept_its_promise(router: &Router, peer: &Peer) {
+    router.settled(LAPSE).await;
+    let found = audit(router, &peer.hits("/"), Allowed { attempts: 3 }).await;
+    assert!(found.is_empty(), "{found:#?}");
 }
 
 /// With the test's directory and, unless the flags say else, the test's peer within its reach.

@@ -263,6 +263,40 @@ fn every_promise_of_the_contract_is_kept_by_a_test_that_exists() {
 }
 
 #[test]
+fn the_architecture_lists_every_file_of_both_programs() {
+    let page = read("docs/architecture.md");
+    for (program, heading) in [("worker", "## The worker"), ("operator", "## The operator")] {
+        let (_, section) = page.split_once(heading).expect("a section for each program");
+        let section = section.split("\n## ").next().unwrap_or_default();
+        let cells = rows(section).into_iter().filter_map(|row| row.split(" | ").next());
+        let listed: BTreeSet<String> =
+            cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).flat_map(modules).collect();
+        let sources = Path::new(program).join("src");
+        let is_left_out = |module: &str| matches!(module, "lib" | "main") || module.ends_with("tests");
+        let there: BTreeSet<String> = files("rs")
+            .iter()
+            .filter_map(|path| {
+                Some(path.strip_prefix(&sources).ok()?.with_extension("").to_string_lossy().into_owned())
+            })
+            .filter(|module| !is_left_out(module))
+            .collect();
+        assert!(there.len() > 20, "only {} files were found", there.len());
+        let missing: Vec<_> = there.difference(&listed).collect();
+        assert!(missing.is_empty(), "docs/architecture.md has no row for {missing:?} of the {program}");
+        let gone: Vec<_> = listed.difference(&there).collect();
+        assert!(gone.is_empty(), "docs/architecture.md lists {gone:?} of the {program}, which are not there");
+    }
+}
+
+/// `a/{b,c}` is `a/b` and `a/c`.
+fn modules(pattern: &str) -> Vec<String> {
+    match pattern.split_once('{').and_then(|(parent, rest)| Some((parent, rest.strip_suffix('}')?))) {
+        Some((parent, names)) => names.split(',').map(|name| format!("{parent}{name}")).collect(),
+        None => vec![pattern.to_owned()],
+    }
+}
+
+#[test]
 fn links_between_pages_lead_somewhere() {
     for page in files("md") {
         let folder = page.parent().expect("a page lies in a folder").to_owned();

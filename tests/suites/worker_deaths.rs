@@ -1,26 +1,13 @@
 //! Assignments that kill their workers: they end, and nobody else's work dies with them for long.
 
-use std::time::Duration;
-
-use beamline_tests::audit::{Allowed, audit};
-use beamline_tests::peer::Peer;
-use beamline_tests::rig::Rig;
-use beamline_tests::router::{DLQ, Router, assignment};
+use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
+use beamline_tests::router::{DLQ, assignment};
 use beamline_tests::wait::{until, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
 
-/// A hold lapses after 10 s; then the next worker needs a moment.
-const LAPSE: Duration = Duration::from_secs(40);
 /// What a worker says when it has met an assignment that may kill it.
 const ISOLATES: &str = "it may kill its worker: running it alone";
-
-/// Everything is settled, and all invariants hold.
-async fn kept_its_promise(router: &Router, peer: &Peer) {
-    router.settled(LAPSE).await;
-    let found = audit(router, &peer.hits("/"), Allowed { attempts: 3 }).await;
-    assert!(found.is_empty(), "{found:#?}");
-}
 
 /// Kills worker after worker at the moment when everything at these gates has begun for the n-th time.
 async fn die(rig: &mut Rig, gates: &[&str], deaths: std::ops::RangeInclusive<usize>) {

@@ -5,23 +5,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use beamline_tests::audit::{Allowed, audit};
-use beamline_tests::peer::Peer;
-use beamline_tests::rig::Rig;
-use beamline_tests::router::{DLQ, Router, assignment, json as read};
+use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
+use beamline_tests::router::{DLQ, assignment, json as read};
 use beamline_tests::wait::{until, within};
 use beamline_tests::worker::Setup;
 use serde_json::{Value, json};
-
-/// A hold lapses after 10 s; then the next worker needs a moment.
-const LAPSE: Duration = Duration::from_secs(40);
-
-/// Everything is settled, and all invariants hold.
-async fn kept_its_promise(router: &Router, peer: &Peer) {
-    router.settled(LAPSE).await;
-    let found = audit(router, &peer.hits("/"), Allowed { attempts: 3 }).await;
-    assert!(found.is_empty(), "{found:#?}");
-}
 
 #[tokio::test]
 async fn w01_what_a_killed_worker_was_at_is_done_by_another_under_the_same_key() {

@@ -5,26 +5,15 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::PullConsumer;
-use beamline_tests::audit::{Allowed, audit};
-use beamline_tests::peer::Peer;
-use beamline_tests::rig::Rig;
-use beamline_tests::router::{Key, Router, assignment};
+use beamline_tests::rig::{Rig, kept_its_promise};
+use beamline_tests::router::{Key, assignment};
 use beamline_tests::wait::{SOON, until};
 use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-/// A hold lapses after 10 s; then the next worker needs a moment.
-const LAPSE: Duration = Duration::from_secs(40);
 /// Longer than what counts as a pause, shorter than a hold.
 const PAUSE: Duration = Duration::from_secs(4);
-
-/// Everything is settled, and all invariants hold.
-async fn kept_its_promise(router: &Router, peer: &Peer) {
-    router.settled(LAPSE).await;
-    let found = audit(router, &peer.hits("/"), Allowed { attempts: 3 }).await;
-    assert!(found.is_empty(), "{found:#?}");
-}
 
 /// The only slot is taken by the first until the gate `slot` opens, and the second has been accepted.
 async fn one_runs_and_one_waits(rig: &Rig) -> (Value, Value) {

@@ -131,18 +131,19 @@ pub struct Assignment {
     pub block: Arc<Block>,
 }
 
-/// The ids that could be read from a payload, valid or not: what a refusal can be addressed with.
+/// The ids that could be read from a payload, valid or not: what a refusal can be addressed with. Each is there where
+/// it is readable and well-formed.
 #[derive(Clone, Debug, Default)]
 pub struct Addressee {
-    /// Where readable and well-formed.
+    /// The Router's id of the assignment.
     pub assignment_id: Option<String>,
-    /// Where readable and well-formed.
+    /// The Router's id of its request.
     pub request_id: Option<String>,
-    /// Where readable and well-formed.
+    /// Whose work it is.
     pub tenant_id: Option<String>,
-    /// Where readable and well-formed.
+    /// The trace that it belongs to.
     pub trace_id: Option<String>,
-    /// Where readable and well-formed.
+    /// The run of the flow that it belongs to.
     pub run_id: Option<String>,
 }
 
@@ -161,15 +162,8 @@ impl Assignment {
     /// # Errors
     /// The first field that breaks a rule, with all ids that could be read.
     pub fn decode(payload: &[u8]) -> Result<Self, Undecodable> {
-        let Ok(json) = std::str::from_utf8(payload) else {
-            let invalid = Invalid::input("", "is not JSON: it is not UTF-8");
-            return Err(Undecodable { addressee: Addressee::default(), invalid });
-        };
-        let somebody = |invalid| Undecodable { addressee: Addressee::salvage(json), invalid };
-        if contract::is_too_deep(json) {
-            return Err(somebody(Invalid::input("", "nests deeper than 128 levels")));
-        }
-        let wire = contract::read::<ExecAssignment>(json, "").map_err(somebody)?;
+        let somebody = |invalid| Undecodable { addressee: Addressee::salvage(payload), invalid };
+        let wire = contract::read_message::<ExecAssignment>(payload).map_err(somebody)?;
         Self::validate(&wire).map_err(|invalid| Undecodable { addressee: Addressee::of(&wire), invalid })
     }
 
@@ -233,7 +227,8 @@ impl Addressee {
     }
 
     /// Reads what ids there are in a payload that is wrong somewhere else: no other field is looked into.
-    fn salvage(json: &str) -> Self {
+    fn salvage(payload: &[u8]) -> Self {
+        let json = std::str::from_utf8(payload).unwrap_or_default();
         let fields: HashMap<String, &RawValue> = serde_json::from_str(json).unwrap_or_default();
         let text = |field: &str| serde_json::from_str::<String>(fields.get(field)?.get()).ok();
         let id = |field: &str| text(field).filter(|text| is_id(text));
@@ -250,8 +245,15 @@ impl Addressee {
 pub(crate) fn version(version: Option<&str>) -> Result<(), Invalid> {
     match version {
         None | Some("") => Err(Invalid::missing("/version")),
-        Some(contract::VERSION) => Ok(()),
-        Some(_) => Err(Invalid::format("/version", "is not understood: only \"1\" is")),
+        Some(version) => understood(version),
+    }
+}
+
+/// Whether this is the version of the contract that the code knows.
+pub(crate) fn understood(version: &str) -> Result<(), Invalid> {
+    match version {
+        contract::VERSION => Ok(()),
+        _ => Err(Invalid::format("/version", "is not understood: only \"1\" is")),
     }
 }
 

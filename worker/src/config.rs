@@ -1,4 +1,4 @@
-//! What an operator may tune. Flags and variables are named here and in `config/` only.
+//! What an administrator may tune. Flags and variables are named here and in `config/` only.
 //!
 //! No argument parser off the shelf: those stop at the first mistake, and each mistake in a pod costs a rollout.
 

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -253,6 +254,24 @@ fn expectation(error: &serde_json::Error) -> String {
         None if twice(error).is_some() => "is given twice".to_owned(),
         None => "has the wrong type or range".to_owned(),
     }
+}
+
+/// A message of ours as JSON.
+#[expect(clippy::expect_used, reason = "structs with string keys always encode; an empty message must not get out")]
+pub fn encode(message: &impl Serialize) -> Bytes {
+    serde_json::to_vec(message).expect("a struct with string keys").into()
+}
+
+/// Reads a whole message: UTF-8, not nested too deep, an object with these fields.
+///
+/// # Errors
+/// The first field that breaks a rule.
+pub fn read_message<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, Invalid> {
+    let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
+    if is_too_deep(json) {
+        return Err(Invalid::input("", format!("nests deeper than {MAX_DEPTH} levels")));
+    }
+    read(json, "")
 }
 
 /// Whether any part of the document nests deeper than [`MAX_DEPTH`], ignored parts included.
@@ -690,6 +709,18 @@ mod tests {
         assert!(!is_too_deep(&format!("{}{}", "[".repeat(128), "]".repeat(128))));
         assert!(is_too_deep(&"[".repeat(129)));
         assert!(!is_too_deep(&format!("{{\"text\":\"\\\"{}\"}}", "[".repeat(500))));
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_read_says_why() {
+        let deep = format!("{{\"pull\":true,\"x\":{}{}}}", "[".repeat(128), "]".repeat(128));
+        for (payload, reason) in [
+            (b"\xff".as_slice(), "the assignment is not JSON: it is not UTF-8"),
+            (deep.as_bytes(), "the assignment nests deeper than 128 levels"),
+            (b"[]", "the assignment is not a JSON object"),
+        ] {
+            assert_eq!(read_message::<WorkerControl>(payload).unwrap_err().to_string(), reason);
+        }
     }
 
     #[test]

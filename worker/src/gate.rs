@@ -30,6 +30,11 @@ impl Gate {
         self.policy.borrow().paused
     }
 
+    /// Whether the policy's file has said something since that cannot be used.
+    pub fn has_stale_policy(&self) -> bool {
+        self.policy.borrow().is_stale
+    }
+
     /// What whoever looks after the worker wants of it.
     pub fn tell(&self, pull: bool) {
         self.told_to_pull.send_replace(pull);

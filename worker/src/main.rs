@@ -98,7 +98,7 @@ async fn work(
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
     let (vital, tasks_ended) = Vital::new();
     vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
-    let policy = follow(policy, &metrics, &vital);
+    let policy = follow(policy, &vital);
     let mut told_to_stop = std::pin::pin!(told_to_stop(tasks_ended));
     let prepared = tokio::select! {
         prepared = prepare(&config, &health, policy, metrics, blocks, &vital) => prepared?,
@@ -264,10 +264,10 @@ fn schedule(config: &Config, policy: watch::Receiver<Arc<Policy>>) -> Schedule {
 }
 
 /// The policy of every moment: what the file says, or that there is none.
-fn follow(policy: Option<(PolicyFile, Policy)>, metrics: &Arc<Metrics>, vital: &Vital) -> watch::Receiver<Arc<Policy>> {
+fn follow(policy: Option<(PolicyFile, Policy)>, vital: &Vital) -> watch::Receiver<Arc<Policy>> {
     let Some((file, policy)) = policy else { return watch::Sender::new(Arc::default()).subscribe() };
     let (sender, receiver) = watch::channel(Arc::new(policy));
-    vital.spawn("read the tenants file", file.follow(sender, Arc::clone(metrics)));
+    vital.spawn("read the tenants file", file.follow(sender));
     receiver
 }
 

@@ -12,7 +12,6 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 use crate::assignment::TenantId;
-use crate::metrics::Metrics;
 
 /// Between two looks at the file. Its contents are compared: a mounted ConfigMap changes by swapping a symbolic link.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -28,6 +27,8 @@ const LONGEST_WINDOW: Duration = Duration::from_secs(31 * 24 * 3600);
 pub struct Policy {
     /// Whether the worker takes no work.
     pub paused: bool,
+    /// Whether the file has said something since that cannot be used.
+    pub is_stale: bool,
     tenants: Option<Tenants>,
 }
 
@@ -113,7 +114,18 @@ impl Policy {
                 })?
             }
         };
-        Ok(Self { paused: wire.paused.unwrap_or_default(), tenants: wire.tenants.map(Tenants::validate).transpose()? })
+        let tenants = wire.tenants.map(Tenants::validate).transpose()?;
+        Ok(Self { paused: wire.paused.unwrap_or_default(), is_stale: false, tenants })
+    }
+
+    /// Says so where tenants are given bounds that nobody holds them to.
+    fn warn_of_what_is_not_enforced(&self) {
+        let is_bounded =
+            |terms: &Terms| terms.on_exceeded != WITHOUT_TENANTS.on_exceeded || terms.quotas != WITHOUT_TENANTS.quotas;
+        let mut terms = self.tenants.iter().flat_map(|tenants| tenants.named.values().chain([&tenants.defaults]));
+        if terms.any(is_bounded) {
+            tracing::warn!("quotas and onExceeded of tenants are not enforced yet: no tenant is bounded by them");
+        }
     }
 }
 
@@ -256,8 +268,9 @@ impl PolicyFile {
         Ok((Self { path: path.to_owned(), seen: Ok(text) }, policy))
     }
 
-    /// Hands on what it says from now on. While it cannot be used, the last good policy stays.
-    pub async fn follow(mut self, policy: watch::Sender<Arc<Policy>>, metrics: Arc<Metrics>) {
+    /// Hands on what it says from now on. While it cannot be used, the last good policy stays, marked as stale.
+    pub async fn follow(mut self, policy: watch::Sender<Arc<Policy>>) {
+        policy.borrow().warn_of_what_is_not_enforced();
         loop {
             tokio::time::sleep(LOOK_AGAIN).await;
             let found = tokio::fs::read_to_string(&self.path).await.map_err(|error| error.to_string());
@@ -267,12 +280,12 @@ impl PolicyFile {
             self.seen = found;
             match self.seen.clone().and_then(|text| Policy::parse(&text)) {
                 Ok(new) => {
-                    metrics.set_tenants_file_broken(false);
                     tracing::info!(paused = new.paused, "the tenants file has changed");
+                    new.warn_of_what_is_not_enforced();
                     policy.send_replace(Arc::new(new));
                 }
                 Err(reason) => {
-                    metrics.set_tenants_file_broken(true);
+                    policy.send_modify(|policy| Arc::make_mut(policy).is_stale = true);
                     tracing::error!(file = %self.path.display(), reason, "the tenants file cannot be used: what it said last holds");
                 }
             }

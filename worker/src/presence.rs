@@ -43,7 +43,7 @@ pub async fn report(pipeline: Arc<Pipeline>, identity: Arc<Identity>, ended: Can
         let is_due = last.elapsed() >= EVERY || said.as_ref() != Some(&now);
         // What nobody could hear would only be old when the broker is back.
         if is_due && !pipeline.health.is_raised(Concern::NatsDisconnected) {
-            pipeline.broker.say(subject.clone(), encode(&now.report(&pipeline, &identity))).await;
+            pipeline.broker.say(subject.clone(), contract::encode(&now.report(&pipeline, &identity))).await;
             (last, said) = (Instant::now(), Some(now));
         }
         tokio::time::sleep(LOOK).await;
@@ -73,8 +73,7 @@ pub async fn obey(pipeline: Arc<Pipeline>, identity: Arc<Identity>) {
 }
 
 fn pull(payload: &[u8]) -> Result<bool, Invalid> {
-    let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
-    let control: WorkerControl = contract::read(json, "")?;
+    let control: WorkerControl = contract::read_message(payload)?;
     control.pull.ok_or_else(|| Invalid::missing("/pull"))
 }
 
@@ -90,14 +89,14 @@ async fn told(pipeline: &Pipeline, identity: &Identity, pull: bool) -> Bytes {
             tokio::time::sleep(LOOK / 5).await;
         }
     }
-    encode(&State::of(pipeline).report(pipeline, identity))
+    contract::encode(&State::of(pipeline).report(pipeline, identity))
 }
 
 fn refused(identity: &Identity, invalid: &Invalid) -> Bytes {
     let pointer = if invalid.pointer.is_empty() { "the request" } else { &invalid.pointer };
     let message = format!("{pointer} {}", invalid.reason);
     let error = VerdictError { code: invalid.cause.code(), message: &message, retryable: false };
-    encode(&ControlRefused { worker: &identity.worker_id, error })
+    contract::encode(&ControlRefused { worker: &identity.worker_id, error })
 }
 
 /// What a change of is worth a report of its own.
@@ -143,9 +142,4 @@ impl State {
 
 fn by_pool(of: impl Fn(Pool) -> usize) -> ByPool {
     ByPool { cpu: of(Pool::Cpu), gpu: of(Pool::Gpu), io: of(Pool::Io) }
-}
-
-/// Our own structs have string keys and finite numbers only, so encoding them cannot fail.
-fn encode(message: &impl serde::Serialize) -> Bytes {
-    serde_json::to_vec(message).unwrap_or_default().into()
 }

@@ -69,12 +69,12 @@ impl StepResult {
         if encoded.len() <= max_payload {
             return encoded;
         }
-        self.is_too_large(assignment, encoded.len());
+        self.become_too_large(assignment, encoded.len());
         self.to_json(assignment, worker_id)
     }
 
     /// The broker takes no result of so many bytes: it becomes an error that says so.
-    pub fn is_too_large(&mut self, assignment: &Assignment, bytes: usize) {
+    pub fn become_too_large(&mut self, assignment: &Assignment, bytes: usize) {
         let message = format!("the result has {bytes} bytes, more than the broker takes");
         let mut fault = Fault::new(Cause::OverCap, message);
         fault.details.block_type = Some(assignment.block.kind().as_str());
@@ -83,7 +83,7 @@ impl StepResult {
 
     fn to_json(&self, assignment: &Assignment, worker_id: &str) -> Bytes {
         let correlation = &assignment.correlation;
-        to_json(&ExecResult {
+        contract::encode(&ExecResult {
             assignment_id: &assignment.key.assignment_id,
             status: self.status,
             result: self.outputs.as_deref(),
@@ -111,7 +111,7 @@ impl StepResult {
 
 /// The verdict on an assignment that will run, or whose record answers it.
 pub fn accepted(assignment: &Assignment, worker_id: &str) -> Bytes {
-    to_json(&Verdict {
+    contract::encode(&Verdict {
         assignment_id: &assignment.key.assignment_id,
         status: "accepted",
         message: "Assignment accepted for execution",
@@ -129,7 +129,7 @@ pub fn rejected(addressee: &Addressee, cause: Cause, message: &str, worker_id: &
     if addressee.assignment_id.is_none() && addressee.request_id.is_none() {
         return None;
     }
-    Some(to_json(&Verdict {
+    Some(contract::encode(&Verdict {
         assignment_id: addressee.assignment_id.as_deref().unwrap_or_default(),
         status: "rejected",
         message,
@@ -144,7 +144,7 @@ pub fn rejected(addressee: &Addressee, cause: Cause, message: &str, worker_id: &
 
 /// What approvers are told of a request.
 pub fn announcement(request: &Request, assignment: &Assignment, approval: &Approval) -> Bytes {
-    to_json(&HumanRequest {
+    contract::encode(&HumanRequest {
         version: contract::VERSION,
         assignment_id: &request.key.assignment_id,
         request_id: &assignment.correlation.request_id,
@@ -166,9 +166,4 @@ pub fn public_error(fault: &Fault) -> PublicError<'_> {
         retryable: fault.cause.is_retryable(),
         details: &fault.details,
     }
-}
-
-/// Our own structs have string keys and finite numbers only, so encoding them cannot fail.
-fn to_json<T: serde::Serialize>(message: &T) -> Bytes {
-    serde_json::to_vec(message).unwrap_or_default().into()
 }

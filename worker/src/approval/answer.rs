@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::assignment::{AssignmentKey, required_id};
+use crate::assignment::{AssignmentKey, required_id, understood};
 use crate::contract::{self, HumanResponse, StoredAnswer};
 use crate::fault::Invalid;
 
@@ -25,11 +25,8 @@ impl Answer {
     /// # Errors
     /// The field that is wrong.
     pub fn decode(payload: &[u8], answered_at: Timestamp, sequence: u64) -> Result<Self, Invalid> {
-        let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
-        let wire = contract::read::<HumanResponse<'_>>(json, "")?;
-        if wire.version.is_some_and(|version| version != contract::VERSION) {
-            return Err(Invalid::format("/version", "is not understood: only \"1\" is"));
-        }
+        let wire = contract::read_message::<HumanResponse<'_>>(payload)?;
+        wire.version.as_deref().map_or(Ok(()), understood)?;
         let tenant = required_id(wire.tenant_id.as_deref(), "/tenant_id")?;
         let assignment_id = required_id(wire.assignment_id.as_deref(), "/assignment_id")?;
         let approver = required_id(wire.approver.as_deref(), "/approver")?;
@@ -71,7 +68,7 @@ impl Answer {
 
     /// As it is kept.
     pub fn encode(&self) -> Bytes {
-        serde_json::to_vec(&self.said).unwrap_or_default().into()
+        contract::encode(&self.said)
     }
 
     /// From where it is kept; `None` for what another version of this program may have written.

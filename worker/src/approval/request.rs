@@ -92,7 +92,7 @@ impl Request {
             ended_by,
             result,
         };
-        serde_json::to_vec(&stored).unwrap_or_default().into()
+        contract::encode(&stored)
     }
 
     /// From where it is kept; `None` for what no version of this program that we know has written.

@@ -5,7 +5,9 @@
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, pull};
-use async_nats::jetstream::context::{ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, GetStreamErrorKind};
+use async_nats::jetstream::context::{
+    ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, CreateStreamErrorKind, GetStreamErrorKind,
+};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{self, ErrorCode};
 
@@ -31,9 +33,9 @@ pub const CONTROL_CONSUMER: &str = "caf-control";
 pub const CANCEL_BUCKET: &str = "caf-cancel";
 /// Open requests for approval.
 pub const APPROVAL_BUCKET: &str = "caf-approvals";
-/// Answers that came before their request.
+/// Answers to requests for approval, the first of each approver.
 pub const ANSWER_BUCKET: &str = "caf-answers";
-/// Deliveries that came back on purpose.
+/// Notes of deliveries that have begun, or that ended without a death.
 pub const DELIVERY_BUCKET: &str = "caf-deliveries";
 
 /// A hold on a delivery lasts this long from its last progress ack.
@@ -440,15 +442,15 @@ fn is_missing(kind: &GetStreamErrorKind) -> bool {
 
 /// Another stream may already capture one of the subjects: the administrator has to choose, waiting does not help.
 fn explain(what: &str, error: &CreateStreamError) -> StreamsError {
-    let reason = error.to_string();
-    if reason.contains("subjects overlap") {
+    let overlaps = |error: &jetstream::Error| error.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP;
+    if matches!(error.kind(), CreateStreamErrorKind::JetStream(error) if overlaps(&error)) {
         return StreamsError::Mismatch {
             what: what.to_owned(),
             differences: "subjects that another stream captures already, but the contract needs them for itself"
                 .to_owned(),
         };
     }
-    StreamsError::Unavailable { what: what.to_owned(), reason }
+    unavailable(what, error)
 }
 
 async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) -> Result<(), StreamsError> {

@@ -117,26 +117,36 @@ pub(super) const EGRESS_POLICY: Setting = setting(
     "WORKER_EGRESS_POLICY",
     "POLICY",
     Some("internal"),
-    "internal: private addresses too; public-only: not those",
+    "internal: public and private addresses; public-only: public ones",
 );
 pub(super) const EGRESS_ALLOW: Setting = setting(
     "egress-allow",
     "WORKER_EGRESS_ALLOW",
     "ENTRY,...",
     None,
-    "Allowed all the same: CIDR, host or *.suffix, each with :port or not",
+    "Exceptions to the policy: CIDR, host or *.suffix, optional :port",
 );
-pub(super) const EGRESS_DENY: Setting =
-    setting("egress-deny", "WORKER_EGRESS_DENY", "ENTRY,...", None, "Never allowed, whatever else says so");
+pub(super) const EGRESS_DENY: Setting = setting(
+    "egress-deny",
+    "WORKER_EGRESS_DENY",
+    "ENTRY,...",
+    None,
+    "Never allowed, whatever the policy and --egress-allow say",
+);
 pub(super) const HTTP_CONNECT_TIMEOUT: Setting = setting(
     "http-connect-timeout",
     "WORKER_HTTP_CONNECT_TIMEOUT",
     "DURATION",
     Some("5s"),
-    "How long a peer may take to accept a connection",
+    "How long an HTTP peer or a database may take to accept a connection",
 );
-pub(super) const HTTP_CA_FILE: Setting =
-    setting("http-ca-file", "WORKER_HTTP_CA_FILE", "FILE", None, "PEM authorities trusted besides the public ones");
+pub(super) const HTTP_CA_FILE: Setting = setting(
+    "http-ca-file",
+    "WORKER_HTTP_CA_FILE",
+    "FILE",
+    None,
+    "PEM authorities trusted besides the public ones, of databases too",
+);
 pub(super) const APPROVAL_WEBHOOK: Setting = setting(
     "approval-webhook",
     "WORKER_APPROVAL_WEBHOOK",
@@ -174,7 +184,7 @@ pub(super) const OUTBOX_DIR: Setting = setting(
     "WORKER_OUTBOX_DIR",
     "DIR",
     None,
-    "Keeps outcomes that the broker does not take, over a restart too",
+    "Directory where results wait while NATS is away; survives a restart",
 );
 pub(super) const DRAIN_TIMEOUT: Setting = setting(
     "drain-timeout",

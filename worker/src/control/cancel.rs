@@ -49,7 +49,7 @@ impl Cancel {
             requested_by: self.requested_by.as_deref().map(Cow::Borrowed),
             sent_at: at.map(|at| at.to_string().into()),
         };
-        serde_json::to_vec(&wire).unwrap_or_default().into()
+        contract::encode(&wire)
     }
 
     /// The same, standing from this moment: later than everything that is here already, whatever the clocks say.
@@ -58,11 +58,7 @@ impl Cancel {
     }
 
     fn read(payload: &[u8]) -> Result<(Self, Option<Timestamp>), Invalid> {
-        let json = std::str::from_utf8(payload).map_err(|_| Invalid::input("", "is not JSON: it is not UTF-8"))?;
-        if contract::is_too_deep(json) {
-            return Err(Invalid::input("", "nests deeper than 128 levels"));
-        }
-        let wire = contract::read::<contract::Cancel>(json, "")?;
+        let wire = contract::read_message::<contract::Cancel>(payload)?;
         version(wire.version.as_deref())?;
         let reason = wire.reason.as_deref().filter(|reason| !reason.is_empty());
         if reason.is_some_and(|reason| reason.len() > MAX_REASON_BYTES) {

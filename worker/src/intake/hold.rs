@@ -63,7 +63,7 @@ impl Hold {
     /// Whether the broker may have given the delivery to another worker by now. A process that was stopped cannot tell
     /// for what it had, nor for what was under way to it then.
     pub fn is_lapsed(&self) -> bool {
-        self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age() >= ACK_WAIT
+        self.is_lapsed_at(Instant::now())
     }
 
     pub(super) fn must_end_by(&self, end: Option<Instant>) {
@@ -75,14 +75,20 @@ impl Hold {
         &self.reply
     }
 
-    /// On a lapsed hold nothing is said to the broker, since another worker may hold the delivery now.
-    fn is_due(&self) -> bool {
-        let is_over = contract::millis(self.start.elapsed()) >= self.end_ms.load(Ordering::Relaxed);
-        self.age() >= ACK_WAIT / 3 && !self.is_lapsed() && !is_over
+    fn is_lapsed_at(&self, now: Instant) -> bool {
+        self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age(now) >= ACK_WAIT
     }
 
-    fn age(&self) -> Duration {
-        self.start.elapsed().saturating_sub(Duration::from_millis(self.renewed_ms.load(Ordering::Relaxed)))
+    /// On a lapsed hold nothing is said to the broker, since another worker may hold the delivery now.
+    fn is_due_at(&self, now: Instant) -> bool {
+        let since_start = contract::millis(now.saturating_duration_since(self.start));
+        let is_over = since_start >= self.end_ms.load(Ordering::Relaxed);
+        self.age(now) >= ACK_WAIT / 3 && !self.is_lapsed_at(now) && !is_over
+    }
+
+    fn age(&self, now: Instant) -> Duration {
+        let renewed = Duration::from_millis(self.renewed_ms.load(Ordering::Relaxed));
+        now.saturating_duration_since(self.start).saturating_sub(renewed)
     }
 }
 
@@ -129,8 +135,8 @@ impl Holds {
     }
 
     fn take_due(&self) -> Vec<Arc<Hold>> {
-        let holds = self.lock();
-        let due = holds.iter().map(|(_, hold)| hold).filter(|hold| hold.is_due());
+        let (holds, now) = (self.lock(), Instant::now());
+        let due = holds.iter().map(|(_, hold)| hold).filter(|hold| hold.is_due_at(now));
         let free = due.filter(|hold| !hold.is_being_renewed.swap(true, Ordering::Relaxed));
         free.take(MAX_AT_ONCE).cloned().collect()
     }
@@ -165,32 +171,38 @@ async fn renew_one(broker: &Broker, hold: Arc<Hold>) {
 mod tests {
     use super::*;
 
-    fn aged(seconds: u64) -> Hold {
-        let start = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("the machine is up for longer");
-        Hold { start, ..Hold::new("reply".into(), pulse::gaps()) }
+    fn hold() -> Hold {
+        Hold::new("reply".into(), pulse::gaps())
+    }
+
+    fn at(hold: &Hold, seconds: u64) -> Instant {
+        hold.start + Duration::from_secs(seconds)
     }
 
     #[test]
     fn a_hold_is_due_from_a_third_of_its_time_until_it_has_lapsed() {
-        assert_eq!([0, 3, 4, 9, 10].map(|age| aged(age).is_due()), [false, false, true, true, false]);
-        assert!(!aged(9).is_lapsed() && aged(10).is_lapsed());
+        let hold = hold();
+        let is_due = [0, 3, 4, 9, 10].map(|age| hold.is_due_at(at(&hold, age)));
+        assert_eq!(is_due, [false, false, true, true, false]);
+        assert!(!hold.is_lapsed_at(at(&hold, 9)) && hold.is_lapsed_at(at(&hold, 10)));
     }
 
     #[test]
     fn what_should_have_ended_is_not_renewed() {
-        let hold = aged(5);
-        hold.must_end_by(Some(Instant::now()));
-        assert!(!hold.is_due());
-        hold.must_end_by(Some(Instant::now() + ACK_WAIT));
-        assert!(hold.is_due());
+        let hold = hold();
+        let now = at(&hold, 5);
+        hold.must_end_by(Some(now));
+        assert!(!hold.is_due_at(now));
+        hold.must_end_by(Some(now + ACK_WAIT));
+        assert!(hold.is_due_at(now));
         hold.must_end_by(None);
-        assert!(hold.is_due());
+        assert!(hold.is_due_at(now));
     }
 
     #[test]
     fn what_came_before_a_stop_has_lapsed_until_it_is_delivered_again() {
         let hold = Hold::new("reply".into(), pulse::gaps().wrapping_sub(1));
-        assert!(hold.is_lapsed() && !hold.is_due());
+        assert!(hold.is_lapsed() && !hold.is_due_at(at(&hold, 5)));
         hold.gaps.store(0, Ordering::Relaxed);
         hold.renew_by(&Hold::new("reply".into(), pulse::gaps()));
         assert!(!hold.is_lapsed());

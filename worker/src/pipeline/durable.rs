@@ -68,7 +68,7 @@ impl Pipeline {
                 Some(Stored::At(_)) => return Standing::Ours(result),
                 Some(Stored::Refused) => {}
                 None => {
-                    step.is_too_large(assignment, result.len());
+                    step.become_too_large(assignment, result.len());
                     result = self.encode(step, assignment);
                     continue;
                 }

@@ -39,6 +39,7 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
             pipeline.metrics.set_slots(pool, pipeline.schedule.size(pool));
             pipeline.metrics.set_slots_busy(pool, pipeline.schedule.busy(pool));
         }
+        pipeline.metrics.set_tenants_file_broken(pipeline.gate.has_stale_policy());
         pipeline.metrics.set_memory_held(pipeline.load.bytes());
         pipeline.note_overload();
         pipeline.note_lapses();

@@ -131,7 +131,7 @@ impl DeadLetters {
             Original::Withheld => letter.redacted = Some(true),
         }
         let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
-        let whole = encode(&letter);
+        let whole = contract::encode(&letter);
         if self.may_take(&whole) && fits(self.store(&dlq_id, trace.as_ref(), whole).await)? {
             return Ok(());
         }
@@ -141,13 +141,13 @@ impl DeadLetters {
         if !fits(self.store_beside(&dlq_id, original).await)? {
             letter.omitted = Some(format!("the original of {bytes} bytes: no message of this size is taken here"));
         }
-        let envelope = encode(&letter);
+        let envelope = contract::encode(&letter);
         if self.may_take(&envelope) && fits(self.store(&dlq_id, trace.as_ref(), envelope).await)? {
             return Ok(());
         }
         // Very many attempts, where very little is taken: the last one says most.
         letter.attempts.drain(..letter.attempts.len().saturating_sub(1));
-        self.store(&dlq_id, trace.as_ref(), encode(&letter)).await
+        self.store(&dlq_id, trace.as_ref(), contract::encode(&letter)).await
     }
 
     /// The broker's limit counts the headers too; 2 KiB is more than these have. The stream may have a lower one.
@@ -235,10 +235,6 @@ fn fits(stored: Result<(), StoreError>) -> Result<bool, StoreError> {
         Err(StoreError::TooLarge { .. }) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-fn encode(letter: &DeadLetter<'_>) -> Bytes {
-    serde_json::to_vec(letter).unwrap_or_default().into()
 }
 
 enum Original {

@@ -29,7 +29,7 @@ pub fn sink(broker: &Broker, assignment: &Assignment, trace: Option<&TraceContex
 
 /// A piece as the Router sees it.
 pub fn encode(piece: &Piece, key: &AssignmentKey, trace_id: Option<&str>) -> Bytes {
-    super::to_json(&Chunk {
+    contract::encode(&Chunk {
         assignment_id: &key.assignment_id,
         tenant_id: key.tenant.as_str(),
         trace_id,
