@@ -17,6 +17,8 @@ use crate::pool::{Nats, SecretKeyRef};
 use crate::reason;
 use crate::secrets::{self, SecretError};
 
+/// Begins the subjects that answers come on: no worker may listen or speak there.
+pub const INBOX: &str = "_INBOX_OPERATOR";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -241,6 +243,7 @@ pub(crate) fn qualified(url: &str, namespace: &str) -> String {
 async fn connect(access: &Access) -> Result<Broker, BrokerError> {
     let mut options = async_nats::ConnectOptions::new()
         .name("beamline-operator")
+        .custom_inbox_prefix(INBOX)
         .connection_timeout(CONNECT_TIMEOUT)
         .request_timeout(Some(REQUEST_TIMEOUT));
     if let Some(credentials) = &access.credentials {

@@ -4,7 +4,7 @@
 //! It also keeps the streams, since the same connection does both. An unreadable queue is not an empty one: the last
 //! numbers stay, marked as old.
 
-mod queue; // the numbers
+pub mod queue; // the numbers
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -43,6 +43,16 @@ impl NatsServer {
         panic!("nats-server does not start: {}", std::fs::read_to_string(log(directory.path())).unwrap_or_default());
     }
 
+    /// A server that keeps nothing.
+    pub fn without_jetstream() -> Self {
+        let mut server = Self::start();
+        let directory = server.directory.path();
+        std::fs::write(directory.join("nats.conf"), format!("listen: \"127.0.0.1:{}\"\n", server.port))
+            .expect("a file");
+        server.restart();
+        server
+    }
+
     /// For `--nats-url`.
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)

@@ -22,6 +22,8 @@ use crate::pem;
 use crate::telemetry::TraceContext;
 use asked::Asked;
 
+/// Begins the subjects that answers come on: other programs' answers are not for workers.
+const INBOX: &str = "_INBOX_WORKER";
 /// Two missed pings end a connection, so a silent broker is noticed within three of these.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long one request to the broker may take before its outcome counts as unknown.
@@ -255,6 +257,7 @@ fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
     }
     Ok(options
         .name(format!("{} {purpose}", address.name))
+        .custom_inbox_prefix(INBOX)
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .subscription_capacity(SUBSCRIPTION_CAPACITY)

@@ -15,7 +15,7 @@ use crate::rates::{Totals, Window, with_rates};
 use crate::streams::{self, DEAD_LETTER_SUBJECT, DEAD_LETTERS};
 
 /// The queue, and the GPU route where there is one.
-pub(super) async fn read(
+pub async fn read(
     jetstream: &Context,
     nats: &Nats,
     window: &mut Window,

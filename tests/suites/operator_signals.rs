@@ -1,0 +1,314 @@
+//! What the operator hears from a real broker over time, with Secrets from a stand-in for the API server: numbers that
+//! move and come to rest, and credentials and certificates that are replaced while both programs run.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_nats::ConnectOptions;
+use async_nats::jetstream::consumer::{Consumer, pull};
+use async_nats::jetstream::{self, Context};
+use axum::extract::State;
+use base64::Engine;
+use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
+use beamline_crds::WorkerPool;
+use beamline_operator::broker::Brokers;
+use beamline_operator::controller::Watched;
+use beamline_operator::memory::Memory;
+use beamline_operator::neighbours::Neighbours;
+use beamline_operator::pool::validate;
+use beamline_operator::scale::decide;
+use beamline_operator::signals::{Readable, Reading, Route, Signals};
+use beamline_tests::nats::NatsServer;
+use beamline_tests::wait::{SOON, within};
+use beamline_tests::worker::Worker;
+use futures::StreamExt;
+use futures::channel::mpsc::UnboundedReceiver;
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::{reflector, watcher};
+use nkeys::KeyPair;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+/// Keys of the Secret `nats`.
+type Secret = Arc<Mutex<HashMap<String, String>>>;
+
+/// Answers every request with the Secret.
+async fn kubernetes(secret: Secret) -> kube::Client {
+    async fn answer(State(secret): State<Secret>) -> String {
+        let data: HashMap<_, _> =
+            secret.lock().unwrap().iter().map(|(key, value)| (key.clone(), BASE64_STANDARD.encode(value))).collect();
+        let metadata = json!({"name": "nats", "namespace": "flows"});
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}).to_string()
+    }
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let app = axum::Router::new().fallback(answer).with_state(secret);
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    kube::Config::new(format!("http://{address}").parse().expect("a URL")).try_into().expect("a client")
+}
+
+/// The part of an operator that listens, following one pool.
+struct Listener {
+    signals: Arc<Signals>,
+    changes: UnboundedReceiver<ObjectRef<Watched>>,
+    pool: ObjectRef<Watched>,
+    /// Whoever drops it takes the pool out of the watch's cache.
+    _cache: reflector::store::Writer<Watched>,
+}
+
+impl Listener {
+    async fn follow(spec: Value, secret: Secret) -> Self {
+        let stored = json!({
+            "apiVersion": "beamline.dev/v1alpha1",
+            "kind": "WorkerPool",
+            "metadata": {"name": "default", "namespace": "flows", "uid": "1234", "generation": 1},
+            "spec": spec,
+        });
+        let pool: WorkerPool = serde_json::from_value(stored.clone()).expect("a WorkerPool");
+        let valid = validate(&pool, "beamline:1").expect("a valid pool");
+        let (pools, mut cache) = reflector::store::<Watched>();
+        cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
+        let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
+        let brokers = Brokers::new(kubernetes(secret).await);
+        let (signals, changes) = Signals::new(brokers, pools, neighbours, Arc::<Memory>::default());
+        signals.follow(&valid, &decide(&valid));
+        let pool = ObjectRef::new("default").within("flows");
+        Self { signals, changes, pool, _cache: cache }
+    }
+
+    fn reading(&self) -> Reading {
+        self.signals.reading(&self.pool)
+    }
+
+    async fn hears(&self, what: &str, is_it: impl Fn(&Reading) -> bool) -> Reading {
+        within(SOON * 2, what, async || Some(self.reading()).filter(|reading| is_it(reading))).await
+    }
+
+    /// Waits until nothing has changed for this long.
+    async fn comes_to_rest(&mut self, quiet: Duration) {
+        let rest = async { while tokio::time::timeout(quiet, self.changes.next()).await.is_ok() {} };
+        tokio::time::timeout(SOON * 6, rest).await.expect("the reading comes to rest");
+    }
+}
+
+async fn publish(jetstream: &Context, subject: &str, count: usize) {
+    for _ in 0..count {
+        let stored = jetstream.publish(subject.to_owned(), "{}".into()).await.expect("sent");
+        stored.await.expect("stored");
+    }
+}
+
+async fn settle(jetstream: &Context, group: &str, count: usize) {
+    let stream = jetstream.get_stream("CAF_EXEC_ASSIGN").await.expect("the stream");
+    let consumer: Consumer<pull::Config> = stream.get_consumer(group).await.expect("the consumer");
+    let mut batch = consumer.fetch().max_messages(count).messages().await.expect("messages");
+    while let Some(message) = batch.next().await {
+        message.expect("a message").double_ack().await.expect("settled");
+    }
+}
+
+fn rate(shown: Option<&String>) -> f64 {
+    shown.and_then(|rate| rate.parse().ok()).unwrap_or(-1.0)
+}
+
+#[tokio::test]
+async fn the_numbers_are_those_of_the_stream_and_come_to_rest_with_it() {
+    let nats = NatsServer::start();
+    let spec = json!({"nats": {"url": nats.url()}, "gpu": {"replicas": 1}});
+    let mut operator = Listener::follow(spec, Secret::default()).await;
+    let reading = operator
+        .hears("rates are known", |it| it.queue.as_ref().is_some_and(|it| it.arrivals_per_second.is_some()))
+        .await;
+    assert_eq!((reading.readable, reading.streams), (Some(Ok(Readable::Own)), Some(Ok(vec![]))));
+    operator.comes_to_rest(Duration::from_secs(7)).await;
+    let queue = operator.reading().queue.expect("a queue");
+    assert_eq!(
+        (queue.arrivals_per_second.as_deref(), queue.completions_per_second.as_deref()),
+        (Some("0.0"), Some("0.0"))
+    );
+    assert_eq!((queue.depth, queue.drain_eta_seconds, queue.oldest_since), (0, None, None));
+
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    publish(&jetstream, "caf.exec.assign.v1", 200).await;
+    // What is on the route arrived there, and not here.
+    publish(&jetstream, "caf.exec.route.gpu.v1", 100).await;
+    let queue =
+        operator.hears("all wait", |it| it.queue.as_ref().is_some_and(|it| it.pending == 200)).await.queue.unwrap();
+    let reading = operator.hears("all wait on the route", |it| it.route.is_some_and(|it| it.pending == 100)).await;
+    assert_eq!(reading.route, Some(Route { pending: 100, in_flight: 0 }));
+    assert!(queue.oldest_since.is_some() && queue.drain_eta_seconds.is_none(), "{queue:?}");
+
+    settle(&jetstream, "caf-workers-gpu", 100).await;
+    settle(&jetstream, "caf-workers", 150).await;
+    let reading = operator.hears("most have ended", |it| it.queue.as_ref().is_some_and(|it| it.depth == 50)).await;
+    let queue = reading.queue.expect("a queue");
+    let (arrivals, completions) =
+        (rate(queue.arrivals_per_second.as_ref()), rate(queue.completions_per_second.as_ref()));
+    // Over the same time: 200 came and 150 went.
+    assert!(arrivals > 0.0 && (completions / arrivals - 0.75).abs() < 0.1, "{queue:?}");
+    let eta = queue.drain_eta_seconds.expect("it ends");
+    assert!((eta as f64 - 50.0 / completions).abs() <= 1.0, "{queue:?}");
+}
+
+#[tokio::test]
+async fn a_core_queue_group_needs_no_jetstream() {
+    let nats = NatsServer::without_jetstream();
+    let spec = json!({"nats": {"url": nats.url(), "delivery": "Core"}});
+    let operator = Listener::follow(spec, Secret::default()).await;
+    let reading = operator.hears("the server answers", |reading| reading.readable.is_some()).await;
+    assert_eq!(
+        (reading.readable, reading.streams, reading.queue),
+        (Some(Ok(Readable::NoQueue)), Some(Ok(vec![])), None)
+    );
+}
+
+// Rotation.
+
+/// A key that others sign for.
+fn public(pair: &KeyPair) -> String {
+    pair.public_key()
+}
+
+/// What the signer says about somebody, as NATS reads it.
+fn token(signer: &KeyPair, subject: &str, name: &str, claims: Value) -> String {
+    let now = jiff::Timestamp::now().as_second();
+    let claims = json!({"jti": name, "iat": now, "iss": public(signer), "name": name, "sub": subject, "nats": claims});
+    let encode = |value: &Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
+    let said = format!("{}.{}", encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), encode(&claims));
+    let signature = signer.sign(said.as_bytes()).expect("a signature");
+    format!("{said}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))
+}
+
+struct Accounts {
+    operator: KeyPair,
+    account: KeyPair,
+    system: KeyPair,
+}
+
+impl Accounts {
+    fn new() -> Self {
+        Self { operator: KeyPair::new_operator(), account: KeyPair::new_account(), system: KeyPair::new_account() }
+    }
+
+    /// A new user, as a `.creds` file, and the user's key.
+    fn user(&self) -> (String, String) {
+        let user = KeyPair::new_user();
+        let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "pub": {}, "sub": {}});
+        let token = token(&self.account, &public(&user), "user", claims);
+        let seed = user.seed().expect("a seed");
+        let creds = format!(
+            "-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n\
+             -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        );
+        (creds, public(&user))
+    }
+
+    /// Lines of a server that knows these, but for the users that are revoked.
+    fn settings(&self, revoked: &[&str]) -> String {
+        let limits = json!({
+            "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1,
+            "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
+        });
+        let later = jiff::Timestamp::now().as_second() + 3600;
+        let revocations: HashMap<_, _> = revoked.iter().map(|user| (*user, later)).collect();
+        let account = json!({"type": "account", "version": 2, "limits": limits, "revocations": revocations});
+        let (account_key, system_key) = (public(&self.account), public(&self.system));
+        let account = token(&self.operator, &account_key, "account", account);
+        let system = token(
+            &self.operator,
+            &system_key,
+            "system",
+            json!({"type": "account", "version": 2, "limits": {
+                "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
+            }}),
+        );
+        let operator = json!({"type": "operator", "version": 2, "system_account": system_key});
+        let operator = token(&self.operator, &public(&self.operator), "operator", operator);
+        format!(
+            "operator: {operator}\nsystem_account: {system_key}\nresolver: MEMORY\n\
+             resolver_preload: {{ {account_key}: {account}, {system_key}: {system} }}\n"
+        )
+    }
+}
+
+/// A new authority's certificate, and lines of a server that shows one signed by it.
+fn certified(directory: &Path, name: &str) -> (String, String) {
+    let mut authority = CertificateParams::new(Vec::new()).expect("parameters");
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority =
+        CertifiedIssuer::self_signed(authority, rcgen::KeyPair::generate().expect("a key")).expect("an authority");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let server = CertificateParams::new(["127.0.0.1".to_owned(), "localhost".to_owned()]).expect("parameters");
+    let server = server.signed_by(&key, &authority).expect("a certificate");
+    let (cert_file, key_file) = (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));
+    std::fs::write(&cert_file, server.pem()).expect("a file");
+    std::fs::write(&key_file, key.serialize_pem()).expect("a file");
+    (authority.pem(), format!("tls {{ cert_file: {cert_file:?}, key_file: {key_file:?} }}\n"))
+}
+
+async fn connect(nats: &NatsServer, creds: &str, ca: &Path) -> Result<async_nats::Client, async_nats::ConnectError> {
+    let options = ConnectOptions::new().credentials(creds).expect("credentials").require_tls(true);
+    options.add_root_certificates(ca.to_path_buf()).connect(nats.url()).await
+}
+
+#[tokio::test]
+async fn rotated_credentials_and_certificates_need_no_restart() {
+    let (directory, accounts) = (tempfile::tempdir().expect("a directory"), Accounts::new());
+    let (creds_file, ca_file) = (directory.path().join("nats.creds"), directory.path().join("ca.crt"));
+    let secret = Secret::default();
+    let bring = |creds: &str, ca: &str| {
+        for (file, key, text) in [(&creds_file, "worker.creds", creds), (&ca_file, "ca.crt", ca)] {
+            // As the kubelet does it: a reader sees the one or the other.
+            std::fs::write(file.with_extension("new"), text).expect("a file");
+            std::fs::rename(file.with_extension("new"), file).expect("a file");
+            secret.lock().unwrap().insert(key.to_owned(), text.to_owned());
+        }
+    };
+    let ((first, first_user), (second, _)) = (accounts.user(), accounts.user());
+    let (first_ca, first_tls) = certified(directory.path(), "first");
+    let (second_ca, second_tls) = certified(directory.path(), "second");
+    bring(&first, &first_ca);
+    let mut nats = NatsServer::with(&(accounts.settings(&[]) + &first_tls));
+
+    let key = |key: &str| json!({"name": "nats", "key": key});
+    let spec = json!({"nats": {
+        "url": nats.url(),
+        "credentialsSecretRef": key("worker.creds"),
+        "tls": {"caSecretRef": key("ca.crt")},
+    }});
+    let operator = Listener::follow(spec, Arc::clone(&secret)).await;
+    let is_fine = |reading: &Reading| matches!((&reading.readable, &reading.streams), (Some(Ok(_)), Some(Ok(_))));
+    operator.hears("the operator is connected", is_fine).await;
+    let mut worker = Worker::named("worker-1")
+        .flag(format!("--nats-url={}", nats.url()))
+        .flag("--nats-create-streams=false")
+        .flag(format!("--nats-creds={}", creds_file.display()))
+        .flag(format!("--nats-tls-ca={}", ca_file.display()))
+        .spawn();
+    worker.ready().await;
+
+    bring(&second, &second_ca);
+    nats.restart_with(&(accounts.settings(&[&first_user]) + &second_tls));
+    assert!(connect(&nats, &first, &ca_file).await.is_err(), "the old credentials are good for nothing");
+    let client = connect(&nats, &second, &ca_file).await.expect("the new ones are");
+    // An answer proves a connection to this server: nobody was connected to it before.
+    within(SOON, "the worker is connected again", async || {
+        let request = client.request("caf.worker.control.v1.worker-1", r#"{"pull": true}"#.into());
+        tokio::time::timeout(Duration::from_secs(2), request).await.ok()?.ok()
+    })
+    .await;
+    worker.ready().await;
+    assert!(worker.is_running());
+    let jetstream = jetstream::new(client);
+    jetstream.delete_stream("KV_caf-answers").await.expect("deleted");
+    within(SOON * 3, "the operator is connected again and makes what is missing", async || {
+        jetstream.get_stream("KV_caf-answers").await.ok()
+    })
+    .await;
+    operator.hears("the operator is fine", is_fine).await;
+}

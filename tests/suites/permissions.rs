@@ -1,0 +1,401 @@
+//! What `docs/operations.md` says that NATS must permit is enough for both programs, and lets them do nothing else.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use async_nats::jetstream::{self, Context};
+use async_nats::{ConnectOptions, Event};
+use beamline_crds::WorkerPool;
+use beamline_operator::broker::INBOX;
+use beamline_operator::controller::Watched;
+use beamline_operator::neighbours::Neighbours;
+use beamline_operator::pool::validate;
+use beamline_operator::rates::Window;
+use beamline_operator::scale::decide;
+use beamline_operator::signals::queue;
+use beamline_operator::streams::{self, Demand};
+use beamline_tests::nats::NatsServer;
+use beamline_tests::peer::Peer;
+use beamline_tests::rig::Rig;
+use beamline_tests::router::{Router, assignment};
+use beamline_tests::wait::{SOON, until, within};
+use beamline_tests::worker::Worker;
+use futures::StreamExt;
+use kube::runtime::{reflector, watcher};
+use rusqlite::Connection;
+use serde_json::{Value, json};
+
+/// The block of the page that begins with this line.
+fn documented(first_line: &str) -> String {
+    let page = include_str!("../../docs/operations.md");
+    let block = page.split("```text\n").find(|block| block.starts_with(first_line)).expect("the page has the block");
+    block.split("```").next().expect("it ends").to_owned()
+}
+
+/// A server where whoever says nothing may do all, and each program what the page says.
+fn server() -> NatsServer {
+    let (worker, operator) = (documented("# worker\n"), documented("# operator\n"));
+    NatsServer::with(&format!(
+        r#"
+        no_auth_user: admin
+        authorization {{ users: [
+            {{ user: admin, password: pw, permissions {{ publish: ">", subscribe: ">" }} }}
+            {{ user: worker, password: pw
+               {worker} }}
+            {{ user: operator, password: pw
+               {operator} }}
+        ] }}
+        "#
+    ))
+}
+
+/// A program's connection, and what the server forbade it.
+struct Program {
+    client: async_nats::Client,
+    forbidden: Arc<Mutex<Vec<String>>>,
+}
+
+impl Program {
+    async fn connect(nats: &NatsServer, user: &str) -> Self {
+        let forbidden = Arc::<Mutex<Vec<String>>>::default();
+        let noted = Arc::clone(&forbidden);
+        let options = ConnectOptions::with_user_and_password(user.to_owned(), "pw".to_owned());
+        let options = options.custom_inbox_prefix(INBOX).event_callback(move |event| {
+            if let Event::ServerError(error) = event {
+                noted.lock().unwrap().push(error.to_string().to_lowercase());
+            }
+            async {}
+        });
+        Self { client: options.connect(nats.url()).await.expect("a connection"), forbidden }
+    }
+
+    fn jetstream(&self) -> Context {
+        jetstream::new(self.client.clone())
+    }
+
+    fn violations(&self) -> Vec<String> {
+        self.forbidden.lock().unwrap().clone()
+    }
+
+    /// Tries all of them, and waits until the server has forbidden each.
+    async fn may_not(&self, publish: &[&str], subscribe: &[&str]) {
+        for subject in publish {
+            self.client.publish((*subject).to_owned(), "{}".into()).await.expect("sent");
+        }
+        let mut open = Vec::new();
+        for subject in subscribe {
+            open.push(self.client.subscribe((*subject).to_owned()).await.expect("sent"));
+        }
+        self.client.flush().await.expect("the server answers");
+        let expected: BTreeSet<String> = publish
+            .iter()
+            .map(|subject| format!("publish to \"{subject}\"").to_lowercase())
+            .chain(subscribe.iter().map(|subject| format!("subscription to \"{subject}\"").to_lowercase()))
+            .collect();
+        let mut permitted = expected.clone();
+        let refused = within(SOON, "the server answers each", async || {
+            let violations = self.violations();
+            permitted.retain(|attempt| !violations.iter().any(|violation| violation.contains(attempt)));
+            permitted.is_empty().then_some(())
+        });
+        if tokio::time::timeout(SOON / 2, refused).await.is_err() {
+            assert_eq!(permitted, BTreeSet::new(), "the server permits these; it forbade {:#?}", self.violations());
+        }
+    }
+}
+
+fn stored(nats: &NatsServer, name: &str, mut spec: Value) -> WorkerPool {
+    spec["nats"]["url"] = json!(nats.url());
+    serde_json::from_value(json!({
+        "apiVersion": "beamline.dev/v1alpha1",
+        "kind": "WorkerPool",
+        "metadata": {"name": name, "namespace": "flows", "uid": name, "generation": 1},
+        "spec": spec,
+    }))
+    .expect("a WorkerPool")
+}
+
+fn demand(pool: &WorkerPool) -> Demand {
+    let valid = validate(pool, "beamline:1").expect("a valid pool");
+    let max_ack_pending = streams::max_ack_pending(&valid, &decide(&valid));
+    Demand { namespace: valid.namespace, name: valid.name, nats: valid.nats, max_ack_pending }
+}
+
+/// Everything that the operator does for a pool with GPUs, before any worker starts.
+async fn set_up(nats: &NatsServer, operator: &Program) {
+    let (pools, mut cache) = reflector::store::<Watched>();
+    let neighbours = Neighbours::new(pools, "here".to_owned(), None);
+    let ensure = async |pool: &WorkerPool| streams::ensure(&operator.jetstream(), &demand(pool), &neighbours).await;
+    let mut know = |pool: &WorkerPool| {
+        let pool = serde_json::from_value(serde_json::to_value(pool).expect("JSON")).expect("a WorkerPool");
+        cache.apply_watcher_event(&watcher::Event::Apply(pool));
+    };
+    let with_gpus = json!({"gpu": {"replicas": 1}});
+    let first = stored(nats, "first", with_gpus.clone());
+    know(&first);
+    assert_eq!(ensure(&first).await, Ok(vec![]), "what is missing is made");
+    let grown = stored(nats, "first", json!({"replicas": 9, "nats": {"streams": {"resultRetention": "2h"}}}));
+    know(&grown);
+    assert_eq!(ensure(&grown).await, Ok(vec![]), "altered, and the route deleted");
+    know(&first);
+    assert_eq!(ensure(&first).await, Ok(vec![]), "the route is made again");
+}
+
+#[tokio::test]
+async fn the_operator_needs_no_more_than_the_page_says() {
+    let nats = server();
+    let operator = Program::connect(&nats, "operator").await;
+    set_up(&nats, &operator).await;
+    let nats_of = demand(&stored(&nats, "first", json!({}))).nats;
+    let (queue, route) = queue::read(&operator.jetstream(), &nats_of, &mut Window::default()).await.expect("numbers");
+    assert_eq!((queue.depth, route.map(|route| route.pending)), (0, Some(0)));
+    assert_eq!(operator.violations(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn the_operator_may_do_nothing_else() {
+    let nats = server();
+    let operator = Program::connect(&nats, "operator").await;
+    set_up(&nats, &operator).await;
+    let publish = [
+        "caf.exec.assign.v1",
+        "caf.exec.assign.v1.ack",
+        "caf.exec.result.v1",
+        "caf.exec.route.gpu.v1",
+        "caf.exec.ledger.acme.a1",
+        "caf.exec.dlq.v1",
+        "caf.exec.cancel.v1",
+        "caf.human.response.v1",
+        "caf.worker.control.v1.worker-1",
+        "$KV.caf-cancel.acme.a1",
+        "$JS.ACK.CAF_EXEC_ASSIGN.caf-workers.1.1.1.1.1",
+        "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_ASSIGN.caf-workers",
+        "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_CONTROL.caf-control",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_DLQ",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_RESULT.reader",
+        "$JS.API.CONSUMER.CREATE.KV_caf-cancel",
+        "$JS.API.CONSUMER.DELETE.CAF_EXEC_ASSIGN.caf-workers",
+        "$JS.API.CONSUMER.DELETE.CAF_EXEC_CONTROL.caf-control",
+        "$JS.API.DIRECT.GET.CAF_EXEC_RESULT",
+        "$JS.API.DIRECT.GET.CAF_EXEC_DLQ",
+        "$JS.API.STREAM.MSG.GET.CAF_EXEC_ASSIGN",
+        "$JS.API.STREAM.MSG.GET.CAF_EXEC_DLQ",
+        "$JS.API.STREAM.MSG.DELETE.CAF_EXEC_DLQ",
+        "$JS.API.STREAM.PURGE.CAF_EXEC_ASSIGN",
+        "$JS.API.STREAM.DELETE.CAF_EXEC_ASSIGN",
+        "$JS.API.STREAM.DELETE.CAF_EXEC_RESULT",
+        "$JS.API.STREAM.CREATE.OTHER",
+        "$JS.API.STREAM.UPDATE.KV_other",
+        "$JS.API.STREAM.SNAPSHOT.CAF_EXEC_DLQ",
+        "_INBOX.somebody",
+        "_INBOX_WORKER.somebody",
+        "orders.created",
+    ];
+    let subscribe = [">", "caf.>", "caf.exec.assign.v1", "caf.exec.result.v1", "$KV.>", "_INBOX.>", "_INBOX_WORKER.>"];
+    operator.may_not(&publish, &subscribe).await;
+}
+
+#[tokio::test]
+async fn a_worker_may_do_nothing_else() {
+    let nats = server();
+    let worker = Program::connect(&nats, "worker").await;
+    let publish = [
+        "caf.exec.assign.v1",
+        "caf.exec.cancel.v1",
+        "caf.human.response.v1",
+        "caf.exec.route.other.v1",
+        "caf.exec.ledger.acme",
+        "caf.worker.control.v1.worker-2",
+        "$KV.other.key",
+        "$JS.ACK.CAF_EXEC_ASSIGN.somebody.1.1.1.1.1",
+        "$JS.ACK.OTHER.caf-workers.1.1.1.1.1",
+        "$JS.API.INFO",
+        "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_ASSIGN.somebody",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_ASSIGN",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_ASSIGN.caf-workers.caf.exec.assign.v1",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_RESULT",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_DLQ",
+        "$JS.API.CONSUMER.CREATE.KV_other",
+        "$JS.API.CONSUMER.DELETE.CAF_EXEC_ASSIGN.caf-workers",
+        "$JS.API.CONSUMER.LIST.CAF_EXEC_ASSIGN",
+        "$JS.API.DIRECT.GET.CAF_EXEC_DLQ",
+        "$JS.API.DIRECT.GET.KV_other",
+        "$JS.API.STREAM.MSG.GET.CAF_EXEC_DLQ",
+        "$JS.API.STREAM.MSG.GET.CAF_EXEC_ASSIGN",
+        "$JS.API.STREAM.MSG.GET.KV_other",
+        "$JS.API.STREAM.MSG.DELETE.CAF_EXEC_RESULT",
+        "$JS.API.STREAM.INFO.OTHER",
+        "$JS.API.STREAM.CREATE.CAF_EXEC_RESULT",
+        "$JS.API.STREAM.UPDATE.CAF_EXEC_RESULT",
+        "$JS.API.STREAM.PURGE.CAF_EXEC_ASSIGN",
+        "$JS.API.STREAM.DELETE.CAF_EXEC_DLQ",
+        "_INBOX_OPERATOR.somebody",
+        "orders.created",
+    ];
+    let subscribe = [
+        ">",
+        "caf.>",
+        "caf.exec.assign.v1",
+        "caf.exec.result.v1",
+        "caf.exec.dlq.v1",
+        "caf.human.response.v1",
+        "$KV.>",
+        "$JS.API.>",
+        "_INBOX.>",
+        "_INBOX_OPERATOR.>",
+    ];
+    worker.may_not(&publish, &subscribe).await;
+}
+
+/// A worker with the credentials of one, under an operator.
+fn worker(rig_files: &tempfile::TempDir, nats: &NatsServer, name: &str, flags: &[&str]) -> Worker {
+    let setup = Worker::named(name)
+        .flag(format!("--nats-url=nats://worker:pw@127.0.0.1:{}", nats.port()))
+        .flag("--nats-create-streams=false")
+        .flag("--egress-allow=127.0.0.0/8")
+        .flag(format!("--fs-roots={}", rig_files.path().display()));
+    flags.iter().fold(setup, |setup, flag| setup.flag(*flag)).spawn()
+}
+
+#[tokio::test]
+async fn workers_need_no_more_than_the_page_says() {
+    let nats = server();
+    let operator = Program::connect(&nats, "operator").await;
+    set_up(&nats, &operator).await;
+    let files = tempfile::tempdir().expect("a directory");
+    let general = worker(&files, &nats, "worker-1", &[]);
+    general.ready().await;
+    let gpu = worker(&files, &nats, "gpu-1", &["--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=2"]);
+    gpu.ready().await;
+    let router = Router::connect(&nats.url()).await;
+    let rig = Rig { worker: general, router, peer: Peer::start().await, nats, files };
+
+    every_block_runs(&rig).await;
+    people_decide_and_change_their_minds(&rig).await;
+    work_for_gpu_slots_finds_them(&rig).await;
+    what_is_wrong_is_told(&rig).await;
+    workers_do_as_they_are_told(&rig).await;
+
+    rig.worker.terminate();
+    gpu.terminate();
+    for mut worker in [rig.worker, gpu] {
+        assert_eq!(worker.ended().await, Some(0));
+        let complaints: Vec<_> =
+            worker.lines().into_iter().filter(|line| line.to_lowercase().contains("violation")).collect();
+        assert_eq!(complaints, Vec::<String>::new(), "a worker may do all that it does");
+    }
+}
+
+async fn every_block_runs(rig: &Rig) {
+    let table = rig.file_of("acme", "table.sqlite");
+    std::fs::create_dir_all(table.parent().expect("a directory")).expect("the tenant's directory");
+    Connection::open(&table)
+        .expect("a database")
+        .execute_batch("CREATE TABLE t (a); INSERT INTO t VALUES (7);")
+        .expect("a table");
+    let mut streamed = rig.call("/ok");
+    streamed["stream"] = json!(true);
+    let jobs = [
+        ("put", rig.put("x.txt", "x")),
+        ("get", json!({"type": "fs.get", "path": rig.path("x.txt")})),
+        ("http", rig.call("/ok")),
+        ("stream", streamed),
+        (
+            "sql",
+            json!({
+                "type": "sql.query",
+                "connection_string": format!("sqlite://{}", rig.path("table.sqlite")),
+                "query": "SELECT a FROM t",
+            }),
+        ),
+    ];
+    for (name, job) in jobs {
+        let payload = assignment("acme", name, job);
+        rig.router.submit(&payload).await;
+        let result = rig.router.result(&payload).await;
+        assert_eq!(result["status"], "success", "{name}: {result}");
+    }
+    // The same publication's record answers, and a new one of the same id.
+    let again = assignment("acme", "put", rig.put("x.txt", "x"));
+    rig.router.submit(&again).await;
+    rig.router.results(&again, 2).await;
+}
+
+fn ask(name: &str) -> Value {
+    let job =
+        json!({"type": "human.approval", "prompt": "May I?", "approvers": ["ann@example.com"], "timeout_ms": 600_000});
+    assignment("acme", name, job)
+}
+
+async fn say(rig: &Rig, subject: &str, said: Value) -> Value {
+    let answer = rig.router.client().request(subject.to_owned(), said.to_string().into()).await.expect("an answer");
+    serde_json::from_slice(&answer.payload).expect("JSON")
+}
+
+async fn people_decide_and_change_their_minds(rig: &Rig) {
+    let mut announced = rig.router.client().subscribe("caf.human.request.v1").await.expect("a subscription");
+    let (approved, cancelled) = (ask("approved"), ask("cancelled"));
+    for payload in [&approved, &cancelled] {
+        rig.router.submit(payload).await;
+        tokio::time::timeout(SOON, announced.next()).await.expect("somebody is asked");
+    }
+    let answer =
+        json!({"assignment_id": "approved", "tenant_id": "acme", "approver": "ann@example.com", "approved": true});
+    rig.router.client().publish("caf.human.response.v1", answer.to_string().into()).await.expect("sent");
+    assert_eq!(rig.router.result(&approved).await["result"]["approved"], true);
+    let cancel = json!({"version": "1", "assignment_id": "cancelled", "tenant_id": "acme"});
+    let said = say(rig, "caf.exec.cancel.v1", cancel).await;
+    assert_eq!(said["assignment_id"], "cancelled", "{said}");
+    assert_eq!(rig.router.result(&cancelled).await["status"], "cancelled");
+}
+
+async fn work_for_gpu_slots_finds_them(rig: &Rig) {
+    let mut number = 0;
+    within(SOON, "work is passed on", async || {
+        number += 1;
+        let mut payload = assignment("acme", &format!("gpu-{number}"), rig.put("gpu.txt", "x"));
+        payload["resources"] = json!({"pool": "gpu"});
+        rig.router.submit(&payload).await;
+        rig.router.verdict(&payload).await;
+        rig.router.settled(SOON).await;
+        let result = rig.router.story(&payload).results.first().cloned()?;
+        let result: Value = serde_json::from_slice(&result).expect("JSON");
+        (result["metadata"]["worker_id"] == "gpu-1").then_some(())
+    })
+    .await;
+}
+
+async fn what_is_wrong_is_told(rig: &Rig) {
+    let outside = assignment("acme", "outside", json!({"type": "fs.get", "path": "/etc/passwd"}));
+    rig.router.submit(&outside).await;
+    assert_eq!(rig.router.verdict(&outside).await["status"], "rejected");
+    rig.router.letter(&outside).await;
+    let gone = assignment("acme", "gone", json!({"type": "fs.get", "path": rig.path("nothing")}));
+    rig.router.submit(&gone).await;
+    assert_eq!(rig.router.result(&gone).await["status"], "error");
+    rig.router.letter(&gone).await;
+    let mut unmet = assignment("acme", "unmet", rig.put("y", "y"));
+    unmet["resources"] = json!({"memory_mb": 1_000_000});
+    rig.router.submit(&unmet).await;
+    assert_eq!(rig.router.verdict(&unmet).await["error"]["code"], 2002);
+    // An original that does not fit into its letter travels beside it.
+    let large = assignment("acme", "large", json!({"type": "no.such.block", "text": "x".repeat(900_000)}));
+    rig.router.submit(&large).await;
+    rig.router.letter(&large).await;
+}
+
+async fn workers_do_as_they_are_told(rig: &Rig) {
+    let mut reports = rig.router.client().subscribe("caf.worker.report.v1.*").await.expect("a subscription");
+    tokio::time::timeout(SOON, reports.next()).await.expect("a report");
+    let control = "caf.worker.control.v1.worker-1";
+    say(rig, control, json!({"pull": false})).await;
+    say(rig, control, json!({"pull": true})).await;
+    // What is held at a stop is handed back, and noted.
+    let slow = assignment("acme", "slow", rig.call("/slow/60000"));
+    rig.router.submit(&slow).await;
+    until("it runs", async || rig.worker.metric("worker_slots_busy{pool=\"io\"}").await > 0.0).await;
+    let cancel = json!({"version": "1", "assignment_id": "slow", "tenant_id": "acme"});
+    say(rig, "caf.exec.cancel.v1", cancel).await;
+    assert_eq!(rig.router.result(&slow).await["status"], "cancelled");
+}
