@@ -86,9 +86,10 @@ impl MariaDb {
         let mut waiting = vec![self.data()];
         while let Some(directory) = waiting.pop() {
             for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-                match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    true => waiting.push(entry.path()),
-                    false => drop(files.insert(entry.path(), ())),
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    waiting.push(entry.path())
+                } else {
+                    files.insert(entry.path(), ());
                 }
             }
         }

@@ -84,8 +84,9 @@ pub async fn kept_its_promise(router: &Router, peer: &Peer) {
 /// With the test's directory and, unless the flags say else, the test's peer within its reach.
 fn worker(name: &str, files: &TempDir, flags: &[&str]) -> Setup {
     let setup = Worker::named(name).flag(format!("--fs-roots={}", files.path().display()));
-    match flags.iter().any(|flag| flag.starts_with("--egress-allow")) {
-        true => setup,
-        false => setup.flag("--egress-allow=127.0.0.0/8"),
+    if flags.iter().any(|flag| flag.starts_with("--egress-allow")) {
+        setup
+    } else {
+        setup.flag("--egress-allow=127.0.0.0/8")
     }
 }

@@ -318,9 +318,10 @@ async fn serve_tls(listener: TcpListener, acceptor: TlsAcceptor, seen: Arc<Mutex
                 async move { respond(&path) }
             });
             let stream = TokioIo::new(stream);
-            match is_h2 {
-                true => drop(http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await),
-                false => drop(http1::Builder::new().serve_connection(stream, service).await),
+            if is_h2 {
+                drop(http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await)
+            } else {
+                drop(http1::Builder::new().serve_connection(stream, service).await)
             }
         });
     }

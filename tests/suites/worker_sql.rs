@@ -801,9 +801,10 @@ async fn tls_is_as_strict_as_sslmode_says() {
         ];
         for (number, (rig, url, is_good)) in cases.into_iter().enumerate() {
             let id = format!("tls-{engine}-{number}");
-            match is_good {
-                true => assert_eq!(rows(rig, &id, &url, "SELECT 1 AS a", json!([])).await, json!([{"a": 1}]), "{url}"),
-                false => drop(fails(rig, &id, job(&url, "SELECT 1", json!([])), 3001, false).await),
+            if is_good {
+                assert_eq!(rows(rig, &id, &url, "SELECT 1 AS a", json!([])).await, json!([{"a": 1}]), "{url}")
+            } else {
+                drop(fails(rig, &id, job(&url, "SELECT 1", json!([])), 3001, false).await)
             }
         }
     }

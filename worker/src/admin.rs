@@ -227,10 +227,8 @@ struct Overall {
 
 async fn overall(State(health): State<Health>) -> Response {
     let reasons = health.reasons(Concern::fails_health);
-    let (code, status) = match reasons.is_empty() {
-        true => (StatusCode::OK, "healthy"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy"),
-    };
+    let (code, status) =
+        if reasons.is_empty() { (StatusCode::OK, "healthy") } else { (StatusCode::SERVICE_UNAVAILABLE, "unhealthy") };
     let now = Timestamp::now();
     let timestamp = now.round(Unit::Second).unwrap_or(now).to_string();
     match serde_json::to_string(&Overall { status, timestamp, reasons }) {
@@ -251,9 +249,10 @@ fn alive(silent_for: Duration) -> Response {
 
 async fn ready(State(health): State<Health>) -> Response {
     let reasons = health.reasons(Concern::fails_readyz);
-    match reasons.is_empty() {
-        true => "ok\n".into_response(),
-        false => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
+    if reasons.is_empty() {
+        "ok\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response()
     }
 }
 

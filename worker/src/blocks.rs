@@ -9,6 +9,7 @@ pub mod sql; // sql.query
 pub mod tenant_dir; // the only way to a file
 pub mod pieces; // what leaves while a block still runs
 mod thread; // where work may wait for a disk
+mod causes; // what an error was caused by
 mod output; // what a block produced
 
 use std::sync::Arc;

@@ -176,7 +176,7 @@ pub struct Details {
 }
 
 /// What a detail repeats of a text that came from outside, in bytes: an error has to fit the broker many times over.
-const EXCERPT_BYTES: usize = 2048;
+pub(crate) const EXCERPT_BYTES: usize = 2048;
 
 /// The beginning of a text as a detail repeats it; one that is cut ends in an ellipsis.
 pub fn excerpt(mut text: String) -> String {

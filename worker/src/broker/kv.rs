@@ -248,9 +248,10 @@ enum Kept {
 
 impl Kept {
     fn read(key: String, headers: Option<&HeaderMap>, value: Bytes, revision: u64, stored: Timestamp) -> Self {
-        match headers.is_some_and(|headers| headers.get(OPERATION).or_else(|| headers.get(MARKER)).is_some()) {
-            true => Self::Removed { key, revision },
-            false => Self::Value(Entry { key, value, revision, stored }),
+        if headers.is_some_and(|headers| headers.get(OPERATION).or_else(|| headers.get(MARKER)).is_some()) {
+            Self::Removed { key, revision }
+        } else {
+            Self::Value(Entry { key, value, revision, stored })
         }
     }
 

@@ -174,17 +174,15 @@ pub(super) fn subject(text: &str) -> Result<String, String> {
 
 pub(super) fn consumer_name(text: &str) -> Result<String, String> {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
-    match (1..=MAX_CONSUMER_NAME).contains(&text.len()) && text.bytes().all(is_plain) {
-        true => Ok(text.to_owned()),
-        false => Err(format!("at most {MAX_CONSUMER_NAME} letters, digits, \"_\" and \"-\"")),
+    if (1..=MAX_CONSUMER_NAME).contains(&text.len()) && text.bytes().all(is_plain) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("at most {MAX_CONSUMER_NAME} letters, digits, \"_\" and \"-\""))
     }
 }
 
 pub(super) fn file(text: &str) -> Result<PathBuf, String> {
-    match text.is_empty() || text.contains('\0') {
-        true => Err("the path of a file".to_owned()),
-        false => Ok(PathBuf::from(text)),
-    }
+    if text.is_empty() || text.contains('\0') { Err("the path of a file".to_owned()) } else { Ok(PathBuf::from(text)) }
 }
 
 pub(super) fn directories(text: &str) -> Result<Vec<PathBuf>, String> {

@@ -303,10 +303,7 @@ impl Pipeline {
     /// Stores the request, as long as the delivery is ours.
     async fn open(&self, delivery: &Delivery, request: &Request, after_an_end: AfterAnEnd) -> Option<Opened> {
         let store = || async {
-            match delivery.is_lapsed() {
-                true => Ok(None),
-                false => self.approvals.open(request, after_an_end).await.map(Some),
-            }
+            if delivery.is_lapsed() { Ok(None) } else { self.approvals.open(request, after_an_end).await.map(Some) }
         };
         self.until_definite(store).await
     }

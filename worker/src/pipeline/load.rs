@@ -56,9 +56,10 @@ impl Pipeline {
         // What waits for its own tenant takes nobody else's place.
         let held_back: usize = pools(source).iter().map(|pool| self.schedule.held_back(*pool)).sum();
         let waiting = self.load.flow(source).waiting().saturating_sub(held_back);
-        let free = match self.takes_none(source) || held_back >= MAX_HELD_BACK {
-            true => 0,
-            false => (slots - busy + look_ahead).saturating_sub(waiting),
+        let free = if self.takes_none(source) || held_back >= MAX_HELD_BACK {
+            0
+        } else {
+            (slots - busy + look_ahead).saturating_sub(waiting)
         };
         Room { free, whole: slots + look_ahead, waiting }
     }
@@ -101,9 +102,10 @@ impl Pipeline {
             Some(pool) => self.health.raise(Concern::PoolOverloaded, format!("work waits for {} slots", pool.as_str())),
             None => self.health.clear(Concern::PoolOverloaded),
         }
-        match self.holds_too_much() {
-            true => self.health.raise(Concern::MemoryFull, "payloads and results wait to be settled"),
-            false => self.health.clear(Concern::MemoryFull),
+        if self.holds_too_much() {
+            self.health.raise(Concern::MemoryFull, "payloads and results wait to be settled")
+        } else {
+            self.health.clear(Concern::MemoryFull)
         }
     }
 

@@ -37,9 +37,10 @@ impl Rejection {
     }
 
     pub(super) fn refused(assignment: &Assignment, refusal: Refusal) -> Self {
-        let ends = match refusal.cause.is_retryable() {
-            true => RejectionEnd::Refused(assignment.key.clone()),
-            false => RejectionEnd::DeadLetter(Stage::Admit),
+        let ends = if refusal.cause.is_retryable() {
+            RejectionEnd::Refused(assignment.key.clone())
+        } else {
+            RejectionEnd::DeadLetter(Stage::Admit)
         };
         Self { addressee: assignment.addressee(), fault: Fault::new(refusal.cause, refusal.message), ends }
     }

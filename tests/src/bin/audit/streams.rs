@@ -18,9 +18,10 @@ pub(crate) async fn read(url: &str, audit: &mut Audit) -> anyhow::Result<Left> {
     let client = async_nats::ConnectOptions::new().subscription_capacity(1 << 18).connect(url).await?;
     let js = jetstream::new(client);
     each(&js, "CAF_EXEC_RESULT", |message| {
-        let kept = match message.subject.starts_with("caf.exec.ledger.") {
-            true => Kept::Record { outcome: Outcome::of(&message.payload), at: stored_at(message)? },
-            false => Kept::Refusal,
+        let kept = if message.subject.starts_with("caf.exec.ledger.") {
+            Kept::Record { outcome: Outcome::of(&message.payload), at: stored_at(message)? }
+        } else {
+            Kept::Refusal
         };
         audit.find(&token(&message.subject), kept);
         Ok(())

@@ -2,10 +2,10 @@
 //! never repeated.
 
 use std::error::Error;
-use std::io;
 
 use h2::Reason;
 
+use crate::blocks::causes::cause_of;
 use crate::blocks::egress::Refusal;
 use crate::fault::{Cause, Fault};
 
@@ -43,13 +43,5 @@ pub(super) fn root(error: &reqwest::Error) -> String {
 
 /// The causes of an error, without itself.
 fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
-    std::iter::successors(error.source(), |cause| inner(*cause))
-}
-
-/// An IO error tells its cause's cause only, so the cause itself is looked up inside.
-fn inner<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
-    match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-        Some(inner) => Some(inner),
-        None => cause.source(),
-    }
+    std::iter::successors(error.source(), |cause| cause_of(*cause))
 }

@@ -15,14 +15,12 @@ use serde::Serialize;
 use super::{Request, failure};
 use crate::blocks::{Output, Scope};
 use crate::contract;
-use crate::fault::{Cause, Details, Fault};
+use crate::fault::{Cause, Details, EXCERPT_BYTES, Fault};
 
 /// The most bytes of a decompressed body, where the broker would take more.
 const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
 /// The most bytes of all headers together. HTTP/1.1 answers may have 100 headers.
 const MAX_HEADER_BYTES: usize = 256 * 1024;
-/// What an error repeats of a body.
-const EXCERPT_BYTES: usize = 2048;
 /// How long an error's body may take: its status is what matters, and must not be lost to a stalling peer.
 const EXCERPT_TIMEOUT: Duration = Duration::from_millis(500);
 /// The longest `Retry-After` that is believed.

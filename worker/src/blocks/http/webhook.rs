@@ -67,9 +67,10 @@ impl Webhook {
         let request = Request { method: Method::POST, url, headers, body, is_streamed: false };
         let response = self.client.send(&request).await?;
         let status = response.status();
-        match status.is_success() {
-            true => Ok(()),
-            false => Err(Fault::new(Cause::HttpStatus(status.as_u16()), format!("it answers {status}"))),
+        if status.is_success() {
+            Ok(())
+        } else {
+            Err(Fault::new(Cause::HttpStatus(status.as_u16()), format!("it answers {status}")))
         }
     }
 }

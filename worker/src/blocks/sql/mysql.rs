@@ -167,9 +167,10 @@ fn is_dangerous(grant: &str) -> bool {
 /// waited for until the deadline, so that there is time to say what it was.
 fn begin(deadline: Instant, is_mariadb: bool) -> Vec<String> {
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    let timeout = match is_mariadb {
-        true => format!("max_statement_time = {:.3}", left.as_secs_f64()),
-        false => format!("max_execution_time = {}", left.as_millis().min(u32::MAX.into())),
+    let timeout = if is_mariadb {
+        format!("max_statement_time = {:.3}", left.as_secs_f64())
+    } else {
+        format!("max_execution_time = {}", left.as_millis().min(u32::MAX.into()))
     };
     let lock = (left.as_secs() * 9 / 10).clamp(1, 31_536_000);
     vec![

@@ -14,6 +14,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use tokio::net::TcpStream;
 
 use super::database::{Encryption, Server};
+use crate::blocks::causes::cause_of;
 use crate::blocks::egress::{Guard, Policy};
 use crate::blocks::http;
 use crate::fault::{Cause, Fault};
@@ -140,16 +141,8 @@ pub(super) fn unreachable(error: Option<&io::Error>) -> Fault {
 
 /// The TLS error inside of another error.
 pub(super) fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
-    let mut causes = std::iter::successors(Some(error), |cause| inner(*cause));
+    let mut causes = std::iter::successors(Some(error), |cause| cause_of(*cause));
     causes.find_map(|cause| cause.downcast_ref::<rustls::Error>())
-}
-
-/// An IO error tells its cause's cause only, so the cause itself is looked up inside.
-fn inner<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
-    match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-        Some(inner) => Some(inner),
-        None => cause.source(),
-    }
 }
 
 /// `sslmode=require` and `prefer`: against those who only listen. Signatures are checked all the same.

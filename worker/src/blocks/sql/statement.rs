@@ -46,10 +46,7 @@ pub(super) fn only(text: &str, engine: Engine) -> Result<Reading<'_>, Refusal> {
     let tokens = Tokenizer::new(dialect(engine), text).tokenize_with_location().map_err(unreadable)?;
     let (tokens, text) = without_end(&tokens, text);
     let is_small = check_words(&tokens, engine)? <= SMALL_STRUCTURE;
-    let is_query = match is_small {
-        true => is_query(&tokens, engine)?,
-        false => deep(|| is_query(&tokens, engine))?,
-    };
+    let is_query = if is_small { is_query(&tokens, engine)? } else { deep(|| is_query(&tokens, engine))? };
     Ok(Reading { text, is_query })
 }
 
@@ -144,9 +141,10 @@ fn shown(word: &Word) -> String {
 
 fn parse(tokens: &[TokenWithSpan], dialect: &dyn Dialect) -> Result<Statement, Refusal> {
     let mut parser = Parser::new(dialect).with_tokens_with_locations(tokens.to_vec());
-    let statement = match parser.peek_keyword(Keyword::TABLE) {
-        true => parser.parse_query().map(Statement::Query),
-        false => parser.parse_statement(),
+    let statement = if parser.peek_keyword(Keyword::TABLE) {
+        parser.parse_query().map(Statement::Query)
+    } else {
+        parser.parse_statement()
     };
     let statement = statement.map_err(unreadable)?;
     match parser.peek_token().token {
