@@ -220,7 +220,10 @@ async fn a_worker_may_do_nothing_else() {
         "$JS.API.CONSUMER.DELETE.CAF_EXEC_ASSIGN.caf-workers",
         "$JS.API.CONSUMER.LIST.CAF_EXEC_ASSIGN",
         "$JS.API.DIRECT.GET.CAF_EXEC_DLQ",
+        "$JS.API.CONSUMER.CREATE.KV_caf-answers",
+        "$JS.API.DIRECT.GET.KV_caf-approvals",
         "$JS.API.DIRECT.GET.KV_other",
+        "$JS.API.STREAM.MSG.GET.KV_caf-deliveries",
         "$JS.API.STREAM.MSG.GET.CAF_EXEC_DLQ",
         "$JS.API.STREAM.MSG.GET.CAF_EXEC_ASSIGN",
         "$JS.API.STREAM.MSG.GET.KV_other",
@@ -264,7 +267,7 @@ async fn workers_need_no_more_than_the_page_says() {
     let operator = Program::connect(&nats, "operator").await;
     set_up(&nats, &operator).await;
     let files = tempfile::tempdir().expect("a directory");
-    let general = worker(&files, &nats, "worker-1", &[]);
+    let general = worker(&files, &nats, "worker-1", &["--cpu-pool-size=0", "--drain-timeout=1s"]);
     general.ready().await;
     let gpu = worker(&files, &nats, "gpu-1", &["--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=2"]);
     gpu.ready().await;
@@ -277,14 +280,29 @@ async fn workers_need_no_more_than_the_page_says() {
     what_is_wrong_is_told(&rig).await;
     workers_do_as_they_are_told(&rig).await;
 
+    // What is held at a stop is handed back, and noted.
+    let held = assignment("acme", "held", rig.call("/slow/60000"));
+    rig.router.submit(&held).await;
+    until("it runs", async || rig.worker.metric("worker_slots_busy{pool=\"io\"}").await > 0.0).await;
     rig.worker.terminate();
     gpu.terminate();
-    for mut worker in [rig.worker, gpu] {
-        assert_eq!(worker.ended().await, Some(0));
-        let complaints: Vec<_> =
-            worker.lines().into_iter().filter(|line| line.to_lowercase().contains("violation")).collect();
-        assert_eq!(complaints, Vec::<String>::new(), "a worker may do all that it does");
+    let Rig { worker: general, router, nats, files, peer: _peer } = rig;
+    for worker in [general, gpu] {
+        ended_without_a_complaint(worker).await;
     }
+    assert!(!router.all("KV_caf-deliveries", "$KV.caf-deliveries.>").await.is_empty(), "what was handed back is noted");
+    // Whoever gets it next reads the notes about it.
+    let next = worker(&files, &nats, "worker-2", &["--drain-timeout=1s"]);
+    router.learn(&held, "second verdict", |story| (story.verdicts.len() > 1).then_some(())).await;
+    next.terminate();
+    ended_without_a_complaint(next).await;
+}
+
+async fn ended_without_a_complaint(mut worker: Worker) {
+    assert_eq!(worker.ended().await, Some(0));
+    let complaints: Vec<_> =
+        worker.lines().into_iter().filter(|line| line.to_lowercase().contains("violation")).collect();
+    assert_eq!(complaints, Vec::<String>::new(), "a worker may do all that it does");
 }
 
 async fn every_block_runs(rig: &Rig) {
@@ -379,10 +397,16 @@ async fn what_is_wrong_is_told(rig: &Rig) {
     unmet["resources"] = json!({"memory_mb": 1_000_000});
     rig.router.submit(&unmet).await;
     assert_eq!(rig.router.verdict(&unmet).await["error"]["code"], 2002);
+    let mut elsewhere = assignment("acme", "elsewhere", rig.put("y", "y"));
+    elsewhere["resources"] = json!({"pool": "cpu"});
+    rig.router.submit(&elsewhere).await;
+    assert_eq!(rig.router.verdict(&elsewhere).await["error"]["retryable"], true);
+    assert!(rig.router.refusal(&elsewhere).await.is_some(), "it is kept for redeliveries");
     // An original that does not fit into its letter travels beside it.
-    let large = assignment("acme", "large", json!({"type": "no.such.block", "text": "x".repeat(900_000)}));
+    let large = assignment("acme", "large", json!({"type": "no.such.block", "text": "x".repeat(1_048_000)}));
     rig.router.submit(&large).await;
     rig.router.letter(&large).await;
+    assert!(rig.router.last("CAF_EXEC_DLQ", "caf.exec.dlq.raw.v1").await.is_some());
 }
 
 async fn workers_do_as_they_are_told(rig: &Rig) {
@@ -391,7 +415,6 @@ async fn workers_do_as_they_are_told(rig: &Rig) {
     let control = "caf.worker.control.v1.worker-1";
     say(rig, control, json!({"pull": false})).await;
     say(rig, control, json!({"pull": true})).await;
-    // What is held at a stop is handed back, and noted.
     let slow = assignment("acme", "slow", rig.call("/slow/60000"));
     rig.router.submit(&slow).await;
     until("it runs", async || rig.worker.metric("worker_slots_busy{pool=\"io\"}").await > 0.0).await;
