@@ -26,6 +26,10 @@ impl Release {
         static TURN: Mutex<()> = Mutex::const_new(());
         let turn = TURN.lock().await;
         uninstall("helm");
+        // The operator and its test pass Pod Security `restricted`, as workers do.
+        let _ = try_program("kubectl", &["create", "namespace", "beamline-system"]);
+        let restricted = "pod-security.kubernetes.io/enforce=restricted";
+        kubectl(&["label", "namespace", "beamline-system", restricted, "--overwrite"]);
         Self { _turn: turn }
     }
 
