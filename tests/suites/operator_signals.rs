@@ -56,33 +56,40 @@ async fn kubernetes(secret: Secret) -> kube::Client {
 struct Listener {
     signals: Arc<Signals>,
     changes: UnboundedReceiver<ObjectRef<Watched>>,
-    pool: ObjectRef<Watched>,
-    /// Whoever drops it takes the pool out of the watch's cache.
-    _cache: reflector::store::Writer<Watched>,
+    cache: reflector::store::Writer<Watched>,
 }
 
 impl Listener {
     async fn follow(spec: Value, secret: Secret) -> Self {
+        let (pools, cache) = reflector::store::<Watched>();
+        let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
+        let brokers = Brokers::new(kubernetes(secret).await);
+        let (signals, changes) = Signals::new(brokers, pools, neighbours, Arc::<Memory>::default());
+        let mut listener = Self { signals, changes, cache };
+        listener.also("default", spec);
+        listener
+    }
+
+    /// Follows another pool.
+    fn also(&mut self, name: &str, spec: Value) {
         let stored = json!({
             "apiVersion": "beamline.dev/v1alpha1",
             "kind": "WorkerPool",
-            "metadata": {"name": "default", "namespace": "flows", "uid": "1234", "generation": 1},
+            "metadata": {"name": name, "namespace": "flows", "uid": name, "generation": 1},
             "spec": spec,
         });
         let pool: WorkerPool = serde_json::from_value(stored.clone()).expect("a WorkerPool");
         let valid = validate(&pool, "beamline:1").expect("a valid pool");
-        let (pools, mut cache) = reflector::store::<Watched>();
-        cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
-        let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
-        let brokers = Brokers::new(kubernetes(secret).await);
-        let (signals, changes) = Signals::new(brokers, pools, neighbours, Arc::<Memory>::default());
-        signals.follow(&valid, &decide(&valid));
-        let pool = ObjectRef::new("default").within("flows");
-        Self { signals, changes, pool, _cache: cache }
+        self.cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
+        self.signals.follow(&valid, &decide(&valid));
     }
 
     fn reading(&self) -> Reading {
-        self.signals.reading(&self.pool)
+        self.reading_of("default")
+    }
+
+    fn reading_of(&self, name: &str) -> Reading {
+        self.signals.reading(&ObjectRef::new(name).within("flows"))
     }
 
     async fn hears(&self, what: &str, is_it: impl Fn(&Reading) -> bool) -> Reading {
@@ -164,6 +171,34 @@ async fn a_core_queue_group_needs_no_jetstream() {
     assert_eq!(
         (reading.readable, reading.streams, reading.queue),
         (Some(Ok(Readable::NoQueue)), Some(Ok(vec![])), None)
+    );
+}
+
+#[tokio::test]
+async fn pools_on_one_queue_say_so_and_have_room_for_all_of_their_workers() {
+    let nats = NatsServer::start();
+    let mut operator = Listener::follow(json!({"replicas": 3, "nats": {"url": nats.url()}}), Secret::default()).await;
+    operator.hears("it is alone", |it| it.readable == Some(Ok(Readable::Own))).await;
+    operator.also("second", json!({"replicas": 5, "nats": {"url": nats.url()}}));
+    for (name, other) in [("default", "flows/second"), ("second", "flows/default")] {
+        let shared = Some(Ok(Readable::Shared(vec![other.to_owned()])));
+        let knows = async || (operator.reading_of(name).readable == shared).then_some(());
+        within(SOON * 2, &format!("{name} knows of {other}"), knows).await;
+    }
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    let stream = jetstream.get_stream("CAF_EXEC_ASSIGN").await.expect("the stream");
+    within(SOON * 2, "there is room for the workers of both", async || {
+        let consumer = stream.consumer_info("caf-workers").await.expect("the consumer");
+        (consumer.config.max_ack_pending == (4 + 6) * 1048).then_some(())
+    })
+    .await;
+
+    operator.also("third", json!({"nats": {"url": nats.url(), "queueGroup": "others"}}));
+    let taken = within(SOON * 2, "the third is refused", async || operator.reading_of("third").streams?.err()).await;
+    assert_eq!(
+        taken.to_string(),
+        "nats.subject caf.exec.assign.v1 is already taken by nats.queueGroup caf-workers of pool flows/default; \
+         use that group, or another subject"
     );
 }
 
