@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use async_nats::jetstream::{self, Context};
 use async_nats::{ConnectOptions, Event};
 use beamline_crds::WorkerPool;
-use beamline_operator::broker::INBOX;
+use beamline_operator::broker::{BrokerError, INBOX};
 use beamline_operator::controller::Watched;
 use beamline_operator::neighbours::Neighbours;
-use beamline_operator::pool::validate;
+use beamline_operator::pool::{Nats, validate};
 use beamline_operator::rates::Window;
 use beamline_operator::scale::decide;
 use beamline_operator::signals::queue;
@@ -127,10 +127,10 @@ async fn set_up(nats: &NatsServer, operator: &Program) {
     let (pools, mut cache) = reflector::store::<Watched>();
     let neighbours = Neighbours::new(pools, "here".to_owned(), None);
     let ensure = async |pool: &WorkerPool| streams::ensure(&operator.jetstream(), &demand(pool), &neighbours).await;
-    let mut know = |pool: &WorkerPool| {
-        let pool = serde_json::from_value(serde_json::to_value(pool).expect("JSON")).expect("a WorkerPool");
-        cache.apply_watcher_event(&watcher::Event::Apply(pool));
+    let watched = |pool: &WorkerPool| -> Watched {
+        serde_json::from_value(serde_json::to_value(pool).expect("JSON")).expect("a WorkerPool")
     };
+    let mut know = |pool: &WorkerPool| cache.apply_watcher_event(&watcher::Event::Apply(watched(pool)));
     let with_gpus = json!({"gpu": {"replicas": 1}});
     let first = stored(nats, "first", with_gpus.clone());
     know(&first);
@@ -140,6 +140,14 @@ async fn set_up(nats: &NatsServer, operator: &Program) {
     assert_eq!(ensure(&grown).await, Ok(vec![]), "altered, and the route deleted");
     know(&first);
     assert_eq!(ensure(&first).await, Ok(vec![]), "the route is made again");
+    let second = stored(nats, "second", with_gpus);
+    know(&second);
+    cache.apply_watcher_event(&watcher::Event::Delete(watched(&first)));
+    assert_eq!(ensure(&second).await, Ok(vec![]), "all streams are taken over");
+    for stream in streams::streams(&demand(&second).nats) {
+        let found = operator.jetstream().get_stream(&stream.name).await.expect("the stream");
+        assert_eq!(found.cached_info().config.metadata["beamline.dev/managed-by"], "flows/second", "{}", stream.name);
+    }
 }
 
 #[tokio::test]
@@ -150,6 +158,21 @@ async fn the_operator_needs_no_more_than_the_page_says() {
     let nats_of = demand(&stored(&nats, "first", json!({}))).nats;
     let (queue, route) = queue::read(&operator.jetstream(), &nats_of, &mut Window::default()).await.expect("numbers");
     assert_eq!((queue.depth, route.map(|route| route.pending)), (0, Some(0)));
+    assert_eq!(operator.violations(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn the_operator_may_find_out_who_takes_the_subject() {
+    let nats = server();
+    let pool = stored(&nats, "first", json!({}));
+    let admin = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    let theirs = Demand { nats: Nats { queue_group: "others".to_owned(), ..demand(&pool).nats }, ..demand(&pool) };
+    let (pools, _cache) = reflector::store::<Watched>();
+    let neighbours = Neighbours::new(pools, "here".to_owned(), None);
+    streams::ensure(&admin, &theirs, &neighbours).await.expect("made by another operator");
+    let operator = Program::connect(&nats, "operator").await;
+    let taken = streams::ensure(&operator.jetstream(), &demand(&pool), &neighbours).await;
+    assert!(matches!(&taken, Err(BrokerError::Taken { group, .. }) if group == "others"), "{taken:?}");
     assert_eq!(operator.violations(), Vec::<String>::new());
 }
 

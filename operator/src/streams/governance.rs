@@ -44,7 +44,9 @@ pub(super) async fn settle(
         Governor::Nobody => Err("it was not made for a pool; alter it by hand".to_owned()),
     };
     let outcome = match is_due {
-        Ok(true) => alter(jetstream, &found.name, &differing, &pool, neighbours).await,
+        Ok(true) => alter(jetstream, &found.name, &differing, &pool, neighbours).await.inspect_err(
+            |why| tracing::warn!(stream = %found.name, %pool, %why, "cannot alter the stream that this pool governs"),
+        ),
         Ok(false) => Ok(()),
         Err(why) => Err(why),
     };
