@@ -40,7 +40,7 @@ pub struct WorkerPoolStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuStatus>,
 
-    /// Ready, Progressing, QueueReadable, StreamsReady.
+    /// Ready, Progressing, QueueReadable, StreamsReady, Degraded.
     #[schemars(schema_with = "embedded::conditions")]
     pub conditions: Vec<Condition>,
 }

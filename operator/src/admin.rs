@@ -29,6 +29,8 @@ pub enum Topic {
     /// A watch.
     Services,
     /// A watch.
+    NetworkPolicies,
+    /// A watch.
     PodDisruptionBudgets,
     /// A watch.
     Deployments,
@@ -44,6 +46,7 @@ impl fmt::Display for Topic {
             Self::ServiceAccounts => "watch of serviceaccounts",
             Self::ConfigMaps => "watch of configmaps",
             Self::Services => "watch of services",
+            Self::NetworkPolicies => "watch of networkpolicies",
             Self::PodDisruptionBudgets => "watch of poddisruptionbudgets",
             Self::Deployments => "watch of deployments",
             Self::Pods => "watch of pods",

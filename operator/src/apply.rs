@@ -5,6 +5,7 @@
 //!
 //! What a pool wants no more is removed, if it is its own. Owner references clean up after a pool that is gone.
 
+mod monitor; // the child whose type may not be installed
 mod nudge; // pods that should look at their files again
 
 use std::fmt::Debug;
@@ -24,7 +25,9 @@ use crate::controller::{Context, Watched};
 use crate::desired::{Desired, Workload, names};
 use crate::error::Error;
 use crate::memory::Settled;
+use crate::notice::Notice;
 use crate::observe::{self, Observed};
+use crate::pool::ValidPool;
 
 /// What the rest of a reconcile needs to know of the result.
 pub struct Applied {
@@ -32,22 +35,24 @@ pub struct Applied {
     pub general: Arc<Deployment>,
     /// The pods with GPUs.
     pub gpu: Option<Arc<Deployment>>,
+    /// What could not be made, though the pool works without it.
+    pub notice: Option<Notice>,
 }
 
 /// Makes the children what they should be.
-pub async fn apply(
-    ctx: &Context,
-    pool: &ObjectRef<Watched>,
-    observed: &Observed,
-    desired: &Desired,
-) -> Result<Applied, Error> {
+pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desired: &Desired) -> Result<Applied, Error> {
+    let pool = &ObjectRef::new(&valid.name).within(&valid.namespace);
     // No `..` on purpose: a new child must not compile until it has a place in this order.
-    let Desired { service_account, config_map, service, general, gpu } = desired;
-    // Pods start as soon as the Deployment exists: their account and configuration come first, and so does the budget
-    // that protects them.
+    let Desired { service_account, config_map, service, network_policy, pod_monitor, general, gpu } = desired;
+    // Pods start as soon as the Deployment exists: their account and configuration come first, and so do the wall around
+    // them and the budget that protects them.
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
     let config_map = child(ctx, pool, observed.config_map.as_ref(), config_map).await?;
     child(ctx, pool, observed.service.as_ref(), service).await?;
+    match network_policy {
+        Some(wall) => drop(child(ctx, pool, observed.network_policy.as_ref(), wall).await?),
+        None => remove(ctx, pool, observed.network_policy.as_ref()).await?,
+    }
     let general = workload(ctx, pool, &observed.general, general).await?;
     let gpu = match gpu {
         Some(gpu) => Some(workload(ctx, pool, &observed.gpu, gpu).await?),
@@ -58,7 +63,8 @@ pub async fn apply(
         }
     };
     nudge::nudge(ctx, &config_map, &observed.pods).await?;
-    Ok(Applied { general, gpu })
+    let notice = monitor::apply(ctx, valid, pool, pod_monitor.as_ref()).await?;
+    Ok(Applied { general, gpu, notice })
 }
 
 async fn workload(
@@ -72,24 +78,37 @@ async fn workload(
     child(ctx, pool, observed.deployment.as_ref(), deployment).await
 }
 
-/// Removes what is left of a child, unless it was replaced behind our back.
+/// Removes what is left of a child.
 async fn remove<K>(ctx: &Context, pool: &ObjectRef<Watched>, live: Option<&Arc<K>>) -> Result<(), Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + k8s_openapi::Resource,
     K: Clone + Debug + DeserializeOwned,
 {
-    let Some(live) = live.filter(|live| live.meta().deletion_timestamp.is_none()) else { return Ok(()) };
+    let Some(live) = live else { return Ok(()) };
+    let api = Api::<K>::namespaced(ctx.client.clone(), &live.namespace().unwrap_or_default());
+    removal(ctx, &api, K::KIND, live.as_ref()).await?;
+    ctx.memory.unsettle(pool, &(K::KIND, live.name_any()));
+    Ok(())
+}
+
+/// Removes an object, unless it was replaced behind our back.
+async fn removal<K>(ctx: &Context, api: &Api<K>, kind: &'static str, live: &K) -> Result<(), Error>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    if live.meta().deletion_timestamp.is_some() {
+        return Ok(());
+    }
     let (name, namespace) = (live.name_any(), live.namespace().unwrap_or_default());
     let exactly = Preconditions { uid: live.uid(), resource_version: None };
     let params = DeleteParams { preconditions: Some(exactly), ..DeleteParams::background() };
-    ctx.metrics.applied(K::KIND);
-    match Api::<K>::namespaced(ctx.client.clone(), &namespace).delete(&name, &params).await {
-        Ok(_) => tracing::info!(kind = K::KIND, name, namespace, "removed"),
+    ctx.metrics.applied(kind);
+    match api.delete(&name, &params).await {
+        Ok(_) => tracing::info!(kind, name, namespace, "removed"),
         // Gone already, or another object by now: the watch will tell.
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-        Err(source) => return Err(Error::Remove { kind: K::KIND.to_owned(), name, source }),
+        Err(source) => return Err(Error::Remove { kind: kind.to_owned(), name, source }),
     }
-    ctx.memory.unsettle(pool, &(K::KIND, name));
     Ok(())
 }
 

@@ -42,6 +42,10 @@ pub struct Config {
     #[arg(long, env = "BEAMLINE_LEASE_NAMESPACE", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub lease_namespace: Option<String>,
 
+    /// The API server's Service, as Kubernetes tells every pod: workers are kept away from it.
+    #[arg(long, env = "KUBERNETES_SERVICE_HOST", hide = true)]
+    pub kubernetes_service_host: Option<String>,
+
     /// Pools reconciled at once.
     #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub concurrency: u16,

@@ -27,7 +27,7 @@ use crate::events::Events;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::neighbours::{self, Neighbours};
-use crate::observe::Caches;
+use crate::observe::{Caches, Lookout};
 use crate::reconcile::reconcile;
 use crate::signals::Signals;
 
@@ -47,6 +47,8 @@ pub struct Context {
     pub client: Client,
     /// What the watches know.
     pub caches: Caches,
+    /// What pools refer to.
+    pub lookout: Lookout,
     /// What the brokers say.
     pub signals: Arc<Signals>,
     /// What earlier reconciles left.
@@ -76,6 +78,7 @@ pub async fn run(
     let (service_accounts, account_changes) = watching.ours(Topic::ServiceAccounts);
     let (config_maps, config_changes) = watching.ours(Topic::ConfigMaps);
     let (services, service_changes) = watching.ours(Topic::Services);
+    let (network_policies, policy_changes) = watching.ours(Topic::NetworkPolicies);
     let (budgets, budget_changes) = watching.ours(Topic::PodDisruptionBudgets);
     let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
     let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
@@ -84,11 +87,13 @@ pub async fn run(
     let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
     let (signals, readings) =
         Signals::new(Brokers::new(client.clone()), pools.clone(), neighbours, Arc::clone(&memory));
-    let caches = Caches { service_accounts, config_maps, services, budgets, deployments, pods };
+    let caches = Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods };
+    let lookout = Lookout::new(client.clone(), config.kubernetes_service_host.clone());
     let events = Events::new(client.clone());
     let context = Arc::new(Context {
         client,
         caches,
+        lookout,
         signals,
         memory,
         events,
@@ -102,6 +107,7 @@ pub async fn run(
         .owns_stream(account_changes)
         .owns_stream(config_changes)
         .owns_stream(service_changes)
+        .owns_stream(policy_changes)
         .owns_stream(budget_changes)
         .owns_stream(deployment_changes)
         .watches_stream(pod_changes, |pod| pool_of(&pod))

@@ -5,6 +5,8 @@ mod config_map;
 mod deployment;
 mod environment;
 pub mod names;
+mod network_policy;
+mod pod_monitor;
 mod pod;
 mod secrets;
 mod service;
@@ -12,11 +14,16 @@ mod service_account;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::DynamicObject;
 use sha2::{Digest, Sha256};
 
 pub use config_map::policy_hash;
 
+pub use pod_monitor::pod_monitors;
+
+use crate::observe::Surroundings;
 use crate::pool::{Class, ValidPool};
 use crate::scale::Decisions;
 
@@ -29,6 +36,10 @@ pub struct Desired {
     pub config_map: ConfigMap,
     /// Where their metrics are found.
     pub service: Service,
+    /// The wall around them.
+    pub network_policy: Option<NetworkPolicy>,
+    /// How a Prometheus Operator finds their metrics.
+    pub pod_monitor: Option<DynamicObject>,
     /// The pods without GPUs of their own.
     pub general: Workload,
     /// The pods with GPUs.
@@ -44,8 +55,8 @@ pub struct Workload {
     pub deployment: Deployment,
 }
 
-/// The children of this pool, with as many workers as decided.
-pub fn desired(pool: &ValidPool, decisions: &Decisions) -> Desired {
+/// The children of this pool in these surroundings, with as many workers as decided.
+pub fn desired(pool: &ValidPool, decisions: &Decisions, around: &Surroundings) -> Desired {
     let workload = |class: &Class, replicas| Workload {
         budget: budget::budget(pool, class.kind),
         deployment: deployment::deployment(pool, class, replicas),
@@ -54,6 +65,8 @@ pub fn desired(pool: &ValidPool, decisions: &Decisions) -> Desired {
         service_account: service_account::service_account(pool),
         config_map: config_map::config_map(pool),
         service: service::service(pool),
+        network_policy: pool.network_policy.then(|| network_policy::network_policy(pool, around)),
+        pod_monitor: pool.pod_monitor.then(|| pod_monitor::pod_monitor(pool)),
         general: workload(&pool.general, decisions.general.desired),
         gpu: pool.gpu.as_ref().zip(decisions.gpu.as_ref()).map(|(class, gpu)| workload(class, gpu.desired)),
     }

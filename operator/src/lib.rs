@@ -21,6 +21,7 @@ pub mod secrets; // what they are opened with
 
 pub mod error; // why it did not go
 pub mod reason; // the words for how it went
+pub mod notice; // what works and should not stay as it is
 pub mod events; // telling Kubernetes
 pub mod memory; // what is known from the last time
 

@@ -8,6 +8,7 @@ use beamline_crds::WorkerPoolStatus;
 use kube::runtime::reflector::ObjectRef;
 
 use crate::controller::Watched;
+use crate::notice::Notice;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
@@ -22,6 +23,7 @@ pub struct Memory {
 struct Notes {
     settled: HashMap<Child, Settled>,
     published: Option<Published>,
+    look: Option<Look>,
     failures: u32,
 }
 
@@ -37,6 +39,17 @@ pub struct Published {
     pub at: Instant,
     /// What.
     pub status: WorkerPoolStatus,
+}
+
+/// What a look at the child without a watch found.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// When.
+    pub at: Instant,
+    /// Fingerprint of what was wanted.
+    pub wish: u64,
+    /// Why it could not be had.
+    pub notice: Option<Notice>,
 }
 
 /// A child as our last write left it.
@@ -66,6 +79,16 @@ impl Memory {
         if let Some(notes) = self.notes().get_mut(pool) {
             notes.settled.remove(child);
         }
+    }
+
+    /// What the last look at the child without a watch found.
+    pub fn last_look(&self, pool: &ObjectRef<Watched>) -> Option<Look> {
+        self.notes().get(pool).and_then(|notes| notes.look.clone())
+    }
+
+    /// Notes what a look found.
+    pub fn look(&self, pool: &ObjectRef<Watched>, look: Look) {
+        self.notes().entry(pool.clone()).or_default().look = Some(look);
     }
 
     /// The status that was last written to this very pool.

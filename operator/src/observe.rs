@@ -2,15 +2,20 @@
 //!
 //! What no cache holds is asked for by name, since an object in the way carries none of our labels.
 
+mod surroundings; // what a pool refers to and does not own
+
 use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::runtime::reflector::{Lookup, ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
+
+pub use surroundings::{Lookout, Surroundings};
 
 use crate::controller::Context;
 use crate::desired::names;
@@ -25,6 +30,8 @@ pub struct Caches {
     pub config_maps: Store<ConfigMap>,
     /// Children, by kind.
     pub services: Store<Service>,
+    /// Children, by kind.
+    pub network_policies: Store<NetworkPolicy>,
     /// Children, by kind.
     pub budgets: Store<PodDisruptionBudget>,
     /// Children, by kind.
@@ -41,12 +48,16 @@ pub struct Observed {
     pub config_map: Option<Arc<ConfigMap>>,
     /// Where their metrics are found.
     pub service: Option<Arc<Service>>,
+    /// The wall around them, or what is left of it.
+    pub network_policy: Option<Arc<NetworkPolicy>>,
     /// The pods without GPUs of their own.
     pub general: Workload,
     /// The pods with GPUs, or what is left of them.
     pub gpu: Workload,
     /// The workers, one by one.
     pub pods: Vec<Arc<Pod>>,
+    /// What the pool refers to and does not own.
+    pub surroundings: Surroundings,
 }
 
 /// The pods of one class.
@@ -59,13 +70,17 @@ pub struct Workload {
 
 /// Finds the children, and refuses to go on where the name of one that is wanted is taken.
 pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error> {
-    let Caches { service_accounts, config_maps, services, budgets, deployments, pods } = &ctx.caches;
+    let Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods } = &ctx.caches;
     let name = pool.name.as_str();
     let gpu = names::workload(name, Kind::Gpu);
     Ok(Observed {
         service_account: child(&ctx.client, service_accounts, pool, &names::service_account(name)).await?,
         config_map: child(&ctx.client, config_maps, pool, name).await?,
         service: child(&ctx.client, services, pool, name).await?,
+        network_policy: match pool.network_policy {
+            true => child(&ctx.client, network_policies, pool, name).await?,
+            false => remains(network_policies, pool, name),
+        },
         general: Workload {
             budget: child(&ctx.client, budgets, pool, name).await?,
             deployment: child(&ctx.client, deployments, pool, name).await?,
@@ -78,6 +93,7 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
             None => Workload { budget: remains(budgets, pool, &gpu), deployment: remains(deployments, pool, &gpu) },
         },
         pods: workers(pods, pool),
+        surroundings: ctx.lookout.around(pool).await,
     })
 }
 
@@ -119,7 +135,7 @@ where
 }
 
 /// Whose an object is, unless it is this pool's: controlled by it, or controlled by nobody and carrying its labels.
-fn foreign(object: &impl Resource, pool: &ValidPool) -> Option<String> {
+pub(crate) fn foreign(object: &impl Resource, pool: &ValidPool) -> Option<String> {
     let controller = object.owner_references().iter().find(|owner| owner.controller == Some(true));
     match controller {
         Some(owner) if owner.uid == pool.owner.uid => None,

@@ -2,7 +2,7 @@
 //! spec again.
 
 mod class; // pods that are alike
-mod egress; // entries of lists of addresses
+pub mod egress; // entries of lists of addresses
 mod nats; // where the work comes from
 mod quantity; // amounts of memory
 mod worker; // what all pods have in common

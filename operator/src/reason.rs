@@ -43,6 +43,13 @@ pub const STREAM_MISSING: &str = "StreamMissing";
 /// Another consumer takes the subject already.
 pub const SUBJECT_TAKEN: &str = "SubjectTaken";
 
+/// Nothing is to be looked at.
+pub const AS_ASKED: &str = "AsAsked";
+/// Several pods want a claim that pods of one node can mount.
+pub const CLAIM_NOT_SHARED: &str = "ClaimNotShared";
+/// There is no such type as PodMonitor.
+pub const POD_MONITOR_MISSING: &str = "PodMonitorMissing";
+
 /// No worker takes work yet, and nothing speaks against it.
 pub const WORKERS_STARTING: &str = "WorkersStarting";
 /// The image cannot be had.

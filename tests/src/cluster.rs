@@ -43,13 +43,10 @@ impl Namespace {
         kubectl(&[&["--namespace", &self.name], arguments].concat())
     }
 
-    /// kubectl in this namespace; what it said when it failed.
-    ///
-    /// # Panics
-    /// It did not fail.
-    pub fn refused(&self, arguments: &[&str], input: &str) -> String {
+    /// kubectl in this namespace, with this input: its output, or what it said when it failed.
+    pub fn try_kubectl(&self, arguments: &[&str], input: &str) -> Result<String, String> {
         let arguments = [&["--namespace", &self.name], arguments].concat();
-        run(command("kubectl").args(&arguments), Some(input)).expect_err("kubectl was expected to fail")
+        run(command("kubectl").args(&arguments), Some(input))
     }
 
     /// Applies a manifest.
@@ -64,6 +61,12 @@ impl Namespace {
         (!json.trim().is_empty()).then(|| serde_json::from_str(&json).expect("kubectl prints JSON"))
     }
 
+    /// The same, where even its type may not be there.
+    fn try_get(&self, object: &str) -> Option<Value> {
+        let json = self.try_kubectl(&["get", object, "--ignore-not-found", "--output=json"], "").ok()?;
+        serde_json::from_str(&json).ok()
+    }
+
     /// The objects of a kind with a label.
     pub fn list(&self, kind: &str, selector: &str) -> Vec<Value> {
         let json = self.kubectl(&["get", kind, "--selector", selector, "--output=json"]);
@@ -76,13 +79,22 @@ impl Namespace {
         let mut last = None;
         let started = std::time::Instant::now();
         while started.elapsed() < PATIENCE {
-            last = self.get(object);
+            last = self.try_get(object);
             if let Some(object) = last.as_ref().filter(|object| is_so(object)) {
                 return object.clone();
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         panic!("{object} in {}: not within {PATIENCE:?}: {what}; it is {last:#?}", self.name)
+    }
+
+    /// Waits until an object is no more, or its type is not.
+    pub async fn gone(&self, object: &str) {
+        within(PATIENCE, &format!("{object} is gone"), async || {
+            let found = self.try_kubectl(&["get", object, "--ignore-not-found", "--output=name"], "");
+            found.is_ok_and(|name| name.is_empty()).then_some(())
+        })
+        .await;
     }
 
     /// A NATS server with JetStream in this namespace.

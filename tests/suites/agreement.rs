@@ -8,6 +8,7 @@ use std::ffi::OsString;
 
 use beamline_crds::WorkerPool;
 use beamline_operator::desired::{Desired, desired};
+use beamline_operator::observe::Surroundings;
 use beamline_operator::pool::{InvalidPool, ValidPool, validate};
 use beamline_operator::{scale, streams};
 use beamline_worker::assignment::TenantId;
@@ -78,7 +79,7 @@ fn another_subject_has_the_same_streams() {
 #[track_caller]
 fn starts(spec: Value) -> Config {
     let pool = pool(spec);
-    let Desired { general, .. } = desired(&pool, &scale::decide(&pool));
+    let Desired { general, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
     let pod = general.deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers.into_iter().next().expect("a container");
     let environment: BTreeMap<String, String> =
@@ -95,7 +96,7 @@ fn workers_read_the_policy_that_the_operator_writes() {
         "named": [{"id": "acme", "weight": bound("tenants.defaults.weight", "maximum"), "maxSlotShare": 100}],
     });
     let pool = pool(json!({"nats": {"url": "nats://nats:4222"}, "paused": true, "tenants": tenants}));
-    let Desired { config_map, .. } = desired(&pool, &scale::decide(&pool));
+    let Desired { config_map, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
     let policy = Policy::parse(&config_map.data.expect("data")["policy.yaml"]).expect("a policy");
     assert!(policy.paused);
     let terms = |tenant: &str| policy.terms(&TenantId::parse(tenant).expect("a tenant"));

@@ -8,6 +8,11 @@
     reason = "helpers of tests: a failure here is a test's failure"
 )]
 
+#[path = "cluster/pool.rs"]
+mod a_pool; // pause, GPUs, databases
+#[path = "cluster/refusals.rs"]
+mod refusals; // what the API server does not let through
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -137,31 +142,9 @@ async fn no_write_while_nothing_happens(namespace: &Namespace, objects: &[&str])
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broken_rule_is_refused_with_the_field_and_the_fix() {
+async fn what_the_api_server_cannot_compare_the_operator_says() {
     operator().await;
     let namespace = Namespace::create("beamline-rules");
-    let refused = |name: &str, spec: Value, expected: &str| {
-        let message = namespace.refused(&["apply", "--dry-run=server", "-f", "-"], &pool(name, spec));
-        assert!(message.contains(expected), "expected {expected:?} in: {message}");
-    };
-    refused("orders-gpu", json!({}), "metadata.name: must not end in '-gpu'");
-    refused("9orders", json!({}), "metadata.name: use at most 56");
-    refused("orders", json!({"replicas": -1}), "spec.replicas");
-    refused("orders", json!({"nats": {"url": "http://nats:4222"}}), "spec.nats.url");
-    refused("orders", json!({"nats": {"url": "nats://me:secret@nats:4222"}}), "nats.url: must not hold credentials");
-    refused("orders", json!({"nats": {"subject": "orders.ack"}}), "nats.subject: must not end in '.ack'");
-    refused("orders", json!({"worker": {"pools": {"io": 0}}}), "spec.worker.pools.io");
-    let hostile = json!({"worker": {"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}});
-    refused("orders", hostile, "hostPath");
-    let both = json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}});
-    refused("orders", both, "disruption: set maxUnavailable or minAvailable, not both");
-    let root = |path: &str| json!({"worker": {"filesystem": {"roots": [{"path": path, "volume": {"emptyDir": {}}}]}}});
-    refused("orders", root("data"), "filesystem.roots.path: must be absolute");
-    refused("orders", root("/etc"), "filesystem.roots: a path must not be in a system directory");
-    refused("orders", json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable");
-    refused("orders", json!({"pausd": true}), "unknown field \"spec.pausd\"");
-
-    // What the API server cannot compare, the operator says.
     namespace.apply(&pool("orders", json!({"worker": {"limits": {"memoryMb": 500}}})));
     let pool = namespace.until("workerpool/orders", "it is refused", |pool| is(pool, "Ready", "False")).await;
     let ready = condition(&pool, "Ready");

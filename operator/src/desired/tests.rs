@@ -1,6 +1,6 @@
 //! Every fixture goes through the real `validate`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Container, PodSpec, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -12,8 +12,12 @@ use crate::pool::tests::valid;
 use crate::scale;
 
 fn wanted(spec: &str) -> Desired {
+    surrounded(spec, &Surroundings::default())
+}
+
+fn surrounded(spec: &str, around: &Surroundings) -> Desired {
     let pool = valid(spec);
-    desired(&pool, &scale::decide(&pool))
+    desired(&pool, &scale::decide(&pool), around)
 }
 
 fn template(workload: Workload) -> PodTemplateSpec {
@@ -49,13 +53,26 @@ fn file(spec: &str, name: &str) -> Value {
 
 #[test]
 fn all_children_are_named_after_the_pool_and_go_with_it() {
-    let Desired { service_account, config_map, service, general, gpu } = wanted(r#"{"gpu": {}}"#);
+    let Desired { service_account, config_map, service, network_policy, pod_monitor, general, gpu } =
+        wanted(r#"{"gpu": {}, "observability": {"podMonitor": true}}"#);
     let mut all = vec![service_account.metadata, config_map.metadata, service.metadata];
+    all.extend(network_policy.map(|wall| wall.metadata));
+    all.extend(pod_monitor.map(|monitor| monitor.metadata));
     for Workload { budget, deployment } in std::iter::once(general).chain(gpu) {
         all.extend([budget.metadata, deployment.metadata]);
     }
     let names: Vec<_> = all.iter().filter_map(|metadata| metadata.name.as_deref()).collect();
-    let expected = ["default-worker", "default", "default", "default", "default", "default-gpu", "default-gpu"];
+    let expected = [
+        "default-worker",
+        "default",
+        "default",
+        "default",
+        "default",
+        "default",
+        "default",
+        "default-gpu",
+        "default-gpu",
+    ];
     assert_eq!(names, expected);
     for metadata in &all {
         let owner = &metadata.owner_references.as_ref().expect("an owner")[0];
@@ -314,4 +331,50 @@ fn a_budget_says_what_may_be_missing_or_what_must_stay() {
     assert_eq!(limits("{}"), (Some(IntOrString::Int(1)), None));
     let half = IntOrString::String("50%".to_owned());
     assert_eq!(limits(r#"{"disruption": {"minAvailable": "50%"}}"#), (None, Some(half)));
+}
+
+fn wall(spec: &str, around: &Surroundings) -> Value {
+    let wall = surrounded(spec, around).network_policy.and_then(|wall| wall.spec).expect("a wall");
+    serde_json::to_value(wall).expect("plain data")
+}
+
+fn tcp(ports: &[u16]) -> Value {
+    ports.iter().map(|port| json!({"protocol": "TCP", "port": port})).collect()
+}
+
+#[test]
+fn the_wall_keeps_from_metadata_and_the_api_server() {
+    let api_server = ["10.96.0.1", "192.0.2.7", "fd00::7"].map(|address| address.parse().expect("an address"));
+    let around = Surroundings { api_server: BTreeSet::from(api_server), ..Surroundings::default() };
+    let wall = wall("{}", &around);
+    let blocks = json!([
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16", "10.96.0.1/32", "192.0.2.7/32"]}},
+        {"ipBlock": {"cidr": "::/0", "except": ["fe80::/10", "fd00::7/128"]}},
+    ]);
+    let dns = json!([{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]);
+    assert_eq!(wall["egress"], json!([{"ports": dns}, {"to": blocks}]));
+    assert_eq!(wall["ingress"], json!([{"ports": tcp(&[9090])}]));
+    assert_eq!(wall["podSelector"], json!({"matchLabels": {"beamline.dev/pool": "default"}}));
+    assert!(wanted(r#"{"networkPolicy": "Off"}"#).network_policy.is_none());
+}
+
+#[test]
+fn a_public_wall_lets_out_to_what_the_pool_depends_on() {
+    let spec = r#"{
+        "worker": {"egress": {"policy": "PublicOnly", "allow": ["10.1.2.0/24:8443", "api.corp:444"]}},
+        "observability": {"otlpEndpoint": "http://collector:4318"}
+    }"#;
+    let around = Surroundings { database_ports: BTreeSet::from([5432]), ..Surroundings::default() };
+    let rules = wall(spec, &around)["egress"].clone();
+    assert_eq!(rules[1], json!({"ports": tcp(&[444, 4222, 4318, 5432])}));
+    let except = rules[2]["to"][0]["ipBlock"]["except"].to_string();
+    assert!(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"].iter().all(|cidr| except.contains(cidr)), "{except}");
+    assert_eq!(rules[3], json!({"to": [{"ipBlock": {"cidr": "10.1.2.0/24"}}], "ports": tcp(&[8443])}));
+}
+
+#[test]
+fn a_host_without_a_port_makes_the_wall_as_wide_as_for_internal_addresses() {
+    let open = r#"{"worker": {"egress": {"policy": "PublicOnly", "allow": ["*.corp"]}}}"#;
+    let around = Surroundings::default();
+    assert_eq!(wall(open, &around)["egress"], wall("{}", &around)["egress"]);
 }

@@ -10,7 +10,8 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::{InvalidPool, egress};
+use super::InvalidPool;
+use super::egress::Place;
 
 const CPU_TIME: Duration = Duration::from_secs(7200);
 const DRAIN_SECONDS: i32 = 35;
@@ -178,7 +179,7 @@ fn reachable(egress: crds::Egress) -> Result<Egress, InvalidPool> {
 }
 
 fn entries(field: &'static str, entries: Vec<String>) -> Result<Vec<String>, InvalidPool> {
-    match entries.iter().find(|entry| !egress::is_entry(entry)) {
+    match entries.iter().find(|entry| Place::parse(entry).is_none()) {
         None => Ok(entries),
         Some(wrong) => Err(InvalidPool::Egress { field, value: wrong.clone() }),
     }

@@ -1,4 +1,4 @@
-//! Ready, Progressing, QueueReadable, StreamsReady: each a verdict with a reason and a sentence.
+//! Ready, Progressing, QueueReadable, StreamsReady, Degraded: each a verdict with a reason and a sentence.
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
@@ -56,6 +56,7 @@ pub(super) fn conditions(
         ("Progressing", progress(outcome)),
         ("QueueReadable", queue),
         ("StreamsReady", streams),
+        ("Degraded", degradation(before, outcome)),
     ];
     verdicts.map(|(type_, verdict)| condition(pool, before, type_, verdict, now)).to_vec()
 }
@@ -71,9 +72,11 @@ fn readiness(outcome: Result<&Converged, &Error>, depends_on: [&Verdict; 2]) -> 
     }
     let classes = ClassState::all(converged);
     if let Some(missing) = classes.iter().find(|class| class.desired > 0 && class.ready == 0) {
-        return match cause::cause(missing) {
-            Some(cause) => Verdict::no(cause.reason, cause.message),
-            None => Verdict::no(reason::WORKERS_STARTING, missing.in_words()),
+        let unusable = converged.notices.iter().find(|notice| notice.keeps_pods_from_starting());
+        return match (cause::cause(missing), unusable) {
+            (Some(cause), _) => Verdict::no(cause.reason, cause.message),
+            (None, Some(notice)) => Verdict::no(notice.reason, notice.message.clone()),
+            (None, None) => Verdict::no(reason::WORKERS_STARTING, missing.in_words()),
         };
     }
     let workers = in_words(&classes);
@@ -102,6 +105,23 @@ fn progress(outcome: Result<&Converged, &Error>) -> Verdict {
             reason::ROLLING_OUT,
             format!("{}, {} of {} up to date", moving.in_words(), moving.updated, moving.exist),
         ),
+    }
+}
+
+/// What works and should not stay as it is; what an error hides is as it was.
+fn degradation(before: &WorkerPoolStatus, outcome: Result<&Converged, &Error>) -> Verdict {
+    let Ok(converged) = outcome else {
+        return find(before, "Degraded").map_or_else(
+            || Verdict::new("Unknown", reason::AS_ASKED, "not looked at yet"),
+            |before| Verdict::new(&before.status, &before.reason, &before.message),
+        );
+    };
+    match converged.notices.first() {
+        None => Verdict::no(reason::AS_ASKED, "nothing is to be looked at"),
+        Some(first) => {
+            let all: Vec<_> = converged.notices.iter().map(|notice| notice.message.as_str()).collect();
+            Verdict::yes(first.reason, all.join("; "))
+        }
     }
 }
 

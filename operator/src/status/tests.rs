@@ -11,9 +11,11 @@ use serde_json::json;
 use super::*;
 use crate::apply::Applied;
 use crate::broker::BrokerError;
+use crate::notice::Notice;
 use crate::pool::InvalidPool;
 use crate::pool::tests::stored;
 use crate::scale::{Decisions, GpuDecision};
+use crate::secrets::SecretError;
 use crate::signals::Route;
 use crate::streams::Remark;
 
@@ -36,8 +38,9 @@ fn workers(desired: i32, ready: i32) -> Converged {
     Converged {
         paused: false,
         decisions: Decisions { general, gpu: None },
-        applied: Applied { general: deployment(desired, ready), gpu: None },
+        applied: Applied { general: deployment(desired, ready), gpu: None, notice: None },
         pods: Vec::new(),
+        notices: Vec::new(),
     }
 }
 
@@ -259,6 +262,27 @@ fn workers_that_do_not_start_say_why() {
     }]});
     let message = "no node takes a worker: 0/1 nodes are available";
     says(&with_pod(workers(2, 0), unschedulable), &healthy(), "Ready", ("False", "Unschedulable", message));
+}
+
+#[test]
+fn what_works_and_should_not_stay_so_is_said_apart() {
+    says(&workers(2, 2), &healthy(), "Degraded", ("False", "AsAsked", "nothing is to be looked at"));
+    let notices = vec![Notice::claim_not_shared("/shared", "flows"), Notice::pod_monitor_missing()];
+    let status = first(&Converged { notices, ..workers(2, 2) }, &healthy());
+    let Condition { status: degraded, reason, message, .. } = find(&status, "Degraded");
+    assert_eq!((degraded.as_str(), reason.as_str()), ("True", "ClaimNotShared"));
+    assert!(message.contains("`flows`") && message.contains("podMonitor"), "{message}");
+    assert_eq!(find(&status, "Ready").status, "True");
+}
+
+#[test]
+fn a_database_without_its_secret_says_why_no_worker_starts() {
+    let missing = Notice::secret("crm", &SecretError::Missing("crm-db".to_owned()));
+    let message = "worker.sql.connections `crm`: Secret `crm-db` does not exist";
+    let stuck = Converged { notices: vec![missing.clone()], ..workers(2, 0) };
+    says(&stuck, &healthy(), "Ready", ("False", "SecretUnusable", message));
+    let running = Converged { notices: vec![missing], ..workers(2, 2) };
+    says(&running, &healthy(), "Degraded", ("True", "SecretUnusable", message));
 }
 
 #[test]

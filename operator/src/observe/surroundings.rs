@@ -1,0 +1,198 @@
+//! What a pool refers to and does not own: asked for by name, and remembered for a while.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::{Api, Client};
+
+use crate::error::explain;
+use crate::notice::Notice;
+use crate::pool::{Root, RootVolume, SecretKeyRef, ValidPool};
+use crate::secrets::{self, SecretError};
+
+/// A Secret or claim that appears is noticed after this long.
+const MEMORY: Duration = Duration::from_secs(20);
+/// API servers move rarely.
+const API_SERVER_MEMORY: Duration = Duration::from_secs(300);
+/// Of a database whose connection string names no port.
+const POSTGRES_PORT: u16 = 5432;
+const MYSQL_PORT: u16 = 3306;
+
+/// What is around one pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Addresses of the API server.
+    pub api_server: BTreeSet<IpAddr>,
+    /// Ports of the databases that the pool names.
+    pub database_ports: BTreeSet<u16>,
+    /// What speaks against the pool's advantage.
+    pub notices: Vec<Notice>,
+}
+
+/// Looks around, and remembers what was seen.
+pub struct Lookout {
+    client: Client,
+    kubernetes_service_host: Option<String>,
+    api_server: Remembered<(), BTreeSet<IpAddr>>,
+    databases: Remembered<(String, SecretKeyRef), Result<Option<u16>, SecretError>>,
+    claims: Remembered<(String, String), Claim>,
+}
+
+/// Who may mount a claim.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// Pods of all nodes.
+    Shared,
+    /// Pods of one node.
+    OneNode,
+    /// It cannot be told: a missing claim shows in the pods.
+    Unknown,
+}
+
+impl Lookout {
+    /// Nothing is known yet but where the API server's Service is.
+    pub fn new(client: Client, kubernetes_service_host: Option<String>) -> Self {
+        Self {
+            client,
+            kubernetes_service_host,
+            api_server: Remembered::new(API_SERVER_MEMORY),
+            databases: Remembered::new(MEMORY),
+            claims: Remembered::new(MEMORY),
+        }
+    }
+
+    /// What is around this pool now.
+    pub async fn around(&self, pool: &ValidPool) -> Surroundings {
+        let mut found = Surroundings { api_server: self.api_server().await, ..Surroundings::default() };
+        for connection in &pool.worker.sql.connections {
+            match self.database_port(&pool.namespace, &connection.url_secret_ref).await {
+                Ok(port) => found.database_ports.extend(port),
+                Err(error) => found.notices.push(Notice::secret(&connection.name, &error)),
+            }
+        }
+        if pool.classes().map(|class| class.replicas).sum::<i32>() > 1 {
+            for Root { path, volume } in &pool.worker.roots {
+                let RootVolume::Claim(claim) = volume else { continue };
+                if self.claim(&pool.namespace, claim).await == Claim::OneNode {
+                    found.notices.push(Notice::claim_not_shared(path, claim));
+                }
+            }
+        }
+        found
+    }
+
+    /// Its Service's address is in the environment of every pod; the addresses behind it need a right that an operator of
+    /// one namespace may lack.
+    async fn api_server(&self) -> BTreeSet<IpAddr> {
+        let ask = async || {
+            let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), "default");
+            let slice = slices.get_opt("kubernetes").await.unwrap_or_else(|error| {
+                tracing::warn!("the API server's addresses cannot be read: {}", explain(&error));
+                None
+            });
+            let behind = slice.into_iter().flat_map(|slice| slice.endpoints).flat_map(|endpoint| endpoint.addresses);
+            behind.chain(self.kubernetes_service_host.clone()).filter_map(|address| address.parse().ok()).collect()
+        };
+        self.api_server.get_or((), ask).await
+    }
+
+    async fn database_port(&self, namespace: &str, secret: &SecretKeyRef) -> Result<Option<u16>, SecretError> {
+        let ask = async || secrets::text(&self.client, namespace, secret).await.map(|url| port(&url));
+        self.databases.get_or((namespace.to_owned(), secret.clone()), ask).await
+    }
+
+    async fn claim(&self, namespace: &str, name: &str) -> Claim {
+        let ask = async || {
+            let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), namespace);
+            let modes = match claims.get_opt(name).await {
+                Ok(Some(claim)) => claim.spec.and_then(|spec| spec.access_modes),
+                Ok(None) => None,
+                Err(error) => {
+                    tracing::warn!(namespace, name, "the claim cannot be read: {}", explain(&error));
+                    None
+                }
+            };
+            match modes {
+                None => Claim::Unknown,
+                Some(modes) if modes.iter().any(|mode| mode == "ReadWriteMany") => Claim::Shared,
+                Some(_) => Claim::OneNode,
+            }
+        };
+        self.claims.get_or((namespace.to_owned(), name.to_owned()), ask).await
+    }
+}
+
+/// Port of a connection string; SQLite has none.
+fn port(url: &str) -> Option<u16> {
+    let url = url::Url::parse(url.trim()).ok()?;
+    let default = match url.scheme() {
+        "postgres" | "postgresql" => POSTGRES_PORT,
+        "mysql" => MYSQL_PORT,
+        _ => return None,
+    };
+    Some(url.port().unwrap_or(default))
+}
+
+/// Answers, each until it is too old.
+struct Remembered<K, V> {
+    longest: Duration,
+    answers: Mutex<HashMap<K, (Instant, V)>>,
+}
+
+impl<K: Eq + Hash, V: Clone> Remembered<K, V> {
+    fn new(longest: Duration) -> Self {
+        Self { longest, answers: Mutex::default() }
+    }
+
+    async fn get_or(&self, key: K, ask: impl AsyncFnOnce() -> V) -> V {
+        if let Some(answer) = self.get(&key) {
+            return answer;
+        }
+        let answer = ask().await;
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever asks again is remembered again: what nobody asks for any more goes.
+        answers.retain(|_, (since, _)| since.elapsed() < self.longest);
+        answers.insert(key, (Instant::now(), answer.clone()));
+        answer
+    }
+
+    fn get(&self, key: &K) -> Option<V> {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        answers.get(key).filter(|(since, _)| since.elapsed() < self.longest).map(|(_, answer)| answer.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_string_has_a_port_or_its_databases_own() {
+        let ports = [
+            ("postgres://u:p@db.crm.svc/crm", Some(5432)),
+            ("postgresql://db:6432/crm\n", Some(6432)),
+            ("mysql://u@db/crm", Some(3306)),
+            ("sqlite:///data/crm.db", None),
+            ("not a URL", None),
+        ];
+        for (url, expected) in ports {
+            assert_eq!(port(url), expected, "{url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_asked_for_once_until_it_is_too_old() {
+        let remembered = Remembered::new(Duration::from_secs(60));
+        assert_eq!(remembered.get_or("a", async || 1).await, 1);
+        assert_eq!(remembered.get_or("a", async || 2).await, 1);
+        assert_eq!(remembered.get_or("b", async || 3).await, 3);
+        let forgetful = Remembered::new(Duration::ZERO);
+        assert_eq!(forgetful.get_or("a", async || 1).await, 1);
+        assert_eq!(forgetful.get_or("a", async || 2).await, 2);
+    }
+}
