@@ -68,6 +68,11 @@ impl NatsServer {
         self.process.id()
     }
 
+    /// What it has written into its log.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(log(self.directory.path())).unwrap_or_default()
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         self.process.kill();
