@@ -154,6 +154,18 @@ impl Router {
         self.publish(payload.into(), HeaderMap::new()).await
     }
 
+    /// Publishes an assignment to whoever listens: for workers that no stream stands before.
+    pub async fn send(&self, assignment: &Value) {
+        self.send_with(assignment, HeaderMap::new()).await;
+    }
+
+    /// The same, with headers.
+    pub async fn send_with(&self, assignment: &Value, headers: HeaderMap) {
+        let sent = self.client.publish_with_headers(self.intake.clone(), headers, assignment.to_string().into()).await;
+        sent.expect("the client takes it");
+        self.client.flush().await.expect("the broker takes it");
+    }
+
     async fn publish(&self, payload: Bytes, headers: HeaderMap) -> u64 {
         let key = Key::read(&payload);
         within(SOON, "the broker takes an assignment", async || {

@@ -551,12 +551,14 @@ fn database(directory: &Path, rows: &Value) {
 }
 
 /// Every row of the code's table; a status for each of the two kinds of HTTP errors.
-const CAUSES: [Cause; 20] = [
+const CAUSES: [Cause; 22] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
     Cause::NoSuchPool,
     Cause::NeverFits,
+    Cause::NoJetStream,
+    Cause::Overloaded,
     Cause::ExecutionFailed,
     Cause::ResourceUnavailable,
     Cause::OverCap,
@@ -582,6 +584,8 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::InvalidFormat => "a field has the wrong type, is out of range or cannot be parsed",
         Cause::NoSuchPool => "no slots of the pool that it asks for",
         Cause::NeverFits => "more `memory_mb` than the worker may ever hold",
+        Cause::NoJetStream => "`human.approval` where the broker has no JetStream",
+        Cause::Overloaded => "a worker in [core mode](#core-mode) that is full, or stops before it has done it",
         Cause::ExecutionFailed => "a missing file, an SQL error",
         Cause::ResourceUnavailable => "database busy, its connections used up, disk full",
         Cause::OverCap => "over a cap (bytes, headers, rows, CPU time), or more than the broker takes",

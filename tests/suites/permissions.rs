@@ -26,6 +26,8 @@ use kube::runtime::{reflector, watcher};
 use rusqlite::Connection;
 use serde_json::{Value, json};
 
+const CORE: &str = "--nats-delivery=core";
+
 /// The block of the page that begins with this line.
 fn documented(first_line: &str) -> String {
     let page = include_str!("../../docs/operations.md");
@@ -36,6 +38,7 @@ fn documented(first_line: &str) -> String {
 /// A server where whoever says nothing may do all, and each program what the page says.
 fn server() -> NatsServer {
     let (worker, operator) = (documented("# worker\n"), documented("# operator\n"));
+    let in_core_mode = documented("# worker in core mode\n");
     NatsServer::with(&format!(
         r#"
         no_auth_user: admin
@@ -43,6 +46,8 @@ fn server() -> NatsServer {
             {{ user: admin, password: pw, permissions {{ publish: ">", subscribe: ">" }} }}
             {{ user: worker, password: pw
                {worker} }}
+            {{ user: core, password: pw
+               {in_core_mode} }}
             {{ user: operator, password: pw
                {operator} }}
         ] }}
@@ -277,8 +282,9 @@ async fn a_worker_may_do_nothing_else() {
 
 /// A worker with the credentials of one, under an operator.
 fn worker(rig_files: &tempfile::TempDir, nats: &NatsServer, name: &str, flags: &[&str]) -> Worker {
+    let user = if flags.contains(&CORE) { "core" } else { "worker" };
     let setup = Worker::named(name)
-        .flag(format!("--nats-url=nats://worker:pw@127.0.0.1:{}", nats.port()))
+        .flag(format!("--nats-url=nats://{user}:pw@127.0.0.1:{}", nats.port()))
         .flag("--nats-create-streams=false")
         .flag("--egress-allow=127.0.0.0/8")
         .flag(format!("--fs-roots={}", rig_files.path().display()));
@@ -320,6 +326,38 @@ async fn workers_need_no_more_than_the_page_says() {
     router.learn(&held, "second verdict", |story| (story.verdicts.len() > 1).then_some(())).await;
     next.terminate();
     assert_eq!(next.ended().await, Some(0));
+    assert_eq!(forbidden(&nats), Vec::<String>::new(), "workers may do all that they do");
+}
+
+#[tokio::test]
+async fn workers_in_core_mode_need_no_more_than_the_page_says() {
+    let nats = server();
+    let operator = Program::connect(&nats, "operator").await;
+    set_up(&nats, &operator).await;
+    let files = tempfile::tempdir().expect("a directory");
+    let general = worker(&files, &nats, "worker-1", &[CORE]);
+    general.ready().await;
+    let gpu = worker(&files, &nats, "gpu-1", &[CORE, "--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=2"]);
+    gpu.ready().await;
+    let router = Router::connect(&nats.url()).await;
+    let rig = Rig { worker: general, router, peer: Peer::start().await, nats, files };
+
+    every_block_runs(&rig).await;
+    people_decide_and_change_their_minds(&rig).await;
+    let gone = assignment("acme", "gone", json!({"type": "fs.get", "path": rig.path("nothing")}));
+    rig.router.send(&gone).await;
+    rig.router.letter(&gone).await;
+    let mut routed = assignment("acme", "routed", rig.put("gpu.txt", "x"));
+    routed["resources"] = json!({"pool": "gpu"});
+    rig.router.client().publish("caf.exec.route.gpu.v1", routed.to_string().into()).await.expect("sent");
+    assert_eq!(rig.router.result(&routed).await["metadata"]["worker_id"], "gpu-1");
+    say(&rig, "caf.worker.control.v1.worker-1", json!({"pull": false})).await;
+    rig.worker.terminate();
+    gpu.terminate();
+    let Rig { worker: general, nats, .. } = rig;
+    for mut worker in [general, gpu] {
+        assert_eq!(worker.ended().await, Some(0));
+    }
     assert_eq!(forbidden(&nats), Vec::<String>::new(), "workers may do all that they do");
 }
 

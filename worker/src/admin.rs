@@ -19,6 +19,7 @@ use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::broker::streams::Mode;
 use crate::metrics::Metrics;
 use crate::pulse;
 
@@ -143,6 +144,7 @@ impl Health {
 /// The address cannot be listened on, or there is no thread to be had.
 pub fn serve_apart(
     address: SocketAddr,
+    mode: Mode,
     health: Health,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
@@ -153,7 +155,7 @@ pub fn serve_apart(
     let serve = move || {
         runtime.block_on(async {
             match TcpListener::from_std(listener) {
-                Ok(listener) => serve(listener, health, metrics, stop).await,
+                Ok(listener) => serve(listener, mode, health, metrics, stop).await,
                 Err(error) => tracing::error!(%error, "nobody answers probes and scrapes"),
             }
         });
@@ -162,8 +164,8 @@ pub fn serve_apart(
 }
 
 /// Answers `/_health`, `/livez`, `/readyz` and `/metrics` until the stop.
-pub async fn serve(listener: TcpListener, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
-    let router = router(health, metrics);
+pub async fn serve(listener: TcpListener, mode: Mode, health: Health, metrics: Arc<Metrics>, stop: CancellationToken) {
+    let router = router(mode, health, metrics);
     let connections = TaskTracker::new();
     let mut open: VecDeque<AbortHandle> = VecDeque::new();
     loop {
@@ -206,9 +208,9 @@ async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
     let _ = tokio::time::timeout(LAST_ANSWER_TIMEOUT, connection).await;
 }
 
-fn router(health: Health, metrics: Arc<Metrics>) -> Router {
+fn router(mode: Mode, health: Health, metrics: Arc<Metrics>) -> Router {
     Router::new()
-        .route("/_health", get(overall))
+        .route("/_health", get(async move |State(health): State<Health>| overall(&health, mode)))
         // No concern fails it: a restart only helps a process that does not move.
         .route("/livez", get(async || alive(pulse::runtime_silent_for())))
         .route("/readyz", get(ready))
@@ -221,17 +223,18 @@ fn router(health: Health, metrics: Arc<Metrics>) -> Router {
 struct Overall {
     status: &'static str,
     timestamp: String,
+    delivery: &'static str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<String>,
 }
 
-async fn overall(State(health): State<Health>) -> Response {
+fn overall(health: &Health, mode: Mode) -> Response {
     let reasons = health.reasons(Concern::fails_health);
     let (code, status) =
         if reasons.is_empty() { (StatusCode::OK, "healthy") } else { (StatusCode::SERVICE_UNAVAILABLE, "unhealthy") };
     let now = Timestamp::now();
     let timestamp = now.round(Unit::Second).unwrap_or(now).to_string();
-    match serde_json::to_string(&Overall { status, timestamp, reasons }) {
+    match serde_json::to_string(&Overall { status, timestamp, delivery: mode.as_str(), reasons }) {
         Ok(body) => (code, [(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
@@ -279,7 +282,8 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let (health, stop) = (Health::new(), CancellationToken::new());
-            let task = tokio::spawn(serve(listener, health.clone(), Arc::new(Metrics::new()), stop.clone()));
+            let task =
+                tokio::spawn(serve(listener, Mode::JetStream, health.clone(), Arc::new(Metrics::new()), stop.clone()));
             Self { address, health, stop, task }
         }
 
@@ -309,8 +313,9 @@ mod tests {
         let server = Server::start().await;
         let (head, body) = server.ask("GET", "/_health").await;
         assert!(head.starts_with("http/1.1 200") && head.contains("content-type: application/json"), "{head}");
-        let timestamp =
-            body.strip_prefix(r#"{"status":"healthy","timestamp":""#).and_then(|rest| rest.strip_suffix("\"}"));
+        let timestamp = body
+            .strip_prefix(r#"{"status":"healthy","timestamp":""#)
+            .and_then(|rest| rest.strip_suffix(r#"","delivery":"jetstream"}"#));
         let timestamp = timestamp.unwrap_or_else(|| panic!("{body}"));
         assert_eq!((timestamp.len(), timestamp.ends_with('Z')), ("2025-01-27T12:00:00Z".len(), true), "{timestamp}");
         timestamp.parse::<Timestamp>().unwrap();
@@ -319,7 +324,10 @@ mod tests {
         let (head, body) = server.ask("GET", "/_health").await;
         assert!(head.starts_with("http/1.1 503"), "{head}");
         assert!(body.starts_with(r#"{"status":"unhealthy","timestamp":""#), "{body}");
-        assert!(body.ends_with(r#","reasons":["NATS disconnected: connection refused"]}"#), "{body}");
+        assert!(
+            body.ends_with(r#","delivery":"jetstream","reasons":["NATS disconnected: connection refused"]}"#),
+            "{body}"
+        );
 
         server.health.clear(Concern::NatsDisconnected);
         assert_eq!(server.code("/_health").await, 200);

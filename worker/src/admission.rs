@@ -8,7 +8,7 @@ use crate::schedule::Schedule;
 /// Why an assignment may not wait for a slot here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// [`Cause::NoSuchPool`] or [`Cause::NeverFits`].
+    /// [`Cause::NoSuchPool`], [`Cause::NeverFits`], [`Cause::NoJetStream`] or [`Cause::Overloaded`].
     pub cause: Cause,
     /// For a person.
     pub message: String,
@@ -22,6 +22,17 @@ pub fn refusal(assignment: &Assignment, schedule: &Schedule, max_memory_mb: u64)
     }
     (schedule.size(assignment.pool) == 0)
         .then(|| Refusal { cause: Cause::NoSuchPool, message: no_such_pool(assignment.pool, assignment.block.kind()) })
+}
+
+/// For what comes, unasked for, to a worker without room.
+pub fn no_room() -> Refusal {
+    Refusal { cause: Cause::Overloaded, message: "this worker has no room left: send it again".to_owned() }
+}
+
+/// For what has to be kept where nothing is.
+pub fn no_jetstream(kind: BlockKind) -> Refusal {
+    let message = format!("{} needs JetStream, which this broker does not have", kind.as_str());
+    Refusal { cause: Cause::NoJetStream, message }
 }
 
 fn no_such_pool(pool: Pool, kind: BlockKind) -> String {

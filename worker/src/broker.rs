@@ -205,6 +205,18 @@ impl Broker {
         }
     }
 
+    /// The same, with headers.
+    ///
+    /// # Errors
+    /// It is too large, or there is no connection any more.
+    pub async fn send(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
+        let sent = self.0.client.publish_with_headers(subject.to_owned(), headers, payload).await;
+        sent.map_err(|error| match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => StoreError::TooLarge { subject: subject.to_owned() },
+            _ => StoreError::Unknown { subject: subject.to_owned(), reason: error.to_string() },
+        })
+    }
+
     /// Waits until what was published has left this process, however long that takes.
     pub async fn sent(&self) {
         if let Err(error) = self.0.client.flush().await {

@@ -17,6 +17,7 @@ use url::Url;
 
 use crate::assignment::Pool;
 use crate::blocks::{egress, sql};
+use crate::broker::streams::Mode;
 use input::Input;
 use settings as s;
 
@@ -49,9 +50,11 @@ pub struct Config {
     pub sandbox_mode: bool,
     /// The broker.
     pub nats_servers: NatsServers,
+    /// How assignments come in.
+    pub nats_delivery: Mode,
     /// Where assignments come in.
     pub nats_subject: String,
-    /// The durable consumer that workers share.
+    /// The durable consumer, or the queue group, that workers share.
     pub nats_queue_group: String,
     /// Whether missing streams are created.
     pub nats_create_streams: bool,
@@ -166,6 +169,7 @@ impl Config {
             tenants_file: input.optional(&s::TENANTS_FILE, values::file),
             sandbox_mode: input.value(&s::SANDBOX_MODE, values::switch),
             nats_servers: input.value(&s::NATS_URL, NatsServers::parse),
+            nats_delivery: input.value(&s::NATS_DELIVERY, values::delivery),
             nats_subject: input.value(&s::NATS_SUBJECT, values::subject),
             nats_queue_group: input.value(&s::NATS_QUEUE_GROUP, values::consumer_name),
             nats_create_streams: input.value(&s::NATS_CREATE_STREAMS, values::switch),

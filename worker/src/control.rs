@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -56,24 +58,29 @@ impl Control {
         let control = Self { desk, stop: CancellationToken::new(), vital };
         control.spawn("hear cancels", hear(Arc::clone(&control.desk)));
         control.spawn("answer cancels", requests::answer(Arc::clone(&control.desk)));
-        control.spawn("take control messages", waiting::take(Arc::clone(&control.desk)));
+        let desk = Arc::clone(&control.desk);
+        control.spawn("take control messages", async move {
+            desk.pipeline.jetstream().await;
+            waiting::take(desk).await;
+        });
         control
     }
 
     /// Returns when everything that had come in before is done and known here: no assignment may be taken earlier, or
     /// it might run although it was cancelled.
     pub async fn caught_up(&self) {
-        self.nothing_waits().await;
-        // What others have written before their messages were done is among the first that the bucket tells.
-        let mut changes = self.desk.cancels.watch(self.desk.pipeline.health.clone());
-        while let Some(change) = changes.recv().await {
-            if change == Change::Current {
-                break;
-            }
-            self.desk.note(change);
-        }
         let desk = Arc::clone(&self.desk);
+        // Where nothing is kept there is nothing to catch up with.
+        let changes = match desk.pipeline.has_jetstream() {
+            true => Some(desk.catch_up().await),
+            false => None,
+        };
         self.spawn("note cancels", async move {
+            desk.pipeline.jetstream().await;
+            let mut changes = match changes {
+                Some(changes) => changes,
+                None => desk.catch_up().await,
+            };
             while let Some(change) = changes.recv().await {
                 desk.note(change);
             }
@@ -94,12 +101,28 @@ impl Control {
         self.desk.tasks.close();
         let _ = tokio::time::timeout(LAST_WORDS, self.desk.tasks.wait()).await;
     }
+}
+
+impl Desk {
+    /// Returns when everything that was there is known, with what comes after it.
+    async fn catch_up(&self) -> mpsc::Receiver<Change> {
+        self.nothing_waits().await;
+        // What others have written before their messages were done is among the first that the bucket tells.
+        let mut changes = self.cancels.watch(self.pipeline.health.clone());
+        while let Some(change) = changes.recv().await {
+            if change == Change::Current {
+                break;
+            }
+            self.note(change);
+        }
+        changes
+    }
 
     async fn nothing_waits(&self) {
         let (mut done, mut since) = (None, Instant::now());
         let mut until = None;
         loop {
-            if let Ok(stream) = self.desk.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
+            if let Ok(stream) = self.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
                 && let Ok(consumer) = stream.consumer_info(CONTROL_CONSUMER).await
             {
                 let until = *until.get_or_insert(stream.cached_info().state.last_sequence);
@@ -118,9 +141,7 @@ impl Control {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
-}
 
-impl Desk {
     /// A cancel that stands from now on, or has stood before this worker came.
     fn note(&self, change: Change) {
         if let Change::Put(entry) = change {
@@ -142,6 +163,10 @@ async fn hear(desk: Arc<Desk>) {
     while let Some(message) = messages.next().await {
         if let Ok(cancel) = Cancel::decode(&message.payload) {
             desk.pipeline.stop_here(&cancel.key, &cancel.now());
+            if !desk.pipeline.has_jetstream() {
+                // Nobody keeps it but whoever hears it.
+                desk.pipeline.tombstones.put(&cancel.key, &Tombstone { at: Timestamp::now(), ..cancel.now() });
+            }
         }
     }
 }

@@ -22,6 +22,10 @@ pub enum Cause {
     NoSuchPool,
     /// The assignment asks for more memory than this worker may ever hold.
     NeverFits,
+    /// It needs something kept, and this broker has no JetStream.
+    NoJetStream,
+    /// This worker is full, or stops, and nobody else is given its work.
+    Overloaded,
     /// A missing file, an SQL error: the block ran and its work failed.
     ExecutionFailed,
     /// Database busy, pool exhausted, disk full: it may pass.
@@ -60,12 +64,13 @@ impl Cause {
             Self::MissingField => 1002,
             Self::InvalidFormat => 1003,
             Self::ExecutionFailed => 2001,
-            Self::NoSuchPool | Self::NeverFits | Self::ResourceUnavailable | Self::OverCap => 2002,
+            Self::NoSuchPool | Self::NeverFits | Self::NoJetStream | Self::ResourceUnavailable | Self::OverCap => 2002,
             Self::NotAllowed => 2003,
             Self::Network | Self::Tls => 3001,
             Self::ConnectTimeout => 3002,
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
             Self::Internal | Self::Poison => 4001,
+            Self::Overloaded => 4002,
             Self::Cancelled => 5001,
             Self::DeadlinePassed | Self::NotAnswered => 5002,
         }
@@ -75,6 +80,7 @@ impl Cause {
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::NoSuchPool
+            | Self::Overloaded
             | Self::ResourceUnavailable
             | Self::Network
             | Self::ConnectTimeout
@@ -85,6 +91,7 @@ impl Cause {
             | Self::MissingField
             | Self::InvalidFormat
             | Self::NeverFits
+            | Self::NoJetStream
             | Self::ExecutionFailed
             | Self::OverCap
             | Self::NotAllowed
@@ -98,7 +105,7 @@ impl Cause {
 
     /// Whether this worker tries the block again before it reports. A bug would only repeat itself.
     pub const fn is_retried_here(self) -> bool {
-        self.is_retryable() && !matches!(self, Self::Internal | Self::DeadlinePassed)
+        self.is_retryable() && !matches!(self, Self::Internal | Self::Overloaded | Self::DeadlinePassed)
     }
 
     /// The status of the result that reports it.

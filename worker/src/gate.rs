@@ -43,6 +43,9 @@ impl Gate {
 
 /// Hands back what waits here while the gate is closed. Called again and again.
 pub(crate) fn keep(pipeline: &Pipeline) {
+    if !pipeline.hands_back() {
+        return;
+    }
     if pipeline.gate.is_open() {
         pipeline.schedule.let_wait();
     } else if pipeline.load.open_pulls() == 0 {

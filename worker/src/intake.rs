@@ -1,5 +1,6 @@
 //! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
 
+mod group; // core mode: what the broker hands out and forgets
 mod hold; // until when the broker leaves a delivery to us
 
 use std::collections::VecDeque;
@@ -24,6 +25,7 @@ use crate::pipeline::load::{Counted, Flow, Load, Room, Waiting};
 use crate::pulse;
 use hold::Held;
 
+pub use group::join;
 pub use hold::{Hold, Holds, renew};
 
 /// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
@@ -82,6 +84,7 @@ pub struct Delivery {
     held: Held,
     received: Instant,
     waiting: Option<Waiting>,
+    is_surplus: bool,
     _bytes: Counted,
 }
 
@@ -142,6 +145,11 @@ impl Delivery {
         self.published
     }
 
+    /// Whether it came, unasked for, to a worker without room.
+    pub fn is_surplus(&self) -> bool {
+        self.is_surplus
+    }
+
     /// Its hold, for whoever hears of a renewal.
     pub fn hold(&self) -> Arc<Hold> {
         Arc::clone(self.held.hold())
@@ -170,7 +178,7 @@ impl Delivery {
             Settlement::HandBack if self.is_lapsed() => return,
             Settlement::HandBack => AckKind::Nak(None),
         };
-        let reply = self.held.hold().reply().clone();
+        let Some(reply) = self.held.hold().reply().cloned() else { return };
         if let Err(error) = self.broker.client().publish(reply, kind.into()).await {
             tracing::debug!(%error, ?settlement, "cannot settle");
         }
@@ -217,6 +225,7 @@ struct Pulled {
 
 impl Pulled {
     fn of(ready: &Ready, source: Source) -> Option<Self> {
+        let ready = ready.assignments.as_ref()?;
         let consumer = ready.consumer_of(source)?.to_owned();
         Some(Self { stream: ready.stream.as_str().into(), created: ready.created.as_str().into(), consumer })
     }
@@ -394,9 +403,10 @@ impl Puller {
             }),
             delivered: described.delivered,
             published: described.published,
-            held: self.holds.take(reply, gaps),
+            held: self.holds.take(Some(reply), gaps),
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.flow)),
+            is_surplus: false,
             _bytes: self.load.hold_bytes(payload.len()),
             payload,
             headers,

@@ -7,7 +7,7 @@ use anyhow::Context;
 use beamline_worker::admin::{self, Concern, Health};
 use beamline_worker::assignment::Pool;
 use beamline_worker::blocks::{self, Blocks, egress, http, sql};
-use beamline_worker::broker::streams::{self, Keeper, Source, Sources};
+use beamline_worker::broker::streams::{self, Keeper, Mode, Needs, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
 use beamline_worker::control::Control;
@@ -23,6 +23,7 @@ use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::vital::{self, Vital};
 use beamline_worker::{pulse, shutdown, telemetry};
+use futures::FutureExt;
 use jiff::Timestamp;
 use mimalloc::MiMalloc;
 use tokio::runtime::Handle;
@@ -94,7 +95,8 @@ async fn work(
     blocks: Handle,
 ) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
-    admin::serve_apart(config.prometheus_endpoint, health.clone(), Arc::clone(&metrics), ended.clone())
+    let mode = config.nats_delivery;
+    admin::serve_apart(config.prometheus_endpoint, mode, health.clone(), Arc::clone(&metrics), ended.clone())
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
     let (vital, tasks_ended) = Vital::new();
     vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
@@ -107,8 +109,10 @@ async fn work(
     let Prepared { pipeline, keeper } = prepared;
     let identity = Arc::new(identity(&config));
     vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
-    vital.spawn("renew holds", intake::renew(Arc::clone(&pipeline), ended.clone()));
-    vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
+    if mode == Mode::JetStream {
+        vital.spawn("renew holds", intake::renew(Arc::clone(&pipeline), ended.clone()));
+        vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
+    }
     vital.spawn("report", presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
     vital.spawn("obey", presence::obey(Arc::clone(&pipeline), identity));
     if config.tenants_file.is_some() {
@@ -127,7 +131,11 @@ async fn work(
     pipeline.watch_approvals(stop.clone(), &vital);
     let taking = TaskTracker::new();
     for source in pulled(sources(&config)) {
-        let take = intake::take(Arc::clone(&pipeline), source, streams.clone(), chunks.clone(), stop.clone());
+        let (pipeline, chunks, stop) = (Arc::clone(&pipeline), chunks.clone(), stop.clone());
+        let take = match mode {
+            Mode::JetStream => intake::take(pipeline, source, streams.clone(), chunks, stop).left_future(),
+            Mode::Core => intake::join(pipeline, source, intake_of(&config), chunks, stop).right_future(),
+        };
         taking.spawn(vital.watched("take assignments", take));
     }
     taking.close();
@@ -142,7 +150,8 @@ async fn work(
         })),
     };
     health.clear(Concern::Starting);
-    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, "taking assignments");
+    let delivery = mode.as_str();
+    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, delivery, "taking assignments");
     told_to_stop.await?;
     tracing::info!("told to stop");
     shutdown::drain(&pipeline, intake, control, config.drain_timeout).await;
@@ -179,14 +188,19 @@ async fn prepare(
         }
     }
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
-    let intake = streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() };
+    let intake = intake_of(config);
     let settings = pipeline_settings(config, &intake)?;
-    let keeper = Keeper::start(broker.clone(), intake, sources(config), config.nats_create_streams, health).await?;
+    let (mode, sources, create) = (config.nats_delivery, sources(config), config.nats_create_streams);
+    let keeper = Keeper::start(broker.clone(), Needs { mode, intake, sources, create }, health).await?;
     let streams = keeper.watch();
     let schedule = schedule(config, policy);
     let pipeline = Pipeline::new(settings, broker, streams, schedule, engine, metrics, health.clone(), vital);
     pipeline.record_spooled().await;
     Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
+}
+
+fn intake_of(config: &Config) -> streams::Intake {
+    streams::Intake { subject: config.nats_subject.clone(), queue_group: config.nats_queue_group.clone() }
 }
 
 fn engine(config: &Config, runtime: Handle) -> Result<Engine, String> {
@@ -233,6 +247,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         Spool::open(directory).context(failed)
     });
     Ok(pipeline::Settings {
+        mode: config.nats_delivery,
         pool: pool_name(config),
         worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),

@@ -17,8 +17,14 @@ use crate::report::dead_letter::Stage;
 const LATENCY_BUCKETS_MS: [f64; 12] =
     [5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 2500.0, 5000.0, 10_000.0];
 /// The codes that a refusal can carry, shown from the start.
-const REJECTIONS: [Cause; 5] =
-    [Cause::InvalidInput, Cause::MissingField, Cause::InvalidFormat, Cause::NoSuchPool, Cause::NotAllowed];
+const REJECTIONS: [Cause; 6] = [
+    Cause::InvalidInput,
+    Cause::MissingField,
+    Cause::InvalidFormat,
+    Cause::NoSuchPool,
+    Cause::NotAllowed,
+    Cause::Overloaded,
+];
 const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";
 const USAGE: &str =
     "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)";

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -26,19 +26,19 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
 use crate::admin::Health;
-use crate::admission;
+use crate::admission::{self, Refusal};
 use crate::approval::Approvals;
 use crate::assignment::{Assignment, Undecodable};
 use crate::blocks::Block;
 use crate::broker::Broker;
-use crate::broker::streams::Ready;
+use crate::broker::streams::{Mode, Ready};
 use crate::contract;
 use crate::control::cancel::Tombstones;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
-use crate::fault::{Fault, Letters};
+use crate::fault::{Cause, Fault, Letters};
 use crate::gate::Gate;
-use crate::intake::{Delivery, Holds, Settlement};
+use crate::intake::{Delivery, Holds, Publication, Settlement};
 use crate::metrics::Metrics;
 use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
@@ -48,9 +48,10 @@ use crate::report::{self, StepResult};
 use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds, TraceContext};
 use crate::vital::Vital;
+use cancel::Stop;
 use deaths::{Deaths, Suspicion, Which};
 use durable::{Standing, may_replace};
-use in_flight::{Claim, Flight, InFlight};
+use in_flight::{Claim, Flight, InFlight, Landed};
 use load::Load;
 use quarantine::{Isolation, Quarantine};
 use rejection::Rejection;
@@ -67,6 +68,8 @@ const GRACE: Duration = Duration::from_secs(30);
 /// What an administrator decides about the pipeline.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// How assignments come in.
+    pub mode: Mode,
     /// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
     pub pool: Option<String>,
     /// Who signs verdicts and results.
@@ -165,10 +168,10 @@ impl Pipeline {
         vital: &Vital,
     ) -> Self {
         Self {
-            ledger: Ledger::new(broker.clone()),
+            ledger: Ledger::new(broker.clone(), settings.mode),
             approvals: Approvals::new(&broker),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
-            dead_letters: DeadLetters::new(broker.clone(), settings.dead_letters.clone()),
+            dead_letters: DeadLetters::new(broker.clone(), streams.clone(), settings.dead_letters.clone()),
             deaths: Deaths::new(broker.clone()),
             settings,
             broker,
@@ -256,13 +259,14 @@ impl Pipeline {
                     // A run that is asked for anew is not met by a cancel of the old one.
                     let is_rerun = record.is_some() || arrival.delivery.is_replay();
                     let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
-                    self.execute_in_turn(arrival, expected, suspicion, flight.stop().requested(since)).await;
+                    self.execute_in_turn(arrival, expected, suspicion, self.called_off(flight.stop(), since)).await;
                 }
             },
         }
-        let copies = flight.land();
+        let Landed { copies, outcome } = flight.land();
         if !copies.is_empty() {
-            let accepted = Box::pin(self.look_up(copies)).await;
+            let mut accepted = Box::pin(self.look_up(copies)).await;
+            accepted.iter_mut().for_each(|copy| copy.record = copy.record.take().or_else(|| outcome.clone()));
             self.start(accepted);
         }
     }
@@ -320,7 +324,7 @@ impl Pipeline {
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
         let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
-        let may_start = || !arrival.delivery.is_lapsed() && !self.cut.is_cancelled();
+        let may_start = || !arrival.delivery.is_lapsed() && !self.is_cut_off();
         arrival.delivery.must_end_by(Some(Instant::now() + arrival.assignment.timeout + GRACE));
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
         let links = Links {
@@ -331,7 +335,7 @@ impl Pipeline {
             .instrument(span.clone());
         let ended = tokio::select! {
             ended = work => ended,
-            () = self.cut.cancelled() => Ended::Abandoned,
+            () = self.cut.cancelled(), if self.hands_back() => Ended::Abandoned,
         };
         drop(slot);
         arrival.delivery.must_end_by(None);
@@ -343,6 +347,33 @@ impl Pipeline {
             Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
             Ended::Abandoned => self.hand_back(arrival.delivery).await,
         }
+    }
+
+    /// Whether the broker gives to another worker what this one does not do. In core mode it has forgotten it: then what is
+    /// accepted is done here, or the Router is told to send it again.
+    pub(crate) fn hands_back(&self) -> bool {
+        self.settings.mode == Mode::JetStream
+    }
+
+    fn is_cut_off(&self) -> bool {
+        self.hands_back() && self.cut.is_cancelled()
+    }
+
+    /// Returns when the work shall not go on: it is cancelled, or nobody would do it after this worker's end.
+    fn called_off(&self, stop: &Stop, since: Timestamp) -> impl Future<Output = Fault> {
+        let cancelled = stop.requested(since);
+        if self.hands_back() {
+            return cancelled.left_future();
+        }
+        let either = async move {
+            tokio::select! {
+                fault = cancelled => fault,
+                () = self.cut.cancelled() => {
+                    Fault::new(Cause::Overloaded, "the worker stops and cannot end it in time: send it again")
+                }
+            }
+        };
+        Box::pin(either).right_future()
     }
 
     /// Gives a delivery to another worker. Nobody has died of it: where that could be thought, it is noted.
@@ -402,11 +433,21 @@ impl Pipeline {
     async fn publish(&self, arrival: Box<Arrival>, result: Bytes) {
         let Arrival { delivery, assignment, said, trace, span } = *arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
+        let id = self.result_id(delivery.publication());
+        if id.is_some() {
+            self.in_flight.ended(&assignment.key, delivery.publication(), &result);
+        }
         failpoint::reach(Point::BeforeResult).await;
-        self.outbox.publish(result, Some(said), trace).instrument(publish).await;
+        let publishing = self.outbox.publish(result.clone(), Some(said), id, trace).instrument(publish);
+        self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
+    }
+
+    /// What names a result that no record does.
+    fn result_id(&self, publication: &Publication) -> Option<String> {
+        (!self.ledger.is_kept()).then(|| publication.to_header())
     }
 
     fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
@@ -417,10 +458,35 @@ impl Pipeline {
         if self.is_for_the_route(delivery, &assignment) {
             return Ok(Judged::PassesOn(assignment));
         }
-        match admission::refusal(&assignment, &self.schedule, self.settings.max_memory_bytes >> 20) {
+        match self.refusal(delivery, &assignment) {
             None => Ok(Judged::Runs(assignment)),
             Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
         }
+    }
+
+    fn refusal(&self, delivery: &Delivery, assignment: &Assignment) -> Option<Refusal> {
+        let refusal = admission::refusal(assignment, &self.schedule, self.settings.max_memory_bytes >> 20);
+        refusal.or_else(|| self.cannot_be_kept(assignment)).or_else(|| delivery.is_surplus().then(admission::no_room))
+    }
+
+    /// What waits for a person is kept by the broker.
+    fn cannot_be_kept(&self, assignment: &Assignment) -> Option<Refusal> {
+        match (&*assignment.block, &self.engine) {
+            (Block::Human(_), Engine::Real(_)) if !self.has_jetstream() => {
+                Some(admission::no_jetstream(assignment.block.kind()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the broker keeps anything.
+    pub(crate) fn has_jetstream(&self) -> bool {
+        self.streams.borrow().has_jetstream
+    }
+
+    /// Returns when it does.
+    pub(crate) async fn jetstream(&self) {
+        let _ = self.streams.clone().wait_for(|ready| ready.has_jetstream).await;
     }
 
     async fn look_up(self: &Arc<Self>, arrivals: Vec<Arrival>) -> Vec<Accepted> {

@@ -41,7 +41,8 @@ pub async fn signalled() -> std::io::Result<()> {
 /// Stops intake, hands back what has not started, lets running blocks finish, and cuts them off after `limit`. They can be
 /// cancelled until then.
 ///
-/// Work that is cut off was never settled, so the broker hands it to another worker.
+/// Work that is cut off was never settled, so the broker hands it to another worker. In core mode the Router is told to send
+/// it again; what waits for a slot may start until then.
 pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit: Duration) {
     let Intake { stop, taking, processing } = intake;
     pipeline.health.raise(Concern::Draining, "the worker was told to stop");
@@ -49,7 +50,9 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
     let everything = async {
         // First the open pulls end: what is handed back before would come back to them.
         taking.wait().await;
-        pipeline.schedule.close();
+        if pipeline.hands_back() {
+            pipeline.schedule.close();
+        }
         // The chunks that were on their way become tasks first; their work is handed back by the closed schedule.
         let _ = processing.await;
         pipeline.tasks.close();
@@ -58,9 +61,9 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
     if tokio::time::timeout(limit, everything).await.is_err() {
         tracing::warn!(unfinished = pipeline.tasks.len(), ?limit, "drain timed out: handing back what still runs");
         let _ = tokio::time::timeout(CUT_LIMIT, taking.wait()).await;
+        pipeline.cut.cancel();
         pipeline.schedule.close();
         pipeline.tasks.close();
-        pipeline.cut.cancel();
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.tasks.wait()).await;
     }
     control.finish().await;

@@ -4,13 +4,15 @@
 
 use std::time::{Duration, Instant};
 
+use async_nats::RequestErrorKind;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::context::{
     ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, CreateStreamErrorKind, GetStreamErrorKind,
 };
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{self, ErrorCode};
-
+use bytes::Bytes;
+use serde::Deserialize;
 use tokio::sync::watch;
 
 use super::Broker;
@@ -56,6 +58,8 @@ const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What is known about one assignment, beside its record.
 const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
 
+/// Between two looks for JetStream where there was none: one request.
+const LOOK_FOR_JETSTREAM: Duration = Duration::from_secs(3);
 /// Between two looks for the route, on a worker that only passes work on to it: one request.
 const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
 
@@ -86,9 +90,37 @@ pub struct Sources {
     pub gpu_route: bool,
 }
 
-/// Where assignments are pulled from.
+/// How assignments come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Through a stream: each at least once, whoever dies.
+    JetStream,
+    /// Through a queue group of core NATS: each at most once.
+    Core,
+}
+
+impl Mode {
+    /// The public word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::JetStream => "jetstream",
+            Self::Core => "core",
+        }
+    }
+}
+
+/// What was found of what this worker needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ready {
+    /// Whether the broker keeps anything; only core mode goes on without that.
+    pub has_jetstream: bool,
+    /// Where assignments wait; in core mode nowhere.
+    pub assignments: Option<Assignments>,
+}
+
+/// Where assignments are pulled from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignments {
     /// The stream that they wait in.
     pub stream: String,
     /// When that stream was made, RFC 3339: with a sequence it names a publication for ever.
@@ -100,6 +132,13 @@ pub struct Ready {
 }
 
 impl Ready {
+    /// The consumer of the GPU route, where there is that route.
+    pub fn route(&self) -> Option<&str> {
+        self.assignments.as_ref().and_then(|assignments| assignments.route.as_deref())
+    }
+}
+
+impl Assignments {
     /// The consumer to pull from.
     pub fn consumer_of(&self, source: Source) -> Option<&str> {
         match source {
@@ -113,10 +152,21 @@ impl Ready {
 #[derive(Debug)]
 pub struct Keeper {
     broker: Broker,
-    intake: Intake,
-    sources: Sources,
-    create: bool,
+    needs: Needs,
     ready: watch::Sender<Ready>,
+}
+
+/// What a worker needs of the broker.
+#[derive(Clone, Debug)]
+pub struct Needs {
+    /// How assignments come in.
+    pub mode: Mode,
+    /// From where.
+    pub intake: Intake,
+    /// Which of its two places.
+    pub sources: Sources,
+    /// Whether what is missing is made.
+    pub create: bool,
 }
 
 impl Keeper {
@@ -124,18 +174,12 @@ impl Keeper {
     ///
     /// # Errors
     /// A mismatch: it never heals by waiting.
-    pub async fn start(
-        broker: Broker,
-        intake: Intake,
-        sources: Sources,
-        create: bool,
-        health: &Health,
-    ) -> Result<Self, StreamsError> {
+    pub async fn start(broker: Broker, needs: Needs, health: &Health) -> Result<Self, StreamsError> {
         loop {
-            match ensure(broker.jetstream(), &intake, sources, create, None).await {
+            match ensure(&broker, &needs, None).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
-                    return Ok(Self { broker, intake, sources, create, ready: watch::Sender::new(ready) });
+                    return Ok(Self { broker, needs, ready: watch::Sender::new(ready) });
                 }
                 Err(mismatch @ StreamsError::Mismatch { .. }) => return Err(mismatch),
                 Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
@@ -156,16 +200,17 @@ impl Keeper {
             tokio::time::sleep(LOOK_AGAIN).await;
             let is_urgent =
                 [Concern::StreamsUnavailable, Concern::StorageRefused].map(|concern| health.is_raised(concern));
-            if !is_urgent.contains(&true) && last.elapsed() < LOOK_ANYWAY {
-                if !self.sources.gpu_route && last_for_route.elapsed() >= LOOK_FOR_ROUTE {
+            let look_anyway = if self.ready.borrow().has_jetstream { LOOK_ANYWAY } else { LOOK_FOR_JETSTREAM };
+            if !is_urgent.contains(&true) && last.elapsed() < look_anyway {
+                if !self.needs.sources.gpu_route && last_for_route.elapsed() >= LOOK_FOR_ROUTE {
                     last_for_route = Instant::now();
                     self.look_for_route().await;
                 }
                 continue;
             }
             last = Instant::now();
-            let known = self.ready.borrow().route.clone();
-            match ensure(self.broker.jetstream(), &self.intake, self.sources, self.create, known).await {
+            let known = self.ready.borrow().clone();
+            match ensure(&self.broker, &self.needs, Some(known)).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
                     self.ready.send_if_modified(|known| std::mem::replace(known, ready.clone()) != ready);
@@ -181,10 +226,16 @@ impl Keeper {
 
     /// A route comes and goes with its consumer. What cannot be asked for stays as it was known last.
     async fn look_for_route(&self) {
-        let Ok(stream) = self.broker.jetstream().get_stream_no_info(self.intake.stream()).await else { return };
-        match find_route(&stream, &self.intake).await {
+        if self.needs.mode == Mode::Core {
+            return;
+        }
+        let Ok(stream) = self.broker.jetstream().get_stream_no_info(self.needs.intake.stream()).await else { return };
+        match find_route(&stream, &self.needs.intake).await {
             Ok(route) => {
-                self.ready.send_if_modified(|known| std::mem::replace(&mut known.route, route.clone()) != route);
+                self.ready.send_if_modified(|known| match &mut known.assignments {
+                    Some(known) => std::mem::replace(&mut known.route, route.clone()) != route,
+                    None => false,
+                });
             }
             Err(error) => tracing::debug!(%error, "cannot look for the GPU route"),
         }
@@ -257,32 +308,73 @@ impl Intake {
 ///
 /// # Errors
 /// See [`StreamsError`]; a mismatch never heals by waiting.
-async fn ensure(
-    js: &jetstream::Context,
-    intake: &Intake,
-    sources: Sources,
-    create: bool,
-    known_route: Option<String>,
-) -> Result<Ready, StreamsError> {
-    for wanted in [results(), dead_letters()].into_iter().chain(buckets()) {
+async fn ensure(broker: &Broker, needs: &Needs, known: Option<Ready>) -> Result<Ready, StreamsError> {
+    let (js, create) = (broker.jetstream(), needs.create);
+    if needs.mode == Mode::Core {
+        // What has been there once is only away.
+        let had_jetstream = known.is_some_and(|known| known.has_jetstream);
+        if !had_jetstream && !has_jetstream(broker).await? {
+            return Ok(Ready { has_jetstream: false, assignments: None });
+        }
+        ensure_notes(js, create).await?;
+        return Ok(Ready { has_jetstream: true, assignments: None });
+    }
+    ensure_stream(js, results(), create).await?;
+    ensure_notes(js, create).await?;
+    let assignments = Some(ensure_assignments(js, needs, known).await?);
+    Ok(Ready { has_jetstream: true, assignments })
+}
+
+/// Dead letters, control messages, and what workers note for each other.
+async fn ensure_notes(js: &jetstream::Context, create: bool) -> Result<(), StreamsError> {
+    ensure_stream(js, dead_letters(), create).await?;
+    for wanted in buckets() {
         ensure_stream(js, wanted, create).await?;
     }
     let stream = ensure_stream(js, control(), create).await?;
-    ensure_consumer(&stream, control_consumer(), create).await?;
-    let stream = ensure_stream(js, assignments(intake), create).await?;
-    ensure_consumer(&stream, consumer(intake), create).await?;
+    ensure_consumer(&stream, control_consumer(), create).await
+}
+
+async fn ensure_assignments(
+    js: &jetstream::Context,
+    needs: &Needs,
+    known: Option<Ready>,
+) -> Result<Assignments, StreamsError> {
+    let Needs { intake, sources, create, .. } = needs;
+    let stream = ensure_stream(js, assignments(intake), *create).await?;
+    ensure_consumer(&stream, consumer(intake), *create).await?;
     let route = match sources.gpu_route {
-        true => ensure_route(&stream, intake, sources, create).await?,
+        true => ensure_route(&stream, intake, *sources, *create).await?,
         // Whoever may not even look for it works without it.
-        false => find_route(&stream, intake).await.unwrap_or(known_route),
+        false => match find_route(&stream, intake).await {
+            Ok(route) => route,
+            Err(_) => known.and_then(|known| known.route().map(str::to_owned)),
+        },
     };
     let info = stream.cached_info();
-    Ok(Ready {
+    Ok(Assignments {
         stream: info.config.name.clone(),
         created: rfc3339(info.created.unix_timestamp_nanos()),
         consumer: intake.queue_group.clone(),
         route,
     })
+}
+
+/// Whether the broker has JetStream for this account.
+async fn has_jetstream(broker: &Broker) -> Result<bool, StreamsError> {
+    #[derive(Deserialize)]
+    struct Answer {
+        error: Option<jetstream::Error>,
+    }
+    let answer = broker.client().request(format!("$JS.API.STREAM.INFO.{DLQ_STREAM}"), Bytes::new()).await;
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => return Ok(false),
+        Err(error) => return Err(unavailable("JetStream", &error)),
+    };
+    let error = serde_json::from_slice(&answer.payload).ok().and_then(|answer: Answer| answer.error);
+    let code = error.map(|error| error.error_code());
+    Ok(!matches!(code, Some(ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT)))
 }
 
 /// Where assignments wait.

@@ -76,6 +76,13 @@ pub(super) const NATS_URL: Setting = setting(
     Some("nats://localhost:4222"),
     "Servers of the broker: nats:// or tls://",
 );
+pub(super) const NATS_DELIVERY: Setting = setting(
+    "nats-delivery",
+    "WORKER_NATS_DELIVERY",
+    "MODE",
+    Some("jetstream"),
+    "jetstream: each assignment at least once; core: at most once, through a queue group",
+);
 pub(super) const NATS_SUBJECT: Setting = setting(
     "nats-subject",
     "WORKER_NATS_SUBJECT",
@@ -88,7 +95,7 @@ pub(super) const NATS_QUEUE_GROUP: Setting = setting(
     "WORKER_NATS_QUEUE_GROUP",
     "NAME",
     Some("caf-workers"),
-    "Durable consumer through which workers share the work",
+    "Durable consumer, or queue group, through which workers share the work",
 );
 pub(super) const NATS_CREATE_STREAMS: Setting = setting(
     "nats-create-streams",
@@ -227,6 +234,7 @@ pub(super) const GROUPS: [(&str, &[Setting]); 6] = [
         "NATS",
         &[
             NATS_URL,
+            NATS_DELIVERY,
             NATS_SUBJECT,
             NATS_QUEUE_GROUP,
             NATS_CREATE_STREAMS,

@@ -14,6 +14,7 @@ use url::Url;
 
 use crate::assignment::TenantId;
 use crate::blocks::{egress, http, sql};
+use crate::broker::streams::Mode;
 
 /// The longest time that is written in milliseconds: 30 days.
 pub(super) const MONTH_MS: u64 = 30 * 24 * 3_600_000;
@@ -157,6 +158,10 @@ pub(super) fn id(text: &str) -> Result<String, String> {
 
 pub(super) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+pub(super) fn delivery(text: &str) -> Result<Mode, String> {
+    [Mode::JetStream, Mode::Core].into_iter().find(|mode| mode.as_str() == text).ok_or("jetstream or core".to_owned())
 }
 
 pub(super) fn subject(text: &str) -> Result<String, String> {

@@ -122,8 +122,11 @@ impl Desk {
         }
     }
 
-    /// Keeps a cancel that has just been sent.
+    /// Keeps a cancel that has just been sent. Where the broker keeps nothing, every worker has heard it.
     pub(super) async fn keep_new(&self, cancel: &Cancel) {
+        if !self.pipeline.has_jetstream() {
+            return;
+        }
         let (token, value) = (cancel.key.token(), cancel.encode(None));
         self.until_definite(|| self.cancels.put(&token, value.clone())).await;
         self.pipeline.cancel_approval(&cancel.key).await;

@@ -32,12 +32,12 @@ pub struct Hold {
     /// Stops of this process when the subscription was made that brought it.
     gaps: AtomicU64,
     is_being_renewed: AtomicBool,
-    /// Where the broker hears about the delivery.
-    reply: Subject,
+    /// Where the broker hears about the delivery; `None` where it has forgotten it, and so the hold never lapses.
+    reply: Option<Subject>,
 }
 
 impl Hold {
-    fn new(reply: Subject, gaps: u64) -> Self {
+    fn new(reply: Option<Subject>, gaps: u64) -> Self {
         Self {
             start: Instant::now(),
             renewed_ms: AtomicU64::new(0),
@@ -71,19 +71,19 @@ impl Hold {
         self.end_ms.store(end, Ordering::Relaxed);
     }
 
-    pub(super) const fn reply(&self) -> &Subject {
-        &self.reply
+    pub(super) const fn reply(&self) -> Option<&Subject> {
+        self.reply.as_ref()
     }
 
     fn is_lapsed_at(&self, now: Instant) -> bool {
-        self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age(now) >= ACK_WAIT
+        self.reply.is_some() && (self.gaps.load(Ordering::Relaxed) != pulse::gaps() || self.age(now) >= ACK_WAIT)
     }
 
     /// On a lapsed hold nothing is said to the broker, since another worker may hold the delivery now.
     fn is_due_at(&self, now: Instant) -> bool {
         let since_start = contract::millis(now.saturating_duration_since(self.start));
         let is_over = since_start >= self.end_ms.load(Ordering::Relaxed);
-        self.age(now) >= ACK_WAIT / 3 && !self.is_lapsed_at(now) && !is_over
+        self.reply.is_some() && self.age(now) >= ACK_WAIT / 3 && !self.is_lapsed_at(now) && !is_over
     }
 
     fn age(&self, now: Instant) -> Duration {
@@ -123,7 +123,7 @@ pub(super) struct Held {
 
 impl Holds {
     /// The hold on a delivery that has just arrived.
-    pub(super) fn take(&self, reply: Subject, gaps: u64) -> Held {
+    pub(super) fn take(&self, reply: Option<Subject>, gaps: u64) -> Held {
         let hold = Arc::new(Hold::new(reply, gaps));
         let place = self.lock().insert(Arc::clone(&hold));
         Held { holds: self.clone(), place, hold }
@@ -159,8 +159,9 @@ impl Drop for Held {
 }
 
 async fn renew_one(broker: &Broker, hold: Arc<Hold>) {
+    let Some(reply) = hold.reply.clone() else { return };
     let asked = Instant::now();
-    match broker.client().request(hold.reply.clone(), AckKind::Progress.into()).await {
+    match broker.client().request(reply, AckKind::Progress.into()).await {
         Ok(_) => hold.renew_from(asked),
         Err(error) => tracing::debug!(%error, "a progress ack was not answered"),
     }
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
 
     fn hold() -> Hold {
-        Hold::new("reply".into(), pulse::gaps())
+        Hold::new(Some("reply".into()), pulse::gaps())
     }
 
     fn at(hold: &Hold, seconds: u64) -> Instant {
@@ -201,10 +202,17 @@ mod tests {
 
     #[test]
     fn what_came_before_a_stop_has_lapsed_until_it_is_delivered_again() {
-        let hold = Hold::new("reply".into(), pulse::gaps().wrapping_sub(1));
+        let hold = Hold::new(Some("reply".into()), pulse::gaps().wrapping_sub(1));
         assert!(hold.is_lapsed() && !hold.is_due_at(at(&hold, 5)));
         hold.gaps.store(0, Ordering::Relaxed);
-        hold.renew_by(&Hold::new("reply".into(), pulse::gaps()));
+        hold.renew_by(&Hold::new(Some("reply".into()), pulse::gaps()));
         assert!(!hold.is_lapsed());
+    }
+
+    #[test]
+    fn what_the_broker_has_forgotten_never_lapses() {
+        let hold = Hold { reply: None, ..hold() };
+        hold.gaps.store(pulse::gaps().wrapping_sub(1), Ordering::Relaxed);
+        assert!([4, 60].iter().all(|age| !hold.is_lapsed_at(at(&hold, *age)) && !hold.is_due_at(at(&hold, *age))));
     }
 }

@@ -70,6 +70,10 @@ enum Reason {
 
 /// Ends requests at their deadlines, and concludes what a worker left behind, until `stop`.
 async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
+    tokio::select! {
+        () = pipeline.jetstream() => {}
+        () = stop.cancelled() => return,
+    }
     let mut changes = pipeline.approvals.requests().watch(pipeline.health.clone());
     let (mut deadlines, mut looks) = (Deadlines::default(), FuturesUnordered::new());
     loop {
@@ -255,7 +259,8 @@ impl Pipeline {
     async fn conclude(&self, entry: &Entry, request: &Request) {
         let State::Ended { result, .. } = &request.state else { return };
         let result = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
-        self.outbox.publish(result, None, request.trace.clone()).await;
+        let id = self.result_id(&request.publication);
+        self.outbox.publish(result, None, id, request.trace.clone()).await;
         // Refused where somebody else has removed it.
         self.until_definite(|| self.approvals.requests().delete(&entry.key, entry.revision)).await;
     }

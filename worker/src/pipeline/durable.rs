@@ -84,7 +84,11 @@ impl Pipeline {
     }
 
     /// Awaits a write; where that takes long and there is a disk for it, the outcome lies there meanwhile.
-    async fn spooled<T>(&self, outcome: impl Fn() -> Option<Outcome>, writing: impl Future<Output = T>) -> T {
+    pub(super) async fn spooled<T>(
+        &self,
+        outcome: impl Fn() -> Option<Outcome>,
+        writing: impl Future<Output = T>,
+    ) -> T {
         let Some(spool) = &self.settings.spool else { return writing.await };
         let mut writing = std::pin::pin!(writing);
         if let Ok(written) = tokio::time::timeout(SPOOL_AFTER, &mut writing).await {
@@ -129,9 +133,18 @@ impl Pipeline {
         let key = AssignmentKey { tenant, assignment_id: assignment_id.into() };
         let write = || self.ledger.write(&key, &publication, outcome.expected, result.clone());
         match self.until_definite(write).await {
+            Stored::At(_) if !self.ledger.is_kept() => {
+                self.outbox.publish(result, None, Some(outcome.publication.clone()), None).await;
+                tracing::info!(assignment_id, "published an outcome from the disk");
+            }
             Stored::At(_) => tracing::info!(assignment_id, "recorded an outcome from the disk"),
             Stored::Refused => tracing::info!(assignment_id, "an outcome from the disk was superseded"),
         }
+    }
+
+    /// What only this worker has until it is published.
+    pub(super) fn unrecorded(&self, delivery: &Delivery, key: &AssignmentKey, result: &Bytes) -> Option<Outcome> {
+        if self.ledger.is_kept() { None } else { outcome(delivery, key, 0, result) }
     }
 
     pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {

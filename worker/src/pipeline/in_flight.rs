@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
+
 use super::Arrival;
 use super::cancel::Stop;
 use super::deaths::Which;
 use crate::assignment::AssignmentKey;
 use crate::control::cancel::Tombstone;
-use crate::intake::Hold;
+use crate::intake::{Hold, Publication};
+use crate::report::ledger::Record;
 
 /// Shared by all tasks of a pipeline.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +25,15 @@ struct Running {
     stop: Arc<Stop>,
     lapsed_looks: u32,
     copies: Vec<Arrival>,
+    outcome: Option<Box<(Publication, Bytes)>>,
+}
+
+/// What a flight leaves behind.
+pub(super) struct Landed {
+    /// Those that waited for its end.
+    pub(super) copies: Vec<Arrival>,
+    /// How it ended, where no record says so: what its copies are answered with.
+    pub(super) outcome: Option<Box<Record>>,
 }
 
 /// What an arrival is to the work that is here already.
@@ -55,6 +67,7 @@ impl InFlight {
                     stop,
                     lapsed_looks: 0,
                     copies: Vec::new(),
+                    outcome: None,
                 });
                 Claim::First(arrival, flight)
             }
@@ -75,6 +88,13 @@ impl InFlight {
     pub(super) fn stop(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         if let Some(running) = self.lock().get(key) {
             running.stop.raise(tombstone);
+        }
+    }
+
+    /// Notes how the work on this assignment has ended, for copies that wait.
+    pub(super) fn ended(&self, key: &AssignmentKey, publication: &Publication, result: &Bytes) {
+        if let Some(running) = self.lock().get_mut(key) {
+            running.outcome = Some(Box::new((publication.clone(), result.clone())));
         }
     }
 
@@ -105,13 +125,19 @@ impl Flight {
     }
 
     /// Ends the claim and returns the copies that waited for it.
-    pub(super) fn land(mut self) -> Vec<Arrival> {
-        self.end()
+    pub(super) fn land(mut self) -> Landed {
+        let Some(Running { copies, outcome, .. }) = self.end() else {
+            return Landed { copies: Vec::new(), outcome: None };
+        };
+        let outcome = outcome.filter(|_| !copies.is_empty()).map(|outcome| {
+            let (publication, result) = *outcome;
+            Box::new(Record::new(result, 0, Some(publication)))
+        });
+        Landed { copies, outcome }
     }
 
-    fn end(&mut self) -> Vec<Arrival> {
-        let Some(key) = self.key.take() else { return Vec::new() };
-        self.in_flight.lock().remove(&key).map(|running| running.copies).unwrap_or_default()
+    fn end(&mut self) -> Option<Running> {
+        self.in_flight.lock().remove(&self.key.take()?)
     }
 }
 

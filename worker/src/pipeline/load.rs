@@ -114,7 +114,8 @@ impl Pipeline {
         self.in_flight.lapsed(LIVED_ON).into_iter().for_each(|which| self.deaths.lapsed(which));
     }
 
-    fn holds_too_much(&self) -> bool {
+    /// Whether more bytes are here than may be.
+    pub(crate) fn holds_too_much(&self) -> bool {
         self.load.bytes() as u64 >= self.settings.max_memory_bytes
     }
 }

@@ -22,7 +22,7 @@ impl Pipeline {
         assignment.pool == Pool::Gpu
             && self.schedule.size(Pool::Gpu) == 0
             && delivery.source() == Source::Intake
-            && self.streams.borrow().route.is_some()
+            && self.streams.borrow().route().is_some()
     }
 
     /// No verdict: whoever has the slots says it, and finds by the first identity what is recorded.

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Pipeline;
-use crate::broker::streams::{Ready, Source};
+use crate::broker::streams::{Assignments, Ready, Source};
 
 /// How long a first delivery waits here before others are asked for.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -32,7 +32,7 @@ pub async fn share(pipeline: Arc<Pipeline>, streams: watch::Receiver<Ready>, sto
         if pipeline.schedule.impatient() == 0 {
             continue;
         }
-        let ready = streams.borrow().clone();
+        let Some(ready) = streams.borrow().assignments.clone() else { continue };
         if pipeline.idle_pulls(&ready).await > pipeline.load.flow(Source::Intake).pulls() {
             pipeline.hand_over(&ready).await;
             tokio::time::sleep(REST).await;
@@ -42,7 +42,7 @@ pub async fn share(pipeline: Arc<Pipeline>, streams: watch::Receiver<Ready>, sto
 
 impl Pipeline {
     /// Hands back as much as others take: one for each idle pull, as long as there are any.
-    async fn hand_over(&self, ready: &Ready) {
+    async fn hand_over(&self, ready: &Assignments) {
         // While pulls of our own are open, it would come back to them.
         let _yielding = self.load.stop_asking();
         self.pulls_ended().await;
@@ -61,7 +61,7 @@ impl Pipeline {
     }
 
     /// Open pulls that the broker has nothing for, of all workers; none where it cannot be asked.
-    async fn idle_pulls(&self, ready: &Ready) -> usize {
+    async fn idle_pulls(&self, ready: &Assignments) -> usize {
         let info = async {
             let stream = self.broker.jetstream().get_stream_no_info(&ready.stream).await.ok()?;
             stream.consumer_info(&ready.consumer).await.ok()

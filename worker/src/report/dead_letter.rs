@@ -7,9 +7,11 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
+use tokio::sync::watch;
 
 use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
+use crate::broker::streams::Ready;
 use crate::broker::{Broker, StoreError, wire_len};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
@@ -71,13 +73,14 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct DeadLetters {
     broker: Broker,
+    streams: watch::Receiver<Ready>,
     settings: Settings,
 }
 
 impl DeadLetters {
     /// Over this connection.
-    pub const fn new(broker: Broker, settings: Settings) -> Self {
-        Self { broker, settings }
+    pub const fn new(broker: Broker, streams: watch::Receiver<Ready>, settings: Settings) -> Self {
+        Self { broker, streams, settings }
     }
 
     /// Writes a dead letter, once; the same publication and stage make the same letter, so again is harmless.
@@ -192,7 +195,7 @@ impl DeadLetters {
         if let Some(trace) = trace {
             trace.add_to(&mut headers);
         }
-        self.broker.store(contract::DLQ.to_owned(), headers, letter).await.map(drop)
+        self.keep(contract::DLQ, headers, letter).await
     }
 
     /// The original, beside its letter. One that just fits the broker has no room for headers: then its place, right
@@ -204,7 +207,16 @@ impl DeadLetters {
         if original.len() + wire_len(&headers) > self.broker.max_payload() {
             headers = HeaderMap::new();
         }
-        self.broker.store(contract::DLQ_RAW.to_owned(), headers, original).await.map(drop)
+        self.keep(contract::DLQ_RAW, headers, original).await
+    }
+
+    /// Without JetStream nobody keeps it: it goes to whoever listens.
+    async fn keep(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
+        let has_jetstream = self.streams.borrow().has_jetstream;
+        match has_jetstream {
+            true => self.broker.store(subject.to_owned(), headers, payload).await.map(drop),
+            false => self.broker.send(subject, headers, payload).await,
+        }
     }
 
     fn original(&self, payload: &Bytes) -> Original {

@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::assignment::AssignmentKey;
 use crate::broker::last::{LookUpError, header};
-use crate::broker::streams::RESULT_STREAM;
+use crate::broker::streams::{Mode, RESULT_STREAM};
 use crate::broker::{Broker, StoreError, Stored};
 use crate::contract::{self, StoredError, StoredResult};
 use crate::fault::Letters;
@@ -47,22 +47,24 @@ impl Record {
         self.publication.as_ref().is_some_and(|recorded| recorded.answers(publication))
     }
 
+    /// A result as it was recorded.
+    pub fn new(result: Bytes, sequence: u64, publication: Option<Publication>) -> Self {
+        let stored: Option<StoredResult> = serde_json::from_slice(&result).ok();
+        Self { result, sequence, publication, fault: stored.and_then(|stored| stored.error) }
+    }
+
     fn read(message: &async_nats::Message) -> Option<Self> {
         let sequence = header(message, "Nats-Sequence")?.parse().ok()?;
-        let stored: Option<StoredResult> = serde_json::from_slice(&message.payload).ok();
-        Some(Self {
-            result: message.payload.clone(),
-            sequence,
-            publication: header(message, contract::HEADER_ANSWERS).and_then(Publication::parse),
-            fault: stored.and_then(|stored| stored.error),
-        })
+        let publication = header(message, contract::HEADER_ANSWERS).and_then(Publication::parse);
+        Some(Self::new(message.payload.clone(), sequence, publication))
     }
 }
 
-/// The stream of records.
+/// The stream of records. In core mode there is none: nothing is found, and what is written is the caller's to keep.
 #[derive(Clone, Debug)]
 pub struct Ledger {
     broker: Broker,
+    mode: Mode,
 }
 
 /// The subject of an assignment's record.
@@ -77,8 +79,13 @@ pub fn refused_subject(key: &AssignmentKey) -> String {
 
 impl Ledger {
     /// Over this connection.
-    pub const fn new(broker: Broker) -> Self {
-        Self { broker }
+    pub const fn new(broker: Broker, mode: Mode) -> Self {
+        Self { broker, mode }
+    }
+
+    /// Whether there are records at all.
+    pub fn is_kept(&self) -> bool {
+        self.mode == Mode::JetStream
     }
 
     /// Reads the records of many assignments with one request: absent ones are not in the answer.
@@ -86,6 +93,9 @@ impl Ledger {
     /// # Errors
     /// No complete answer: nothing may be concluded for any of them.
     pub async fn look_up(&self, keys: &[AssignmentKey]) -> Result<HashMap<String, Record>, LookUpError> {
+        if !self.is_kept() {
+            return Ok(HashMap::new());
+        }
         let kept = self.broker.last(RESULT_STREAM, keys.iter().map(subject).collect()).await?;
         Ok(kept.into_iter().filter_map(|(subject, message)| Some((subject, Record::read(&message)?))).collect())
     }
@@ -96,6 +106,9 @@ impl Ledger {
     /// # Errors
     /// The broker could not be asked.
     pub async fn may_have_dropped_since(&self, published: Timestamp) -> Result<bool, LookUpError> {
+        if !self.is_kept() {
+            return Ok(false);
+        }
         let stream = self.broker.jetstream().get_stream(RESULT_STREAM).await;
         let state = stream.map_err(|error| LookUpError::new(RESULT_STREAM, error))?.cached_info().state.clone();
         let oldest = Timestamp::from_nanosecond(state.first_timestamp.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX);
@@ -116,6 +129,12 @@ impl Ledger {
         expected: u64,
         result: Bytes,
     ) -> Result<Stored, StoreError> {
+        if !self.is_kept() {
+            return match result.len() <= self.broker.max_payload() {
+                true => Ok(Stored::At(0)),
+                false => Err(StoreError::TooLarge { subject: contract::RESULT.to_owned() }),
+            };
+        }
         let mut headers = HeaderMap::new();
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
         headers.insert(contract::HEADER_ANSWERS, publication.to_header());
@@ -144,6 +163,9 @@ impl Ledger {
         publication: &Publication,
         verdict: Bytes,
     ) -> Result<Stored, StoreError> {
+        if !self.is_kept() {
+            return Ok(Stored::At(0));
+        }
         let mut headers = HeaderMap::new();
         headers.insert(contract::HEADER_ANSWERS, publication.to_header());
         self.broker.store(refused_subject(key), headers, verdict).await

@@ -7,7 +7,8 @@
 
 use std::time::Duration;
 
-use async_nats::{Subject, Subscriber};
+use async_nats::header::NATS_MESSAGE_ID;
+use async_nats::{HeaderMap, Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
@@ -44,7 +45,7 @@ struct Outgoing {
 
 #[derive(Debug)]
 enum Message {
-    Result { result: Bytes, said: Option<Said> },
+    Result { result: Bytes, said: Option<Said>, id: Option<String> },
     Parked { announcement: Option<Bytes>, said: Said },
     Refusal { verdict: Bytes },
 }
@@ -58,9 +59,9 @@ impl Outbox {
     }
 
     /// Returns when the broker has the result, and before it the verdict where that is not certain yet, however long that
-    /// takes.
-    pub async fn publish(&self, result: Bytes, said: Option<Said>, trace: Option<TraceContext>) {
-        self.hand_in(Message::Result { result, said }, trace).await;
+    /// takes. A result that has no record has an `id`: by it a stream of somebody's knows a second try.
+    pub async fn publish(&self, result: Bytes, said: Option<Said>, id: Option<String>, trace: Option<TraceContext>) {
+        self.hand_in(Message::Result { result, said, id }, trace).await;
     }
 
     /// Returns when the broker has the verdict on what waits for a person, and what approvers are told of it.
@@ -101,11 +102,14 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     for outgoing in batch {
         let trace = outgoing.trace.as_ref();
         match &outgoing.message {
-            Message::Result { result, said } => {
+            Message::Result { result, said, id } => {
                 if let Some(lost) = said.as_ref().filter(|said| said.session != session) {
                     broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
                 }
-                broker.say_in(trace, contract::RESULT, result.clone()).await;
+                match id {
+                    None => broker.say_in(trace, contract::RESULT, result.clone()).await,
+                    Some(id) => say_as(broker, id, trace, result.clone()).await,
+                }
             }
             Message::Parked { announcement, said } => {
                 if said.session != session {
@@ -120,6 +124,17 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
     }
     broker.say(inbox, Bytes::new()).await;
     came_back(fence).await && broker.session() == session
+}
+
+async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result: Bytes) {
+    let mut headers = HeaderMap::new();
+    headers.insert(NATS_MESSAGE_ID, id);
+    if let Some(trace) = trace {
+        trace.add_to(&mut headers);
+    }
+    if let Err(error) = broker.send(contract::RESULT, headers, result).await {
+        tracing::warn!(%error, "cannot publish");
+    }
 }
 
 async fn came_back(mut fence: Subscriber) -> bool {

@@ -1,0 +1,499 @@
+//! Core mode: each assignment at most once, through a queue group. What a worker has accepted is answered all the same.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use async_nats::{HeaderMap, Subscriber};
+use beamline_tests::nats::NatsServer;
+use beamline_tests::rig::Rig;
+use beamline_tests::router::{Kind, Router, assignment, json as read};
+use beamline_tests::wait::{SOON, until, within};
+use beamline_tests::worker::{Setup, Worker};
+use futures::{FutureExt, StreamExt};
+use serde_json::{Value, json};
+
+const CORE: &str = "--nats-delivery=core";
+/// One slot, and so a look-ahead of one.
+const TINY: [&str; 3] = [CORE, "--cpu-pool-size=0", "--io-pool-size=1"];
+const CANCEL: &str = "caf.exec.cancel.v1";
+
+async fn another(rig: &Rig, name: &str) -> Worker {
+    rig.another(name).flag(CORE).start(&rig.nats).await
+}
+
+async fn health(worker: &Worker) -> Value {
+    let (_, body) = worker.get("/_health").await.unwrap();
+    read(body.as_bytes())
+}
+
+fn ask(id: &str, timeout_ms: u64) -> Value {
+    let job = json!({"type": "human.approval", "prompt": "?", "approvers": ["ann", "bob"], "timeout_ms": timeout_ms});
+    assignment("acme", id, job)
+}
+
+async fn say(router: &Router, of: &Value, approver: &str) {
+    let id = &of["assignment_id"];
+    let answer = json!({"assignment_id": id, "tenant_id": "acme", "approver": approver, "approved": true});
+    router.client().publish("caf.human.response.v1", answer.to_string().into()).await.unwrap();
+    router.client().flush().await.unwrap();
+}
+
+async fn hear(router: &Router, subject: &'static str) -> Subscriber {
+    let heard = router.client().subscribe(subject).await.unwrap();
+    router.client().flush().await.unwrap();
+    heard
+}
+
+fn cancel(id: &str) -> String {
+    json!({"version": "1", "tenant_id": "acme", "assignment_id": id}).to_string()
+}
+
+#[track_caller]
+fn is_overload(error: &Value) {
+    assert_eq!((&error["code"], &error["retryable"]), (&json!(4002), &json!(true)), "{error}");
+}
+
+/// Everything that is said because of what has happened so far has been heard.
+async fn silence(router: &Router) {
+    router.client().flush().await.unwrap();
+}
+
+#[tokio::test]
+async fn every_kind_of_block_works_and_no_record_is_kept() {
+    let rig = Rig::start(&[CORE]).await;
+    let directory = rig.file_of("acme", "");
+    std::fs::create_dir_all(&directory).unwrap();
+    let database = rusqlite::Connection::open(directory.join("db.sqlite")).unwrap();
+    database.execute_batch("CREATE TABLE t (x TEXT); INSERT INTO t VALUES ('1')").unwrap();
+    let connection = format!("sqlite://{}", rig.path("db.sqlite"));
+    let put = assignment("acme", "put", rig.put("a.txt", "hello"));
+    rig.router.send(&put).await;
+    assert_eq!(rig.router.result(&put).await["status"], "success");
+    let others = [
+        assignment("acme", "get", json!({"type": "fs.get", "path": rig.path("a.txt")})),
+        assignment("acme", "call", rig.call("/ok")),
+        assignment(
+            "acme",
+            "sql",
+            json!({"type": "sql.query", "connection_string": connection, "query": "SELECT x FROM t"}),
+        ),
+    ];
+    for payload in &others {
+        rig.router.send(payload).await;
+        assert_eq!(rig.router.result(payload).await["status"], "success");
+        assert_eq!(rig.router.verdict(payload).await["status"], "accepted");
+    }
+    let heard = rig.router.heard();
+    let results = heard.iter().filter(|heard| heard.kind == Kind::Result);
+    let ids: BTreeSet<_> = results.map(|heard| heard.headers.get("Nats-Msg-Id").expect("an id").to_string()).collect();
+    assert_eq!(ids.len(), 4, "{ids:?}");
+    assert!(ids.iter().all(|id| id.starts_with("core,")), "{ids:?}");
+    for stream in ["CAF_EXEC_ASSIGN", "CAF_EXEC_RESULT"] {
+        assert!(rig.router.jetstream().get_stream(stream).await.is_err(), "nobody needs {stream}");
+    }
+    assert_eq!(health(&rig.worker).await["delivery"], "core");
+}
+
+#[tokio::test]
+async fn two_workers_share_the_work_and_each_assignment_runs_once() {
+    let rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let payloads: Vec<_> = (0..40).map(|n| assignment("acme", &n.to_string(), rig.call("/ok"))).collect();
+    for payload in &payloads {
+        rig.router.send(payload).await;
+    }
+    let mut workers = BTreeSet::new();
+    for payload in &payloads {
+        let result = rig.router.result(payload).await;
+        assert_eq!(result["status"], "success", "{result}");
+        workers.insert(result["metadata"]["worker_id"].to_string());
+    }
+    silence(&rig.router).await;
+    for payload in &payloads {
+        let story = rig.router.story(payload);
+        assert_eq!((story.verdicts.len(), story.results.len()), (1, 1), "{story:?}");
+    }
+    assert_eq!((rig.peer.hits("/ok").len(), workers.len()), (40, 2), "{workers:?}");
+}
+
+#[tokio::test]
+async fn a_worker_without_room_says_so_and_takes_work_again_when_it_has_some() {
+    let rig = Rig::start(&TINY).await;
+    let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/room")));
+    rig.router.send(&held[0]).await;
+    rig.peer.arrived("/gate/room", 1).await;
+    rig.router.send(&held[1]).await;
+    assert_eq!(rig.router.verdict(&held[1]).await["status"], "accepted");
+    let surplus = assignment("acme", "surplus", rig.call("/ok"));
+    rig.router.send(&surplus).await;
+    let verdict = rig.router.verdict(&surplus).await;
+    assert_eq!(verdict["status"], "rejected");
+    is_overload(&verdict["error"]);
+    // What is wrong is wrong, also where there is no room for it.
+    let invalid = assignment("acme", "invalid", json!({"type": "http.request"}));
+    rig.router.send(&invalid).await;
+    assert_eq!(rig.router.verdict(&invalid).await["error"]["code"], 1002);
+    rig.peer.open("room");
+    for payload in &held {
+        assert_eq!(rig.router.result(payload).await["status"], "success");
+    }
+    rig.router.send(&surplus).await;
+    assert_eq!(rig.router.result(&surplus).await["status"], "success");
+    let story = rig.router.story(&surplus);
+    assert_eq!((story.verdicts.len(), story.results.len(), story.letters.len()), (2, 1, 0), "{story:?}");
+}
+
+#[tokio::test]
+async fn told_to_stop_a_worker_does_what_it_has_accepted() {
+    let mut rig = Rig::start(&TINY).await;
+    let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/drain")));
+    rig.router.send(&held[0]).await;
+    rig.peer.arrived("/gate/drain", 1).await;
+    rig.router.send(&held[1]).await;
+    rig.router.verdict(&held[1]).await;
+    rig.worker.terminate();
+    rig.worker.unready("draining").await;
+    rig.peer.open("drain");
+    for payload in &held {
+        assert_eq!(rig.router.result(payload).await["status"], "success");
+    }
+    assert_eq!(rig.worker.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn what_a_stopping_worker_cannot_end_is_answered_with_4002() {
+    let mut rig = Rig::start(&[&TINY[..], &["--drain-timeout=500ms"]].concat()).await;
+    let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/never")));
+    rig.router.send(&held[0]).await;
+    rig.peer.arrived("/gate/never", 1).await;
+    rig.router.send(&held[1]).await;
+    rig.router.verdict(&held[1]).await;
+    rig.worker.terminate();
+    for (payload, attempts) in held.iter().zip([1, 0]) {
+        let result = rig.router.result(payload).await;
+        assert_eq!((&result["status"], &result["metadata"]["attempts"]), (&json!("error"), &json!(attempts)));
+        is_overload(&result["error"]);
+    }
+    assert_eq!(rig.worker.ended().await, Some(0));
+    assert!(rig.router.heard().iter().all(|heard| heard.kind != Kind::Letter));
+}
+
+/// The group gives a leaving worker its part until the broker has heard that it leaves.
+#[tokio::test]
+async fn a_worker_that_leaves_under_load_loses_nothing() {
+    let mut rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let payloads: Vec<_> =
+        (0..3000).map(|n| assignment("acme", &n.to_string(), json!({"type": "http.request"}))).collect();
+    for (n, payload) in payloads.iter().enumerate() {
+        if n == 1000 {
+            rig.worker.terminate();
+        }
+        rig.router.client().publish("caf.exec.assign.v1", payload.to_string().into()).await.unwrap();
+        if n % 50 == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+    for payload in &payloads {
+        assert_eq!(rig.router.verdict(payload).await["error"]["code"], 1002);
+    }
+    assert_eq!(rig.worker.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn without_jetstream_all_but_approvals_works() {
+    let rig = Rig::at(NatsServer::without_jetstream(), &[CORE]).await;
+    let call = assignment("acme", "call", rig.call("/ok"));
+    rig.router.send(&call).await;
+    assert_eq!(rig.router.result(&call).await["status"], "success");
+
+    let approval = ask("approval", 60_000);
+    rig.router.send(&approval).await;
+    let verdict = rig.router.verdict(&approval).await;
+    assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(2002)), "{verdict}");
+    assert!(verdict["message"].as_str().unwrap().contains("JetStream"), "{verdict}");
+    assert_eq!(verdict["error"]["retryable"], false);
+    assert_eq!(rig.router.letter(&approval).await["stage"], "admit");
+
+    let missing = assignment("acme", "missing", json!({"type": "fs.get", "path": rig.path("missing")}));
+    rig.router.send(&missing).await;
+    assert_eq!(rig.router.result(&missing).await["error"]["code"], 2001);
+    let letter = rig.router.letter(&missing).await;
+    assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("execute"), &missing));
+
+    let running = assignment("acme", "running", rig.call("/gate/cancel"));
+    rig.router.send(&running).await;
+    rig.peer.arrived("/gate/cancel", 1).await;
+    for id in ["running", "later"] {
+        let answer = rig.router.client().request(CANCEL, cancel(id).into()).await.expect("an answer");
+        assert_eq!(read(&answer.payload)["outcome"], "recorded");
+    }
+    assert_eq!(rig.router.result(&running).await["error"]["code"], 5001);
+    let later = assignment("acme", "later", rig.call("/ok"));
+    rig.router.send(&later).await;
+    assert_eq!(rig.router.result(&later).await["error"]["code"], 5001);
+    assert_eq!(rig.worker.get("/readyz").await.unwrap().0, 200);
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+}
+
+#[tokio::test]
+async fn when_the_broker_has_got_jetstream_approvals_work_without_a_restart() {
+    let mut rig = Rig::at(NatsServer::without_jetstream(), &[CORE]).await;
+    rig.nats.restart_with("");
+    let router = Router::connect(&rig.nats.url()).await;
+    let approval = ask("approval", 60_000);
+    within(SOON, "the approval is accepted", async || {
+        router.send(&approval).await;
+        let story = router.story(&approval);
+        story.verdicts.iter().any(|verdict| verdict["status"] == "accepted").then_some(())
+    })
+    .await;
+    say(&router, &approval, "ann").await;
+    assert_eq!(router.result(&approval).await["result"]["approver"], "ann");
+}
+
+#[tokio::test]
+async fn an_approval_is_answered_once_whoever_heard_its_answer() {
+    let mut rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let mut announced = hear(&rig.router, "caf.human.request.v1").await;
+    let payloads: Vec<_> = (0..20).map(|n| ask(&format!("a{n}"), 60_000)).collect();
+    for payload in &payloads {
+        rig.router.send(payload).await;
+    }
+    for _ in &payloads {
+        tokio::time::timeout(SOON, announced.next()).await.expect("somebody is asked");
+    }
+    // Both answer each, so both workers look at each; and one of them dies of something else.
+    for payload in &payloads {
+        say(&rig.router, payload, "ann").await;
+        say(&rig.router, payload, "bob").await;
+    }
+    rig.worker.kill();
+    for payload in &payloads {
+        let result = within(Duration::from_secs(60), "a result", async || {
+            rig.router.story(payload).results.first().map(|result| read(result))
+        })
+        .await;
+        assert_eq!(result["status"], "success", "{result}");
+    }
+    within(Duration::from_secs(60), "no request is left", async || {
+        let kept = rig.router.all("KV_caf-approvals", "$KV.caf-approvals.>").await;
+        kept.iter().all(|kept| kept.payload.is_empty()).then_some(())
+    })
+    .await;
+    silence(&rig.router).await;
+    for payload in &payloads {
+        let results: BTreeSet<_> = rig.router.story(payload).results.into_iter().collect();
+        assert_eq!(results.len(), 1, "{results:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_approval_ends_at_its_deadline() {
+    let rig = Rig::start(&[CORE]).await;
+    let payload = ask("late", 500);
+    rig.router.send(&payload).await;
+    let result = rig.router.result(&payload).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
+}
+
+#[tokio::test]
+async fn a_cancel_is_answered_by_one_worker_and_stops_the_work() {
+    let rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let payload = assignment("acme", "running", rig.call("/gate/cancel"));
+    rig.router.send(&payload).await;
+    rig.peer.arrived("/gate/cancel", 1).await;
+    let inbox = rig.router.client().new_inbox();
+    let mut answers = rig.router.client().subscribe(inbox.clone()).await.unwrap();
+    rig.router.client().publish_with_reply(CANCEL, inbox, cancel("running").into()).await.unwrap();
+    let result = rig.router.result(&payload).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("cancelled"), &json!(5001)), "{result}");
+    let answer = tokio::time::timeout(SOON, answers.next()).await.expect("an answer").unwrap();
+    assert_eq!(read(&answer.payload), json!({"assignment_id": "running", "outcome": "recorded"}));
+    // A second one would come at the same time as the first.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(answers.next().now_or_never().is_none(), "two workers have answered");
+    // It stands for what is published later.
+    rig.router.send(&payload).await;
+    assert_eq!(read(&rig.router.results(&payload, 2).await[1])["metadata"]["attempts"], 0);
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    rig.peer.open("cancel");
+    rig.router.send_with(&payload, headers).await;
+    assert_eq!(read(&rig.router.results(&payload, 3).await[2])["status"], "success");
+}
+
+#[tokio::test]
+async fn after_a_restart_of_the_broker_a_worker_works_on() {
+    for mut nats in [NatsServer::start(), NatsServer::without_jetstream()] {
+        nats.kill();
+        nats.restart();
+        let mut rig = Rig::at(nats, &[CORE]).await;
+        let held = assignment("acme", "held", rig.call("/gate/restart"));
+        rig.router.send(&held).await;
+        rig.peer.arrived("/gate/restart", 1).await;
+        rig.nats.kill();
+        rig.worker.unready("NATS disconnected").await;
+        rig.peer.open("restart");
+        rig.nats.restart();
+        rig.worker.ready().await;
+        let router = Router::connect(&rig.nats.url()).await;
+        let after = assignment("acme", "after", rig.call("/ok"));
+        router.send(&after).await;
+        assert_eq!(router.result(&after).await["status"], "success");
+    }
+}
+
+#[tokio::test]
+async fn an_outcome_waits_for_the_broker_with_a_directory_over_a_restart_too() {
+    let spool = tempfile::tempdir().unwrap();
+    let outbox = format!("--outbox-dir={}", spool.path().display());
+    let mut rig = Rig::start(&[CORE, &outbox]).await;
+    let held = assignment("acme", "held", rig.call("/gate/outbox"));
+    rig.router.send(&held).await;
+    rig.peer.arrived("/gate/outbox", 1).await;
+    rig.nats.kill();
+    rig.worker.unready("NATS disconnected").await;
+    rig.peer.open("outbox");
+    until("the outcome lies on the disk", async || {
+        let files = std::fs::read_dir(spool.path()).unwrap().flatten();
+        files.map(|file| file.path()).any(|path| path.extension().is_some_and(|extension| extension == "json"))
+    })
+    .await;
+    rig.worker.kill();
+    rig.nats.restart();
+    let router = Router::connect(&rig.nats.url()).await;
+    let again: Setup = rig.another("worker-1").flag(CORE).flag(outbox);
+    let _again = again.start(&rig.nats).await;
+    assert_eq!(router.result(&held).await["status"], "success");
+    let is_empty = || std::fs::read_dir(spool.path()).unwrap().flatten().next().is_none();
+    until("the directory is empty", async || is_empty()).await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_refused_as_in_jetstream_mode() {
+    let rig = Rig::start(&[CORE]).await;
+    let good = || assignment("acme", "x", rig.call("/ok"));
+    let with = |id: &str, field: &str, value: Value| {
+        let mut payload = good();
+        payload["assignment_id"] = json!(id);
+        match field.split_once('/') {
+            Some((outer, inner)) => payload[outer][inner] = value,
+            None => payload[field] = value,
+        }
+        payload
+    };
+    for (payload, code, field) in [
+        (with("type", "job/type", json!("fs.delete")), 1001, "/job/type"),
+        (with("url", "job/url", Value::Null), 1002, "/job/url"),
+        (with("request", "request_id", json!("")), 1002, "/request_id"),
+        (with("priority", "priority", json!(10)), 1003, "/priority"),
+        (with("address", "job/url", json!("http://169.254.169.254/")), 2003, "/job/url"),
+        (with("memory", "resources", json!({"memory_mb": 1_000_000})), 2002, "/resources/memory_mb"),
+    ] {
+        rig.router.send(&payload).await;
+        let verdict = rig.router.verdict(&payload).await;
+        assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(code)), "{verdict}");
+        assert!(verdict["message"].as_str().unwrap().starts_with(field), "{verdict}");
+        assert_eq!(rig.router.letter(&payload).await["assignment"], payload);
+    }
+    for nonsense in [&b"nonsense"[..], b"", b"\xff", b"[]"] {
+        rig.router.client().publish("caf.exec.assign.v1", nonsense.to_vec().into()).await.unwrap();
+    }
+    within(SOON, "every letter is kept", async || {
+        (rig.router.all("CAF_EXEC_DLQ", "caf.exec.dlq.v1").await.len() == 10).then_some(())
+    })
+    .await;
+    rig.router.send(&good()).await;
+    assert_eq!(rig.router.result(&good()).await["status"], "success");
+}
+
+#[tokio::test]
+async fn a_copy_of_running_work_is_answered_with_its_result_and_after_the_end_it_runs_again() {
+    let rig = Rig::start(&[CORE]).await;
+    let payload = assignment("acme", "same", rig.call("/gate/same"));
+    for _ in 0..3 {
+        rig.router.send(&payload).await;
+    }
+    rig.peer.arrived("/gate/same", 1).await;
+    rig.router.learn(&payload, "three verdicts", |story| (story.verdicts.len() == 3).then_some(())).await;
+    rig.peer.open("same");
+    let results = rig.router.results(&payload, 3).await;
+    assert!(results.iter().all(|result| *result == results[0]), "{results:?}");
+    assert_eq!(rig.peer.hits("/gate/same").len(), 1);
+    rig.router.send(&payload).await;
+    let results = rig.router.results(&payload, 4).await;
+    assert_ne!(results[3], results[0]);
+    assert_eq!(rig.peer.hits("/gate/same").len(), 2);
+}
+
+#[tokio::test]
+async fn gpu_work_is_refused_where_there_are_no_gpu_slots_and_runs_from_its_route() {
+    let rig = Rig::start(&[CORE]).await;
+    let gpu = |id: &str| {
+        let mut payload = assignment("acme", id, rig.call("/ok"));
+        payload["resources"] = json!({"pool": "gpu"});
+        payload
+    };
+    rig.router.send(&gpu("refused")).await;
+    let verdict = rig.router.verdict(&gpu("refused")).await;
+    assert_eq!((&verdict["error"]["code"], &verdict["error"]["retryable"]), (&json!(2002), &json!(true)), "{verdict}");
+    let slots = ["--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=1"];
+    let setup = slots.iter().fold(rig.another("worker-gpu").flag(CORE), |setup, slot| setup.flag(*slot));
+    let _gpu = setup.start(&rig.nats).await;
+    rig.router.client().publish("caf.exec.route.gpu.v1", gpu("routed").to_string().into()).await.unwrap();
+    let result = rig.router.result(&gpu("routed")).await;
+    assert_eq!((&result["status"], &result["metadata"]["worker_id"]), (&json!("success"), &json!("worker-gpu")));
+    // Who has only GPU slots is given nothing else.
+    for n in 0..20 {
+        let payload = assignment("acme", &n.to_string(), rig.call("/ok"));
+        rig.router.send(&payload).await;
+        assert_eq!(rig.router.result(&payload).await["metadata"]["worker_id"], "worker-1");
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_is_told_not_to_pull_leaves_the_group_and_comes_back() {
+    let rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let tell = async |pull: bool| {
+        let word = json!({"pull": pull}).to_string();
+        let told = rig.router.client().request("caf.worker.control.v1.worker-1", word.into()).await.expect("a report");
+        assert_eq!(read(&told.payload)["pulling"], pull);
+    };
+    let run = async |id: String| {
+        let payload = assignment("acme", &id, rig.call("/ok"));
+        rig.router.send(&payload).await;
+        rig.router.result(&payload).await["metadata"]["worker_id"].clone()
+    };
+    tell(false).await;
+    for n in 0..30 {
+        assert_eq!(run(format!("away-{n}")).await, "worker-2");
+    }
+    assert_eq!(rig.worker.get("/readyz").await.unwrap().0, 200);
+    tell(true).await;
+    let mut n = 0;
+    within(SOON, "it takes work again", async || {
+        n += 1;
+        (run(format!("back-{n}")).await == "worker-1").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_the_contract_ends_the_worker_in_core_mode_too() {
+    let nats = NatsServer::start();
+    let router = Router::connect(&nats.url()).await;
+    let config = async_nats::jetstream::stream::Config {
+        name: "CAF_EXEC_DLQ".to_owned(),
+        subjects: vec!["caf.exec.dlq.v1".to_owned()],
+        ..Default::default()
+    };
+    router.jetstream().create_stream(config).await.unwrap();
+    let ending = Worker::named("core").flag(CORE).flag(format!("--nats-url={}", nats.url())).end().await;
+    assert_eq!(ending.code, Some(1), "{}", ending.said);
+    assert!(ending.said.contains("stream CAF_EXEC_DLQ has subjects"), "{}", ending.said);
+}

@@ -1,0 +1,195 @@
+//! Core mode: a queue group, of which the broker hands each message to one member and forgets it.
+//!
+//! Nobody asks for these messages. What there is no room for waits a moment, as much as a pull would have asked ahead;
+//! then the Router hears that this worker is full.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_nats::{Message, Subscriber};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{CHUNK, Delivery, Publication, TICK};
+use crate::broker::streams::{Intake, Source};
+use crate::pipeline::Pipeline;
+use crate::pipeline::load::{Counted, Waiting};
+use crate::pulse;
+
+/// How long a message waits for room: the time of the look-ahead.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long a member that leaves waits for what is still under way to it.
+const LEAVING: Duration = Duration::from_secs(1);
+/// The broker takes a limit of more than nine digits for none, and unsubscribes at once; the client goes on to hear what
+/// is under way. Its own `drain` drops some of that.
+const AT_ONCE: u64 = 10_000_000_000;
+
+/// Takes what the group is given and sends it on in chunks, until `stop`. While the worker takes no work it is no member.
+pub async fn join(
+    pipeline: Arc<Pipeline>,
+    source: Source,
+    intake: Intake,
+    out: mpsc::Sender<Vec<Delivery>>,
+    stop: CancellationToken,
+) {
+    let (subject, group) = match source {
+        Source::Intake => (intake.subject, intake.queue_group),
+        Source::GpuRoute => (intake.route_subject(), intake.route_group()),
+    };
+    let mut identities = Identities::new();
+    while !stop.is_cancelled() {
+        if pipeline.gate.is_open() {
+            match pipeline.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
+                Ok(messages) => Member::new(&pipeline, source, messages, &mut identities).serve(&out, &stop).await,
+                Err(error) => tracing::error!(%error, subject, "cannot join the queue group"),
+            }
+        }
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+/// One membership.
+struct Member<'a> {
+    pipeline: &'a Pipeline,
+    source: Source,
+    messages: Subscriber,
+    identities: &'a mut Identities,
+    early: VecDeque<Early>,
+}
+
+/// A message that waits for room.
+struct Early {
+    message: Message,
+    since: Instant,
+    published: Timestamp,
+    bytes: Counted,
+}
+
+/// Names for what no stream has given one: unique for ever.
+struct Identities {
+    start: Arc<str>,
+    last: u64,
+}
+
+impl Identities {
+    fn new() -> Self {
+        let start = format!("{}-{:016x}", Timestamp::now(), fastrand::u64(..)).into();
+        Self { start, last: 0 }
+    }
+
+    fn next(&mut self) -> Publication {
+        self.last += 1;
+        Publication { stream: "core".into(), created: Arc::clone(&self.start), sequence: self.last }
+    }
+}
+
+impl<'a> Member<'a> {
+    fn new(pipeline: &'a Pipeline, source: Source, messages: Subscriber, identities: &'a mut Identities) -> Self {
+        Self { pipeline, source, messages, identities, early: VecDeque::new() }
+    }
+
+    /// Returns when the worker stops or takes no more work, and everything that was given to it has been sent on.
+    async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
+        let flow = Arc::clone(self.pipeline.load.flow(self.source));
+        flow.set_asked_for(1, 1);
+        while !stop.is_cancelled() && self.pipeline.gate.is_open() {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                message = self.messages.next() => match message {
+                    Some(message) => self.let_in(message),
+                    None => break,
+                },
+                () = flow.freed(), if !self.early.is_empty() => {}
+                () = tokio::time::sleep(TICK) => {}
+            }
+            self.send_on(out).await;
+        }
+        self.leave().await;
+        while !self.early.is_empty() {
+            self.send_on(out).await;
+            tokio::select! {
+                () = flow.freed() => {}
+                () = tokio::time::sleep(TICK) => {}
+            }
+        }
+        flow.set_asked_for(0, 0);
+    }
+
+    /// Leaves the group, and takes what the broker had given to it before it heard that.
+    async fn leave(&mut self) {
+        let client = self.pipeline.broker.client();
+        let _ = self.messages.unsubscribe_after(AT_ONCE).await;
+        let fence = client.new_inbox();
+        if let Ok(mut fence_back) = client.subscribe(fence.clone()).await {
+            self.pipeline.broker.say(fence, Bytes::new()).await;
+            let _ = tokio::time::timeout(LEAVING, fence_back.next()).await;
+        }
+        while let Some(message) = self.messages.next().now_or_never().flatten() {
+            self.let_in(message);
+        }
+    }
+
+    /// The message at hand and all that arrived with it.
+    fn let_in(&mut self, message: Message) {
+        let (since, published) = (Instant::now(), Timestamp::now());
+        let mut next = Some(message);
+        while let Some(message) = next {
+            let bytes = self.pipeline.load.hold_bytes(message.payload.len());
+            self.early.push_back(Early { message, since, published, bytes });
+            if self.early.len().is_multiple_of(CHUNK) {
+                break;
+            }
+            next = self.messages.next().now_or_never().flatten();
+        }
+    }
+
+    async fn send_on(&mut self, out: &mpsc::Sender<Vec<Delivery>>) {
+        loop {
+            let chunk = self.chunk();
+            if chunk.is_empty() || out.send(chunk).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// What there is room for, and what has waited for room for too long.
+    fn chunk(&mut self) -> Vec<Delivery> {
+        if self.early.is_empty() {
+            return Vec::new();
+        }
+        let mut free = self.pipeline.room(self.source).free;
+        // Room for bytes does not come back as fast as slots do.
+        let patience = if self.pipeline.holds_too_much() { Duration::ZERO } else { PATIENCE };
+        let mut chunk = Vec::new();
+        while chunk.len() < CHUNK
+            && let Some(early) = self.early.pop_front_if(|early| free > 0 || early.since.elapsed() >= patience)
+        {
+            chunk.push(self.delivery(early, free == 0));
+            free = free.saturating_sub(1);
+        }
+        chunk
+    }
+
+    fn delivery(&mut self, early: Early, is_surplus: bool) -> Delivery {
+        let Early { message, since, published, bytes } = early;
+        Delivery {
+            payload: message.payload,
+            headers: message.headers,
+            broker: self.pipeline.broker.clone(),
+            source: self.source,
+            publication: self.identities.next(),
+            delivered: 1,
+            published,
+            held: self.pipeline.holds.take(None, pulse::gaps()),
+            received: since,
+            waiting: (!is_surplus).then(|| Waiting::new(self.pipeline.load.flow(self.source))),
+            is_surplus,
+            _bytes: bytes,
+        }
+    }
+}
