@@ -51,6 +51,8 @@ async fn converge(
     let failed = |source| Error::Observe { kind: KIND.to_owned(), name: name.to_owned(), source };
     let live = match api.get_opt(name).await {
         Ok(live) => live.map(Arc::new),
+        // So the API server says that there is no such type.
+        Err(kube::Error::Api(status)) if status.code == 404 => None,
         // A right that is missing with the type is not missed where no PodMonitor is wanted.
         Err(kube::Error::Api(status)) if status.code == 403 && wish.is_none() => None,
         Err(source) => return Err(failed(source)),
