@@ -42,7 +42,7 @@ async fn a_pause_is_in_force_within_ten_seconds_and_replaces_no_pod() {
             let report = report.unwrap_or_else(|_| panic!("paused={paused}: after {PAUSE:?} only {obeyed:?} obey"));
             let report: Value = serde_json::from_slice(&report.expect("a report").payload).expect("JSON");
             if report["pulling"] == json!(!paused) {
-                obeyed.insert(report["worker_id"].to_string());
+                obeyed.insert(report["worker"].to_string());
             }
         }
         let reason = if paused { "Paused" } else { "WorkersReady" };
