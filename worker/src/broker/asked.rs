@@ -1,6 +1,6 @@
 //! What streams were asked to keep and have not answered yet: many requests on their way at once, over one inbox.
 //!
-//! The client's own requests cost twice as much each: a random inbox, a timer, and a place in its table.
+//! A request of the client's own costs a random inbox, a timer, and a place in its table.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
