@@ -193,16 +193,14 @@ const SIDECAR_RULES: [(&str, &str); 9] = [
 
 /// Rules look through these lists; the API server refuses a rule that could become slow.
 fn few_with_short_names(schema: &mut Schema, max_items: u32) {
-    limit_items(schema, "", max_items);
+    schema.insert("maxItems".to_owned(), max_items.into());
     if let Some(Value::Object(name)) = schema.pointer_mut("/items/properties/name") {
         name.insert("maxLength".to_owned(), 253.into());
     }
 }
 
 fn limit_items(schema: &mut Schema, pointer: &str, max_items: u32) {
-    if pointer.is_empty() {
-        schema.insert("maxItems".to_owned(), max_items.into());
-    } else if let Some(Value::Object(list)) = schema.pointer_mut(pointer) {
+    if let Some(Value::Object(list)) = schema.pointer_mut(pointer) {
         list.insert("maxItems".to_owned(), max_items.into());
     }
 }

@@ -1,6 +1,5 @@
 //! What each tenant of a pool gets.
 
-use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -27,42 +26,33 @@ pub struct Tenants {
 #[serde(rename_all = "camelCase")]
 pub struct TenantTerms {
     /// How much of the slots' time it gets beside other tenants that want some: twice the weight, twice the time.
-    /// Default: 1.
+    /// Default: 1; of a named tenant, that of defaults.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub weight: Option<i32>,
 
-    /// Priority of its assignments that name none, 0 to 9, higher first. Default: 4.
+    /// Priority of its assignments that name none, 0 to 9, higher first. Default: 4; of a named
+    /// tenant, that of defaults.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 9))]
     pub priority: Option<i32>,
 
-    /// Per cent of a worker's slots, pool by pool, that it may hold at once (one slot at least). Default: 75.
+    /// Per cent of a worker's slots, pool by pool, that it may hold at once (one slot at least). Default: 75; of a
+    /// named tenant, that of defaults.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100))]
     pub max_slot_share: Option<i32>,
 }
 
 /// What one tenant gets.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct NamedTenant {
     /// The tenant_id of its assignments.
     #[schemars(length(min = 1, max = 256))]
     pub id: String,
 
-    /// How much of the slots' time it gets beside other tenants that want some: twice the weight, twice the time.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1000))]
-    pub weight: Option<i32>,
-
-    /// Priority of its assignments that name none, 0 to 9, higher first.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 9))]
-    pub priority: Option<i32>,
-
-    /// Per cent of a worker's slots, pool by pool, that it may hold at once (one slot at least).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 100))]
-    pub max_slot_share: Option<i32>,
+    /// What it gets; what is left out is as in defaults.
+    #[serde(flatten)]
+    pub terms: TenantTerms,
 }

@@ -77,9 +77,10 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
         service_account: child(&ctx.client, service_accounts, pool, &names::service_account(name)).await?,
         config_map: child(&ctx.client, config_maps, pool, name).await?,
         service: child(&ctx.client, services, pool, name).await?,
-        network_policy: match pool.network_policy {
-            true => child(&ctx.client, network_policies, pool, name).await?,
-            false => remains(network_policies, pool, name),
+        network_policy: if pool.network_policy {
+            child(&ctx.client, network_policies, pool, name).await?
+        } else {
+            remains(network_policies, pool, name)
         },
         general: Workload {
             budget: child(&ctx.client, budgets, pool, name).await?,

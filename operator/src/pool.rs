@@ -4,6 +4,7 @@
 mod class; // pods that are alike
 pub mod egress; // entries of lists of addresses
 mod nats; // where the work comes from
+pub mod port; // where a URL leads
 mod quantity; // amounts of memory
 mod worker; // what all pods have in common
 

@@ -8,11 +8,11 @@
 pub mod governance; // whose word counts
 mod wanted; // what must be there
 
+use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::consumer;
 use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::context::{ConsumerInfoErrorKind, Context, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, ConsumerCreateStrictErrorKind, Stream};
-use async_nats::jetstream::{ErrorCode, context::ConsumerInfoError};
 use futures::TryStreamExt;
 
 use crate::broker::BrokerError;
@@ -149,10 +149,6 @@ pub(crate) fn is_missing(kind: &GetStreamErrorKind) -> bool {
     matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
-pub(crate) fn is_no_consumer(error: &ConsumerInfoError) -> bool {
-    error.kind() == ConsumerInfoErrorKind::NotFound
-}
-
 async fn ensure_consumer(
     jetstream: &Context,
     demand: &Demand,
@@ -163,26 +159,38 @@ async fn ensure_consumer(
     let name = wanted.durable_name.clone().unwrap_or_default();
     let manage = demand.nats.streams.manage;
     let handle = handle(jetstream, stream).await?;
-    match handle.consumer_info(&name).await {
-        Ok(found) => {
+    match find_consumer(&handle, stream, &name).await? {
+        Some(found) => {
             compare_consumer(stream, &wanted, &found.config)?;
             if manage && found.config.max_ack_pending < wanted.max_ack_pending {
                 grow(jetstream, stream, found.config, wanted.max_ack_pending).await?;
             }
             Ok(())
         }
-        Err(error) if is_no_consumer(&error) => {
+        None => {
             if !manage {
                 return Err(BrokerError::Unmanaged { what: format!("consumer {name} of stream {stream}") });
             }
             let metadata = neighbours.mark(&demand.pool());
             create_consumer(&handle, stream, pull::Config { metadata, ..wanted }).await
         }
+    }
+}
+
+/// The consumer of this name, if there is one.
+pub(crate) async fn find_consumer<I>(
+    handle: &Stream<I>,
+    stream: &str,
+    name: &str,
+) -> Result<Option<consumer::Info>, BrokerError> {
+    match handle.consumer_info(name).await {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => Ok(None),
         Err(error) => Err(BrokerError::unanswered(format!("for consumer {name} of stream {stream}"), &error)),
     }
 }
 
-async fn handle(jetstream: &Context, stream: &str) -> Result<Stream<()>, BrokerError> {
+pub(crate) async fn handle(jetstream: &Context, stream: &str) -> Result<Stream<()>, BrokerError> {
     jetstream
         .get_stream_no_info(stream)
         .await
@@ -192,19 +200,15 @@ async fn handle(jetstream: &Context, stream: &str) -> Result<Stream<()>, BrokerE
 async fn create_consumer(handle: &Stream<()>, stream: &str, wanted: pull::Config) -> Result<(), BrokerError> {
     let name = wanted.durable_name.clone().unwrap_or_default();
     let subject = wanted.filter_subject.clone();
-    match handle.create_consumer_strict(wanted).await {
-        Ok(_) => {
-            tracing::info!(%stream, consumer = %name, "created the consumer");
-            Ok(())
-        }
-        Err(error) if is_not_unique(&error.kind()) => Err(match rival(handle, &subject).await {
-            Some(group) => BrokerError::Taken { subject, group, pool: None },
-            None => BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error),
-        }),
-        Err(error) => {
-            Err(BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error))
-        }
-    }
+    let Err(error) = handle.create_consumer_strict(wanted).await else {
+        tracing::info!(%stream, consumer = %name, "created the consumer");
+        return Ok(());
+    };
+    let rival = if is_not_unique(&error.kind()) { rival(handle, &subject).await } else { None };
+    Err(match rival {
+        Some(group) => BrokerError::Taken { subject, group, pool: None },
+        None => BrokerError::refused(format!("consumer {name} of stream {stream} cannot be created"), &error),
+    })
 }
 
 fn is_not_unique(kind: &ConsumerCreateStrictErrorKind) -> bool {
@@ -249,13 +253,7 @@ async fn leave_route(
 ) -> Result<Option<Remark>, BrokerError> {
     let group = route_group(&demand.nats);
     let handle = handle(jetstream, stream).await?;
-    let found = match handle.consumer_info(&group).await {
-        Ok(found) => Some(found),
-        Err(error) if is_no_consumer(&error) => None,
-        Err(error) => {
-            return Err(BrokerError::unanswered(format!("for consumer {group} of stream {stream}"), &error));
-        }
-    };
+    let found = find_consumer(&handle, stream, &group).await?;
     if neighbours.have_gpu_slots(demand) {
         return Ok(None);
     }

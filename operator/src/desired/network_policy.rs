@@ -15,7 +15,7 @@ use super::names;
 use super::pod::METRICS_PORT;
 use crate::observe::Surroundings;
 use crate::pool::egress::Place;
-use crate::pool::{EgressPolicy, ValidPool};
+use crate::pool::{EgressPolicy, ValidPool, port};
 
 const DNS_PORT: u16 = 53;
 /// Where clouds keep the credentials of their machines.
@@ -70,14 +70,7 @@ fn egress(pool: &ValidPool, around: &Surroundings) -> Vec<NetworkPolicyEgressRul
 
 /// Of the broker and of the collector of traces.
 fn ports_of_services(pool: &ValidPool) -> impl Iterator<Item = u16> {
-    let nats = port(&pool.nats.url, 4222);
-    let otlp = pool.otlp_endpoint.as_ref().and_then(|url| port(url, if url.starts_with("https") { 443 } else { 80 }));
-    nats.into_iter().chain(otlp)
-}
-
-/// The port that a URL names, or else has by its scheme.
-fn port(url: &str, default: u16) -> Option<u16> {
-    Some(url::Url::parse(url).ok()?.port_or_known_default().unwrap_or(default))
+    std::iter::once(&pool.nats.url).chain(&pool.otlp_endpoint).filter_map(|url| port::of(url, port::SERVICES))
 }
 
 fn block(all: &str, except: &[&str], api_server: &BTreeSet<IpAddr>) -> NetworkPolicyPeer {

@@ -42,16 +42,22 @@ pub fn series<'a>(
     now: Timestamp,
 ) -> prometheus::Result<Vec<MetricFamily>> {
     let registry = Registry::new();
-    let pools: Vec<_> = pools.into_iter().collect();
+    // One that nobody has looked at yet.
+    let unknown = WorkerPoolStatus::default();
+    let pools: Vec<_> = pools
+        .into_iter()
+        .map(|pool| {
+            let labels =
+                [&pool.metadata.namespace, &pool.metadata.name].map(|name| name.as_deref().unwrap_or_default());
+            (labels, pool.status.as_ref().unwrap_or(&unknown))
+        })
+        .collect();
     for (name, help, read) in SERIES {
         let gauge = IntGaugeVec::new(Opts::new(name, help), &["namespace", "workerpool"])?;
         registry.register(Box::new(gauge.clone()))?;
-        for pool in &pools {
-            let status = pool.status.clone().unwrap_or_default();
-            let labels =
-                [&pool.metadata.namespace, &pool.metadata.name].map(|name| name.as_deref().unwrap_or_default());
-            if let Some(value) = read(&status, now) {
-                gauge.with_label_values(&labels).set(value);
+        for (labels, status) in &pools {
+            if let Some(value) = read(status, now) {
+                gauge.with_label_values(labels).set(value);
             }
         }
     }

@@ -12,6 +12,7 @@ use kube::{Api, Client};
 
 use crate::error::explain;
 use crate::notice::Notice;
+use crate::pool::port;
 use crate::pool::{Root, RootVolume, SecretKeyRef, ValidPool};
 use crate::secrets::{self, SecretError};
 
@@ -19,9 +20,6 @@ use crate::secrets::{self, SecretError};
 const MEMORY: Duration = Duration::from_secs(20);
 /// API servers move rarely.
 const API_SERVER_MEMORY: Duration = Duration::from_secs(300);
-/// Of a database whose connection string names no port.
-const POSTGRES_PORT: u16 = 5432;
-const MYSQL_PORT: u16 = 3306;
 
 /// What is around one pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,7 +66,10 @@ impl Lookout {
 
     /// What is around this pool now.
     pub async fn around(&self, pool: &ValidPool) -> Surroundings {
-        let mut found = Surroundings { api_server: self.api_server().await, ..Surroundings::default() };
+        let mut found = Surroundings::default();
+        if pool.network_policy {
+            found.api_server = self.api_server().await;
+        }
         for connection in &pool.worker.sql.connections {
             match self.database_port(&pool.namespace, &connection.url_secret_ref).await {
                 Ok(port) => found.database_ports.extend(port),
@@ -102,7 +103,8 @@ impl Lookout {
     }
 
     async fn database_port(&self, namespace: &str, secret: &SecretKeyRef) -> Result<Option<u16>, SecretError> {
-        let ask = async || secrets::text(&self.client, namespace, secret).await.map(|url| port(&url));
+        let ask =
+            async || secrets::text(&self.client, namespace, secret).await.map(|url| port::of(&url, port::DATABASES));
         self.databases.get_or((namespace.to_owned(), secret.clone()), ask).await
     }
 
@@ -125,17 +127,6 @@ impl Lookout {
         };
         self.claims.get_or((namespace.to_owned(), name.to_owned()), ask).await
     }
-}
-
-/// Port of a connection string; SQLite has none.
-fn port(url: &str) -> Option<u16> {
-    let url = url::Url::parse(url.trim()).ok()?;
-    let default = match url.scheme() {
-        "postgres" | "postgresql" => POSTGRES_PORT,
-        "mysql" => MYSQL_PORT,
-        _ => return None,
-    };
-    Some(url.port().unwrap_or(default))
 }
 
 /// Answers, each until it is too old.
@@ -170,20 +161,6 @@ impl<K: Eq + Hash, V: Clone> Remembered<K, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_connection_string_has_a_port_or_its_databases_own() {
-        let ports = [
-            ("postgres://u:p@db.crm.svc/crm", Some(5432)),
-            ("postgresql://db:6432/crm\n", Some(6432)),
-            ("mysql://u@db/crm", Some(3306)),
-            ("sqlite:///data/crm.db", None),
-            ("not a URL", None),
-        ];
-        for (url, expected) in ports {
-            assert_eq!(port(url), expected, "{url}");
-        }
-    }
 
     #[tokio::test]
     async fn an_answer_is_asked_for_once_until_it_is_too_old() {

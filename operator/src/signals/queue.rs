@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::consumer;
-use async_nats::jetstream::stream::{Info, Stream};
+use async_nats::jetstream::stream::Info;
 use beamline_crds::Queue;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -26,10 +26,10 @@ pub async fn read(
         _ => BrokerError::unanswered(format!("for stream {name}"), &error),
     })?;
     let group = &nats.queue_group;
-    let consumer = of(&stream, &name, group)
+    let consumer = streams::find_consumer(&stream, &name, group)
         .await?
         .ok_or_else(|| BrokerError::Missing { what: format!("consumer {group} of stream {name}") })?;
-    let route = of(&stream, &name, &streams::route_group(nats)).await?;
+    let route = streams::find_consumer(&stream, &name, &streams::route_group(nats)).await?;
     let intake = stream.cached_info();
     let (pending, in_flight) = counts(&consumer);
     let depth = pending.saturating_add(in_flight);
@@ -44,14 +44,6 @@ pub async fn read(
     let rates = window.add(Instant::now(), Totals::of(intake, route.as_ref()));
     let route = route.as_ref().map(counts).map(|(pending, in_flight)| Route { pending, in_flight });
     Ok((with_rates(queue, rates), route))
-}
-
-async fn of(stream: &Stream<Info>, name: &str, group: &str) -> Result<Option<consumer::Info>, BrokerError> {
-    match stream.consumer_info(group).await {
-        Ok(info) => Ok(Some(info)),
-        Err(error) if streams::is_no_consumer(&error) => Ok(None),
-        Err(error) => Err(BrokerError::unanswered(format!("for consumer {group} of stream {name}"), &error)),
-    }
 }
 
 /// Waiting, and held by workers.
@@ -69,9 +61,6 @@ fn oldest(intake: &Info) -> Option<Time> {
 }
 
 async fn dead_letters(jetstream: &Context) -> Result<i64, BrokerError> {
-    let stream = jetstream
-        .get_stream_no_info(DEAD_LETTERS)
-        .await
-        .map_err(|error| BrokerError::unanswered(format!("for stream {DEAD_LETTERS}"), &error))?;
+    let stream = streams::handle(jetstream, DEAD_LETTERS).await?;
     streams::messages(&stream, DEAD_LETTERS, DEAD_LETTER_SUBJECT).await
 }

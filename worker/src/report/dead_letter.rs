@@ -213,9 +213,10 @@ impl DeadLetters {
     /// Without JetStream nobody keeps it: it goes to whoever listens.
     async fn keep(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
         let has_jetstream = self.streams.borrow().has_jetstream;
-        match has_jetstream {
-            true => self.broker.store(subject.to_owned(), headers, payload).await.map(drop),
-            false => self.broker.send(subject, headers, payload).await,
+        if has_jetstream {
+            self.broker.store(subject.to_owned(), headers, payload).await.map(drop)
+        } else {
+            self.broker.send(subject, headers, payload).await
         }
     }
 

@@ -130,10 +130,9 @@ impl Ledger {
         result: Bytes,
     ) -> Result<Stored, StoreError> {
         if !self.is_kept() {
-            return match result.len() <= self.broker.max_payload() {
-                true => Ok(Stored::At(0)),
-                false => Err(StoreError::TooLarge { subject: contract::RESULT.to_owned() }),
-            };
+            let fits = result.len() <= self.broker.max_payload();
+            let too_large = || StoreError::TooLarge { subject: contract::RESULT.to_owned() };
+            return fits.then_some(Stored::At(0)).ok_or_else(too_large);
         }
         let mut headers = HeaderMap::new();
         headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());

@@ -67,7 +67,7 @@ impl Kind {
 
     /// The kinds take turns.
     fn of(number: usize) -> Self {
-        Self::ALL.into_iter().cycle().nth(number % Self::ALL.len()).unwrap_or(Self::Http)
+        Self::ALL.into_iter().nth(number % Self::ALL.len()).unwrap_or(Self::Http)
     }
 }
 
