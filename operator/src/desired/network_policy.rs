@@ -46,21 +46,23 @@ pub(super) fn network_policy(pool: &ValidPool, around: &Surroundings) -> Network
 }
 
 fn egress(pool: &ValidPool, around: &Surroundings) -> Vec<NetworkPolicyEgressRule> {
-    let anywhere = |ports| NetworkPolicyEgressRule { to: None, ports: Some(ports) };
-    let mut rules = vec![anywhere(vec![udp(DNS_PORT), tcp(DNS_PORT)])];
+    // A cache of names on each node has a link-local address.
+    let names = NetworkPolicyEgressRule { to: None, ports: Some(vec![udp(DNS_PORT), tcp(DNS_PORT)]) };
+    let mut rules = vec![names];
     let entries: Vec<Place> = pool.worker.egress.allow.iter().filter_map(|entry| Place::parse(entry)).collect();
     // A host has addresses that only the workers will know: without a port, the wall cannot be narrower than for Internal.
     let is_wide = entries.iter().any(|entry| entry.cidr.is_none() && entry.port.is_none());
+    let all_but = |except: &[&str]| ALL.map(|all| block(all, except, &around.api_server)).to_vec();
     let mut except: Vec<&str> = LINK_LOCAL.to_vec();
     if pool.worker.egress.policy == EgressPolicy::PublicOnly && !is_wide {
         except.extend(PRIVATE);
         let hosts = entries.iter().filter(|entry| entry.cidr.is_none()).filter_map(|entry| entry.port);
         let ports: BTreeSet<u16> =
             ports_of_services(pool).chain(around.database_ports.iter().copied()).chain(hosts).collect();
-        rules.push(anywhere(ports.into_iter().map(tcp).collect()));
+        let ports = ports.into_iter().map(tcp).collect();
+        rules.push(NetworkPolicyEgressRule { to: Some(all_but(&LINK_LOCAL)), ports: Some(ports) });
     }
-    let blocks = ALL.map(|all| block(all, &except, &around.api_server));
-    rules.push(NetworkPolicyEgressRule { to: Some(blocks.to_vec()), ports: None });
+    rules.push(NetworkPolicyEgressRule { to: Some(all_but(&except)), ports: None });
     rules.extend(entries.into_iter().filter_map(|entry| {
         let block = IPBlock { cidr: entry.cidr?, except: None };
         Some(NetworkPolicyEgressRule { to: Some(vec![peer(block)]), ports: entry.port.map(|port| vec![tcp(port)]) })

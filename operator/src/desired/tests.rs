@@ -1,6 +1,7 @@
 //! Every fixture goes through the real `validate`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Container, PodSpec, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -366,10 +367,90 @@ fn a_public_wall_lets_out_to_what_the_pool_depends_on() {
     }"#;
     let around = Surroundings { database_ports: BTreeSet::from([5432]), ..Surroundings::default() };
     let rules = wall(spec, &around)["egress"].clone();
-    assert_eq!(rules[1], json!({"ports": tcp(&[444, 4222, 4318, 5432])}));
+    assert_eq!(rules[1]["ports"], tcp(&[444, 4222, 4318, 5432]));
     let except = rules[2]["to"][0]["ipBlock"]["except"].to_string();
     assert!(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"].iter().all(|cidr| except.contains(cidr)), "{except}");
     assert_eq!(rules[3], json!({"to": [{"ipBlock": {"cidr": "10.1.2.0/24"}}], "ports": tcp(&[8443])}));
+}
+
+/// Whether a policy lets a packet out: one rule must have both a peer and a port for it.
+fn lets_out(wall: &Value, (protocol, to, port): (&str, &str, u16)) -> bool {
+    let to: IpAddr = to.parse().expect("an address");
+    let any_of = |list: &Value, is_it: &dyn Fn(&Value) -> bool| list.as_array().is_none_or(|all| all.iter().any(is_it));
+    wall["egress"].as_array().expect("rules").iter().any(|rule| {
+        let is_peer = |peer: &Value| {
+            let block = &peer["ipBlock"];
+            let mut except = block["except"].as_array().into_iter().flatten();
+            contains(&block["cidr"], to) && !except.any(|cidr| contains(cidr, to))
+        };
+        any_of(&rule["to"], &is_peer) && any_of(&rule["ports"], &|it| it["protocol"] == protocol && it["port"] == port)
+    })
+}
+
+fn contains(cidr: &Value, address: IpAddr) -> bool {
+    let (network, length) = cidr.as_str().and_then(|cidr| cidr.split_once('/')).expect("a CIDR");
+    let length: u32 = length.parse().expect("a length");
+    match (network.parse().expect("an address"), address) {
+        (IpAddr::V4(network), IpAddr::V4(address)) => (network.to_bits() ^ address.to_bits()).leading_zeros() >= length,
+        (IpAddr::V6(network), IpAddr::V6(address)) => (network.to_bits() ^ address.to_bits()).leading_zeros() >= length,
+        _ => false,
+    }
+}
+
+#[test]
+fn s04_the_wall_lets_out_to_what_a_pool_needs_and_to_nothing_that_it_must_not_reach() {
+    let spec = |policy: &str| {
+        json!({
+            "worker": {"egress": {"policy": policy, "allow": ["10.1.2.0/24:8443", "api.corp:444"]}},
+            "observability": {"otlpEndpoint": "http://collector:80"},
+        })
+        .to_string()
+    };
+    let around = Surroundings {
+        api_server: BTreeSet::from(["10.96.0.1".parse().expect("an address")]),
+        database_ports: BTreeSet::from([5432]),
+        ..Surroundings::default()
+    };
+    let needed = [
+        ("UDP", "10.96.0.10", 53),
+        ("TCP", "10.96.0.10", 53),
+        ("UDP", "169.254.20.10", 53),
+        ("TCP", "10.96.3.4", 4222),
+        ("TCP", "10.9.9.9", 80),
+        ("TCP", "172.20.5.5", 5432),
+        ("TCP", "10.1.2.9", 8443),
+        ("TCP", "192.168.3.3", 444),
+        ("TCP", "93.184.216.34", 443),
+        ("TCP", "2606:2800::1", 443),
+    ];
+    let forbidden = [
+        ("TCP", "169.254.169.254", 80),
+        ("TCP", "169.254.169.254", 443),
+        ("TCP", "fe80::1", 80),
+        ("TCP", "10.96.0.1", 443),
+        ("TCP", "10.96.0.1", 444),
+    ];
+    let private = [
+        ("TCP", "10.5.5.5", 443),
+        ("TCP", "10.1.2.9", 8080),
+        ("TCP", "192.168.1.1", 8080),
+        ("TCP", "172.16.0.1", 22),
+        ("TCP", "100.64.1.1", 443),
+        ("TCP", "fc00::1", 443),
+        ("UDP", "10.9.9.9", 4222),
+    ];
+    for (policy, private_passes) in [("Internal", true), ("PublicOnly", false)] {
+        let wall = wall(&spec(policy), &around);
+        for packet in needed {
+            assert!(lets_out(&wall, packet), "{policy} keeps {packet:?} in");
+        }
+        for packet in forbidden {
+            assert!(!lets_out(&wall, packet), "{policy} lets {packet:?} out");
+        }
+        for packet in private {
+            assert_eq!(lets_out(&wall, packet), private_passes, "{policy}: {packet:?}");
+        }
+    }
 }
 
 #[test]
