@@ -12,6 +12,8 @@ use beamline_crds::Queue;
 
 /// Rates are those of the last minute.
 const WINDOW: Duration = Duration::from_secs(60);
+/// Where nothing moves for this long, they are none: what moves more slowly shows as 0.0 over a whole window too.
+const REST: Duration = Duration::from_secs(20);
 
 /// What a pool's stream has seen so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +49,8 @@ fn number(count: u64) -> i64 {
 #[derive(Clone, Debug, Default)]
 pub struct Window {
     samples: VecDeque<(Instant, Totals)>,
+    /// The rates when something last moved, and when that was.
+    moved: Option<(Instant, Rates)>,
 }
 
 /// Messages in a second.
@@ -58,18 +62,33 @@ pub struct Rates {
     pub completions: f64,
 }
 
+impl Rates {
+    const NONE: Self = Self { arrivals: 0.0, completions: 0.0 };
+}
+
 impl Window {
-    /// The rates, as soon as there are two samples to compare.
+    /// The rates, as soon as there are two samples to compare. While nothing moves they stay as they are, and then there
+    /// are none: numbers that only fade would be news every time.
     pub fn add(&mut self, at: Instant, totals: Totals) -> Option<Rates> {
-        let is_new_era = self.samples.back().is_some_and(|(_, last)| last.era != totals.era);
-        if is_new_era {
-            self.samples.clear();
+        let last = self.samples.back().map(|(_, last)| last.clone());
+        if last.as_ref().is_some_and(|last| last.era != totals.era) {
+            *self = Self::default();
         }
+        let moves = last.is_some_and(|last| last != totals);
         self.samples.push_back((at, totals));
         // One sample that is older than the window stays: rates are of the whole window.
         while self.samples.get(1).is_some_and(|(second, _)| at.duration_since(*second) >= WINDOW) {
             self.samples.pop_front();
         }
+        if let Some((since, rates)) = self.moved.filter(|_| !moves) {
+            return Some(if at.duration_since(since) < REST { rates } else { Rates::NONE });
+        }
+        let rates = self.rates()?;
+        self.moved = moves.then_some((at, rates));
+        Some(rates)
+    }
+
+    fn rates(&self) -> Option<Rates> {
         let ((from, before), (to, after)) = (self.samples.front()?, self.samples.back()?);
         let seconds = to.duration_since(*from).as_secs_f64();
         if seconds <= 0.0 {
@@ -132,10 +151,29 @@ mod tests {
             clock.at(second, 60, 60);
         }
         assert_eq!(clock.at(62, 120, 60), Some((1.0, 0.0)));
-        for second in (64..=120).step_by(2) {
-            assert_eq!(clock.at(second, 120, 60), Some((1.0, 0.0)), "at {second} s");
+        assert_eq!(clock.at(64, 180, 60), Some((2.0, 0.0)));
+        assert_eq!(clock.at(124, 300, 120), Some((2.0, 1.0)));
+    }
+
+    #[test]
+    fn when_nothing_moves_rates_stay_and_then_there_are_none() {
+        let mut clock = Clock::new();
+        clock.at(0, 0, 0);
+        assert_eq!(clock.at(2, 1000, 0), Some((500.0, 0.0)));
+        assert_eq!(clock.at(4, 1000, 1000), Some((250.0, 250.0)));
+        let after: Vec<_> = (6..=90).step_by(2).filter_map(|second| clock.at(second, 1000, 1000)).collect();
+        assert_eq!(after[..9], [(250.0, 250.0); 9]);
+        assert!(after[9..].iter().all(|rates| *rates == (0.0, 0.0)), "{after:?}");
+    }
+
+    #[test]
+    fn what_trickles_shows_the_last_minute_and_not_the_last_seconds() {
+        let mut clock = Clock::new();
+        for second in (0..=90).step_by(2) {
+            clock.at(second, 0, 0);
         }
-        assert_eq!(clock.at(122, 120, 60), Some((0.0, 0.0)));
+        let (arrivals, _) = clock.at(92, 1, 0).expect("rates");
+        assert!(arrivals < 0.05, "{arrivals}");
     }
 
     #[test]

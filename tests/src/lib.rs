@@ -20,6 +20,7 @@ pub mod journal; // what a campaign writes down
 pub mod database; // a server that ends with the tests
 pub mod postgres; // a real PostgreSQL
 pub mod mariadb; // a real MariaDB
+pub mod trust; // accounts and certificates of a broker that asks for them
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
 pub mod tool; // pinned programs

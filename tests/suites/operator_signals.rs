@@ -12,7 +12,7 @@ use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::{self, Context};
 use axum::extract::State;
 use base64::Engine;
-use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
+use base64::prelude::BASE64_STANDARD;
 use beamline_crds::WorkerPool;
 use beamline_operator::broker::Brokers;
 use beamline_operator::controller::Watched;
@@ -22,14 +22,13 @@ use beamline_operator::pool::validate;
 use beamline_operator::scale::decide;
 use beamline_operator::signals::{Readable, Reading, Route, Signals};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::trust::{Accounts, Certificate};
 use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{reflector, watcher};
-use nkeys::KeyPair;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -96,10 +95,16 @@ impl Listener {
         within(SOON * 2, what, async || Some(self.reading()).filter(|reading| is_it(reading))).await
     }
 
-    /// Waits until nothing has changed for this long.
-    async fn comes_to_rest(&mut self, quiet: Duration) {
-        let rest = async { while tokio::time::timeout(quiet, self.changes.next()).await.is_ok() {} };
+    /// Waits until nothing has changed for this long; how often something had.
+    async fn comes_to_rest(&mut self, quiet: Duration) -> usize {
+        let mut changes = 0;
+        let rest = async {
+            while tokio::time::timeout(quiet, self.changes.next()).await.is_ok() {
+                changes += 1;
+            }
+        };
         tokio::time::timeout(SOON * 6, rest).await.expect("the reading comes to rest");
+        changes
     }
 }
 
@@ -160,6 +165,14 @@ async fn the_numbers_are_those_of_the_stream_and_come_to_rest_with_it() {
     assert!(arrivals > 0.0 && (completions / arrivals - 0.75).abs() < 0.1, "{queue:?}");
     let eta = queue.drain_eta_seconds.expect("it ends");
     assert!((eta as f64 - 50.0 / completions).abs() <= 1.0, "{queue:?}");
+
+    settle(&jetstream, "caf-workers", 50).await;
+    operator.hears("all have ended", |it| it.queue.as_ref().is_some_and(|it| it.depth == 0)).await;
+    // Longer than rates stay when nothing moves.
+    let changes = operator.comes_to_rest(Duration::from_secs(23)).await;
+    let queue = operator.reading().queue.expect("a queue");
+    assert_eq!(queue.completions_per_second.as_deref(), Some("0.0"), "{queue:?}");
+    assert!(changes <= 10, "{changes} changes, most of them after the last of the work");
 }
 
 #[tokio::test]
@@ -204,86 +217,13 @@ async fn pools_on_one_queue_say_so_and_have_room_for_all_of_their_workers() {
 
 // Rotation.
 
-/// A key that others sign for.
-fn public(pair: &KeyPair) -> String {
-    pair.public_key()
-}
-
-/// What the signer says about somebody, as NATS reads it.
-fn token(signer: &KeyPair, subject: &str, name: &str, claims: Value) -> String {
-    let now = jiff::Timestamp::now().as_second();
-    let claims = json!({"jti": name, "iat": now, "iss": public(signer), "name": name, "sub": subject, "nats": claims});
-    let encode = |value: &Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
-    let said = format!("{}.{}", encode(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), encode(&claims));
-    let signature = signer.sign(said.as_bytes()).expect("a signature");
-    format!("{said}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))
-}
-
-struct Accounts {
-    operator: KeyPair,
-    account: KeyPair,
-    system: KeyPair,
-}
-
-impl Accounts {
-    fn new() -> Self {
-        Self { operator: KeyPair::new_operator(), account: KeyPair::new_account(), system: KeyPair::new_account() }
-    }
-
-    /// A new user, as a `.creds` file, and the user's key.
-    fn user(&self) -> (String, String) {
-        let user = KeyPair::new_user();
-        let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "pub": {}, "sub": {}});
-        let token = token(&self.account, &public(&user), "user", claims);
-        let seed = user.seed().expect("a seed");
-        let creds = format!(
-            "-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n\
-             -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
-        );
-        (creds, public(&user))
-    }
-
-    /// Lines of a server that knows these, but for the users that are revoked.
-    fn settings(&self, revoked: &[&str]) -> String {
-        let limits = json!({
-            "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1,
-            "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
-        });
-        let later = jiff::Timestamp::now().as_second() + 3600;
-        let revocations: HashMap<_, _> = revoked.iter().map(|user| (*user, later)).collect();
-        let account = json!({"type": "account", "version": 2, "limits": limits, "revocations": revocations});
-        let (account_key, system_key) = (public(&self.account), public(&self.system));
-        let account = token(&self.operator, &account_key, "account", account);
-        let system = token(
-            &self.operator,
-            &system_key,
-            "system",
-            json!({"type": "account", "version": 2, "limits": {
-                "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
-            }}),
-        );
-        let operator = json!({"type": "operator", "version": 2, "system_account": system_key});
-        let operator = token(&self.operator, &public(&self.operator), "operator", operator);
-        format!(
-            "operator: {operator}\nsystem_account: {system_key}\nresolver: MEMORY\n\
-             resolver_preload: {{ {account_key}: {account}, {system_key}: {system} }}\n"
-        )
-    }
-}
-
 /// A new authority's certificate, and lines of a server that shows one signed by it.
 fn certified(directory: &Path, name: &str) -> (String, String) {
-    let mut authority = CertificateParams::new(Vec::new()).expect("parameters");
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority =
-        CertifiedIssuer::self_signed(authority, rcgen::KeyPair::generate().expect("a key")).expect("an authority");
-    let key = rcgen::KeyPair::generate().expect("a key");
-    let server = CertificateParams::new(["127.0.0.1".to_owned(), "localhost".to_owned()]).expect("parameters");
-    let server = server.signed_by(&key, &authority).expect("a certificate");
+    let Certificate { authority, certificate, key } = Certificate::of(&["127.0.0.1", "localhost"]);
     let (cert_file, key_file) = (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));
-    std::fs::write(&cert_file, server.pem()).expect("a file");
-    std::fs::write(&key_file, key.serialize_pem()).expect("a file");
-    (authority.pem(), format!("tls {{ cert_file: {cert_file:?}, key_file: {key_file:?} }}\n"))
+    std::fs::write(&cert_file, certificate).expect("a file");
+    std::fs::write(&key_file, key).expect("a file");
+    (authority, format!("tls {{ cert_file: {cert_file:?}, key_file: {key_file:?} }}\n"))
 }
 
 async fn connect(nats: &NatsServer, creds: &str, ca: &Path) -> Result<async_nats::Client, async_nats::ConnectError> {
