@@ -36,7 +36,7 @@ pub struct WorkerPoolStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scaling: Option<Decision>,
 
-    /// The pods with GPUs. Absent without spec.gpu.
+    /// The pods with GPUs. Absent without spec.gpu, when none has work left.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuStatus>,
 
@@ -62,12 +62,12 @@ pub struct Queue {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oldest_since: Option<Time>,
 
-    /// Assignments that arrive in a second, over the last minute.
+    /// Assignments that arrive in a second, over the last minute; 0.0 when nothing has moved for 20 seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub arrivals_per_second: Option<String>,
 
-    /// Assignments that end in a second, over the last minute.
+    /// Assignments that end in a second, over the last minute; 0.0 when nothing has moved for 20 seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub completions_per_second: Option<String>,

@@ -33,7 +33,7 @@ use crate::pool::ValidPool;
 pub struct Applied {
     /// The pods without GPUs of their own.
     pub general: Arc<Deployment>,
-    /// The pods with GPUs.
+    /// The pods with GPUs; also those that nobody asks for any more, while they have something left to do.
     pub gpu: Option<Arc<Deployment>>,
     /// What could not be made, though the pool works without it.
     pub notice: Option<Notice>,
@@ -56,6 +56,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
     let general = workload(ctx, pool, &observed.general, general).await?;
     let gpu = match gpu {
         Some(gpu) => Some(workload(ctx, pool, &observed.gpu, gpu).await?),
+        None if observed.gpu_stays => observed.gpu.deployment.clone(),
         None => {
             remove(ctx, pool, observed.gpu.deployment.as_ref()).await?;
             remove(ctx, pool, observed.gpu.budget.as_ref()).await?;

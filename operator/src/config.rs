@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use axum::http::Uri;
 use clap::{Parser, ValueEnum};
+use url::Url;
 
 /// Turns WorkerPools into running workers.
 #[derive(Clone, Debug, Parser)]
@@ -24,6 +25,10 @@ pub struct Config {
     /// Which log lines are written, such as info or beamline_operator=debug,info.
     #[arg(long, env = "BEAMLINE_LOG", default_value = "info,async_nats=warn")]
     pub log_level: String,
+
+    /// Where traces go: the base URL of an OTLP collector over HTTP, such as http://collector:4318. Default: nowhere.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
+    pub otlp_endpoint: Option<Url>,
 
     /// Image of the workers of a pool that names none.
     #[arg(
@@ -56,6 +61,18 @@ pub struct Config {
     pub check: Option<Uri>,
 }
 
+fn collector(text: &str) -> Result<Url, String> {
+    let is_usable = |url: &Url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.username().is_empty()
+            && url.password().is_none()
+    };
+    let url = Url::parse(text).ok().filter(is_usable);
+    // The text may hold what must not be repeated.
+    url.ok_or_else(|| "expected http://host:port or https://host:port, without credentials".to_owned())
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -73,6 +90,15 @@ mod tests {
     fn without_flags_all_namespaces_are_watched_by_one_leader() {
         let config = Config::try_parse_from(["operator"]).expect("no flag is required");
         assert_eq!((config.watch_namespace, config.leader_election), (None, true));
+    }
+
+    #[test]
+    fn a_collector_is_an_http_address() {
+        let given = |endpoint: &str| Config::try_parse_from(["operator", "--otlp-endpoint", endpoint]);
+        assert!(given("http://collector:4318").is_ok_and(|config| config.otlp_endpoint.is_some()));
+        for unusable in ["collector:4318", "grpc://collector:4317", "http://me:secret@collector:4318", ""] {
+            assert!(given(unusable).is_err(), "{unusable}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use kube::runtime::{WatchStreamExt, predicates, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::admin::{Readiness, Topic};
 use crate::broker::Brokers;
@@ -30,6 +31,7 @@ use crate::neighbours::{self, Neighbours};
 use crate::observe::{Caches, Lookout};
 use crate::reconcile::reconcile;
 use crate::signals::Signals;
+use crate::telemetry::spans;
 
 /// One object that does not fit the types must not stop the watch of all others.
 pub type Watched = DeserializeGuard<WorkerPool>;
@@ -198,13 +200,16 @@ fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {
 async fn guarded(pool: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
     let started = Instant::now();
     let reference = pool.to_object_ref(());
-    let unwound = AssertUnwindSafe(reconcile(Arc::clone(&pool), Arc::clone(&ctx))).catch_unwind().await;
+    let span = spans::reconcile(reference.namespace.as_deref().unwrap_or_default(), &reference.name);
+    let unwound =
+        AssertUnwindSafe(reconcile(Arc::clone(&pool), Arc::clone(&ctx))).catch_unwind().instrument(span.clone()).await;
     let result = unwound.unwrap_or_else(|_: Box<dyn Any + Send>| Err(Error::Panicked));
     match &result {
         Ok(_) => ctx.memory.succeeded(&reference),
         Err(error @ Error::Unreadable(_)) => ctx.events.unreadable(&pool, error).await,
         Err(_) => {}
     }
+    spans::ended(&span, result.as_ref().err().map(Error::reason));
     ctx.metrics.reconciled(result.as_ref().map_or_else(Error::reason, |_| "ok"), started);
     result
 }

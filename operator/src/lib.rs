@@ -29,7 +29,7 @@ pub mod admin; // probes and metrics over HTTP
 pub mod check; // asking another operator's
 pub mod leader; // which of several operators acts
 pub mod metrics; // what is counted
-pub mod telemetry; // logs
+pub mod telemetry; // logs and traces
 
 mod run; // one way up and one way down
 

@@ -81,6 +81,12 @@ impl Neighbours {
         })
     }
 
+    /// Whether another pool has workers that take what waits for GPU slots here.
+    pub fn take_gpu_work(&self, demand: &Demand) -> bool {
+        let sharing = self.sharing(demand);
+        sharing.iter().filter_map(|other| self.find(other)).any(|other| other.0.as_ref().is_ok_and(takes_gpu_work))
+    }
+
     /// Pools that take from the same queue, sorted.
     pub fn sharing(&self, demand: &Demand) -> Vec<String> {
         let nats = &demand.nats;
@@ -138,6 +144,14 @@ fn manages(pool: &Watched, stream: &str) -> bool {
     let (subject, _) = meeting_point(&pool.spec.nats);
     let uses = !is_intake || (*delivery != Some(crds::Delivery::Core) && intake_stream(subject) == stream);
     manage && uses
+}
+
+fn takes_gpu_work(pool: &crds::WorkerPool) -> bool {
+    let ready = pool.status.as_ref().map_or(0, |status| match (&pool.spec.gpu, &status.gpu) {
+        (Some(_), gpu) => gpu.as_ref().map_or(0, |gpu| gpu.ready_replicas),
+        (None, _) => status.ready_replicas,
+    });
+    has_gpu(pool) && ready > 0
 }
 
 fn has_gpu(pool: &crds::WorkerPool) -> bool {

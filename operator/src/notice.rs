@@ -18,6 +18,21 @@ impl Notice {
         Self { reason: error.reason(), message: format!("worker.sql.connections `{connection}`: {error}") }
     }
 
+    /// A Secret that pods wait for is not there, or lacks what they need of it.
+    pub fn reference(field: &str, error: &SecretError) -> Self {
+        Self { reason: error.reason(), message: format!("{field}: {error}") }
+    }
+
+    /// Another object that pods wait for is not there.
+    pub fn missing(field: &str, kind: &str, name: &str) -> Self {
+        Self { reason: reason::REFERENCE_MISSING, message: format!("{field}: {kind} `{name}` does not exist") }
+    }
+
+    /// A ConfigMap that pods wait for lacks what they need of it.
+    pub fn no_key(field: &str, name: &str, key: &str) -> Self {
+        Self { reason: reason::REFERENCE_MISSING, message: format!("{field}: ConfigMap `{name}` has no key `{key}`") }
+    }
+
     /// Several pods want what one node may mount.
     pub fn claim_not_shared(path: &str, claim: &str) -> Self {
         let message = format!(
@@ -34,8 +49,13 @@ impl Notice {
         Self { reason: reason::POD_MONITOR_MISSING, message: message.to_owned() }
     }
 
-    /// Whether pods that are not there yet may wait for it.
+    /// Whether pods cannot start for it.
     pub fn keeps_pods_from_starting(&self) -> bool {
-        matches!(self.reason, reason::SECRET_UNUSABLE | reason::SECRET_FORBIDDEN)
+        matches!(self.reason, reason::SECRET_UNUSABLE | reason::REFERENCE_MISSING)
+    }
+
+    /// Whether pods may not start for it: the operator cannot look.
+    pub fn may_keep_pods_from_starting(&self) -> bool {
+        self.reason == reason::SECRET_FORBIDDEN
     }
 }

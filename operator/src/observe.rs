@@ -2,6 +2,7 @@
 //!
 //! What no cache holds is asked for by name, since an object in the way carries none of our labels.
 
+mod references; // what pods need that is not there
 mod surroundings; // what a pool refers to and does not own
 
 use std::sync::Arc;
@@ -54,6 +55,8 @@ pub struct Observed {
     pub general: Workload,
     /// The pods with GPUs, or what is left of them.
     pub gpu: Workload,
+    /// Whether what is left of them has something left to do.
+    pub gpu_stays: bool,
     /// The workers, one by one.
     pub pods: Vec<Arc<Pod>>,
     /// What the pool refers to and does not own.
@@ -72,7 +75,15 @@ pub struct Workload {
 pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error> {
     let Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods } = &ctx.caches;
     let name = pool.name.as_str();
+    let pods = workers(pods, pool);
     let gpu = names::workload(name, Kind::Gpu);
+    let gpu = match pool.gpu {
+        Some(_) => Workload {
+            budget: child(&ctx.client, budgets, pool, &gpu).await?,
+            deployment: child(&ctx.client, deployments, pool, &gpu).await?,
+        },
+        None => Workload { budget: remains(budgets, pool, &gpu), deployment: remains(deployments, pool, &gpu) },
+    };
     Ok(Observed {
         service_account: child(&ctx.client, service_accounts, pool, &names::service_account(name)).await?,
         config_map: child(&ctx.client, config_maps, pool, name).await?,
@@ -86,16 +97,16 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
             budget: child(&ctx.client, budgets, pool, name).await?,
             deployment: child(&ctx.client, deployments, pool, name).await?,
         },
-        gpu: match pool.gpu {
-            Some(_) => Workload {
-                budget: child(&ctx.client, budgets, pool, &gpu).await?,
-                deployment: child(&ctx.client, deployments, pool, &gpu).await?,
-            },
-            None => Workload { budget: remains(budgets, pool, &gpu), deployment: remains(deployments, pool, &gpu) },
-        },
-        pods: workers(pods, pool),
-        surroundings: ctx.lookout.around(pool).await,
+        gpu_stays: has_pods(&gpu) && ctx.signals.needs_gpus_still(pool),
+        gpu,
+        surroundings: ctx.lookout.around(pool, &pods).await,
+        pods,
     })
+}
+
+fn has_pods(class: &Workload) -> bool {
+    let asked = class.deployment.as_ref().and_then(|deployment| deployment.spec.as_ref()?.replicas);
+    asked.is_some_and(|replicas| replicas > 0)
 }
 
 /// What the pool wants no more: only its own, and whoever else has the name is none of our business.

@@ -10,6 +10,8 @@ pub const PAUSED: &str = "Paused";
 pub const COMPLETE: &str = "Complete";
 /// Pods come, go or are replaced.
 pub const ROLLING_OUT: &str = "RollingOut";
+/// Workers with GPUs that nobody asks for any more finish the work that waits for them.
+pub const ROUTE_DRAINING: &str = "RouteDraining";
 /// The broker answers.
 pub const QUEUE_READ: &str = "QueueRead";
 /// Streams and consumer are as they must be.
@@ -28,6 +30,8 @@ pub const ROUTE_NOT_DRAINED: &str = "RouteNotDrained";
 pub const ASKING_NATS: &str = "AskingNats";
 /// A Secret, or a key of it, is missing or holds something else.
 pub const SECRET_UNUSABLE: &str = "SecretUnusable";
+/// A ConfigMap or a claim that pods need is missing, or a key of it.
+pub const REFERENCE_MISSING: &str = "ReferenceMissing";
 /// The operator has no right to read Secrets in the pool's namespace.
 pub const SECRET_FORBIDDEN: &str = "SecretForbidden";
 /// No connection to the broker.

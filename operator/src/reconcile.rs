@@ -8,6 +8,7 @@ use jiff::{Timestamp, Unit};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::Lookup;
+use tracing::Span;
 
 use crate::apply::{Applied, apply};
 use crate::controller::{Context, Watched};
@@ -18,6 +19,8 @@ use crate::observe::observe;
 use crate::pool::validate;
 use crate::scale::{self, Decisions};
 use crate::status;
+use crate::streams::route_subject;
+use crate::telemetry::spans;
 
 /// What a pool refers to has no watch: while something is wrong with it, it is looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(20);
@@ -34,6 +37,8 @@ pub struct Converged {
     pub pods: Vec<Arc<Pod>>,
     /// What works and should not stay as it is.
     pub notices: Vec<Notice>,
+    /// What workers with GPUs that are asked for no more still take work from.
+    pub draining: Option<String>,
 }
 
 /// Makes a pool what it should be and says how that went.
@@ -46,19 +51,27 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
     let reading = ctx.signals.reading(&watched.to_object_ref(()));
     let before = status::current(&ctx, pool);
     let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
-    let next = status::publish(&ctx, pool, &before, after).await?;
-    outcome.map(|converged| Action::requeue(if converged.notices.is_empty() { next } else { next.min(LOOK_AGAIN) }))
+    let says = status::ready(&after).map(|ready| ready.reason.clone());
+    let next = step("publish", status::publish(&ctx, pool, &before, after)).await?;
+    let converged = outcome?;
+    Span::current().record("reason", says);
+    Ok(Action::requeue(if converged.notices.is_empty() { next } else { next.min(LOOK_AGAIN) }))
 }
 
 async fn converge(pool: &WorkerPool, ctx: &Context) -> Result<Converged, Error> {
     let valid = validate(pool, &ctx.worker_image)?;
-    let observed = observe(ctx, &valid).await?;
+    let observed = step("observe", observe(ctx, &valid)).await?;
     let decisions = scale::decide(&valid);
     let desired = desired(&valid, &decisions, &observed.surroundings);
-    let applied = apply(ctx, &valid, &observed, &desired).await?;
+    let applied = step("apply", apply(ctx, &valid, &observed, &desired)).await?;
     ctx.signals.follow(&valid, &decisions);
     let notices = observed.surroundings.notices.into_iter().chain(applied.notice.clone()).collect();
-    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods, notices })
+    let draining = observed.gpu_stays.then(|| route_subject(&valid.nats));
+    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods, notices, draining })
+}
+
+fn step<T>(name: &'static str, work: impl Future<Output = Result<T, Error>>) -> impl Future<Output = Result<T, Error>> {
+    spans::within(spans::step(name), Error::reason, work)
 }
 
 /// As the API server keeps it: a finer time would differ from what was written, and be written again.

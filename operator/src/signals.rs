@@ -24,6 +24,7 @@ use crate::pool::{Delivery, Nats, ValidPool};
 use crate::rates::Window;
 use crate::scale::Decisions;
 use crate::streams::{self, Demand, Remark};
+use crate::telemetry::spans;
 
 /// How often a healthy broker is asked.
 const POLL: Duration = Duration::from_secs(2);
@@ -68,6 +69,17 @@ pub struct Route {
     pub in_flight: i64,
 }
 
+impl Reading {
+    /// Whether work is on the GPU route. Where it cannot be read, there may be.
+    fn may_have_gpu_work(&self) -> bool {
+        match &self.readable {
+            Some(Ok(Readable::NoQueue)) => false,
+            Some(Ok(_)) => self.route.is_some_and(|route| route.pending > 0 || route.in_flight > 0),
+            Some(Err(_)) | None => true,
+        }
+    }
+}
+
 struct Followed {
     demand: watch::Sender<Demand>,
     reading: Arc<Mutex<Reading>>,
@@ -99,6 +111,18 @@ impl Signals {
     pub fn reading(&self, pool: &ObjectRef<Watched>) -> Reading {
         let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         followed.get(pool).map(|followed| lock(&followed.reading).clone()).unwrap_or_default()
+    }
+
+    /// Whether a pool that asks for no GPU slots had some, and work is left for them that nobody else takes.
+    pub fn needs_gpus_still(&self, pool: &ValidPool) -> bool {
+        if pool.classes().any(|class| class.slots.gpu > 0) {
+            return false;
+        }
+        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that is not followed yet has not been asked about.
+        followed.get(&ObjectRef::new(&pool.name).within(&pool.namespace)).is_none_or(|followed| {
+            lock(&followed.reading).may_have_gpu_work() && !self.neighbours.take_gpu_work(&followed.demand.borrow())
+        })
     }
 
     /// Keeps asking about this pool until it is gone; takes over what changed in it.
@@ -159,7 +183,11 @@ impl Signals {
         let sharing = self.neighbours.sharing(demand);
         let streams = match line.still_in_order(demand) {
             Some(remarks) => Ok(remarks),
-            None => streams::ensure(jetstream, &self.with_those_of(demand, &sharing), &self.neighbours).await,
+            None => {
+                let all = self.with_those_of(demand, &sharing);
+                let span = spans::streams(&demand.namespace, &demand.name);
+                spans::within(span, BrokerError::reason, streams::ensure(jetstream, &all, &self.neighbours)).await
+            }
         };
         let queue = match demand.nats.delivery {
             Delivery::Core => Ok(None),

@@ -6,7 +6,7 @@ mod conditions;
 
 use std::time::Duration;
 
-use beamline_crds::{Decision, GpuStatus, Queue, WorkerPool, WorkerPoolStatus};
+use beamline_crds::{Decision, GpuStatus, LimitedBy, Queue, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
@@ -75,7 +75,7 @@ struct Counts {
 impl Counts {
     fn of(converged: &Converged, before: &WorkerPoolStatus, reading: &Reading) -> Self {
         let general = ClassState::general(converged);
-        let gpu = converged.decisions.gpu.zip(ClassState::gpu(converged));
+        let gpu = ClassState::gpu(converged);
         let (pending, in_flight) = match (&reading.readable, reading.route) {
             (_, Some(route)) => (Some(route.pending), Some(route.in_flight)),
             (Some(Ok(Readable::NoQueue)), None) => (None, None),
@@ -86,11 +86,11 @@ impl Counts {
             ready: general.ready,
             desired: general.desired,
             scaling: Some(converged.decisions.general.clone()),
-            gpu: gpu.map(|(decision, state)| GpuStatus {
+            gpu: gpu.map(|state| GpuStatus {
                 replicas: state.exist,
                 ready_replicas: state.ready,
                 desired_replicas: state.desired,
-                limited_by: decision.limited_by,
+                limited_by: converged.decisions.gpu.map_or(LimitedBy::None, |decision| decision.limited_by),
                 pending,
                 in_flight,
             }),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::process::Process;
 use crate::wait::within;
@@ -154,6 +154,14 @@ impl Forward {
 /// It failed.
 pub fn kubectl(arguments: &[&str]) -> String {
     run(command("kubectl").args(arguments), None).unwrap_or_else(|error| panic!("kubectl {arguments:?}: {error}"))
+}
+
+/// Devices that no machine of a test has; the scheduler and the kubelet count them all the same.
+pub fn pretend_gpus(resource: &str, count: u32) {
+    let node = kubectl(&["get", "nodes", "--output=jsonpath={.items[0].metadata.name}"]);
+    let path = format!("/status/capacity/{}", resource.replace('/', "~1"));
+    let patch = json!([{"op": "add", "path": path, "value": count.to_string()}]).to_string();
+    kubectl(&["patch", "node", &node, "--subresource=status", "--type=json", "-p", &patch]);
 }
 
 /// A program of `run.sh`'s PATH, such as `helm` or `helm3`; its output.

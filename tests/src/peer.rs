@@ -3,7 +3,8 @@
 //! `/ok`, `/echo`, `/status/<code>`, `/flaky/<n>` and `/retry-after/<seconds>/<n>` (the first `n` requests with the same
 //! `Idempotency-Key` get 503), `/slow/<ms>`, `/gate/<name>/<n>` (answers, with `n` bytes if it says so, when the test
 //! opens it), `/reset`, `/redirect/<n>`,
-//! `/gzip`, `/bytes/<n>`. A query only tells cases apart.
+//! `/gzip`, `/bytes/<n>`. A query only tells cases apart. `/hits` tells how often each `Idempotency-Key` came, and
+//! `/kept/<word>` what came to paths that begin with that word, in base64. It takes a collector's traces, too.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
@@ -11,6 +12,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -183,6 +186,9 @@ fn answer(state: &Arc<State>, hit: &Hit) -> impl Future<Output = Option<Answer>>
             "redirect" => Answer::ok(),
             "gzip" => Answer { body: gzip(&Answer::ok().body), ..Answer::ok().with("content-encoding", "gzip") },
             "bytes" => Answer::bytes(first),
+            "hits" => Answer::json(200, &state.counts()),
+            "kept" => Answer::json(200, &state.bodies(words.get(1).map(String::as_str).unwrap_or_default())),
+            "v1" => Answer::ok(),
             _ => Answer::status(404),
         })
     }
@@ -192,6 +198,22 @@ impl State {
     fn note(&self, hit: Hit) {
         self.hits.lock().unwrap().push(hit);
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// How often each key came, as JSON.
+    fn counts(&self) -> String {
+        let hits = self.hits.lock().unwrap();
+        let mut counts = BTreeMap::<&str, u64>::new();
+        hits.iter().filter(|hit| !hit.key().is_empty()).for_each(|hit| *counts.entry(hit.key()).or_default() += 1);
+        serde_json::to_string(&counts).expect("plain data")
+    }
+
+    /// What came to paths that begin so, as JSON.
+    fn bodies(&self, word: &str) -> String {
+        let hits = self.hits.lock().unwrap();
+        let these = hits.iter().filter(|hit| hit.path.trim_start_matches('/').split('/').next() == Some(word));
+        let bodies: Vec<_> = these.map(|hit| BASE64_STANDARD.encode(&hit.body)).collect();
+        serde_json::to_string(&bodies).expect("plain data")
     }
 
     /// Earlier requests for the same with the same key.

@@ -31,6 +31,7 @@ const MODES: [(&str, &[&str]); 5] = [
             "alerts.labels.release=prometheus",
             "dashboard.enabled=true",
             "dashboard.annotations.grafana_folder=Beamline",
+            "traces.otlpEndpoint=http://collector:4318",
             "podLabels.team=flows",
             "podAnnotations.team=flows",
             "nodeSelector.disk=fast",

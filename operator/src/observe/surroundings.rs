@@ -3,13 +3,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
 
+use super::references::{self, Kind, Reference};
 use crate::error::explain;
 use crate::notice::Notice;
 use crate::pool::port;
@@ -39,6 +40,7 @@ pub struct Lookout {
     api_server: Remembered<(), BTreeSet<IpAddr>>,
     databases: Remembered<(String, SecretKeyRef), Result<Option<u16>, SecretError>>,
     claims: Remembered<(String, String), Claim>,
+    references: Remembered<(String, Reference), Option<Notice>>,
 }
 
 /// Who may mount a claim.
@@ -61,11 +63,12 @@ impl Lookout {
             api_server: Remembered::new(API_SERVER_MEMORY),
             databases: Remembered::new(MEMORY),
             claims: Remembered::new(MEMORY),
+            references: Remembered::new(MEMORY),
         }
     }
 
-    /// What is around this pool now.
-    pub async fn around(&self, pool: &ValidPool) -> Surroundings {
+    /// What is around this pool and its pods now.
+    pub async fn around(&self, pool: &ValidPool, pods: &[Arc<Pod>]) -> Surroundings {
         let mut found = Surroundings::default();
         if pool.network_policy {
             found.api_server = self.api_server().await;
@@ -83,6 +86,9 @@ impl Lookout {
                     found.notices.push(Notice::claim_not_shared(path, claim));
                 }
             }
+        }
+        for reference in references::of_waiting(pods) {
+            found.notices.extend(self.missing(&pool.namespace, reference).await);
         }
         found
     }
@@ -106,6 +112,33 @@ impl Lookout {
         let ask =
             async || secrets::text(&self.client, namespace, secret).await.map(|url| port::of(&url, port::DATABASES));
         self.databases.get_or((namespace.to_owned(), secret.clone()), ask).await
+    }
+
+    /// What a pod waits for in vain. What may not be looked at is not held against it.
+    async fn missing(&self, namespace: &str, reference: Reference) -> Option<Notice> {
+        let Reference { kind, name, key, field } = reference.clone();
+        let ask = async || match kind {
+            Kind::Secret => match secrets::find(&self.client, namespace, &name, key.as_deref()).await {
+                Err(error @ (SecretError::Missing(_) | SecretError::NoKey { .. })) => {
+                    Some(Notice::reference(&field, &error))
+                }
+                Ok(()) | Err(_) => None,
+            },
+            Kind::ConfigMap => {
+                let found = Api::<ConfigMap>::namespaced(self.client.clone(), namespace).get_opt(&name).await.ok()?;
+                let Some(found) = found else { return Some(Notice::missing(&field, "ConfigMap", &name)) };
+                let key = key.as_deref()?;
+                let holds = found.data.is_some_and(|data| data.contains_key(key))
+                    || found.binary_data.is_some_and(|data| data.contains_key(key));
+                (!holds).then(|| Notice::no_key(&field, &name, key))
+            }
+            Kind::Claim => {
+                let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), namespace);
+                let found = claims.get_metadata_opt(&name).await.ok()?;
+                found.is_none().then(|| Notice::missing(&field, "PersistentVolumeClaim", &name))
+            }
+        };
+        self.references.get_or((namespace.to_owned(), reference), ask).await
     }
 
     async fn claim(&self, namespace: &str, name: &str) -> Claim {

@@ -5,6 +5,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
 use super::class::ClassState;
+use crate::desired::names;
 use crate::reason;
 
 /// A cause that a person can act on. The first in this order wins.
@@ -50,7 +51,8 @@ fn of_pod(pod: &Pod) -> Option<Cause> {
             message: format!("no node takes a worker: {why}"),
         });
     }
-    status.container_statuses.iter().flatten().find_map(of_container)
+    // Sidecars come first: the worker waits for them.
+    status.init_container_statuses.iter().chain(&status.container_statuses).flatten().find_map(of_container)
 }
 
 fn of_container(container: &ContainerStatus) -> Option<Cause> {
@@ -69,7 +71,7 @@ fn of_container(container: &ContainerStatus) -> Option<Cause> {
         Some("CreateContainerConfigError" | "CreateContainerError" | "RunContainerError") => Some(Cause {
             order: 2,
             reason: reason::CREATE_CONTAINER_FAILED,
-            message: format!("the container cannot be created: {why}"),
+            message: format!("the container `{}` cannot be created: {why}", container.name),
         }),
         _ => crash(container),
     }
@@ -77,14 +79,22 @@ fn of_container(container: &ContainerStatus) -> Option<Cause> {
 
 fn crash(container: &ContainerStatus) -> Option<Cause> {
     let ended = container.last_state.as_ref().and_then(|state| state.terminated.as_ref())?;
-    let how = if ended.reason.as_deref() == Some("OOMKilled") {
-        "were killed for using more memory than worker.resources.limits.memory".to_owned()
+    let is_worker = container.name == names::CONTAINER;
+    let how = match ended.reason.as_deref() {
+        Some("OOMKilled") if is_worker => {
+            "were killed for using more memory than worker.resources.limits.memory".to_owned()
+        }
+        Some("OOMKilled") => "were killed for using more memory than their limit".to_owned(),
+        _ => format!("exited with code {}", ended.exit_code),
+    };
+    let (who, whose) = if is_worker {
+        ("workers".to_owned(), String::new())
     } else {
-        format!("exited with code {}", ended.exit_code)
+        (format!("sidecars `{}`", container.name), format!(" --container {}", container.name))
     };
     Some(Cause {
         order: 3,
         reason: reason::CRASH_LOOP_BACK_OFF,
-        message: format!("workers {how}; `kubectl logs --previous` says why"),
+        message: format!("{who} {how}; `kubectl logs --previous{whose}` says why"),
     })
 }

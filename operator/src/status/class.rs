@@ -13,6 +13,8 @@ use crate::reconcile::Converged;
 /// The pods of one class: what is asked for, and what is there.
 pub(super) struct ClassState<'a> {
     pub(super) kind: Kind,
+    /// Nobody asks for it any more, and it has work left.
+    pub(super) is_leaving: bool,
     pub(super) desired: i32,
     pub(super) exist: i32,
     pub(super) ready: i32,
@@ -25,12 +27,14 @@ pub(super) struct ClassState<'a> {
 
 impl<'a> ClassState<'a> {
     pub(super) fn general(converged: &'a Converged) -> Self {
-        Self::new(Kind::General, converged.decisions.general.desired, &converged.applied.general, &converged.pods)
+        let desired = converged.decisions.general.desired;
+        Self::new(Kind::General, Some(desired), &converged.applied.general, &converged.pods)
     }
 
     pub(super) fn gpu(converged: &'a Converged) -> Option<Self> {
-        let (decision, deployment) = (converged.decisions.gpu?, converged.applied.gpu.as_deref()?);
-        Some(Self::new(Kind::Gpu, decision.desired, deployment, &converged.pods))
+        let deployment = converged.applied.gpu.as_deref()?;
+        let desired = converged.decisions.gpu.map(|decision| decision.desired);
+        Some(Self::new(Kind::Gpu, desired, deployment, &converged.pods))
     }
 
     /// The general class, then the one with GPUs.
@@ -38,11 +42,12 @@ impl<'a> ClassState<'a> {
         std::iter::once(Self::general(converged)).chain(Self::gpu(converged)).collect()
     }
 
-    fn new(kind: Kind, desired: i32, deployment: &'a Deployment, pods: &'a [Arc<Pod>]) -> Self {
+    fn new(kind: Kind, asked: Option<i32>, deployment: &'a Deployment, pods: &'a [Arc<Pod>]) -> Self {
         let status = deployment.status.as_ref();
         Self {
             kind,
-            desired,
+            is_leaving: asked.is_none(),
+            desired: asked.unwrap_or(0),
             exist: status.and_then(|status| status.replicas).unwrap_or(0),
             ready: status.and_then(|status| status.ready_replicas).unwrap_or(0),
             updated: status.and_then(|status| status.updated_replicas).unwrap_or(0),
@@ -70,6 +75,9 @@ impl<'a> ClassState<'a> {
             Kind::General => "workers",
             Kind::Gpu => "workers with GPUs",
         };
+        if self.is_leaving {
+            return format!("{} {whom} finish what waits for them", self.exist);
+        }
         format!("{} of {} {whom} ready", self.ready, self.desired)
     }
 }

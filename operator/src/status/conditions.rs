@@ -8,6 +8,7 @@ use super::cause;
 use super::class::ClassState;
 use crate::broker::BrokerError;
 use crate::error::Error;
+use crate::notice::Notice;
 use crate::reason;
 use crate::reconcile::Converged;
 use crate::signals::{Readable, Reading};
@@ -50,7 +51,8 @@ pub(super) fn conditions(
     now: Timestamp,
 ) -> Vec<Condition> {
     let queue = answer(before, "QueueReadable", reading.readable.as_ref(), queue_read);
-    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), |remarks| streams_match(remarks));
+    let draining = outcome.ok().and_then(|converged| converged.draining.as_deref());
+    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), |remarks| streams_match(remarks, draining));
     let verdicts = [
         ("Ready", readiness(outcome, [&streams, &queue])),
         ("Progressing", progress(outcome)),
@@ -72,11 +74,9 @@ fn readiness(outcome: Result<&Converged, &Error>, depends_on: [&Verdict; 2]) -> 
     }
     let classes = ClassState::all(converged);
     if let Some(missing) = classes.iter().find(|class| class.desired > 0 && class.ready == 0) {
-        let unusable = converged.notices.iter().find(|notice| notice.keeps_pods_from_starting());
-        return match (cause::cause(missing), unusable) {
-            (Some(cause), _) => Verdict::no(cause.reason, cause.message),
-            (None, Some(notice)) => Verdict::no(notice.reason, notice.message.clone()),
-            (None, None) => Verdict::no(reason::WORKERS_STARTING, missing.in_words()),
+        return match hindrance(converged, missing) {
+            Some((reason, message)) => Verdict::no(reason, message),
+            None => Verdict::no(reason::WORKERS_STARTING, missing.in_words()),
         };
     }
     let workers = in_words(&classes);
@@ -99,13 +99,33 @@ fn progress(outcome: Result<&Converged, &Error>) -> Verdict {
     let Some(moving) = classes.iter().find(|class| !class.is_complete()) else {
         return Verdict::no(reason::COMPLETE, in_words(&classes));
     };
-    match cause::cause(moving) {
-        Some(cause) => Verdict::yes(cause.reason, cause.message),
+    if let Some(route) = converged.draining.as_deref().filter(|_| moving.is_leaving) {
+        let stuck = cause::cause(moving).map(|cause| format!("; {}", cause.message)).unwrap_or_default();
+        return Verdict::yes(
+            reason::ROUTE_DRAINING,
+            format!(
+                "spec.gpu is gone, and its workers stay until the work on {route} is done; set it again to keep them, \
+                 or purge that subject to let them go now{stuck}"
+            ),
+        );
+    }
+    match hindrance(converged, moving) {
+        Some((reason, message)) => Verdict::yes(reason, message),
         None => Verdict::yes(
             reason::ROLLING_OUT,
             format!("{}, {} of {} up to date", moving.in_words(), moving.updated, moving.exist),
         ),
     }
+}
+
+/// Why workers of a class do not start: something is not there, else what the pods say, else what cannot be looked at.
+fn hindrance(converged: &Converged, class: &ClassState<'_>) -> Option<(&'static str, String)> {
+    let noticed = |is_it: fn(&Notice) -> bool| {
+        converged.notices.iter().find(|notice| is_it(notice)).map(|notice| (notice.reason, notice.message.clone()))
+    };
+    noticed(Notice::keeps_pods_from_starting)
+        .or_else(|| cause::cause(class).map(|cause| (cause.reason, cause.message)))
+        .or_else(|| noticed(Notice::may_keep_pods_from_starting))
 }
 
 /// What works and should not stay as it is; what an error hides is as it was.
@@ -143,11 +163,15 @@ fn queue_read(readable: &Readable) -> Verdict {
     }
 }
 
-fn streams_match(remarks: &[Remark]) -> Verdict {
+/// Work on the route that this pool's workers still drain is not stranded.
+fn streams_match(remarks: &[Remark], draining: Option<&str>) -> Verdict {
+    let is_drained_here =
+        |remark: &Remark| matches!(remark, Remark::Stranded { subject } if Some(subject.as_str()) == draining);
+    let remarks: Vec<_> = remarks.iter().filter(|remark| !is_drained_here(remark)).collect();
     let Some(first) = remarks.first() else {
         return Verdict::yes(reason::STREAMS_MATCH, "streams and consumer are as they must be");
     };
-    let all: Vec<_> = remarks.iter().map(Remark::to_string).collect();
+    let all: Vec<_> = remarks.iter().map(ToString::to_string).collect();
     Verdict::yes(first.reason(), all.join("; "))
 }
 

@@ -41,6 +41,7 @@ fn workers(desired: i32, ready: i32) -> Converged {
         applied: Applied { general: deployment(desired, ready), gpu: None, notice: None },
         pods: Vec::new(),
         notices: Vec::new(),
+        draining: None,
     }
 }
 
@@ -262,6 +263,61 @@ fn workers_that_do_not_start_say_why() {
     }]});
     let message = "no node takes a worker: 0/1 nodes are available";
     says(&with_pod(workers(2, 0), unschedulable), &healthy(), "Ready", ("False", "Unschedulable", message));
+}
+
+#[test]
+fn a_sidecar_that_does_not_start_is_named() {
+    let status = |state: serde_json::Value| {
+        let mut sidecar =
+            json!({"name": "server", "image": "triton:1", "imageID": "", "ready": false, "restartCount": 1});
+        sidecar["state"] = state["state"].clone();
+        sidecar["lastState"] = state["lastState"].clone();
+        let worker = json!({"name": "worker", "image": "beamline:1", "imageID": "", "ready": false, "restartCount": 0,
+            "state": {"waiting": {"reason": "PodInitializing"}}});
+        json!({"initContainerStatuses": [sidecar], "containerStatuses": [worker]})
+    };
+    let pulling = status(json!({"state": {"waiting": {"reason": "ImagePullBackOff"}}}));
+    let message = "the image triton:1 cannot be had; `kubectl describe pod` says why";
+    says(&with_pod(workers(2, 0), pulling), &healthy(), "Ready", ("False", "ImagePullBackOff", message));
+    let crashed = status(json!({"state": {"running": {}}, "lastState": {"terminated": {"exitCode": 3}}}));
+    let message = "sidecars `server` exited with code 3; `kubectl logs --previous --container server` says why";
+    says(&with_pod(workers(2, 0), crashed), &healthy(), "Ready", ("False", "CrashLoopBackOff", message));
+}
+
+#[test]
+fn what_pods_wait_for_in_vain_is_plainer_than_what_they_say() {
+    let notices = vec![Notice::missing("worker.volumes `certs`", "ConfigMap", "certs")];
+    let message = "worker.volumes `certs`: ConfigMap `certs` does not exist";
+    let pulling = container(json!({"state": {"waiting": {"reason": "ErrImagePull"}}}));
+    let stuck = Converged { notices: notices.clone(), ..with_pod(workers(2, 0), pulling) };
+    says(&stuck, &healthy(), "Ready", ("False", "ReferenceMissing", message));
+    let old_ones_serve = Converged { notices, ..workers(2, 1) };
+    says(&old_ones_serve, &healthy(), "Ready", ("True", "WorkersReady", "1 of 2 workers ready"));
+    says(&old_ones_serve, &healthy(), "Progressing", ("True", "ReferenceMissing", message));
+}
+
+#[test]
+fn workers_with_gpus_that_nobody_asks_for_finish_first_and_say_so() {
+    let subject = "caf.exec.route.gpu.v1".to_owned();
+    let leaving = Converged {
+        applied: Applied { general: deployment(1, 1), gpu: Some(deployment(2, 0)), notice: None },
+        draining: Some(subject.clone()),
+        ..workers(1, 1)
+    };
+    let reading = Reading {
+        route: Some(Route { pending: 3, in_flight: 2 }),
+        streams: Some(Ok(vec![Remark::Stranded { subject }])),
+        ..healthy()
+    };
+    let status = first(&leaving, &reading);
+    let gpu = status.gpu.clone().expect("they are shown");
+    assert_eq!((gpu.replicas, gpu.desired_replicas, gpu.pending, gpu.in_flight), (2, 0, Some(3), Some(2)));
+    let message = "1 of 1 workers ready, 2 workers with GPUs finish what waits for them";
+    says(&leaving, &reading, "Ready", ("True", "WorkersReady", message));
+    says(&leaving, &reading, "StreamsReady", ("True", "StreamsMatch", "streams and consumer are as they must be"));
+    let progressing = find(&status, "Progressing");
+    assert_eq!((progressing.status.as_str(), progressing.reason.as_str()), ("True", "RouteDraining"));
+    assert!(progressing.message.contains("caf.exec.route.gpu.v1"), "{}", progressing.message);
 }
 
 #[test]

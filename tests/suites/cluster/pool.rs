@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use beamline_tests::cluster::{Namespace, kubectl};
+use beamline_tests::cluster::{Namespace, kubectl, pretend_gpus};
 use beamline_tests::router::{Router, assignment};
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -58,18 +58,10 @@ async fn a_pause_is_in_force_within_ten_seconds_and_replaces_no_pod() {
     assert_eq!(names(&pods), before, "pods were replaced");
 }
 
-/// Devices that no machine of a test has; the scheduler and the kubelet count them all the same.
-fn pretend_gpus(count: u32) {
-    let node = kubectl(&["get", "nodes", "--output=jsonpath={.items[0].metadata.name}"]);
-    let patch =
-        json!([{"op": "add", "path": "/status/capacity/example.com~1gpu", "value": count.to_string()}]).to_string();
-    kubectl(&["patch", "node", &node, "--subresource=status", "--type=json", "-p", &patch]);
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn gpu_pods_come_within_their_quota_take_their_work_and_go() {
     operator().await;
-    pretend_gpus(4);
+    pretend_gpus("example.com/gpu", 4);
     let namespace = Namespace::create("beamline-gpu");
     namespace.start_nats();
     let gpu = json!({
