@@ -815,3 +815,45 @@ async fn tls_is_as_strict_as_sslmode_says() {
     let found = rows(&public, "tls-my", &(urls[1].clone() + "?sslmode=prefer"), tls, json!([])).await;
     assert_eq!(found, json!([{"v": "TLSv1.3"}]));
 }
+
+/// Somebody who says that PostgreSQL has no TLS here, asks for the password in clear, and listens. Returns the URL, and
+/// what came after that question.
+async fn man_in_the_middle(parameters: &str) -> (String, tokio::task::JoinHandle<Vec<u8>>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let overheard = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut first = [0; 8];
+        stream.read_exact(&mut first).await.unwrap();
+        let length = if first == [0, 0, 0, 8, 4, 210, 22, 47] {
+            stream.write_all(b"N").await.unwrap();
+            stream.read_u32().await.unwrap() - 4
+        } else {
+            u32::from_be_bytes(first[..4].try_into().unwrap()) - 8
+        };
+        stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+        // In two pieces: what is looked at must not depend on how it comes.
+        stream.write_all(b"R\0\0\0\x08").await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        stream.write_all(b"\0\0\0\x03").await.unwrap();
+        let mut overheard = vec![0; 256];
+        let bytes = stream.read(&mut overheard).await.unwrap_or(0);
+        overheard.truncate(bytes);
+        overheard
+    });
+    (format!("postgres://reader:hunter2@127.0.0.1:{port}/db{parameters}"), overheard)
+}
+
+#[tokio::test]
+async fn no_password_goes_out_in_clear_where_tls_was_preferred() {
+    let rig = Rig::start(&[]).await;
+    for (number, preferred) in ["", "?sslmode=prefer"].into_iter().enumerate() {
+        let (url, overheard) = man_in_the_middle(preferred).await;
+        let error = fails(&rig, &format!("preferred-{number}"), job(&url, "SELECT 1", json!([])), 2003, false).await;
+        assert!(error["message"].as_str().unwrap().contains("asks for the password in clear"), "{error}");
+        assert_eq!(String::from_utf8_lossy(&overheard.await.unwrap()), "");
+    }
+    let (url, overheard) = man_in_the_middle("?sslmode=disable").await;
+    run(&rig, "acme", "disabled", job(&url, "SELECT 1", json!([]))).await;
+    assert_eq!(String::from_utf8_lossy(&overheard.await.unwrap()), "p\0\0\0\x0chunter2\0", "who wants that gets it");
+}

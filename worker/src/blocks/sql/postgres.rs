@@ -24,7 +24,7 @@ use crate::blocks::{Output, Scope};
 use crate::fault::{Cause, Fault};
 use bind::Bound;
 use cells::Raw;
-use stream::{Budget, Metered, Tls};
+use stream::{AskedForClearPassword, Budget, Metered, Tls};
 
 /// How long a reset or a cancel may take.
 const AFTERWARDS: Duration = Duration::from_secs(5);
@@ -59,7 +59,12 @@ impl Connection {
             let budget = Budget::default();
             budget.renew();
             let tls = Tls::new(dialer, server)?;
-            let connected = config(server).connect_raw(Metered::new(socket, budget.clone()), tls).await;
+            let stream = Metered::new(socket, budget.clone());
+            let stream = match server.encryption {
+                Encryption::Prefer => stream.guarding_the_password(),
+                Encryption::Disable | Encryption::Require | Encryption::VerifyFull => stream,
+            };
+            let connected = config(server).connect_raw(stream, tls).await;
             let (client, connection) = connected.map_err(|error| refused(&error))?;
             tokio::spawn(async move {
                 if let Err(error) = connection.await {
@@ -246,8 +251,12 @@ fn refused(error: &Error) -> Fault {
     if let Some(tls) = tls_error(error) {
         return Fault::new(Cause::Tls, format!("TLS failed: {tls}"));
     }
-    let source = std::error::Error::source(error);
-    match (error.to_string(), source.and_then(|source| source.downcast_ref::<std::io::Error>())) {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    match (error.to_string(), source) {
+        (_, Some(io)) if io.get_ref().is_some_and(|inner| inner.is::<AskedForClearPassword>()) => Fault::new(
+            Cause::NotAllowed,
+            "the server has no TLS and asks for the password in clear: set sslmode=require, or disable to allow that",
+        ),
         (text, _) if text.contains("TLS") => Fault::new(Cause::Tls, "the database server does not support TLS"),
         // A password that is missing, or a server that does not prove that it knows it.
         (text, _) if text.contains("authentication") || text.contains("configuration") => {

@@ -42,16 +42,43 @@ impl Budget {
     }
 }
 
+/// How a server begins that has no TLS, and then asks for the password as it is. Whoever stands in between could say the
+/// same. The driver reads no login that begins in another way as one for the password.
+const ASKS_FOR_CLEAR_PASSWORD: [u8; 10] = *b"NR\0\0\0\x08\0\0\0\x03";
+
+/// The server has no TLS and asks for the password as it is.
+#[derive(Debug, thiserror::Error)]
+#[error("the server has no TLS and asks for the password in clear")]
+pub(super) struct AskedForClearPassword;
+
 /// A socket with a budget.
 #[derive(Debug)]
 pub(super) struct Metered {
     socket: TcpStream,
     budget: Budget,
+    /// How much of [`ASKS_FOR_CLEAR_PASSWORD`] has come, while that is to be refused and nothing else has come.
+    asking: Option<usize>,
 }
 
 impl Metered {
     pub(super) fn new(socket: TcpStream, budget: Budget) -> Self {
-        Self { socket, budget }
+        Self { socket, budget, asking: None }
+    }
+
+    /// The same, for a login where TLS was asked for: without it, no password goes out in clear.
+    pub(super) fn guarding_the_password(self) -> Self {
+        Self { asking: Some(0), ..self }
+    }
+
+    fn check_login(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for byte in bytes {
+            let Some(come) = self.asking else { break };
+            self.asking = (ASKS_FOR_CLEAR_PASSWORD.get(come) == Some(byte)).then_some(come + 1);
+            if self.asking == Some(ASKS_FOR_CLEAR_PASSWORD.len()) {
+                return Err(io::Error::other(AskedForClearPassword));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -64,7 +91,10 @@ impl AsyncRead for Metered {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.socket).poll_read(context, buffer);
         match read {
-            Poll::Ready(Ok(())) => Poll::Ready(self.budget.use_up(buffer.filled().len() - before)),
+            Poll::Ready(Ok(())) => {
+                let new = buffer.filled().get(before..).unwrap_or_default();
+                Poll::Ready(self.check_login(new).and_then(|()| self.budget.use_up(new.len())))
+            }
             other => other,
         }
     }
