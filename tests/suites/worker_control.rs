@@ -506,3 +506,31 @@ async fn w40_of_a_cancel_and_a_completion_that_race_exactly_one_is_recorded() {
     assert!(both.iter().all(|count| *count > RACES / 50) && both.iter().sum::<usize>() == RACES, "no race: {seen:?}");
     drop(second);
 }
+
+#[tokio::test]
+async fn what_others_write_among_the_cancels_is_called_what_it_is_and_ignored() {
+    let rig = Rig::start(&[]).await;
+    let write = async |key: &str, value: String| {
+        rig.router.client().publish(format!("$KV.caf-cancel.{key}"), value.into()).await.unwrap();
+    };
+    write("no-cancel", "nonsense".to_owned()).await;
+    write("acme.odd", json!({"version": "1", "tenant_id": "acme", "assignment_id": 7}).to_string()).await;
+    write("acme.other", cancel("acme", "meant").to_string()).await;
+    let ignored = within(SOON, "all three are reported", async || {
+        let lines = rig.worker.lines().into_iter().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
+        let fields = lines.filter(|line| line["message"] == "ignored what stands under this key: it is no cancel");
+        let said: Vec<_> = fields.map(|line| line["fields"].clone()).collect();
+        (said.len() == 3).then_some(said)
+    })
+    .await;
+    for (said, (key, field, reason)) in ignored.iter().zip([
+        ("no-cancel", "", "is not JSON"),
+        ("acme.odd", "/assignment_id", "has the wrong type or range: expected a string"),
+        ("acme.other", "", "is the cancel of another assignment than its key names"),
+    ]) {
+        assert_eq!(*said, json!({"bucket": "caf-cancel", "key": key, "field": field, "reason": reason}));
+    }
+    let payload = assignment("acme", "meant", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+}

@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use crate::broker::kv::{Bucket, Change};
 use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::contract;
+use crate::fault::Invalid;
 use crate::pipeline::Pipeline;
 use crate::vital::Vital;
 use cancel::{Cancel, Tombstone};
@@ -147,7 +148,10 @@ impl Desk {
         if let Change::Put(entry) = change {
             match Tombstone::read(&entry) {
                 Ok((key, tombstone)) => self.pipeline.cancel(&key, &tombstone),
-                Err(invalid) => tracing::warn!(key = entry.key, reason = %invalid, "not a cancel"),
+                Err(Invalid { pointer: field, reason, .. }) => {
+                    let (bucket, key) = (CANCEL_BUCKET, entry.key);
+                    tracing::warn!(bucket, key, field, reason, "ignored what stands under this key: it is no cancel");
+                }
             }
         }
     }

@@ -98,6 +98,9 @@ impl Tombstone {
     /// Somebody else has written there.
     pub fn read(entry: &Entry) -> Result<(AssignmentKey, Self), Invalid> {
         let (cancel, sent_at) = Cancel::read(&entry.value)?;
+        if cancel.key.token() != entry.key {
+            return Err(Invalid::input("", "is the cancel of another assignment than its key names"));
+        }
         let at = sent_at.unwrap_or(entry.stored);
         let words = cancel.words();
         Ok((cancel.key, Self { at, words }))
@@ -155,6 +158,8 @@ mod tests {
         let (key, tombstone) = Tombstone::read(&entry(cancel.encode(Some(sent_at)))).unwrap();
         assert_eq!((key, tombstone), (cancel.key.clone(), Tombstone { at: sent_at, words }));
         assert_eq!(Tombstone::read(&entry(cancel.encode(None))).unwrap().1.at, stored);
+        let elsewhere = Entry { key: "t.b".to_owned(), ..entry(cancel.encode(None)) };
+        assert!(Tombstone::read(&elsewhere).unwrap_err().reason.contains("another assignment"));
     }
 
     #[test]
