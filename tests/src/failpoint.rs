@@ -9,13 +9,17 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 /// Where a worker can be held, in the order in which an assignment gets there.
-pub const POINTS: [&str; 13] = [
+pub const POINTS: [&str; 18] = [
     "pulled",
     "accepted",
     "looked-up",
     "slot-taken",
     "before-effect",
     "after-effect",
+    "request-stored",
+    "request-announced",
+    "answer-stored",
+    "request-ended",
     "before-record",
     "after-record",
     "before-dead-letter",
@@ -23,6 +27,7 @@ pub const POINTS: [&str; 13] = [
     "before-result",
     "after-result",
     "after-settle",
+    "request-removed",
 ];
 
 /// For [`crate::worker::Setup::env`]: the socket on which a worker says where it is.

@@ -20,6 +20,14 @@ pub enum Point {
     BeforeEffect,
     /// The attempt's block has ended.
     AfterEffect,
+    /// The request for approval is kept.
+    RequestStored,
+    /// Whoever listens has been told of the request, and the Router of the verdict.
+    RequestAnnounced,
+    /// An answer to a request is kept.
+    AnswerStored,
+    /// What the request comes to is kept with it.
+    RequestEnded,
     /// The outcome is known here only.
     BeforeRecord,
     /// The outcome is recorded.
@@ -34,17 +42,23 @@ pub enum Point {
     AfterResult,
     /// The broker has been told that the delivery is done.
     AfterSettle,
+    /// The request for approval is kept no more.
+    RequestRemoved,
 }
 
 impl Point {
-    /// Every point, in the order in which an assignment meets them.
-    pub const ALL: [Self; 13] = [
+    /// Every point, in the order in which an assignment meets them; what waits for a person is settled before its answer.
+    pub const ALL: [Self; 18] = [
         Self::Pulled,
         Self::Accepted,
         Self::LookedUp,
         Self::SlotTaken,
         Self::BeforeEffect,
         Self::AfterEffect,
+        Self::RequestStored,
+        Self::RequestAnnounced,
+        Self::AnswerStored,
+        Self::RequestEnded,
         Self::BeforeRecord,
         Self::AfterRecord,
         Self::BeforeDeadLetter,
@@ -52,6 +66,7 @@ impl Point {
         Self::BeforeResult,
         Self::AfterResult,
         Self::AfterSettle,
+        Self::RequestRemoved,
     ];
 
     /// The word for it on the socket.
@@ -63,6 +78,10 @@ impl Point {
             Self::SlotTaken => "slot-taken",
             Self::BeforeEffect => "before-effect",
             Self::AfterEffect => "after-effect",
+            Self::RequestStored => "request-stored",
+            Self::RequestAnnounced => "request-announced",
+            Self::AnswerStored => "answer-stored",
+            Self::RequestEnded => "request-ended",
             Self::BeforeRecord => "before-record",
             Self::AfterRecord => "after-record",
             Self::BeforeDeadLetter => "before-dead-letter",
@@ -70,6 +89,7 @@ impl Point {
             Self::BeforeResult => "before-result",
             Self::AfterResult => "after-result",
             Self::AfterSettle => "after-settle",
+            Self::RequestRemoved => "request-removed",
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::blocks::human::Approval;
 use crate::broker::Stored;
 use crate::broker::kv::{Change, Entry};
 use crate::execute::Execution;
+use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
 use crate::intake::{Delivery, Settlement};
 use crate::metrics::IgnoredAnswer;
@@ -136,6 +137,7 @@ impl Pipeline {
             request.replaces = record.map_or(0, |record| record.sequence);
             after_an_end = AfterAnEnd::AskAgain;
         };
+        failpoint::reach(Point::RequestStored).await;
         let progress = self.bring_forward(entry.clone(), Reason::News).await;
         let announcement = (progress == Progress::Waits && !is_asked).then(|| {
             // What waits may have been stored by an earlier delivery.
@@ -144,8 +146,10 @@ impl Pipeline {
         });
         let Arrival { delivery, said, trace, .. } = *arrival;
         self.outbox.park(announcement, said, trace).await;
+        failpoint::reach(Point::RequestAnnounced).await;
         self.load.flow(delivery.source()).finished(begun.elapsed());
         delivery.settle(Settlement::Done).await;
+        failpoint::reach(Point::AfterSettle).await;
     }
 
     /// A cancel stands from now on: what waits under this key ends, also where nobody waits for that any more.
@@ -173,6 +177,7 @@ impl Pipeline {
     /// Keeps the answer first and looks for its request second.
     async fn heed_answer(self: Arc<Self>, answer: Answer) {
         self.keep(&answer).await;
+        failpoint::reach(Point::AnswerStored).await;
         let (assignment_id, tenant_id) = (&*answer.of.assignment_id, answer.of.tenant.as_str());
         match self.read_request(&answer.of.token()).await {
             Some(entry) if was_asked(&entry, &answer.said.approver) => {
@@ -215,6 +220,7 @@ impl Pipeline {
                     let span = self.outcome_span(&request, &assignment);
                     let ended = self.end(&entry, request, &assignment, outcome, now).instrument(span.clone()).await;
                     if let Some((entry, request)) = ended {
+                        failpoint::reach(Point::RequestEnded).await;
                         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
                         self.conclude(&entry, &request).instrument(publish).await;
                         return Progress::Ended;
@@ -258,11 +264,15 @@ impl Pipeline {
     /// Outcome recorded, result published, request removed, in this order.
     async fn conclude(&self, entry: &Entry, request: &Request) {
         let State::Ended { result, .. } = &request.state else { return };
+        failpoint::reach(Point::BeforeRecord).await;
         let result = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
+        failpoint::reach(Point::AfterRecord).await;
         let id = self.result_id(&request.publication);
         self.outbox.publish(result, None, id, request.trace.clone()).await;
+        failpoint::reach(Point::AfterResult).await;
         // Refused where somebody else has removed it.
         self.until_definite(|| self.approvals.requests().delete(&entry.key, entry.revision)).await;
+        failpoint::reach(Point::RequestRemoved).await;
     }
 
     /// Writes the record until its outcome is definite, and returns the bytes that stand in the end.

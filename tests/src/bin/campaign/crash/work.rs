@@ -1,5 +1,5 @@
 //! What runs in a crash sweep: every kind of block, as it succeeds and as it fails for good, what runs out of attempts,
-//! and what is refused.
+//! what is refused, and what waits for a person.
 
 use std::path::Path;
 
@@ -20,6 +20,8 @@ pub(crate) enum Work {
     Sql,
     SqlFails,
     Refused,
+    /// A person says yes as soon as they are asked.
+    Approval,
 }
 
 /// How it must end.
@@ -36,13 +38,21 @@ pub(crate) enum End {
 const NOT_REFUSED: [&str; 7] =
     ["accepted", "looked-up", "slot-taken", "before-effect", "after-effect", "before-record", "after-record"];
 
+/// Where only what waits for a person comes.
+const APPROVALS_ONLY: [&str; 5] =
+    ["request-stored", "request-announced", "answer-stored", "request-ended", "request-removed"];
+/// Where that never comes, beside dead letters: it has no slot and no attempts.
+const NOT_APPROVALS: [&str; 4] = ["slot-taken", "before-effect", "after-effect", "before-result"];
+
 /// Whose work it is.
 pub(crate) const TENANT: &str = "acme";
+/// Who is asked.
+pub(crate) const APPROVER: &str = "ann";
 const DATABASE: &str = "sweep.db";
 const READ: &str = "read.txt";
 
 impl Work {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Http,
         Self::HttpFails,
         Self::HttpExhausted,
@@ -52,6 +62,7 @@ impl Work {
         Self::Sql,
         Self::SqlFails,
         Self::Refused,
+        Self::Approval,
     ];
 
     /// For people.
@@ -66,6 +77,7 @@ impl Work {
             Self::Sql => "sql",
             Self::SqlFails => "sql-fails",
             Self::Refused => "refused",
+            Self::Approval => "approval",
         }
     }
 
@@ -84,13 +96,14 @@ impl Work {
             Self::Sql => query("SELECT n FROM numbers"),
             Self::SqlFails => query("SELECT n FROM not_there"),
             Self::Refused => json!({"type": "no.such.block"}),
+            Self::Approval => json!({"type": "human.approval", "prompt": "Go on?", "approvers": [APPROVER]}),
         }
     }
 
     /// How it must end, whatever breaks meanwhile.
     pub(crate) const fn end(self) -> End {
         match self {
-            Self::Http | Self::Put | Self::Get | Self::Sql => End::Success,
+            Self::Http | Self::Put | Self::Get | Self::Sql | Self::Approval => End::Success,
             Self::HttpFails | Self::HttpExhausted => End::Error(3003),
             Self::GetFails | Self::SqlFails => End::Error(2001),
             Self::Refused => End::Refusal(1001),
@@ -99,7 +112,11 @@ impl Work {
 
     /// The points that it meets.
     pub(crate) fn points(self) -> impl Iterator<Item = &'static str> {
-        POINTS.into_iter().filter(move |point| match self.end() {
+        let here = POINTS.into_iter().filter(move |point| match self {
+            Self::Approval => !NOT_APPROVALS.contains(point),
+            _ => !APPROVALS_ONLY.contains(point),
+        });
+        here.filter(move |point| match self.end() {
             End::Success => !point.ends_with("dead-letter"),
             End::Error(_) => true,
             End::Refusal(_) => !NOT_REFUSED.contains(point),
