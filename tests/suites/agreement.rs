@@ -18,6 +18,7 @@ use beamline_worker::config::Config;
 use beamline_worker::policy::Policy;
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// A pool as the API server stores it, with this spec.
 fn validated(spec: Value) -> Result<ValidPool, InvalidPool> {
@@ -75,15 +76,48 @@ fn another_subject_has_the_same_streams() {
     }));
 }
 
+/// What the kubelet brings to a pod below `/etc/beamline`, here below a directory of its own.
+struct Mounts {
+    directory: TempDir,
+    config_map: BTreeMap<String, String>,
+    secrets: BTreeMap<&'static str, String>,
+}
+
+impl Mounts {
+    fn new(config_map: BTreeMap<String, String>) -> Self {
+        let user = nkeys::KeyPair::new_user();
+        let seed = user.seed().expect("a seed");
+        let creds = format!("-----BEGIN NATS USER JWT-----\njwt\n\n-----BEGIN USER NKEY SEED-----\n{seed}\n");
+        let made = rcgen::generate_simple_self_signed(["worker".to_owned()]).expect("a certificate");
+        let (cert, key) = (made.cert.pem(), made.signing_key.serialize_pem());
+        let secrets = [("nats.creds", creds), ("ca.crt", cert.clone()), ("tls.crt", cert), ("tls.key", key)];
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self { directory, config_map, secrets: BTreeMap::from(secrets) }
+    }
+
+    /// The value, with a path where there is a file if it names one.
+    fn bring(&self, value: String) -> String {
+        let Some(name) = value.strip_prefix("/etc/beamline/").and_then(|path| path.rsplit('/').next()) else {
+            return value;
+        };
+        let content = self.config_map.get(name).or_else(|| self.secrets.get(name));
+        let path = self.directory.path().join(name);
+        std::fs::write(&path, content.unwrap_or_else(|| panic!("nobody brings {value}"))).expect("a file");
+        path.to_string_lossy().into_owned()
+    }
+}
+
 /// The configuration of a worker that the pool's Deployment starts.
 #[track_caller]
 fn starts(spec: Value) -> Config {
     let pool = pool(spec);
-    let Desired { general, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
+    let Desired { general, config_map, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
     let pod = general.deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers.into_iter().next().expect("a container");
+    let mounts = Mounts::new(config_map.data.unwrap_or_default());
+    let variables = container.env.into_iter().flatten();
     let environment: BTreeMap<String, String> =
-        container.env.into_iter().flatten().filter_map(|variable| Some((variable.name, variable.value?))).collect();
+        variables.filter_map(|variable| Some((variable.name, mounts.bring(variable.value?)))).collect();
     let args = container.args.unwrap_or_default();
     Config::from_args(args.into_iter().map(OsString::from), |name| environment.get(name).map(OsString::from))
         .unwrap_or_else(|problems| panic!("a worker of this pool does not start:\n{problems}"))

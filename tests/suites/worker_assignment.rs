@@ -10,13 +10,15 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, Stor
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use beamline_tests::nats::NatsServer;
-use beamline_tests::rig::Rig;
+use beamline_tests::rig::{Rig, kept_its_promise};
 use beamline_tests::router::{ASSIGN, DLQ, DLQ_RAW, Key, Kind, Router, Story, assignment, escape, json as read};
-use beamline_tests::wait::{SOON, until};
+use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
 
 // Rules, codes, pointers.
 
@@ -335,7 +337,8 @@ async fn a_refusal_and_its_dead_letter_have_the_published_fields() {
         "tenant_id": "acme", "run_id": "run-1", "worker_id": "worker-1", "pool": "flows/main", "failed_at": null,
     });
     assert_eq!(letter, expected);
-    let kept = rig.router.last("CAF_EXEC_DLQ", DLQ).await.expect("the letter is kept");
+    // What is said live may be heard before it is kept.
+    let kept = within(SOON, "the letter is kept", async || rig.router.last("CAF_EXEC_DLQ", DLQ).await).await;
     assert_eq!(kept.headers.get("Nats-Msg-Id").map(|id| id.as_str()), Some(dlq_id.as_str()));
 }
 
@@ -350,8 +353,8 @@ async fn a_dead_letter_keeps_the_original_to_the_letter() {
     let original = r#"{ "version":"2", "tenant_id":"acme","assignment_id":"odd", "n":1e3, "n":-0, "big":18446744073709551616,
         "job":{"type":"http.request","headers":{"Authorization":"Bearer s3cret"}},  "later":{"\u0061":[1.0,2]} }"#;
     rig.router.submit_bytes(original).await;
-    rig.router.letter(("acme", "odd")).await;
-    let kept = rig.router.last("CAF_EXEC_DLQ", DLQ).await.expect("the letter is kept");
+    // What is said live may be heard before it is kept.
+    let kept = within(SOON, "the letter is kept", async || rig.router.last("CAF_EXEC_DLQ", DLQ).await).await;
     let letter = String::from_utf8(kept.payload.to_vec()).unwrap();
     assert!(letter.contains(&format!(r#""assignment":{original}"#)), "{letter}");
 
@@ -692,6 +695,26 @@ async fn what_would_never_fit_is_refused_for_good() {
     assert_eq!(rig.peer.hits("/ok").len(), 0);
 }
 
+#[tokio::test]
+async fn memory_that_an_assignment_asks_for_is_reserved_while_it_runs() {
+    const HELD: &str = r#"worker_resource_usage{type="memory_mb"}"#;
+    let rig = Rig::start(&["--max-memory-mb=64"]).await;
+    let mut large = assignment("acme", "large", rig.call("/gate/large/1048000"));
+    large["resources"] = json!({"memory_mb": 64});
+    rig.router.submit(&large).await;
+    rig.peer.arrived("/gate/large", 1).await;
+    until("nobody asks for more", async || rig.router.consumer().await.is_some_and(|info| info.num_waiting == 0)).await;
+    let small = assignment("acme", "small", rig.call("/ok"));
+    rig.router.submit(&small).await;
+    until("it counts", async || rig.worker.metric(HELD).await >= 64.0).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&small).await["metadata"]["worker_id"], "worker-2", "the first one has no room");
+    rig.peer.open("large");
+    rig.router.result(&large).await;
+    until("nothing counts any more", async || rig.worker.metric(HELD).await < 1.0).await;
+    until("it asks for more", async || rig.router.consumer().await.is_some_and(|info| info.num_waiting >= 2)).await;
+}
+
 // Streams.
 
 #[tokio::test]
@@ -941,6 +964,88 @@ async fn another_subject_has_a_stream_and_verdicts_of_its_own() {
     assert!(rig.router.heard().iter().all(|heard| heard.kind != Kind::Verdict), "nothing on {ASSIGN}.ack");
 }
 
+/// Where this server says that it is of another version.
+async fn claiming(nats: &NatsServer, version: &'static str) -> String {
+    let (listener, port) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), nats.port());
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = client.into_split();
+                let (from_server, mut to_server) = TcpStream::connect(("127.0.0.1", port)).await.unwrap().into_split();
+                tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+                let (mut from_server, mut line) = (BufReader::new(from_server), Vec::new());
+                while from_server.read_until(b'\n', &mut line).await.is_ok_and(|bytes| bytes > 0) {
+                    if let Some(info) = line.strip_prefix(b"INFO ") {
+                        let mut info = read(info);
+                        info["version"] = json!(version);
+                        line = format!("INFO {info}\r\n").into_bytes();
+                    }
+                    if to_client.write_all(&line).await.is_err() {
+                        return;
+                    }
+                    line.clear();
+                }
+            });
+        }
+    });
+    format!("--nats-url=nats://{address}")
+}
+
+#[tokio::test]
+async fn a_server_that_is_too_old_is_named_at_once() {
+    const OLD: &str = "nats-server 2.10.29 is too old: JetStream of nats-server 2.11.0 or later is needed";
+    let nats = NatsServer::start();
+    for mode in ["jetstream", "core"] {
+        let flag = format!("--nats-delivery={mode}");
+        let ending = Worker::named("w").flag(claiming(&nats, "2.10.29").await).flag(flag).end().await;
+        assert_eq!(ending.code, Some(1), "{mode}: {}", ending.said);
+        assert!(ending.said.contains(OLD), "{mode}: {}", ending.said);
+    }
+    let keeps_nothing = NatsServer::without_jetstream();
+    let old = Worker::named("w").flag("--nats-delivery=core").flag(claiming(&keeps_nothing, "2.9.10").await).spawn();
+    old.ready().await;
+}
+
+#[tokio::test]
+async fn s12_a_server_with_known_faults_is_used_and_warned_of() {
+    let nats = NatsServer::start();
+    let worker = Worker::named("w").flag(claiming(&nats, "2.11.3").await).spawn();
+    worker.ready().await;
+    let said = worker.says("this nats-server has known security faults").await;
+    assert_eq!((&said["level"], &said["fields"]["version"]), (&json!("WARN"), &json!("2.11.3")));
+}
+
+#[tokio::test]
+async fn a_stream_that_is_lost_and_comes_back_stops_the_worker_only_that_long() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let worker = rig.another("worker-2").flag("--nats-create-streams=false").start(&rig.nats).await;
+    let payload = assignment("acme", "patient", rig.call("/gate/patient"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate", 1).await;
+    for name in ["CAF_EXEC_RESULT", "CAF_EXEC_DLQ", "CAF_EXEC_CONTROL", "KV_caf-answers", "KV_caf-deliveries"] {
+        let stream = rig.router.stream(name).await;
+        let consumers: Vec<_> = stream.consumers().try_collect().await.unwrap();
+        let config = stream.cached_info().config.clone();
+        rig.router.jetstream().delete_stream(name).await.unwrap();
+        worker.unready(&format!("stream {name} does not exist")).await;
+        if name == "CAF_EXEC_RESULT" {
+            rig.peer.open("patient");
+            worker.says("writing again").await;
+        }
+        let stream = rig.router.jetstream().create_stream(config).await.unwrap();
+        for consumer in consumers.into_iter().filter(|consumer| consumer.config.durable_name.is_some()) {
+            stream.create_consumer(consumer.config).await.unwrap();
+        }
+        worker.ready().await;
+        if name == "CAF_EXEC_RESULT" {
+            assert_eq!(rig.router.result(&payload).await["status"], "success");
+        }
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
 // The command line.
 
 #[tokio::test]
@@ -955,7 +1060,7 @@ async fn all_bad_flags_are_named_at_once_with_exit_code_2() {
 }
 
 #[tokio::test]
-async fn a_file_for_nats_that_cannot_be_used_ends_the_worker_before_it_connects() {
+async fn files_that_cannot_be_used_are_named_at_once_with_exit_code_2() {
     let files = tempfile::tempdir().unwrap();
     let file = |name: &str, content: &str| {
         let path = files.path().join(name);
@@ -968,27 +1073,29 @@ async fn a_file_for_nats_that_cannot_be_used_ends_the_worker_before_it_connects(
     let key = file("key.pem", &one.signing_key.serialize_pem());
     let other_key = file("other.pem", &other.signing_key.serialize_pem());
     let (missing, broken) = (files.path().join("missing").display().to_string(), file("broken", "no PEM"));
+    let (within_a_file, proc) = (format!("{broken}/outbox"), "/proc/outbox".to_owned());
     let cases = [
-        ("--nats-creds", &missing, vec![("--nats-creds", &missing)]),
-        ("--nats-creds", &broken, vec![("--nats-creds", &broken)]),
-        ("--nats-tls-ca", &missing, vec![("--nats-tls-ca", &missing)]),
-        ("--nats-tls-ca", &broken, vec![("--nats-tls-ca", &broken)]),
-        ("--nats-tls-cert", &missing, vec![("--nats-tls-cert", &missing), ("--nats-tls-key", &key)]),
-        ("--nats-tls-cert", &key, vec![("--nats-tls-cert", &key), ("--nats-tls-key", &key)]),
-        ("--nats-tls-key", &missing, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &missing)]),
-        ("--nats-tls-key", &broken, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &broken)]),
-        ("--nats-tls-key", &other_key, vec![("--nats-tls-cert", &cert), ("--nats-tls-key", &other_key)]),
+        vec![("--nats-creds", &missing), ("--nats-tls-ca", &missing), ("--http-ca-file", &missing)],
+        vec![("--nats-creds", &broken), ("--nats-tls-ca", &broken), ("--http-ca-file", &broken)],
+        vec![("--tenants-file", &missing), ("--sql-connections-file", &missing), ("--outbox-dir", &within_a_file)],
+        vec![("--tenants-file", &broken), ("--sql-connections-file", &broken), ("--outbox-dir", &proc)],
+        vec![("--nats-tls-cert", &missing), ("--nats-tls-key", &missing)],
+        vec![("--nats-tls-cert", &key), ("--nats-tls-key", &broken)],
     ];
-    for (flag, path, flags) in cases {
-        // Nobody listens there: a worker that tries to connect does not end.
-        let mut setup = Worker::named("w").flag("--nats-url=nats://127.0.0.1:1");
+    // Nobody listens there: a worker that tries to connect does not end.
+    let nobody = || Worker::named("w").flag("--nats-url=nats://127.0.0.1:1");
+    for flags in cases {
+        let given = flags.iter().fold(nobody(), |setup, (flag, path)| setup.flag(format!("{flag}={path}")));
+        let ending = given.end().await;
+        assert_eq!(ending.code, Some(2), "{flags:?}: {}", ending.said);
         for (flag, path) in flags {
-            setup = setup.flag(format!("{flag}={path}"));
+            let named = format!("{flag}: {path:?} is not allowed: expected ");
+            assert!(ending.said.lines().any(|line| line.starts_with(&named)), "{named}: {}", ending.said);
         }
-        let ending = setup.end().await;
-        assert_eq!(ending.code, Some(1), "{flag} {path}: {}", ending.said);
-        assert!(ending.said.contains(&format!("{flag}: {path}: ")), "{flag} {path}: {}", ending.said);
     }
+    let ending = nobody().env("NATS_TLS_CERT", &cert).env("NATS_TLS_KEY", &other_key).end().await;
+    assert_eq!(ending.code, Some(2), "{}", ending.said);
+    assert!(ending.said.starts_with(&format!("NATS_TLS_KEY: {other_key:?} is not allowed")), "{}", ending.said);
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use async_nats::{HeaderMap, Subscriber};
@@ -472,7 +473,7 @@ async fn gpu_work_is_refused_where_there_are_no_gpu_slots_and_runs_from_its_rout
 #[tokio::test]
 async fn a_worker_that_is_told_not_to_pull_leaves_the_group_and_comes_back() {
     let rig = Rig::start(&[CORE]).await;
-    let _second = another(&rig, "worker-2").await;
+    let second = another(&rig, "worker-2").await;
     let tell = async |pull: bool| {
         let word = json!({"pull": pull}).to_string();
         let told = rig.router.client().request("caf.worker.control.v1.worker-1", word.into()).await.expect("a report");
@@ -489,12 +490,45 @@ async fn a_worker_that_is_told_not_to_pull_leaves_the_group_and_comes_back() {
     }
     assert_eq!(rig.worker.get("/readyz").await.unwrap().0, 200);
     tell(true).await;
-    let mut n = 0;
-    within(SOON, "it takes work again", async || {
-        n += 1;
-        (run(format!("back-{n}")).await == "worker-1").then_some(())
-    })
-    .await;
+    // The only member now: what is published after the answer must find it.
+    drop(second);
+    for n in 0..20 {
+        tell(false).await;
+        tell(true).await;
+        assert_eq!(run(format!("back-{n}")).await, "worker-1");
+    }
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_is_due_survives_its_worker_with_its_outcome() {
+    let spool = tempfile::tempdir().unwrap();
+    let outbox = format!("--outbox-dir={}", spool.path().display());
+    for nats in [NatsServer::start(), NatsServer::without_jetstream()] {
+        let mut rig = Rig::at(nats, &[CORE, "--sandbox-mode", &outbox]).await;
+        let mut job = rig.call("/ok");
+        job["sandbox"] = json!({"code": 2003, "delay_ms": 3000});
+        job["headers"] = json!({"Authorization": "Bearer s3cret"});
+        let payload = assignment("acme", "final", job);
+        rig.router.send(&payload).await;
+        rig.router.verdict(&payload).await;
+        rig.nats.kill();
+        let file = within(SOON, "the outcome lies on the disk", async || {
+            let files = std::fs::read_dir(spool.path()).unwrap().flatten();
+            files.map(|file| file.path()).find(|path| path.extension().is_some_and(|extension| extension == "json"))
+        })
+        .await;
+        assert_eq!(std::fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+        rig.worker.kill();
+        rig.nats.restart();
+        let router = Router::connect(&rig.nats.url()).await;
+        let _again = rig.another("worker-1").flag(CORE).flag(&outbox).start(&rig.nats).await;
+        assert_eq!(router.result(&payload).await["error"]["code"], 2003);
+        let letter = router.letter(&payload).await;
+        assert_eq!((&letter["stage"], &letter["error"]["code"]), (&json!("execute"), &json!(2003)));
+        assert_eq!(letter["assignment"], payload, "{letter}");
+        let is_empty = || std::fs::read_dir(spool.path()).unwrap().flatten().next().is_none();
+        until("the directory is empty", async || is_empty()).await;
+    }
 }
 
 #[tokio::test]

@@ -7,7 +7,6 @@ use std::time::Duration;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Router, assignment};
 use beamline_tests::wait::{until, within};
-use beamline_tests::worker::Worker;
 
 /// After a hold has lapsed.
 const LAPSE: Duration = Duration::from_secs(40);
@@ -60,16 +59,4 @@ async fn an_outcome_in_memory_is_recorded_when_the_broker_is_back() {
     until("the disk is empty", async || files(directory.path()) == 0).await;
     router.settled(LAPSE).await;
     assert_eq!(rig.peer.hits("/gate/back").len(), 1, "it has run once");
-}
-
-#[tokio::test]
-async fn an_outbox_that_cannot_be_written_is_said_at_the_start() {
-    let rig = Rig::start(&[]).await;
-    let ending = Worker::named("worker-2")
-        .flag("--outbox-dir=/proc/outbox")
-        .flag(format!("--nats-url={}", rig.nats.url()))
-        .end()
-        .await;
-    assert_eq!(ending.code, Some(1));
-    assert!(ending.said.contains("--outbox-dir: /proc/outbox cannot be used"), "{}", ending.said);
 }

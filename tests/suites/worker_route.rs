@@ -579,7 +579,8 @@ async fn a_worker_does_not_start_with_a_policy_that_cannot_be_used() {
     }
     let ending = Worker::named("w").flag("--tenants-file=/nowhere/policy.yaml").end().await;
     assert_eq!(ending.code, Some(2), "{}", ending.said);
-    assert!(ending.said.contains("--tenants-file: /nowhere/policy.yaml: No such file"), "{}", ending.said);
+    let named = r#"--tenants-file: "/nowhere/policy.yaml" is not allowed: expected a file of tenants that can be used (No such"#;
+    assert!(ending.said.contains(named), "{}", ending.said);
 }
 
 #[tokio::test]

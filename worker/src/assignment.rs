@@ -119,7 +119,7 @@ pub struct Assignment {
     pub priority: Option<u8>,
     /// Where it waits for a slot.
     pub pool: Pool,
-    /// Megabytes that it says it needs.
+    /// Megabytes that it says it needs: reserved while a worker has it.
     pub memory_mb: Option<u64>,
     /// The deadline of the block over all attempts.
     pub timeout: Duration,
@@ -200,12 +200,13 @@ impl Assignment {
             (None, None) => (RetryConfig::default(), ""),
         };
         let resources = wire.resources.as_ref();
+        amount(resources.and_then(|resources| resources.gpu), "/resources/gpu")?;
         Ok(Self {
             key: AssignmentKey::new(tenant_id, assignment_id),
             correlation,
             priority: wire.priority.map(|priority| within(priority, 0, 9, "/priority")).transpose()?,
             pool: pool(resources.and_then(|resources| resources.pool.as_deref()))?,
-            memory_mb: memory_mb(resources.and_then(|resources| resources.memory_mb))?,
+            memory_mb: amount(resources.and_then(|resources| resources.memory_mb), "/resources/memory_mb")?,
             timeout: timeout(job.timeout_ms, kind(&job)?)?,
             backoff: backoff(&retry, retry_at)?,
             sandbox: job.sandbox.clone().unwrap_or_default(),
@@ -294,8 +295,8 @@ fn pool(name: Option<&str>) -> Result<Pool, Invalid> {
     }
 }
 
-fn memory_mb(memory_mb: Option<i64>) -> Result<Option<u64>, Invalid> {
-    memory_mb.map(|memory_mb| within(memory_mb, 0, i64::from(u32::MAX), "/resources/memory_mb")).transpose()
+fn amount(amount: Option<i64>, pointer: &str) -> Result<Option<u64>, Invalid> {
+    amount.map(|amount| within(amount, 0, i64::from(u32::MAX), pointer)).transpose()
 }
 
 fn timeout(timeout_ms: Option<i64>, kind: BlockKind) -> Result<Duration, Invalid> {

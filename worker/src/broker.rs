@@ -1,9 +1,11 @@
 //! The connection to NATS: the only place that knows how to reach it and what its answers mean.
 
 mod asked; // requests to keep something, and their answers
+pub mod creds; // who we are there
 pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
 pub mod streams; // what the worker needs there, and how it must be set
+pub mod version; // how old a server may be
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,9 +20,9 @@ use tokio::sync::watch;
 
 use crate::admin::{Concern, Health};
 use crate::execute::backoff;
-use crate::pem;
 use crate::telemetry::TraceContext;
 use asked::Asked;
+use version::Version;
 
 /// Begins the subjects that answers come on: other programs' answers are not for workers.
 const INBOX: &str = "_INBOX_WORKER";
@@ -111,16 +113,21 @@ impl Broker {
     /// Connects, and waits for as long as it takes; `health` says so meanwhile, and at every later loss.
     ///
     /// # Errors
-    /// What is wrong with the address or its files, for a person.
+    /// The connection ended as soon as it had come about; why, for a person.
     pub async fn connect(address: &Address, health: &Health) -> Result<Self, String> {
         let (connected, connects) = watch::channel(0);
         let connected = Arc::new(connected);
-        let client = open(options(address, "work")?, address, health, Some(connected)).await;
-        let lookups = open(options(address, "look-ups")?, address, health, None).await;
+        let client = open(options(address, "work"), address, health, Some(connected)).await;
+        let lookups = open(options(address, "look-ups"), address, health, None).await;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(REQUEST_TIMEOUT);
         let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
-        Ok(Self(Arc::new(Connections { client, lookups, asked, jetstream, connects })))
+        let broker = Self(Arc::new(Connections { client, lookups, asked, jetstream, connects }));
+        if let Some(version) = broker.version().filter(Version::has_known_faults) {
+            let recommended = version::RECOMMENDED;
+            tracing::warn!(%version, recommended, "this nats-server has known security faults");
+        }
+        Ok(broker)
     }
 
     /// The connection that everything but look-ups uses.
@@ -147,6 +154,11 @@ impl Broker {
     pub fn session(&self) -> Session {
         let info = self.0.client.server_info();
         Session { server: info.server_id.into(), connection: info.client_id }
+    }
+
+    /// That of the server that is connected; `None` where it has one of its own kind.
+    pub fn version(&self) -> Option<Version> {
+        Version::parse(&self.0.client.server_info().version)
     }
 
     /// The largest message that the broker takes, in bytes, headers included.
@@ -243,41 +255,31 @@ struct PubAck {
     error: Option<jetstream::Error>,
 }
 
-/// Looks into every file first: what is wrong now ends the worker, what changes later is met by the next connect.
-fn options(address: &Address, purpose: &str) -> Result<ConnectOptions, String> {
+/// Files are read again by each connect.
+fn options(address: &Address, purpose: &str) -> ConnectOptions {
     let mut options = match address.creds.clone() {
         None => ConnectOptions::new(),
-        Some(path) => {
-            read_creds(&path)?;
-            ConnectOptions::with_auth_callback(move |nonce| {
-                let path = path.clone();
-                async move { sign(&path, &nonce).map_err(AuthError::new) }
-            })
-        }
+        Some(path) => ConnectOptions::with_auth_callback(move |nonce| {
+            let path = path.clone();
+            async move { sign(&path, &nonce).map_err(AuthError::new) }
+        }),
     };
     if let Some(ca) = &address.tls_ca {
-        pem::authorities(ca).map_err(|reason| about("--nats-tls-ca", ca, &reason))?;
         options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((cert, key)) = &address.tls_identity {
-        let certificates = pem::certificates(cert).map_err(|reason| about("--nats-tls-cert", cert, &reason))?;
-        pem::check_key(key, certificates).map_err(|reason| about("--nats-tls-key", key, &reason))?;
         options = options.add_client_certificate(cert.clone(), key.clone());
     }
     if let Some((user, password)) = credentials_in_url(address) {
         options = options.user_and_password(user, password);
     }
-    Ok(options
+    options
         .name(format!("{} {purpose}", address.name))
         .custom_inbox_prefix(INBOX)
         .ping_interval(PING_INTERVAL)
         .request_timeout(Some(REQUEST_TIMEOUT))
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
-        .reconnect_delay_callback(reconnect_delay))
-}
-
-fn about(flag: &str, file: &Path, reason: &str) -> String {
-    format!("{flag}: {}: {reason}", file.display())
+        .reconnect_delay_callback(reconnect_delay)
 }
 
 /// The client itself ignores the credentials of an address.
@@ -335,23 +337,8 @@ fn note(event: &Event, health: &Health, connected: Option<&watch::Sender<u64>>) 
     }
 }
 
-/// The two parts of a credentials file: the user's token and the seed that signs for it.
-fn read_creds(path: &PathBuf) -> Result<(String, nkeys::KeyPair), String> {
-    let failed = |reason: String| about("--nats-creds", path, &reason);
-    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
-    let part = |name: &str| {
-        let begins = |line: &&str| line.starts_with("-----BEGIN") && line.contains(name);
-        let mut lines = text.lines().skip_while(|line| !begins(line)).skip(1);
-        lines.find(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned())
-    };
-    let token = part("JWT").ok_or_else(|| failed("has no user JWT".to_owned()))?;
-    let seed = part("SEED").ok_or_else(|| failed("has no NKEY seed".to_owned()))?;
-    let key = nkeys::KeyPair::from_seed(&seed).map_err(|error| failed(error.to_string()))?;
-    Ok((token, key))
-}
-
-fn sign(path: &PathBuf, nonce: &[u8]) -> Result<Auth, String> {
-    let (token, key) = read_creds(path)?;
+fn sign(path: &Path, nonce: &[u8]) -> Result<Auth, String> {
+    let (token, key) = creds::read(path).map_err(|reason| format!("--nats-creds: {}: {reason}", path.display()))?;
     let mut auth = Auth::new();
     auth.signature = Some(key.sign(nonce).map_err(|error| error.to_string())?);
     auth.jwt = Some(token);

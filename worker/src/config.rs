@@ -18,6 +18,8 @@ use url::Url;
 use crate::assignment::Pool;
 use crate::blocks::{egress, sql};
 use crate::broker::streams::Mode;
+use crate::policy::{Policy, PolicyFile};
+use crate::report::spool::Spool;
 use input::Input;
 use settings as s;
 
@@ -36,7 +38,7 @@ pub struct Config {
     pub gpu_pool_size: u16,
     /// Slots of the io pool.
     pub io_pool_size: u16,
-    /// Payloads and results held at once; more makes intake wait.
+    /// Payloads and results held at once, and what assignments reserve; more makes intake wait.
     pub max_memory_bytes: u64,
     /// CPU time that one block may use.
     pub max_cpu_time: Duration,
@@ -45,7 +47,7 @@ pub struct Config {
     /// The WorkerPool that this worker belongs to.
     pub pool: Option<PoolName>,
     /// What tenants are given, and whether the worker is paused.
-    pub tenants_file: Option<PathBuf>,
+    pub tenants: Option<(PolicyFile, Policy)>,
     /// Nothing outside is touched, results are canned.
     pub sandbox_mode: bool,
     /// The broker.
@@ -87,7 +89,7 @@ pub struct Config {
     /// Whether secrets in dead letters are replaced.
     pub dlq_redact: bool,
     /// Where outcomes wait that the broker does not take.
-    pub outbox_dir: Option<PathBuf>,
+    pub outbox: Option<Spool>,
     /// How long running work may take after SIGTERM.
     pub drain_timeout: Duration,
     /// Where probes and scrapes are answered.
@@ -166,30 +168,30 @@ impl Config {
             max_cpu_time: Duration::from_millis(input.value(&s::MAX_CPU_TIME_MS, values::whole(1..=values::MONTH_MS))),
             worker_id: input.optional(&s::WORKER_ID, values::id).unwrap_or_else(values::host_name),
             pool: input.optional(&s::POOL, PoolName::parse),
-            tenants_file: input.optional(&s::TENANTS_FILE, values::file),
+            tenants: input.optional(&s::TENANTS_FILE, values::tenants),
             sandbox_mode: input.value(&s::SANDBOX_MODE, values::switch),
             nats_servers: input.value(&s::NATS_URL, NatsServers::parse),
             nats_delivery: input.value(&s::NATS_DELIVERY, values::delivery),
             nats_subject: input.value(&s::NATS_SUBJECT, values::subject),
             nats_queue_group: input.value(&s::NATS_QUEUE_GROUP, values::consumer_name),
             nats_create_streams: input.value(&s::NATS_CREATE_STREAMS, values::switch),
-            nats_creds: input.optional(&s::NATS_CREDS, values::file),
-            nats_tls_ca: input.optional(&s::NATS_TLS_CA, values::file),
+            nats_creds: input.optional(&s::NATS_CREDS, values::credentials),
+            nats_tls_ca: input.optional(&s::NATS_TLS_CA, values::authorities),
             nats_tls_identity: input
-                .both(&s::NATS_TLS_CERT, &s::NATS_TLS_KEY, values::file)
+                .both((&s::NATS_TLS_CERT, values::certificates), (&s::NATS_TLS_KEY, values::key))
                 .map(|(cert, key)| TlsIdentity { cert, key }),
             fs_roots: input.value(&s::FS_ROOTS, values::directories),
             egress_policy: input.value(&s::EGRESS_POLICY, values::egress_policy),
             egress_allow: input.optional(&s::EGRESS_ALLOW, values::egress_entries).unwrap_or_default(),
             egress_deny: input.optional(&s::EGRESS_DENY, values::egress_entries).unwrap_or_default(),
             http_connect_timeout: input.value(&s::HTTP_CONNECT_TIMEOUT, values::duration("1ms", "10m")),
-            http_ca_file: input.optional(&s::HTTP_CA_FILE, values::file),
+            http_ca_file: input.optional(&s::HTTP_CA_FILE, values::authorities),
             sql_connections: input.optional(&s::SQL_CONNECTIONS_FILE, values::sql_connections).map(Arc::new),
             sql_inline_connections: input.value(&s::SQL_INLINE_CONNECTIONS, values::sql_inline),
             approval_webhook: input.optional(&s::APPROVAL_WEBHOOK, values::webhook_url),
             dlq_exhausted: input.value(&s::DLQ_EXHAUSTED, values::switch),
             dlq_redact: input.value(&s::DLQ_REDACT, values::switch),
-            outbox_dir: input.optional(&s::OUTBOX_DIR, values::file),
+            outbox: input.optional(&s::OUTBOX_DIR, values::outbox),
             drain_timeout: input.value(&s::DRAIN_TIMEOUT, values::duration("0s", "1day")),
             prometheus_endpoint: input.value(&s::PROMETHEUS_ENDPOINT, values::socket_address),
             otlp_endpoint: input.optional(&s::OTLP_ENDPOINT, values::collector_url),
@@ -313,6 +315,7 @@ mod tests {
                 r#"WORKER_MAX_MEMORY_MB: "-1" is not allowed: expected a whole number from 16 to 1048576"#,
                 r#"WORKER_POOL: "main" is not allowed: expected <namespace>/<name> of a WorkerPool"#,
                 "--nats-tls-cert needs --nats-tls-key as well",
+                r#"--nats-tls-cert: "/cert" is not allowed: expected a PEM file of certificates that can be used (No such file or directory (os error 2))"#,
                 r#"--fs-roots: "data" is not allowed: expected different absolute directories other than /, separated by commas"#,
                 r#"--drain-timeout: "35" is not allowed: expected a time from 0s to 1day, such as 500ms, 25s or 1m30s"#,
                 r#"PROMETHEUS_ENDPOINT: "9090" is not allowed: expected an IP address and a port, such as 0.0.0.0:9090"#,
@@ -402,9 +405,47 @@ mod tests {
 
     #[test]
     fn a_certificate_and_its_key_belong_together() {
-        let identity = accepted("--nats-tls-cert=/c", "NATS_TLS_KEY=/k").nats_tls_identity;
-        assert_eq!(identity, Some(TlsIdentity { cert: "/c".into(), key: "/k".into() }));
-        assert_eq!(refused("", "NATS_TLS_KEY=/k"), ["NATS_TLS_KEY needs --nats-tls-cert as well"]);
+        let files = tempfile::tempdir().expect("a directory");
+        let pair = |name: &str| {
+            let made = rcgen::generate_simple_self_signed([name.to_owned()]).expect("a certificate");
+            let (cert, key) = (files.path().join(format!("{name}.crt")), files.path().join(format!("{name}.key")));
+            std::fs::write(&cert, made.cert.pem()).expect("a file");
+            std::fs::write(&key, made.signing_key.serialize_pem()).expect("a file");
+            TlsIdentity { cert, key }
+        };
+        let (ours, other) = (pair("ours"), pair("other"));
+        let cert = format!("--nats-tls-cert={}", ours.cert.display());
+        let identity = accepted(&cert, &format!("NATS_TLS_KEY={}", ours.key.display())).nats_tls_identity;
+        let key = format!("NATS_TLS_KEY={}", other.key.display());
+        assert_eq!(identity, Some(ours));
+        assert_eq!(refused("", &key), ["NATS_TLS_KEY needs --nats-tls-cert as well"]);
+        let problems = refused(&cert, &key);
+        let [problem] = problems.as_slice() else { panic!("{problems:?}") };
+        assert!(problem.starts_with("NATS_TLS_KEY: ") && problem.contains("does not fit the certificate"), "{problem}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_as_wrong_as_its_flag() {
+        let files = tempfile::tempdir().expect("a directory");
+        let broken = files.path().join("broken");
+        std::fs::write(&broken, "half a: [").expect("a file");
+        let (broken, missing) = (broken.display(), files.path().join("missing"));
+        let missing = missing.display();
+        let read = ["nats-creds", "nats-tls-ca", "http-ca-file", "tenants-file", "sql-connections-file"];
+        for (file, of) in [(broken.to_string(), &read[..]), (missing.to_string(), &read[..])] {
+            let args: Vec<_> = of.iter().map(|flag| format!("--{flag}={file}")).collect();
+            // A directory cannot be made where there is a file.
+            let problems = refused(&format!("{} --outbox-dir={broken}/outbox", args.join(" ")), "");
+            assert_eq!(problems.len(), of.len() + 1, "{problems:#?}");
+            for flag in of {
+                let start = format!("--{flag}: \"{}\"", &file[..file.len().min(80)]);
+                let problem = problems.iter().find(|problem| problem.starts_with(&start));
+                let problem = problem.unwrap_or_else(|| panic!("{start} in {problems:#?}"));
+                assert!(problem.contains(" that can be used (") && problem.ends_with(')'), "{problem}");
+            }
+        }
+        let outbox = files.path().join("new/outbox");
+        assert!(accepted(&format!("--outbox-dir={}", outbox.display()), "").outbox.is_some() && outbox.is_dir());
     }
 
     #[test]

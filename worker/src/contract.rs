@@ -129,6 +129,8 @@ pub struct ExecAssignment<'a> {
 pub struct Executor<'a> {
     #[serde(borrow)]
     pub provider_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    pub endpoint: Option<Cow<'a, str>>,
 }
 
 /// What every `job` may say, whatever its type.
@@ -163,6 +165,8 @@ pub struct Resources<'a> {
     #[serde(borrow)]
     pub pool: Option<Cow<'a, str>>,
     pub memory_mb: Option<i64>,
+    /// Informative.
+    pub gpu: Option<i64>,
 }
 
 /// What a job asks of the sandbox.

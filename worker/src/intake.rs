@@ -85,7 +85,7 @@ pub struct Delivery {
     received: Instant,
     waiting: Option<Waiting>,
     is_surplus: bool,
-    _bytes: Counted,
+    bytes: Counted,
 }
 
 /// How a delivery ends.
@@ -163,6 +163,16 @@ impl Delivery {
     /// Whether its block has begun.
     pub fn has_begun(&self) -> bool {
         self.waiting.is_none()
+    }
+
+    /// Its work needs so much memory: payload and result count as no less while it is here.
+    pub fn reserve(&mut self, memory_mb: u64) {
+        self.bytes.reserve(usize::try_from(memory_mb << 20).unwrap_or(usize::MAX));
+    }
+
+    /// How much a result of so many bytes adds to what counts for it already.
+    pub fn beyond_reserved(&self, bytes: usize) -> usize {
+        self.bytes.beyond(bytes)
     }
 
     /// It has begun, or ended without beginning: it no longer counts as waiting here.
@@ -407,7 +417,7 @@ impl Puller {
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.flow)),
             is_surplus: false,
-            _bytes: self.load.hold_bytes(payload.len()),
+            bytes: self.load.hold_bytes(payload.len()),
             payload,
             headers,
         })

@@ -19,7 +19,6 @@ use beamline_worker::pipeline::{self, Pipeline};
 use beamline_worker::policy::{Policy, PolicyFile};
 use beamline_worker::presence::{self, Identity};
 use beamline_worker::report::dead_letter;
-use beamline_worker::report::spool::Spool;
 use beamline_worker::schedule::{Schedule, Sizes};
 use beamline_worker::vital::{self, Vital};
 use beamline_worker::{pulse, shutdown, telemetry};
@@ -51,14 +50,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_BAD_CONFIG);
         }
     };
-    let policy = match config.tenants_file.as_deref().map(PolicyFile::open).transpose() {
-        Ok(policy) => policy,
-        Err(reason) => {
-            eprintln!("--tenants-file: {reason}");
-            return ExitCode::from(EXIT_BAD_CONFIG);
-        }
-    };
-    match start(*config, policy) {
+    match start(*config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
             eprintln!("beamline_worker: {reason:#}");
@@ -67,7 +59,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result<()> {
+fn start(config: Config) -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let metrics = Arc::new(Metrics::new());
     let telemetry = telemetry::init(&config, &metrics)?;
@@ -76,7 +68,7 @@ fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result
     // several that wake each other. Blocks have threads of their own, so that none of them holds it up.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let blocks = tokio::runtime::Builder::new_multi_thread().thread_name("block").enable_all().build()?;
-    let ended = runtime.block_on(work(config, policy, metrics, blocks.handle().clone()));
+    let ended = runtime.block_on(work(config, metrics, blocks.handle().clone()));
     if let Err(error) = &ended {
         tracing::error!(error = format!("{error:#}"), "the worker ends");
     }
@@ -88,19 +80,16 @@ fn start(config: Config, policy: Option<(PolicyFile, Policy)>) -> anyhow::Result
 }
 
 /// From the first connect to the last flush.
-async fn work(
-    config: Config,
-    policy: Option<(PolicyFile, Policy)>,
-    metrics: Arc<Metrics>,
-    blocks: Handle,
-) -> anyhow::Result<()> {
+async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyhow::Result<()> {
     let (health, ended) = (Health::new(), CancellationToken::new());
     let mode = config.nats_delivery;
     admin::serve_apart(config.prometheus_endpoint, mode, health.clone(), Arc::clone(&metrics), ended.clone())
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
     let (vital, tasks_ended) = Vital::new();
     vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
-    let policy = follow(policy, &vital);
+    let tenants = config.tenants.take();
+    let has_policy = tenants.is_some();
+    let policy = follow(tenants, &vital);
     let mut told_to_stop = std::pin::pin!(told_to_stop(tasks_ended));
     let prepared = tokio::select! {
         prepared = prepare(&config, &health, policy, metrics, blocks, &vital) => prepared?,
@@ -115,7 +104,7 @@ async fn work(
     }
     vital.spawn("report", presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
     vital.spawn("obey", presence::obey(Arc::clone(&pipeline), identity));
-    if config.tenants_file.is_some() {
+    if has_policy {
         let pipeline = Arc::clone(&pipeline);
         vital.spawn("follow the policy", async move { pipeline.follow_policy().await });
     }
@@ -189,7 +178,7 @@ async fn prepare(
     }
     let broker = Broker::connect(&address(config), health).await.map_err(anyhow::Error::msg)?;
     let intake = intake_of(config);
-    let settings = pipeline_settings(config, &intake)?;
+    let settings = pipeline_settings(config, &intake);
     let (mode, sources, create) = (config.nats_delivery, sources(config), config.nats_create_streams);
     let keeper = Keeper::start(broker.clone(), Needs { mode, intake, sources, create }, health).await?;
     let streams = keeper.watch();
@@ -241,12 +230,8 @@ fn pool_name(config: &Config) -> Option<String> {
     config.pool.as_ref().map(ToString::to_string)
 }
 
-fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Result<pipeline::Settings> {
-    let spool = config.outbox_dir.clone().map(|directory| {
-        let failed = format!("--outbox-dir: {} cannot be used", directory.display());
-        Spool::open(directory).context(failed)
-    });
-    Ok(pipeline::Settings {
+fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Settings {
+    pipeline::Settings {
         mode: config.nats_delivery,
         pool: pool_name(config),
         worker_id: config.worker_id.clone(),
@@ -256,8 +241,8 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> anyhow::Resul
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
         letters: if config.dlq_exhausted { Letters::Exhausted } else { Letters::Final },
-        spool: spool.transpose()?,
-    })
+        spool: config.outbox.clone(),
+    }
 }
 
 fn dead_letter_settings(config: &Config) -> dead_letter::Settings {

@@ -26,8 +26,7 @@ const REJECTIONS: [Cause; 6] = [
     Cause::Overloaded,
 ];
 const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";
-const USAGE: &str =
-    "CPU time that blocks have used since the start (cpu_time_ms), payloads and results held now (memory_mb)";
+const USAGE: &str = "CPU time that blocks have used since the start (cpu_time_ms), payloads, results and reservations held now (memory_mb)";
 const PASSED_ON: &str = "Assignments passed on to workers with GPU slots";
 const REPLAYED: &str = "Stored results published again instead of running twice";
 const REDELIVERIES: &str = "Deliveries that were not the first of their message";

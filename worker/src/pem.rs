@@ -33,13 +33,20 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String>
     if certificates.is_empty() { Err("holds no PEM certificate".to_owned()) } else { Ok(certificates) }
 }
 
+/// The first private key in a file.
+///
+/// # Errors
+/// What is wrong with the file, for a person; never quotes it.
+pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
+    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
+    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| "holds no PEM private key".to_owned())
+}
+
 /// Whether the file's first private key is the one that these certificates were made for.
 ///
 /// # Errors
 /// What is wrong with the file, for a person; never quotes it.
 pub fn check_key(path: &Path, certificates: Vec<CertificateDer<'static>>) -> Result<(), String> {
-    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
-    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| "holds no PEM private key".to_owned())?;
-    let pair = CertifiedKey::from_der(certificates, key, &ring::default_provider());
+    let pair = CertifiedKey::from_der(certificates, private_key(path)?, &ring::default_provider());
     pair.map(drop).map_err(|error| format!("does not fit the certificate: {error}"))
 }

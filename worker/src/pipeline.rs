@@ -80,7 +80,7 @@ pub struct Settings {
     pub route_subject: String,
     /// How dead letters are written.
     pub dead_letters: dead_letter::Settings,
-    /// Payloads and results that may be held at once.
+    /// Payloads and results that may be held at once, reserved memory included.
     pub max_memory_bytes: u64,
     /// CPU time that one block may use.
     pub max_cpu_time: Duration,
@@ -217,10 +217,11 @@ impl Pipeline {
         }
         let session = self.broker.session();
         let mut arrivals = Vec::with_capacity(judged.len());
-        for (delivery, judgement) in self.repeat_refusals(judged).await {
+        for (mut delivery, judgement) in self.repeat_refusals(judged).await {
             match judgement {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
+                    delivery.reserve(assignment.memory_mb.unwrap_or_default());
                     let verdict = report::accepted(&assignment, &self.settings.worker_id);
                     let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
                     let subject = self.settings.verdict_subject.clone();
@@ -397,13 +398,14 @@ impl Pipeline {
         let failed = execution.failed.clone();
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
         let result = self.encode(&mut step, assignment);
-        let _held = self.load.hold_bytes(result.len());
+        let _held = self.load.hold_bytes(delivery.beyond_reserved(result.len()));
         failpoint::reach(Point::BeforeRecord).await;
         match self.record(&arrival, expected, &mut step, result).await {
             Standing::Ours(result) => {
                 failpoint::reach(Point::AfterRecord).await;
                 if let Some(fault) = self.due_letter(&step) {
-                    Box::pin(self.keep_failure(&arrival, fault, &failed)).await;
+                    let keeping = self.keep_failure(&arrival, fault, &failed);
+                    Box::pin(self.spooled(|| self.unrecorded(delivery, &assignment.key, &result), keeping)).await;
                 }
                 self.note_outcome(assignment, &step);
                 self.publish(arrival, result).await;
@@ -423,7 +425,7 @@ impl Pipeline {
         {
             let addressee = assignment.addressee();
             failpoint::reach(Point::BeforeDeadLetter).await;
-            self.until_definite(|| self.dead_letters.rewrite(delivery, &addressee, fault)).await;
+            self.until_definite(|| self.dead_letters.rewrite(delivery.into(), &addressee, fault)).await;
             failpoint::reach(Point::AfterDeadLetter).await;
         }
         self.publish(arrival, record.result).await;

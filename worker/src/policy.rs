@@ -262,9 +262,8 @@ impl PolicyFile {
     /// # Errors
     /// What is wrong with it, for a person.
     pub fn open(path: &Path) -> Result<(Self, Policy), String> {
-        let named = |reason: String| format!("{}: {reason}", path.display());
-        let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
-        let policy = Policy::parse(&text).map_err(named)?;
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        let policy = Policy::parse(&text)?;
         Ok((Self { path: path.to_owned(), seen: Ok(text) }, policy))
     }
 

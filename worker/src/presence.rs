@@ -77,12 +77,16 @@ fn pull(payload: &[u8]) -> Result<bool, Invalid> {
     control.pull.ok_or_else(|| Invalid::missing("/pull"))
 }
 
-/// Does as told, and says what still runs when nothing more can begin.
+/// Does as told, and says so when nothing more can begin, or when nothing that is published from now on is missed.
 async fn told(pipeline: &Pipeline, identity: &Identity, pull: bool) -> Bytes {
     tracing::info!(pull, "told whether to take work");
     pipeline.gate.tell(pull);
-    if !pull {
-        let told = Instant::now();
+    let told = Instant::now();
+    if pull {
+        while pipeline.load.is_out() && pipeline.gate.is_open() && told.elapsed() < STOP_LIMIT {
+            tokio::time::sleep(LOOK / 20).await;
+        }
+    } else {
         let is_still = || pipeline.load.open_pulls() == 0 && pipeline.load.waiting() == 0;
         tokio::time::sleep(LOOK).await;
         while !is_still() && !pipeline.gate.is_open() && told.elapsed() < STOP_LIMIT {

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use async_nats::{HeaderMap, Message};
-use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::StreamExt;
 
 use super::Broker;
 
@@ -13,8 +12,6 @@ use super::Broker;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Subjects in one request: the broker answers at most 1 024 at once.
 const SUBJECTS: usize = 512;
-/// Requests on their way at once, where each asks for one subject only.
-const SINGLE_REQUESTS: usize = 64;
 
 /// The broker could not be asked, or did not answer: ask again.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +47,6 @@ impl Broker {
             match self.ask(stream, subjects.get(..asked).unwrap_or_default(), &mut found).await? {
                 Answer::Complete => drop(subjects.drain(..asked)),
                 Answer::CutShort => subjects.retain(|subject| !found.contains_key(subject)),
-                Answer::TooOld => return self.ask_one_by_one(stream, subjects, found).await,
             }
         }
         Ok(found)
@@ -66,7 +62,7 @@ impl Broker {
         fitting.count().max(1)
     }
 
-    /// One `multi_last` request (nats-server 2.11 and later). Each message comes by itself; a status ends them.
+    /// One `multi_last` request. Each message comes by itself; a status ends them.
     async fn ask(
         &self,
         stream: &str,
@@ -95,35 +91,12 @@ impl Broker {
                     Some(204) if pending > 0 => return Ok(Answer::CutShort),
                     Some(204) => return Ok(Answer::Complete),
                     Some(404) if description.contains("No Results") => return Ok(Answer::Complete),
-                    Some(408) => return Ok(Answer::TooOld),
                     Some(status) => return Err(failed(&format!("{status} {description}"))),
                 }
             }
             Err(failed(&"the connection ended"))
         };
         tokio::time::timeout(ANSWER_TIMEOUT, collect).await.map_err(|_| failed(&"no answer"))?
-    }
-
-    /// A request for each subject: what a server below 2.11 understands.
-    async fn ask_one_by_one(
-        &self,
-        stream: &str,
-        subjects: Vec<String>,
-        mut found: HashMap<String, Message>,
-    ) -> Result<HashMap<String, Message>, LookUpError> {
-        let answers = subjects.into_iter().map(|subject| async move {
-            let api = format!("$JS.API.DIRECT.GET.{stream}.{subject}");
-            let answer = self.lookups().request(api, Bytes::new()).await;
-            let message = answer.map_err(|error| LookUpError::new(stream, error))?;
-            match message.status.map(|status| status.as_u16()) {
-                None => Ok(Some((subject, message))),
-                Some(404) => Ok(None),
-                Some(status) => Err(LookUpError::new(stream, status)),
-            }
-        });
-        let answers: Vec<_> = stream::iter(answers).buffer_unordered(SINGLE_REQUESTS).try_collect().await?;
-        found.extend(answers.into_iter().flatten());
-        Ok(found)
     }
 }
 
@@ -133,6 +106,4 @@ enum Answer {
     Complete,
     /// There is more: ask for the rest.
     CutShort,
-    /// The server does not know the request.
-    TooOld,
 }

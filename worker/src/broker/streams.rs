@@ -16,6 +16,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 use super::Broker;
+use super::version::{self, Version};
 use crate::admin::{Concern, Health};
 use crate::contract;
 
@@ -48,8 +49,8 @@ const MAX_ACK_PENDING: i64 = 50_000;
 const MAX_WAITING: i64 = 16_384;
 /// Between two looks at streams that are missing or cannot be asked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// Between two looks when nothing seems wrong: a few requests for each worker.
-const LOOK_ANYWAY: Duration = Duration::from_secs(30);
+/// Between two looks when nothing seems wrong, for what an idle worker would not miss: a dozen small requests.
+const LOOK_ANYWAY: Duration = Duration::from_secs(5);
 const RESULT_RETENTION: Duration = Duration::from_secs(3600);
 const RESULT_MAX_MESSAGES: i64 = 2_000_000;
 const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -173,7 +174,7 @@ impl Keeper {
     /// Finds or makes the streams; waits for those that are missing, and says so in `health`.
     ///
     /// # Errors
-    /// A mismatch: it never heals by waiting.
+    /// A mismatch, or a server that is too old: neither heals by waiting.
     pub async fn start(broker: Broker, needs: Needs, health: &Health) -> Result<Self, StreamsError> {
         loop {
             match ensure(&broker, &needs, None).await {
@@ -181,7 +182,7 @@ impl Keeper {
                     health.clear(Concern::StreamsUnavailable);
                     return Ok(Self { broker, needs, ready: watch::Sender::new(ready) });
                 }
-                Err(mismatch @ StreamsError::Mismatch { .. }) => return Err(mismatch),
+                Err(error @ (StreamsError::Mismatch { .. } | StreamsError::TooOld(_))) => return Err(error),
                 Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
             }
             tokio::time::sleep(LOOK_AGAIN).await;
@@ -253,6 +254,9 @@ pub enum StreamsError {
         /// Every setting that differs: as it is, and as it must be.
         differences: String,
     },
+    /// The server lacks what the contract rests on.
+    #[error("nats-server {0} is too old: JetStream of nats-server {floor} or later is needed", floor = version::FLOOR)]
+    TooOld(Version),
     /// It is missing and this worker was told not to create it.
     #[error("{0} does not exist (yet)")]
     Missing(String),
@@ -316,13 +320,23 @@ async fn ensure(broker: &Broker, needs: &Needs, known: Option<Ready>) -> Result<
         if !had_jetstream && !has_jetstream(broker).await? {
             return Ok(Ready { has_jetstream: false, assignments: None });
         }
+        check_version(broker)?;
         ensure_notes(js, create).await?;
         return Ok(Ready { has_jetstream: true, assignments: None });
     }
+    check_version(broker)?;
     ensure_stream(js, results(), create).await?;
     ensure_notes(js, create).await?;
     let assignments = Some(ensure_assignments(js, needs, known).await?);
     Ok(Ready { has_jetstream: true, assignments })
+}
+
+/// What an older server lacks, it leaves out without a word.
+fn check_version(broker: &Broker) -> Result<(), StreamsError> {
+    match broker.version() {
+        Some(version) if version < version::FLOOR => Err(StreamsError::TooOld(version)),
+        _ => Ok(()),
+    }
 }
 
 /// Dead letters, control messages, and what workers note for each other.

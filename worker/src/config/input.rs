@@ -104,19 +104,20 @@ impl<E: Fn(&str) -> Option<OsString>> Input<E> {
         }
     }
 
-    /// Two settings that only make sense together.
-    pub(super) fn both<T>(
+    /// Two settings that only make sense together; the second is read in the light of the first, where that one is good.
+    pub(super) fn both<A, B>(
         &mut self,
-        one: &Setting,
-        other: &Setting,
-        parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Option<(T, T)> {
+        (one, parse_one): (&Setting, impl Fn(&str) -> Result<A, String>),
+        (other, parse_other): (&Setting, impl Fn(&str, Option<&A>) -> Result<B, String>),
+    ) -> Option<(A, B)> {
         match (self.given(one), self.given(other)) {
             (Some(given), None) => self.problems.push(format!("{} needs --{} as well", given.name, other.flag)),
             (None, Some(given)) => self.problems.push(format!("{} needs --{} as well", given.name, one.flag)),
             _ => {}
         }
-        Option::zip(self.optional(one, &parse), self.optional(other, &parse))
+        let one = self.optional(one, parse_one);
+        let other = self.optional(other, |text| parse_other(text, one.as_ref()));
+        Option::zip(one, other)
     }
 
     fn given(&mut self, setting: &Setting) -> Option<Given> {

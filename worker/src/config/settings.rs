@@ -46,7 +46,7 @@ pub(super) const MAX_MEMORY_MB: Setting = setting(
     "WORKER_MAX_MEMORY_MB",
     "MB",
     Some("2048"),
-    "Payloads and results held at once; more makes intake wait",
+    "Payloads, results and reservations held at once; more makes intake wait",
 );
 pub(super) const MAX_CPU_TIME_MS: Setting =
     setting("max-cpu-time-ms", "WORKER_MAX_CPU_TIME_MS", "MS", Some("7200000"), "CPU time that one block may use");
@@ -299,7 +299,7 @@ pub(super) fn help() -> String {
          Exit codes\n  \
            0  stopped as told, running work finished or handed back\n  \
            1  cannot start or go on; the log says why\n  \
-           2  a flag or variable is wrong; all that are wrong are named\n",
+           2  a flag or variable, or a file that it names, is wrong; all that are wrong are named\n",
     );
     help
 }

@@ -14,7 +14,11 @@ use url::Url;
 
 use crate::assignment::TenantId;
 use crate::blocks::{egress, http, sql};
+use crate::broker::creds;
 use crate::broker::streams::Mode;
+use crate::pem;
+use crate::policy::{Policy, PolicyFile};
+use crate::report::spool::Spool;
 
 /// The longest time that is written in milliseconds: 30 days.
 pub(super) const MONTH_MS: u64 = 30 * 24 * 3_600_000;
@@ -186,8 +190,47 @@ pub(super) fn consumer_name(text: &str) -> Result<String, String> {
     }
 }
 
-pub(super) fn file(text: &str) -> Result<PathBuf, String> {
+fn file(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() || text.contains('\0') { Err("the path of a file".to_owned()) } else { Ok(PathBuf::from(text)) }
+}
+
+/// A file that can be used now: what is wrong in it is as wrong as a flag.
+fn usable<T>(text: &str, what: &str, read: impl Fn(&Path) -> Result<T, String>) -> Result<T, String> {
+    read(&file(text)?).map_err(|reason| format!("{what} that can be used ({reason})"))
+}
+
+pub(super) fn credentials(text: &str) -> Result<PathBuf, String> {
+    usable(text, "a NATS credentials file", |path| creds::read(path).map(|_| path.to_owned()))
+}
+
+pub(super) fn authorities(text: &str) -> Result<PathBuf, String> {
+    usable(text, "a PEM file of authorities' certificates", |path| pem::authorities(path).map(|_| path.to_owned()))
+}
+
+pub(super) fn certificates(text: &str) -> Result<PathBuf, String> {
+    usable(text, "a PEM file of certificates", |path| pem::certificates(path).map(|_| path.to_owned()))
+}
+
+/// The key of the certificate, where there is one that can be used.
+pub(super) fn key(text: &str, certificate: Option<&PathBuf>) -> Result<PathBuf, String> {
+    let check = |path: &Path| match certificate {
+        Some(certificate) => pem::check_key(path, pem::certificates(certificate)?),
+        None => pem::private_key(path).map(drop),
+    };
+    usable(text, "a PEM file of the certificate's key", |path| check(path).map(|()| path.to_owned()))
+}
+
+pub(super) fn tenants(text: &str) -> Result<(PolicyFile, Policy), String> {
+    usable(text, "a file of tenants", PolicyFile::open)
+}
+
+pub(super) fn sql_connections(text: &str) -> Result<sql::ConnectionsFile, String> {
+    usable(text, "a file of connections", |path| sql::ConnectionsFile::open(path.to_owned()))
+}
+
+/// The directory is made where it is missing.
+pub(super) fn outbox(text: &str) -> Result<Spool, String> {
+    usable(text, "a directory", |path| Spool::open(path.to_owned()).map_err(|error| error.to_string()))
 }
 
 pub(super) fn directories(text: &str) -> Result<Vec<PathBuf>, String> {
@@ -215,12 +258,6 @@ pub(super) fn egress_policy(text: &str) -> Result<egress::Mode, String> {
 pub(super) fn egress_entries(text: &str) -> Result<Vec<egress::Entry>, String> {
     let allowed = "CIDRs, hosts or *.suffixes, each with an optional :port, separated by commas";
     text.split(',').map(|entry| entry.trim().parse().map_err(|error| format!("{allowed} ({error})"))).collect()
-}
-
-/// Reads the file: what is wrong in it is as wrong as a flag.
-pub(super) fn sql_connections(text: &str) -> Result<sql::ConnectionsFile, String> {
-    let path = file(text)?;
-    sql::ConnectionsFile::open(path).map_err(|reason| format!("a file of connections that can be used ({reason})"))
 }
 
 pub(super) fn sql_inline(text: &str) -> Result<sql::Inline, String> {

@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// How long a member that leaves waits for what is still under way to it.
 const LEAVING: Duration = Duration::from_secs(1);
 /// The broker takes a limit of more than nine digits for none, and unsubscribes at once; the client goes on to hear what
-/// is under way. Its own `drain` drops some of that.
+/// is under way. Its own `drain` drops some of that: it forgets the subscription before the broker's answer is here. A
+/// broker that took the number at its word would lose us only when the subscription is dropped, a moment later.
 const AT_ONCE: u64 = 10_000_000_000;
 
 /// Takes what the group is given and sends it on in chunks, until `stop`. While the worker takes no work it is no member.
@@ -41,6 +42,7 @@ pub async fn join(
         Source::GpuRoute => (intake.route_subject(), intake.route_group()),
     };
     let mut identities = Identities::new();
+    pipeline.load.flow(source).set_out(true);
     while !stop.is_cancelled() {
         if pipeline.gate.is_open() {
             match pipeline.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
@@ -96,6 +98,7 @@ impl<'a> Member<'a> {
     async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
         let flow = Arc::clone(self.pipeline.load.flow(self.source));
         flow.set_asked_for(1, 1);
+        flow.set_out(false);
         while !stop.is_cancelled() && self.pipeline.gate.is_open() {
             tokio::select! {
                 biased;
@@ -109,6 +112,7 @@ impl<'a> Member<'a> {
             }
             self.send_on(out).await;
         }
+        flow.set_out(true);
         self.leave().await;
         while !self.early.is_empty() {
             self.send_on(out).await;
@@ -189,7 +193,7 @@ impl<'a> Member<'a> {
             received: since,
             waiting: (!is_surplus).then(|| Waiting::new(self.pipeline.load.flow(self.source))),
             is_surplus,
-            _bytes: bytes,
+            bytes,
         }
     }
 }

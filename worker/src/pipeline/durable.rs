@@ -18,7 +18,7 @@ use crate::failpoint::{self, Point};
 use crate::fault::Fault;
 use crate::intake::{Delivery, Publication};
 use crate::report::StepResult;
-use crate::report::dead_letter::Stage;
+use crate::report::dead_letter::{Came, Stage};
 use crate::report::ledger::Record;
 use crate::report::spool::Outcome;
 
@@ -134,6 +134,7 @@ impl Pipeline {
         let write = || self.ledger.write(&key, &publication, outcome.expected, result.clone());
         match self.until_definite(write).await {
             Stored::At(_) if !self.ledger.is_kept() => {
+                self.keep_letter_of(outcome, &result, &publication).await;
                 self.outbox.publish(result, None, Some(outcome.publication.clone()), None).await;
                 tracing::info!(assignment_id, "published an outcome from the disk");
             }
@@ -142,9 +143,31 @@ impl Pipeline {
         }
     }
 
-    /// What only this worker has until it is published.
+    /// Its worker may have ended before the letter was kept. Attempts before the last one are not known any more.
+    async fn keep_letter_of(&self, outcome: &Outcome, result: &Bytes, publication: &Publication) {
+        let record = Record::new(result.clone(), 0, None);
+        let Some((fault, published)) = record.dead_letter(self.settings.letters).zip(outcome.assignment.as_deref())
+        else {
+            return;
+        };
+        let payload = Bytes::copy_from_slice(published.get().as_bytes());
+        let addressee = match Assignment::decode(&payload) {
+            Ok(assignment) => assignment.addressee(),
+            Err(undecodable) => undecodable.addressee,
+        };
+        let came = Came { payload: &payload, headers: None, publication, delivered: 1 };
+        self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
+    }
+
+    /// What only this worker has until it is published: nobody would deliver it again, so its dead letter, where one is
+    /// due, is up to whoever reads this too.
     pub(super) fn unrecorded(&self, delivery: &Delivery, key: &AssignmentKey, result: &Bytes) -> Option<Outcome> {
-        if self.ledger.is_kept() { None } else { outcome(delivery, key, 0, result) }
+        if self.ledger.is_kept() {
+            return None;
+        }
+        let is_due = Record::new(result.clone(), 0, None).dead_letter(self.settings.letters).is_some();
+        let assignment = if is_due { raw(delivery.payload()) } else { None };
+        Some(Outcome { assignment, ..outcome(delivery, key, 0, result)? })
     }
 
     pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
@@ -282,6 +305,11 @@ fn outcome(delivery: &Delivery, key: &AssignmentKey, expected: u64, result: &Byt
         publication: delivery.publication().to_header(),
         published: delivery.published(),
         expected,
-        result: RawValue::from_string(String::from_utf8(result.to_vec()).ok()?).ok()?,
+        result: raw(result)?,
+        assignment: None,
     })
+}
+
+fn raw(json: &Bytes) -> Option<Box<RawValue>> {
+    RawValue::from_string(String::from_utf8(json.to_vec()).ok()?).ok()
 }

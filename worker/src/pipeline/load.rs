@@ -103,7 +103,7 @@ impl Pipeline {
             None => self.health.clear(Concern::PoolOverloaded),
         }
         if self.holds_too_much() {
-            self.health.raise(Concern::MemoryFull, "payloads and results wait to be settled")
+            self.health.raise(Concern::MemoryFull, "payloads, results and what assignments asked for")
         } else {
             self.health.clear(Concern::MemoryFull)
         }
@@ -153,6 +153,7 @@ pub(crate) struct Load {
 pub(crate) struct Flow {
     waiting: AtomicUsize,
     asked_for: AtomicUsize,
+    is_out: AtomicBool,
     pulls: AtomicUsize,
     freed: Notify,
     finished: AtomicUsize,
@@ -180,6 +181,11 @@ impl Load {
         self.flows().map(|flow| flow.asked_for.load(Ordering::Acquire)).sum()
     }
 
+    /// Whether a queue group that it belongs to gives it nothing yet, or no more.
+    pub(crate) fn is_out(&self) -> bool {
+        self.flows().any(|flow| flow.is_out.load(Ordering::Acquire))
+    }
+
     /// While the guard lives, nothing is pulled.
     pub(crate) fn stop_asking(&self) -> AsksForNothing<'_> {
         self.asks_for_nothing.store(true, Ordering::Release);
@@ -196,7 +202,7 @@ impl Load {
         [&self.intake, &self.gpu_route].into_iter()
     }
 
-    /// Bytes of payloads and results held.
+    /// Bytes of payloads and results held, or what their work has reserved where that is more.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -204,7 +210,7 @@ impl Load {
     /// Counts bytes for as long as the guard lives.
     pub(crate) fn hold_bytes(&self, bytes: usize) -> Counted {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Counted { total: Arc::clone(&self.bytes), amount: bytes }
+        Counted { total: Arc::clone(&self.bytes), amount: bytes, reserved: 0 }
     }
 
     /// Closes a sample of the rates that took `elapsed`.
@@ -223,6 +229,11 @@ impl Flow {
     pub(crate) fn set_asked_for(&self, deliveries: usize, pulls: usize) {
         self.asked_for.store(deliveries, Ordering::Release);
         self.pulls.store(pulls, Ordering::Release);
+    }
+
+    /// Whether its queue group gives it nothing.
+    pub(crate) fn set_out(&self, is_out: bool) {
+        self.is_out.store(is_out, Ordering::Release);
     }
 
     /// Pulls that may be open.
@@ -289,10 +300,45 @@ impl Drop for Waiting {
 pub(crate) struct Counted {
     total: Arc<AtomicUsize>,
     amount: usize,
+    /// How much of the amount is only reserved.
+    reserved: usize,
+}
+
+impl Counted {
+    /// From now on at least so many count, whatever is there.
+    pub(crate) fn reserve(&mut self, bytes: usize) {
+        self.reserved = bytes.saturating_sub(self.amount);
+        self.amount += self.reserved;
+        self.total.fetch_add(self.reserved, Ordering::Relaxed);
+    }
+
+    /// How many of these bytes more are not reserved already.
+    pub(crate) const fn beyond(&self, bytes: usize) -> usize {
+        bytes.saturating_sub(self.reserved)
+    }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         self.total.fetch_sub(self.amount, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_and_what_is_reserved_for_it_count_once() {
+        let load = Load::default();
+        let mut payload = load.hold_bytes(10);
+        payload.reserve(100);
+        assert_eq!((load.bytes(), payload.beyond(50), payload.beyond(90), payload.beyond(95)), (100, 0, 0, 5));
+        drop(payload);
+        let mut payload = load.hold_bytes(10);
+        payload.reserve(7);
+        assert_eq!((load.bytes(), payload.beyond(50)), (10, 50), "less than what is there reserves nothing");
+        drop(payload);
+        assert_eq!(load.bytes(), 0);
     }
 }

@@ -16,7 +16,7 @@ use crate::broker::{Broker, StoreError, wire_len};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
 use crate::execute::Attempt;
 use crate::fault::Fault;
-use crate::intake::Delivery;
+use crate::intake::{Delivery, Publication};
 use crate::report::public_error;
 use crate::telemetry::TraceContext;
 
@@ -69,6 +69,30 @@ pub struct Settings {
     pub pool: Option<String>,
 }
 
+/// A publication as it came.
+#[derive(Clone, Copy, Debug)]
+pub struct Came<'a> {
+    /// What was published.
+    pub payload: &'a Bytes,
+    /// With which headers.
+    pub headers: Option<&'a HeaderMap>,
+    /// Which one it is.
+    pub publication: &'a Publication,
+    /// How often it has been delivered.
+    pub delivered: i64,
+}
+
+impl<'a> From<&'a Delivery> for Came<'a> {
+    fn from(delivery: &'a Delivery) -> Self {
+        Self {
+            payload: delivery.payload(),
+            headers: delivery.headers(),
+            publication: delivery.publication(),
+            delivered: delivery.delivered(),
+        }
+    }
+}
+
 /// Writes dead letters.
 #[derive(Clone, Debug)]
 pub struct DeadLetters {
@@ -96,34 +120,29 @@ impl DeadLetters {
         attempts: &[Attempt],
     ) -> Result<(), StoreError> {
         let attempts = attempts.iter().map(attempt_record).collect();
-        self.send(delivery, addressee, stage, LetterError::New(public_error(fault)), attempts).await
+        self.send(delivery.into(), addressee, stage, LetterError::New(public_error(fault)), attempts).await
     }
 
     /// Writes the dead letter of a recorded error again: whoever recorded it may have died before.
     ///
     /// # Errors
     /// Not known, or not possible now: write again.
-    pub async fn rewrite(
-        &self,
-        delivery: &Delivery,
-        addressee: &Addressee,
-        fault: &StoredError,
-    ) -> Result<(), StoreError> {
+    pub async fn rewrite(&self, came: Came<'_>, addressee: &Addressee, fault: &StoredError) -> Result<(), StoreError> {
         let stage = Stage::of_result(fault.code, fault.retryable);
-        self.send(delivery, addressee, stage, LetterError::Stored(fault), Vec::new()).await
+        self.send(came, addressee, stage, LetterError::Stored(fault), Vec::new()).await
     }
 
     async fn send(
         &self,
-        delivery: &Delivery,
+        came: Came<'_>,
         addressee: &Addressee,
         stage: Stage,
         error: LetterError<'_>,
         attempts: Vec<AttemptRecord<'_>>,
     ) -> Result<(), StoreError> {
-        let original = self.original(delivery.payload());
-        let dlq_id = format!("{},{}", delivery.publication().to_header(), stage.as_str());
-        let mut letter = self.letter(delivery, addressee, stage, &dlq_id, error, attempts);
+        let original = self.original(came.payload);
+        let dlq_id = format!("{},{}", came.publication.to_header(), stage.as_str());
+        let mut letter = self.letter(came.delivered, addressee, stage, &dlq_id, error, attempts);
         match &original {
             Original::Object(object) => letter.assignment = Some(object),
             Original::Redacted(object) => {
@@ -133,7 +152,7 @@ impl DeadLetters {
             Original::Raw(bytes) => letter.raw_base64 = Some(STANDARD.encode(bytes)),
             Original::Withheld => letter.redacted = Some(true),
         }
-        let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
+        let trace = TraceContext::of(came.headers, addressee.trace_id.as_deref());
         let whole = contract::encode(&letter);
         if self.may_take(&whole) && fits(self.store(&dlq_id, trace.as_ref(), whole).await)? {
             return Ok(());
@@ -160,7 +179,7 @@ impl DeadLetters {
 
     fn letter<'a>(
         &'a self,
-        delivery: &Delivery,
+        deliveries: i64,
         addressee: &'a Addressee,
         stage: Stage,
         dlq_id: &'a str,
@@ -177,7 +196,7 @@ impl DeadLetters {
             omitted: None,
             redacted: None,
             attempts,
-            deliveries: delivery.delivered(),
+            deliveries,
             assignment_id: addressee.assignment_id.as_deref(),
             request_id: addressee.request_id.as_deref(),
             tenant_id: addressee.tenant_id.as_deref(),

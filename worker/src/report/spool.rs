@@ -1,10 +1,12 @@
 //! Outcomes that wait for the broker on a disk, where they survive the end of this worker.
 //!
 //! One file each, and only while its record cannot be written: the dead letter, the publication and the settlement
-//! follow from the record when the broker delivers the assignment again.
+//! follow from the record when the broker delivers the assignment again. In core mode it does not: all of it follows from
+//! the file.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -33,6 +35,9 @@ pub struct Outcome {
     pub expected: u64,
     /// The ExecResult, byte for byte.
     pub result: Box<RawValue>,
+    /// What was published, where its dead letter is due and nobody would deliver it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Box<RawValue>>,
 }
 
 impl Spool {
@@ -105,7 +110,8 @@ fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 fn write(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
+    // Results are a tenant's, and an assignment may hold credentials.
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(content)?;
     file.sync_all()
 }
@@ -122,6 +128,7 @@ mod tests {
             published: "2026-11-23T09:00:01Z".parse().unwrap(),
             expected: 0,
             result: RawValue::from_string(r#"{"status": "success"}"#.to_owned()).unwrap(),
+            assignment: None,
         }
     }
 
