@@ -857,3 +857,44 @@ async fn no_password_goes_out_in_clear_where_tls_was_preferred() {
     run(&rig, "acme", "disabled", job(&url, "SELECT 1", json!([]))).await;
     assert_eq!(String::from_utf8_lossy(&overheard.await.unwrap()), "p\0\0\0\x0chunter2\0", "who wants that gets it");
 }
+
+#[tokio::test]
+async fn a_mysql_server_never_gets_a_password_in_clear() {
+    let rig = Rig::start(&[]).await;
+    for mode in ["PREFERRED", "DISABLED"] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("mysql://reader:hunter2@{}/db?sslmode={mode}", listener.local_addr().unwrap());
+        let overheard = tokio::spawn(async move {
+            let mut overheard = Vec::new();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                // Version 4.1 of the protocol, a database by name, plugins; no TLS.
+                let mut greeting = b"\x0a8.0.0\0\x01\0\0\0abcdefgh\0\x09\x82\x2d\x02\0\x08\0\x15".to_vec();
+                greeting.extend([0; 10]);
+                greeting.extend(b"ijklmnopqrst\0mysql_native_password\0");
+                stream.write_all(&packet(0, &greeting)).await.unwrap();
+                let mut header = [0; 4];
+                if stream.read_exact(&mut header).await.is_err() {
+                    // It would rather have TLS.
+                    continue;
+                }
+                let mut response = vec![0; usize::from(header[0])];
+                stream.read_exact(&mut response).await.unwrap();
+                overheard.extend(response);
+                stream.write_all(&packet(2, b"\xfemysql_clear_password\0")).await.unwrap();
+                let _ = stream.read_to_end(&mut overheard).await;
+                return overheard;
+            }
+        });
+        let error = fails(&rig, mode, job(&url, "SELECT 1", json!([])), 2003, false).await;
+        assert!(error["message"].as_str().unwrap().contains("not safe"), "{error}");
+        let overheard = overheard.await.unwrap();
+        assert!(!overheard.is_empty() && !overheard.windows(7).any(|bytes| bytes == b"hunter2"), "{overheard:?}");
+    }
+}
+
+/// As MySQL frames it.
+fn packet(sequence: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).unwrap();
+    [&[length, 0, 0, sequence], payload].concat()
+}

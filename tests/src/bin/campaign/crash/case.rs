@@ -155,8 +155,9 @@ impl Stage {
     /// Waits until nobody is waited for: whoever ended a request may have been kept from removing it.
     async fn forgotten(&self) {
         within(LIMIT, "no request for approval is kept", async || {
-            let kept = self.router.all("KV_caf-approvals", "$KV.caf-approvals.>").await;
-            kept.iter().all(|kept| kept.headers.get("KV-Operation").is_some()).then_some(())
+            let subject = format!("$KV.caf-approvals.{}", Key::from((TENANT, ID)).token());
+            let last = self.router.last("KV_caf-approvals", &subject).await;
+            last.is_none_or(|last| last.headers.get("KV-Operation").is_some()).then_some(())
         })
         .await;
     }
