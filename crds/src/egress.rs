@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Egress {
-    /// Default: Internal.
+    /// Whether private addresses may be reached. Default: Internal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<EgressPolicy>,
 

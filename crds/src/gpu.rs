@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Resources, embedded};
 
 /// Pods with GPUs: a second Deployment, <name>-gpu, whose workers execute the blocks that ask for the gpu pool and
-/// nothing else. What is not said here is as in worker. They are replaced one by one. Where gpu is removed, they first
-/// finish what waits for them.
+/// nothing else. What is not said here is as in worker. They are replaced one by one.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(

@@ -80,6 +80,17 @@ fn each_schema(check: impl Fn(&str, &serde_json::Map<String, Value>)) {
     }
 }
 
+#[test]
+fn every_value_of_a_choice_in_a_spec_is_explained() {
+    each_schema(|path, schema| {
+        let Some(Value::Array(values)) = schema.get("enum").filter(|_| path.starts_with("spec")) else { return };
+        let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+        for value in values.iter().filter_map(Value::as_str) {
+            assert!(text.contains(&format!("\n\n{value}: ")), "{path}: {text:?} does not say what {value} means");
+        }
+    });
+}
+
 fn walk(path: &str, schema: &Value, check: &impl Fn(&str, &serde_json::Map<String, Value>)) {
     let Value::Object(schema) = schema else { return };
     check(path, schema);

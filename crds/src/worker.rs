@@ -157,7 +157,7 @@ pub enum ImagePullPolicy {
     Always,
     /// When the node does not have it.
     IfNotPresent,
-    /// Never: the node must have it.
+    /// The node must have it.
     Never,
 }
 

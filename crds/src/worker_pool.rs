@@ -99,7 +99,8 @@ pub struct WorkerPoolSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<Worker>,
 
-    /// Pods with GPUs, beside the others.
+    /// Pods with GPUs, beside the others: a second Deployment, <name>-gpu, whose workers execute the blocks that ask for
+    /// the gpu pool and nothing else. When gpu is removed, they first finish what waits for them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<Gpu>,
 
