@@ -10,6 +10,10 @@
 
 #[path = "cluster/pool.rs"]
 mod a_pool; // pause, GPUs, databases
+#[path = "cluster/examples.rs"]
+mod examples; // what a user would copy
+#[path = "cluster/life.rs"]
+mod life; // pods that come and go while there is work
 #[path = "cluster/refusals.rs"]
 mod refusals; // what the API server does not let through
 

@@ -1,7 +1,10 @@
-//! The chart on a real Kubernetes, release by release. Apart from `cluster.rs`, whose tests share one operator: here each
+//! The chart on a real Kubernetes, release by release, and what needs an operator of its own. Apart from `cluster.rs`, whose tests share one operator: here each
 //! test has the only one, with values of its own.
 
 #![expect(clippy::expect_used, clippy::indexing_slicing, clippy::print_stderr, reason = "tests")]
+
+#[path = "cluster/stuck.rs"]
+mod stuck; // pools that cannot go on
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
