@@ -16,12 +16,13 @@ use beamline_worker::blocks::egress::Policy;
 use beamline_worker::blocks::human::Approval;
 use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, Block, BlockKind, Blocks, Output, http};
-use beamline_worker::contract::{self, AttemptRecord, DeadLetter, LetterError};
+use beamline_worker::cancel::Cancel;
+use beamline_worker::contract::{self, AttemptRecord, DeadLetter, Details, LetterError};
 use beamline_worker::contract::{CancelAnswer, CancelError, Outcome, RequestError};
-use beamline_worker::control::cancel::Cancel;
 use beamline_worker::execute::{self, Ended, Engine, Execution, Limits, Links};
-use beamline_worker::fault::{Cause, Details, Fault};
-use beamline_worker::intake::Publication;
+use beamline_worker::fault::{Cause, Fault};
+use beamline_worker::message;
+use beamline_worker::publication::Publication;
 use beamline_worker::report::{self, StepResult};
 use futures::future::BoxFuture;
 use jiff::Timestamp;
@@ -112,7 +113,7 @@ async fn every_example_is_what_the_code_reads_and_writes() {
             ["worker", "report"] => worker_report(fixture),
             ["worker", "control", "refused"] => control_refused(fixture),
             ["worker", "control", pull] => {
-                let control: contract::WorkerControl = contract::read(&fixture.json, "").expect("it can be read");
+                let control: contract::WorkerControl = message::read_part(&fixture.json, "").expect("it can be read");
                 assert_eq!(control.pull.map(|pull| pull.to_string()).as_deref(), Some(*pull), "{fixture}");
             }
             ["chunk"] => chunk(fixture),
@@ -322,9 +323,9 @@ fn dead_letter(fixture: &Fixture, stage: &str) {
     let letter = DeadLetter {
         version: contract::VERSION,
         dlq_id: text(&example, "/dlq_id"),
-        stage: report::dead_letter::Stage::ALL
+        stage: contract::Stage::ALL
             .into_iter()
-            .map(report::dead_letter::Stage::as_str)
+            .map(contract::Stage::as_str)
             .find(|known| *known == stage)
             .unwrap_or_else(|| panic!("{fixture}: {stage} is no stage")),
         error: LetterError::New(report::public_error(&error)),

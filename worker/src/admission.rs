@@ -1,8 +1,9 @@
 //! Whether this worker may run an assignment.
 
-use crate::assignment::{Assignment, Pool};
+use crate::assignment::Assignment;
 use crate::blocks::BlockKind;
 use crate::fault::Cause;
+use crate::pool::Pool;
 use crate::schedule::Schedule;
 
 /// Why an assignment may not wait for a slot here.

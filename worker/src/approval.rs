@@ -10,7 +10,7 @@ pub mod request; // what is kept while it waits, and what it comes to
 use crate::broker::kv::{Bucket, Entry, ReadError};
 use crate::broker::streams::{ANSWER_BUCKET, APPROVAL_BUCKET, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::broker::{Broker, StoreError, Stored};
-use crate::control::cancel::Tombstone;
+use crate::cancel::Tombstone;
 use answer::Answer;
 use request::Request;
 

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use serde_json::value::RawValue;
 
+use crate::backoff::Backoff;
 use crate::blocks::{Block, BlockKind};
-use crate::contract::{self, ExecAssignment, Job, RetryConfig, SandboxJob};
-use crate::execute::backoff::Backoff;
+use crate::contract::{ExecAssignment, Job, RetryConfig, SandboxJob};
 use crate::fault::Invalid;
+use crate::ids::{AssignmentKey, is_id, optional_id, required_id};
+use crate::message::{self, version};
+use crate::pool::Pool;
 
-/// The longest id, in bytes.
-const MAX_ID_BYTES: usize = 256;
 /// `job.timeout_ms` where none is given.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same for `human.approval`: people sleep.
@@ -24,72 +25,6 @@ const MAX_TIMEOUT_MS: i64 = 30 * 24 * 3_600_000;
 const MAX_ATTEMPTS: i64 = 100;
 /// The longest delay between attempts that can be asked for.
 const MAX_DELAY_MS: i64 = 3_600_000;
-
-/// Whose work it is. Cheap to clone: it goes wherever something is kept per tenant.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TenantId(Arc<str>);
-
-impl TenantId {
-    /// A non-empty id of at most 256 bytes without control characters.
-    pub fn parse(text: &str) -> Option<Self> {
-        is_id(text).then(|| Self(text.into()))
-    }
-
-    /// As the Router writes it.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-/// A tenant and an assignment id: what a record is kept for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct AssignmentKey {
-    /// Whose work it is.
-    pub tenant: TenantId,
-    /// The Router's id, unique within the tenant.
-    pub assignment_id: Arc<str>,
-}
-
-impl AssignmentKey {
-    /// Of two ids that have proved themselves.
-    pub(crate) fn new(tenant: &str, assignment_id: &str) -> Self {
-        Self { tenant: TenantId(tenant.into()), assignment_id: assignment_id.into() }
-    }
-
-    /// `<tenant>.<assignment_id>`, each escaped into one token.
-    pub fn token(&self) -> String {
-        format!("{}.{}", contract::escape(self.tenant.as_str()), contract::escape(&self.assignment_id))
-    }
-}
-
-/// The pools of slots that work runs in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Pool {
-    /// Work that computes.
-    Cpu,
-    /// Work for an accelerator.
-    Gpu,
-    /// Work that waits for others: the default.
-    Io,
-}
-
-impl Pool {
-    /// Every pool.
-    pub const ALL: [Self; 3] = [Self::Cpu, Self::Gpu, Self::Io];
-
-    /// The public name.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Gpu => "gpu",
-            Self::Io => "io",
-        }
-    }
-
-    fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|pool| pool.as_str() == name)
-    }
-}
 
 /// The Router's names for one piece of work, carried through to everything that is published about it.
 #[derive(Clone, Debug)]
@@ -163,7 +98,7 @@ impl Assignment {
     /// The first field that breaks a rule, with all ids that could be read.
     pub fn decode(payload: &[u8]) -> Result<Self, Undecodable> {
         let somebody = |invalid| Undecodable { addressee: Addressee::salvage(payload), invalid };
-        let wire = contract::read_message::<ExecAssignment>(payload).map_err(somebody)?;
+        let wire = message::read::<ExecAssignment>(payload).map_err(somebody)?;
         Self::validate(&wire).map_err(|invalid| Undecodable { addressee: Addressee::of(&wire), invalid })
     }
 
@@ -193,7 +128,7 @@ impl Assignment {
             step_id: optional_id(wire.step_id.as_deref(), "/step_id")?,
         };
         let raw_job = wire.job.ok_or_else(|| Invalid::missing("/job"))?;
-        let job = contract::read::<Job>(raw_job.get(), "/job")?;
+        let job = message::read_part::<Job>(raw_job.get(), "/job")?;
         let (retry, retry_at) = match (&job.retry_config, &wire.retry_config) {
             (Some(retry), _) => (retry.clone(), "/job/retry_config"),
             (None, Some(retry)) => (retry.clone(), "/retry_config"),
@@ -241,43 +176,6 @@ impl Addressee {
             run_id: id("run_id"),
         }
     }
-}
-
-pub(crate) fn version(version: Option<&str>) -> Result<(), Invalid> {
-    match version {
-        None | Some("") => Err(Invalid::missing("/version")),
-        Some(version) => understood(version),
-    }
-}
-
-/// Whether this is the version of the contract that the code knows.
-pub(crate) fn understood(version: &str) -> Result<(), Invalid> {
-    match version {
-        contract::VERSION => Ok(()),
-        _ => Err(Invalid::format("/version", "is not understood: only \"1\" is")),
-    }
-}
-
-/// Whether a text can be an id: not empty, at most 256 bytes, no control characters.
-pub(crate) fn is_id(text: &str) -> bool {
-    !text.is_empty() && text.len() <= MAX_ID_BYTES && !text.chars().any(char::is_control)
-}
-
-pub(crate) fn required_id<'a>(text: Option<&'a str>, pointer: &str) -> Result<&'a str, Invalid> {
-    let text = text.filter(|text| !text.is_empty()).ok_or_else(|| Invalid::missing(pointer))?;
-    if is_id(text) { Ok(text) } else { Err(bad_id(pointer)) }
-}
-
-pub(crate) fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<String>, Invalid> {
-    match text {
-        None | Some("") => Ok(None),
-        Some(text) if is_id(text) => Ok(Some(text.to_owned())),
-        Some(_) => Err(bad_id(pointer)),
-    }
-}
-
-fn bad_id(pointer: &str) -> Invalid {
-    Invalid::format(pointer, "is no id: at most 256 bytes and no control characters")
 }
 
 fn kind(job: &Job<'_>) -> Result<BlockKind, Invalid> {

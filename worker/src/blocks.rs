@@ -8,6 +8,7 @@ pub mod sandbox; // canned results, nothing outside touched
 pub mod sql; // sql.query
 pub mod tenant_dir; // the only way to a file
 pub mod pieces; // what leaves while a block still runs
+pub mod cpu; // what a block has used and may use
 mod thread; // where work may wait for a disk
 mod causes; // what an error was caused by
 mod output; // what a block produced
@@ -20,11 +21,10 @@ use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use crate::assignment::TenantId;
-use crate::execute::cpu::CpuTime;
-use crate::execute::metered;
 use crate::fault::{Cause, Fault, Invalid};
-use crate::telemetry::TraceContext;
+use crate::ids::TenantId;
+use crate::trace_context::TraceContext;
+use cpu::{CpuTime, metered};
 use thread::outcome;
 
 pub use output::Output;

@@ -18,9 +18,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::watch;
 
-use crate::admin::{Concern, Health};
-use crate::execute::backoff;
-use crate::telemetry::TraceContext;
+use crate::backoff;
+use crate::health::{Concern, Health};
+use crate::trace_context::TraceContext;
 use asked::Asked;
 use version::Version;
 

@@ -15,10 +15,10 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
-use crate::assignment::Pool;
 use crate::blocks::{egress, sql};
 use crate::broker::streams::Mode;
 use crate::policy::{Policy, PolicyFile};
+use crate::pool::Pool;
 use crate::report::spool::Spool;
 use input::Input;
 use settings as s;

@@ -3,7 +3,6 @@
 //! All of it waits in a stream, from which one of all workers takes each message. A cancel is also heard live by every
 //! worker, and kept in a bucket that every worker watches: so it also meets work that arrives later.
 
-pub mod cancel; // what a cancel says, and the cancels that stand
 mod requests; // whoever wants an answer
 mod waiting; // what waits in the stream
 
@@ -18,11 +17,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::broker::kv::{Bucket, Change};
 use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
+use crate::cancel::{Cancel, Tombstone};
 use crate::contract;
 use crate::fault::Invalid;
 use crate::pipeline::Pipeline;
 use crate::vital::Vital;
-use cancel::{Cancel, Tombstone};
 
 /// Between two looks at what still waits.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);

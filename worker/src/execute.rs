@@ -1,26 +1,20 @@
 //! One block to its end: attempts, delays, deadline.
 
-pub mod backoff; // when something is tried again
-pub mod cpu; // what a block has used and may use
-
-use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use jiff::Timestamp;
 
 use crate::assignment::Assignment;
+use crate::blocks::cpu::CpuTime;
 use crate::blocks::http::Webhook;
 use crate::blocks::pieces::Sink;
 use crate::blocks::{Blocks, Output, Scope, sandbox};
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
-use crate::telemetry::TraceContext;
-use cpu::CpuTime;
+use crate::trace_context::TraceContext;
 
 /// Who does the work.
 #[derive(Debug)]
@@ -217,14 +211,4 @@ fn finished(
     cpu_time: Duration,
 ) -> Execution {
     Execution { outcome, failed, attempts, latency: started.elapsed(), cpu_time }
-}
-
-/// Counts the CPU time of each poll, and ends the work when too much is used.
-pub async fn metered(work: impl Future<Output = Result<Output, Fault>>, cpu_time: &CpuTime) -> Result<Output, Fault> {
-    let mut work = pin!(work);
-    poll_fn(|context| match cpu_time.count(|| work.as_mut().poll(context)) {
-        Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),
-        done => done,
-    })
-    .await
 }

@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
-
-use crate::contract::Status;
+use crate::contract::{Details, Status};
 
 /// Why an assignment was refused or a block did not succeed.
 ///
@@ -157,29 +155,6 @@ pub struct Fault {
     pub retry_after: Option<Duration>,
     /// False where a part of the output has left already: this worker does not try the block again.
     pub may_repeat: bool,
-}
-
-/// The `details` of a public error. Never holds a credential.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Details {
-    /// The block that failed; the pipeline fills it in.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub block_type: Option<&'static str>,
-    /// Without query and fragment; cut where it is very long.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub url: Option<String>,
-    /// As the assignment wrote it; cut where it is very long.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
-    /// The peer's answer.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub http_status: Option<u16>,
-    /// The first 2 KiB of the peer's answer.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body: Option<String>,
-    /// True where nothing outside was touched.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sandbox: Option<bool>,
 }
 
 /// What a detail repeats of a text that came from outside, in bytes: an error has to fit the broker many times over.

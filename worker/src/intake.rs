@@ -15,13 +15,14 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Concern;
 use crate::broker::Broker;
 use crate::broker::last::header;
 use crate::broker::streams::{ACK_WAIT, Ready, Source};
 use crate::contract;
+use crate::health::Concern;
 use crate::pipeline::Pipeline;
 use crate::pipeline::load::{Counted, Flow, Load, Room, Waiting};
+use crate::publication::Publication;
 use crate::pulse;
 use hold::Held;
 
@@ -37,36 +38,6 @@ const TICK: Duration = Duration::from_millis(100);
 const VANISHED_RETRY: Duration = Duration::from_secs(1);
 /// Deliveries that travel on together: one look-up for all of them. The broker answers at most 1 024 at once.
 const CHUNK: usize = 512;
-
-/// Which message it is: unique for ever, also when a stream is deleted and made again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Publication {
-    /// The stream that first kept it.
-    pub stream: Arc<str>,
-    /// When that stream was made, RFC 3339.
-    pub created: Arc<str>,
-    /// Its sequence there.
-    pub sequence: u64,
-}
-
-impl Publication {
-    /// As a header value.
-    pub fn to_header(&self) -> String {
-        format!("{},{},{}", self.stream, self.created, self.sequence)
-    }
-
-    /// From a header value.
-    pub fn parse(header: &str) -> Option<Self> {
-        let mut parts = header.splitn(3, ',');
-        let (stream, created, sequence) = (parts.next()?, parts.next()?, parts.next()?);
-        Some(Self { stream: stream.into(), created: created.into(), sequence: sequence.parse().ok()? })
-    }
-
-    /// Whether a record that names `self` also answers `other`: the same one, or an earlier one of the same stream.
-    pub fn answers(&self, other: &Self) -> bool {
-        (&self.stream, &self.created) == (&other.stream, &other.created) && other.sequence <= self.sequence
-    }
-}
 
 /// A message that the broker still holds us responsible for.
 ///
@@ -474,19 +445,6 @@ fn end_of_pull(pulls: &mut Pulls, status: StatusCode, message: &async_nats::Mess
 mod tests {
     use super::*;
 
-    fn publication(header: &str) -> Publication {
-        Publication::parse(header).expect("a publication")
-    }
-
-    #[test]
-    fn a_publication_survives_its_header() {
-        let header = "CAF_EXEC_ASSIGN,2026-11-23T09:00:00.123456789Z,42";
-        assert_eq!(publication(header).to_header(), header);
-        for bad in ["", "a,b", "a,b,c", "a,b,-1"] {
-            assert_eq!(Publication::parse(bad), None, "{bad}");
-        }
-    }
-
     #[test]
     fn a_delivery_is_described_by_its_reply_subject_old_and_new() {
         let published = "2026-11-26T01:02:03.000000004Z".parse().expect("a time");
@@ -500,15 +458,6 @@ mod tests {
         }
         for other in ["_INBOX.a", "$JS.ACK.S.c.2", "$JS.ACK.S.c.two.42.7.1795654923000000004.5"] {
             assert_eq!(Described::parse(other), None, "{other}");
-        }
-    }
-
-    #[test]
-    fn a_record_answers_its_own_publication_and_earlier_ones_of_the_same_stream() {
-        let record = publication("S,t0,7");
-        assert!(record.answers(&publication("S,t0,7")) && record.answers(&publication("S,t0,3")));
-        for newer in ["S,t0,8", "S,t1,7", "T,t0,7"] {
-            assert!(!record.answers(&publication(newer)), "{newer}");
         }
     }
 }

@@ -7,11 +7,11 @@ use prometheus::process_collector::ProcessCollector;
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 use prometheus::{IntGaugeVec, Opts, Registry};
 
-use crate::assignment::Pool;
 use crate::blocks::BlockKind;
+use crate::contract::Stage;
 use crate::contract::Status;
 use crate::fault::Cause;
-use crate::report::dead_letter::Stage;
+use crate::pool::Pool;
 
 /// Public: alerts are written against these bounds.
 const LATENCY_BUCKETS_MS: [f64; 12] =

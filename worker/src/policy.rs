@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::watch;
 
-use crate::assignment::TenantId;
+use crate::ids::TenantId;
 
 /// Between two looks at the file. Its contents are compared: a mounted ConfigMap changes by swapping a symbolic link.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);

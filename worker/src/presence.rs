@@ -8,11 +8,12 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Concern;
-use crate::assignment::Pool;
 use crate::contract::{self, ByPool, ControlRefused, VerdictError, WorkerControl, WorkerReport};
 use crate::fault::Invalid;
+use crate::health::Concern;
+use crate::message;
 use crate::pipeline::Pipeline;
+use crate::pool::Pool;
 
 /// Between two reports while nothing changes.
 const EVERY: Duration = Duration::from_secs(1);
@@ -73,7 +74,7 @@ pub async fn obey(pipeline: Arc<Pipeline>, identity: Arc<Identity>) {
 }
 
 fn pull(payload: &[u8]) -> Result<bool, Invalid> {
-    let control: WorkerControl = contract::read_message(payload)?;
+    let control: WorkerControl = message::read(payload)?;
     control.pull.ok_or_else(|| Invalid::missing("/pull"))
 }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-use crate::assignment::{Pool, TenantId};
+use crate::ids::TenantId;
 use crate::policy::{Policy, Terms};
+use crate::pool::Pool;
 use fair_queue::{FairQueue, Place, Share, Started};
 
 /// The pools of this worker.

@@ -7,8 +7,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admin::Concern;
 use crate::control::Control;
+use crate::health::Concern;
 use crate::pipeline::Pipeline;
 
 /// After the limit: how long the hand-backs and the records that are on their way may take.

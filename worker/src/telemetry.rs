@@ -4,7 +4,6 @@
 mod lines; // an event as a line
 mod output; // lines to standard output, from a thread of its own
 mod spans; // the three public spans
-mod trace_context; // which trace an assignment belongs to
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -27,7 +26,6 @@ use lines::LineLayer;
 use output::Output;
 
 pub use spans::{SpanIds, context_of, execute_span, mark_failed, outcome_span, publish_span, receive_span};
-pub use trace_context::TraceContext;
 
 /// How long a collector may take for one batch; also a stop waits for it.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -157,6 +155,7 @@ mod tests {
     use prometheus::IntCounter;
 
     use super::*;
+    use crate::trace_context::TraceContext;
 
     const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
     const IDS: SpanIds<'static> = SpanIds {

@@ -5,8 +5,8 @@ use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
 use std::sync::LazyLock;
 
-use beamline_worker::assignment::TenantId;
 use beamline_worker::blocks::tenant_dir::{Absent, TenantDirs};
+use beamline_worker::ids::TenantId;
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 

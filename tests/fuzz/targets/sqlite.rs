@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use beamline_worker::assignment::TenantId;
+use beamline_worker::blocks::cpu::CpuTime;
 use beamline_worker::blocks::sql::{Query, Settings, Sql};
 use beamline_worker::blocks::{Scope, egress::Policy, tenant_dir::TenantDirs};
-use beamline_worker::execute::cpu::CpuTime;
+use beamline_worker::ids::TenantId;
 use libfuzzer_sys::fuzz_target;
 use rusqlite::Connection;
 use serde_json::json;

@@ -3,9 +3,10 @@
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::assignment::{AssignmentKey, required_id, understood};
 use crate::contract::{self, HumanResponse, StoredAnswer};
 use crate::fault::Invalid;
+use crate::ids::{AssignmentKey, required_id};
+use crate::message::{self, understood};
 
 /// The longest comment, in bytes: a result must have room for it.
 const MAX_COMMENT_BYTES: usize = 16 * 1024;
@@ -25,7 +26,7 @@ impl Answer {
     /// # Errors
     /// The field that is wrong.
     pub fn decode(payload: &[u8], answered_at: Timestamp, sequence: u64) -> Result<Self, Invalid> {
-        let wire = contract::read_message::<HumanResponse<'_>>(payload)?;
+        let wire = message::read::<HumanResponse<'_>>(payload)?;
         wire.version.as_deref().map_or(Ok(()), understood)?;
         let tenant = required_id(wire.tenant_id.as_deref(), "/tenant_id")?;
         let assignment_id = required_id(wire.assignment_id.as_deref(), "/assignment_id")?;

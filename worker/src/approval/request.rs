@@ -7,16 +7,16 @@ use jiff::Timestamp;
 use serde_json::value::RawValue;
 
 use super::answer::Answer;
-use crate::assignment::{AssignmentKey, TenantId};
 use crate::blocks::Output;
 use crate::blocks::human::{Approval, Decision};
 use crate::broker::kv::Entry;
+use crate::cancel::Tombstone;
 use crate::contract::{self, StoredRequest};
-use crate::control::cancel::Tombstone;
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
-use crate::intake::Publication;
-use crate::telemetry::TraceContext;
+use crate::ids::{AssignmentKey, TenantId};
+use crate::publication::Publication;
+use crate::trace_context::TraceContext;
 
 /// A request as it is kept.
 #[derive(Clone, Debug)]

@@ -20,8 +20,8 @@ use super::output::encoded_len;
 use super::tenant_dir::{self, Absent, Place, TenantDirs};
 use super::thread::on_thread;
 use super::{Output, Scope};
-use crate::contract;
 use crate::fault::{Cause, Fault, Invalid};
+use crate::message;
 
 /// The most that a content may be as JSON, whatever the broker takes.
 const MAX_CONTENT_BYTES: usize = 8 * 1024 * 1024;
@@ -65,7 +65,7 @@ impl Put {
     /// # Errors
     /// The first parameter that breaks a rule.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        let job = contract::read::<Job>(job.get(), "/job")?;
+        let job = message::read_part::<Job>(job.get(), "/job")?;
         let content = match (&job.content, &job.content_base64) {
             (Some(text), None) => Bytes::copy_from_slice(text.as_bytes()),
             (None, Some(base64)) => STANDARD
@@ -107,7 +107,7 @@ impl Get {
     /// # Errors
     /// The first parameter that breaks a rule.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        Ok(Self { path: path(&contract::read::<Job>(job.get(), "/job")?)? })
+        Ok(Self { path: path(&message::read_part::<Job>(job.get(), "/job")?)? })
     }
 
     /// As the assignment wrote it.

@@ -18,7 +18,8 @@ pub use request::Request;
 pub use webhook::Webhook;
 
 use super::{Output, Scope, egress};
-use crate::fault::{Cause, Details, Fault, Invalid, excerpt};
+use crate::contract::Details;
+use crate::fault::{Cause, Fault, Invalid, excerpt};
 use client::{Client, Clients};
 
 /// The most redirects that are followed; browsers follow 20, and none of those loops was meant.

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::assignment::is_id;
-use crate::contract;
 use crate::fault::Invalid;
+use crate::ids::is_id;
+use crate::message;
 
 /// More than a meeting, less than a mailing list: each of them is looked for when the request is stored.
 const MAX_APPROVERS: usize = 100;
@@ -49,7 +49,7 @@ impl Approval {
     /// # Errors
     /// The field that is wrong.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        let Wire { prompt, approvers } = contract::read::<Wire<'_>>(job.get(), "/job")?;
+        let Wire { prompt, approvers } = message::read_part::<Wire<'_>>(job.get(), "/job")?;
         let prompt = prompt.filter(|prompt| !prompt.is_empty()).ok_or_else(|| Invalid::missing("/job/prompt"))?;
         let approvers = approvers.filter(|approvers| !approvers.is_empty());
         let approvers = approvers.ok_or_else(|| Invalid::missing("/job/approvers"))?;

@@ -27,7 +27,8 @@ pub use named::ConnectionsFile;
 
 use super::tenant_dir::TenantDirs;
 use super::{Output, Scope, egress};
-use crate::fault::{Cause, Details, Fault, Invalid};
+use crate::contract::Details;
+use crate::fault::{Cause, Fault, Invalid};
 use database::{Database, Engine, Server};
 use job::Source;
 use named::Missing;

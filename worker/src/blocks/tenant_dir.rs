@@ -14,9 +14,10 @@ use rustix::fs::{Access, AtFlags, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use crate::assignment::TenantId;
 use crate::contract;
-use crate::fault::{Cause, Details, Fault, Invalid, excerpt};
+use crate::contract::Details;
+use crate::fault::{Cause, Fault, Invalid, excerpt};
+use crate::ids::TenantId;
 
 /// The longest name that Linux file systems take, in bytes.
 const MAX_NAME_BYTES: usize = 255;

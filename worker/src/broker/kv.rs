@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 
 use super::last::header;
 use super::{Broker, StoreError, Stored};
-use crate::admin::{Concern, Health};
-use crate::execute::backoff;
+use crate::backoff;
+use crate::health::{Concern, Health};
 
 const OPERATION: &str = "KV-Operation";
 const REMOVAL: &str = "DEL";

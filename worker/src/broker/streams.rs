@@ -17,8 +17,8 @@ use tokio::sync::watch;
 
 use super::Broker;
 use super::version::{self, Version};
-use crate::admin::{Concern, Health};
 use crate::contract;
+use crate::health::{Concern, Health};
 
 /// Holds results and stored refusals.
 pub const RESULT_STREAM: &str = "CAF_EXEC_RESULT";

@@ -12,10 +12,10 @@ use async_nats::ServerAddr;
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
-use crate::assignment::TenantId;
 use crate::blocks::{egress, http, sql};
 use crate::broker::creds;
 use crate::broker::streams::Mode;
+use crate::ids::TenantId;
 use crate::pem;
 use crate::policy::{Policy, PolicyFile};
 use crate::report::spool::Spool;

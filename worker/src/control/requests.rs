@@ -7,11 +7,11 @@ use futures::StreamExt;
 use tokio::sync::Semaphore;
 
 use super::Desk;
-use super::cancel::Cancel;
-use crate::assignment::AssignmentKey;
 use crate::broker::streams::CONTROL_CONSUMER;
+use crate::cancel::Cancel;
 use crate::contract::{self, CancelAnswer, CancelError, Outcome};
 use crate::fault::{Cause, Invalid};
+use crate::ids::AssignmentKey;
 use crate::report::ledger::Record;
 
 /// How long an answer waits for a record.

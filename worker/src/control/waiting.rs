@@ -10,13 +10,13 @@ use jiff::Timestamp;
 use tokio::sync::Semaphore;
 
 use super::Desk;
-use super::cancel::{Cancel, Tombstone};
-use crate::admin::Concern;
 use crate::broker::kv::Entry;
 use crate::broker::streams::{ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::broker::{StoreError, Stored};
+use crate::cancel::{Cancel, Tombstone};
 use crate::contract;
 use crate::fault::Invalid;
+use crate::health::Concern;
 
 /// A pull ends after this, served or not.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);

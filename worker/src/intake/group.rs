@@ -14,10 +14,11 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{CHUNK, Delivery, Publication, TICK};
+use super::{CHUNK, Delivery, TICK};
 use crate::broker::streams::{Intake, Source};
 use crate::pipeline::Pipeline;
 use crate::pipeline::load::{Counted, Waiting};
+use crate::publication::Publication;
 use crate::pulse;
 
 /// How long a message waits for room: the time of the look-ahead.

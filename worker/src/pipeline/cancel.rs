@@ -6,9 +6,9 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 
 use super::Pipeline;
-use crate::assignment::AssignmentKey;
-use crate::control::cancel::Tombstone;
+use crate::cancel::Tombstone;
 use crate::fault::{Cause, Fault};
+use crate::ids::AssignmentKey;
 
 impl Pipeline {
     /// Stops what is here under this key, and whatever arrives under it while the cancel stands.

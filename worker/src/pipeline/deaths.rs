@@ -15,7 +15,8 @@ use crate::broker::streams::DELIVERY_BUCKET;
 use crate::broker::{Broker, StoreError};
 use crate::contract;
 use crate::fault::{Cause, Fault};
-use crate::intake::{Delivery, Publication};
+use crate::intake::Delivery;
+use crate::publication::Publication;
 
 /// How many of the latest deliveries are looked at; hand-backs do not count, so a poison may have more.
 const LOOKED_AT: i64 = 32;

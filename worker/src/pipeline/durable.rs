@@ -10,15 +10,19 @@ use jiff::Timestamp;
 use serde_json::value::RawValue;
 
 use super::{Arrival, Pipeline};
-use crate::admin::Concern;
-use crate::assignment::{Addressee, Assignment, AssignmentKey, TenantId};
+use crate::assignment::{Addressee, Assignment};
+use crate::backoff;
 use crate::broker::{StoreError, Stored};
-use crate::execute::{Attempt, backoff};
+use crate::contract::Stage;
+use crate::execute::Attempt;
 use crate::failpoint::{self, Point};
 use crate::fault::Fault;
-use crate::intake::{Delivery, Publication};
+use crate::health::Concern;
+use crate::ids::{AssignmentKey, TenantId};
+use crate::intake::Delivery;
+use crate::publication::Publication;
 use crate::report::StepResult;
-use crate::report::dead_letter::{Came, Stage};
+use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::spool::Outcome;
 

@@ -9,9 +9,10 @@ use bytes::Bytes;
 use super::Arrival;
 use super::cancel::Stop;
 use super::deaths::Which;
-use crate::assignment::AssignmentKey;
-use crate::control::cancel::Tombstone;
-use crate::intake::{Hold, Publication};
+use crate::cancel::Tombstone;
+use crate::ids::AssignmentKey;
+use crate::intake::Hold;
+use crate::publication::Publication;
 use crate::report::ledger::Record;
 
 /// Shared by all tasks of a pipeline.

@@ -8,10 +8,10 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::Pipeline;
-use crate::admin::Concern;
-use crate::assignment::Pool;
 use crate::broker::streams::Source;
 use crate::gate;
+use crate::health::Concern;
+use crate::pool::Pool;
 
 /// The most that is fetched ahead of free slots, unless there are more slots.
 const MAX_LOOK_AHEAD: usize = 1000;

@@ -6,14 +6,15 @@ use bytes::Bytes;
 
 use super::{Judged, Pipeline};
 use crate::admission::Refusal;
-use crate::assignment::{Addressee, Assignment, AssignmentKey, Undecodable};
+use crate::assignment::{Addressee, Assignment, Undecodable};
+use crate::contract::Stage;
 use crate::failpoint::{self, Point};
 use crate::fault::Fault;
+use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
-use crate::report::dead_letter::Stage;
 use crate::report::ledger::refused_subject;
-use crate::telemetry::TraceContext;
+use crate::trace_context::TraceContext;
 
 /// Why a delivery does not run.
 pub(super) struct Rejection {

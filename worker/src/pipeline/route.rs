@@ -8,12 +8,13 @@ use async_nats::header::NATS_MESSAGE_ID;
 use super::Pipeline;
 use super::rejection::Rejection;
 use crate::admission::Refusal;
-use crate::assignment::{Assignment, Pool};
+use crate::assignment::Assignment;
 use crate::broker::streams::Source;
 use crate::broker::wire_len;
 use crate::contract;
 use crate::fault::Cause;
 use crate::intake::{Delivery, Settlement};
+use crate::pool::Pool;
 
 impl Pipeline {
     /// Whether workers of another class have the slots that this one lacks. What came from the route never goes there

@@ -13,50 +13,16 @@ use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
 use crate::broker::streams::Ready;
 use crate::broker::{Broker, StoreError, wire_len};
-use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, StoredError};
+use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, Stage, StoredError};
 use crate::execute::Attempt;
 use crate::fault::Fault;
-use crate::intake::{Delivery, Publication};
+use crate::intake::Delivery;
+use crate::message;
+use crate::publication::Publication;
 use crate::report::public_error;
-use crate::telemetry::TraceContext;
+use crate::trace_context::TraceContext;
 
 const REDACTED: &str = "[redacted]";
-
-/// Where an assignment failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Stage {
-    /// It could not be read or broke a rule.
-    Decode,
-    /// It would never fit here.
-    Admit,
-    /// Its block failed for good.
-    Execute,
-    /// It killed its workers.
-    Crash,
-}
-
-impl Stage {
-    /// Every stage.
-    pub const ALL: [Self; 4] = [Self::Decode, Self::Admit, Self::Execute, Self::Crash];
-
-    /// Where an assignment failed that has a result: the only final 4001 is that of a poison.
-    pub const fn of_result(code: u16, retryable: bool) -> Self {
-        match (code, retryable) {
-            (4001, false) => Self::Crash,
-            _ => Self::Execute,
-        }
-    }
-
-    /// The public word, also the metric label.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Decode => "decode",
-            Self::Admit => "admit",
-            Self::Execute => "execute",
-            Self::Crash => "crash",
-        }
-    }
-}
 
 /// What an administrator decides about dead letters.
 #[derive(Clone, Debug)]
@@ -253,7 +219,7 @@ impl DeadLetters {
 /// surrogate pair, a number that fits nowhere) would make the letter around it unreadable, so that is none.
 fn as_object(payload: &[u8]) -> Option<&RawValue> {
     let json = std::str::from_utf8(payload).ok()?;
-    if contract::is_too_deep(json) {
+    if message::is_too_deep(json) {
         return None;
     }
     serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;

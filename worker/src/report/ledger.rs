@@ -7,13 +7,13 @@ use async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::assignment::AssignmentKey;
 use crate::broker::last::{LookUpError, header};
 use crate::broker::streams::{Mode, RESULT_STREAM};
 use crate::broker::{Broker, StoreError, Stored};
 use crate::contract::{self, StoredError, StoredResult};
 use crate::fault::Letters;
-use crate::intake::Publication;
+use crate::ids::AssignmentKey;
+use crate::publication::Publication;
 
 /// How much the clocks of those who write may differ.
 const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(60);

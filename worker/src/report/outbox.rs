@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::{Broker, Session};
 use crate::contract;
-use crate::telemetry::TraceContext;
+use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.

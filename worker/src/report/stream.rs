@@ -8,11 +8,12 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use crate::assignment::{Assignment, AssignmentKey};
+use crate::assignment::Assignment;
 use crate::blocks::pieces::{Piece, Sink};
 use crate::broker::Broker;
 use crate::contract::{self, Chunk, ChunkData};
-use crate::telemetry::TraceContext;
+use crate::ids::AssignmentKey;
+use crate::trace_context::TraceContext;
 
 /// Where the pieces of a streamed output go; none for a block that returns its output whole.
 pub fn sink(broker: &Broker, assignment: &Assignment, trace: Option<&TraceContext>) -> Option<Arc<dyn Sink>> {

@@ -8,7 +8,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::assignment::TenantId;
+use crate::ids::TenantId;
 
 /// A priority class that has not been served for this long counts as one class higher, for twice as long as two.
 /// So the lowest class is served at least every ten of these, whatever comes in above it.

@@ -10,7 +10,7 @@ use tracing::field::Empty;
 use tracing::{Span, error_span};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::TraceContext;
+use crate::trace_context::TraceContext;
 
 /// Tells our spans from those of libraries.
 pub(super) const TARGET: &str = "beamline_worker::spans";

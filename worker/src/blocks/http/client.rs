@@ -13,9 +13,9 @@ use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::{Request, Settings, failure};
-use crate::assignment::TenantId;
 use crate::blocks::egress::{Guard, Policy, Target};
 use crate::fault::{Cause, Fault};
+use crate::ids::TenantId;
 use crate::pem;
 
 /// The most tenants whose connections are kept. Above it, the one that has been quiet the longest pays a handshake.

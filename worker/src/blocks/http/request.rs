@@ -16,9 +16,9 @@ use sha2::{Digest, Sha256};
 
 use super::is_credential_header;
 use crate::blocks::Scope;
-use crate::contract;
 use crate::fault::Invalid;
-use crate::telemetry::TraceContext;
+use crate::message;
+use crate::trace_context::TraceContext;
 
 const METHODS: [Method; 7] =
     [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
@@ -58,7 +58,7 @@ impl Request {
     /// # Errors
     /// The field that is wrong.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        let wire = contract::read::<Wire<'_>>(job.get(), "/job")?;
+        let wire = message::read_part::<Wire<'_>>(job.get(), "/job")?;
         Ok(Self {
             method: method(wire.method.as_deref())?,
             url: match wire.url.as_deref() {
@@ -171,7 +171,7 @@ fn body(text: Option<Cow<'_, str>>, base64: Option<Cow<'_, str>>) -> Result<Byte
 fn headers(wire: Map<String, Value>) -> Result<HeaderMap, Invalid> {
     let mut headers = HeaderMap::new();
     for (name, values) in wire {
-        let at = format!("/job/headers/{}", contract::pointer_step(&name));
+        let at = format!("/job/headers/{}", message::pointer_step(&name));
         let name = header_name(&name).map_err(|reason| Invalid::format(&at, reason))?;
         for value in header_values(&values).map_err(|reason| Invalid::format(&at, reason))? {
             let value = header_value(&name, value).map_err(|reason| Invalid::format(&at, reason))?;

@@ -15,7 +15,8 @@ use serde::Serialize;
 use super::{Request, failure};
 use crate::blocks::{Output, Scope};
 use crate::contract;
-use crate::fault::{Cause, Details, EXCERPT_BYTES, Fault};
+use crate::contract::Details;
+use crate::fault::{Cause, EXCERPT_BYTES, Fault};
 
 /// The most bytes of a decompressed body, where the broker would take more.
 const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;

@@ -9,9 +9,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::assignment::TenantId;
 use crate::blocks::pieces::{Kept, Piece};
-use crate::telemetry::TraceContext;
+use crate::ids::TenantId;
+use crate::trace_context::TraceContext;
 
 /// A loopback server that keeps what it was sent, byte for byte, with the number of the connection.
 struct Peer {

@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use super::Request;
 use super::client::Client;
-use crate::execute::backoff;
+use crate::backoff;
 use crate::fault::{Cause, Fault};
 
 /// What is told at once; the rest waits its turn.

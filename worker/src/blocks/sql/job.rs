@@ -8,8 +8,8 @@ use serde_json::value::RawValue;
 
 use super::database::Database;
 use super::parameters::Parameters;
-use crate::contract;
 use crate::fault::Invalid;
+use crate::message;
 
 /// The pointer of the database.
 pub(super) const CONNECTION: &str = "/job/connection_string";
@@ -54,7 +54,7 @@ impl Query {
     /// # Errors
     /// The first parameter that breaks a rule.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        let job = contract::read::<Job>(job.get(), "/job")?;
+        let job = message::read_part::<Job>(job.get(), "/job")?;
         let is_given = |text: &Cow<'_, str>| !text.is_empty();
         let source = match (job.connection_string.filter(is_given), job.connection.filter(is_given)) {
             (Some(_), Some(_)) => {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::Deserialize;
 
 use super::database::Database;
-use crate::assignment::TenantId;
+use crate::ids::TenantId;
 
 /// A file of connections, and what it last said that made sense.
 #[derive(Debug)]

@@ -8,8 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::contract;
 use crate::fault::{Cause, Invalid};
+use crate::message;
 
 const AT: &str = "/job/parameters";
 
@@ -56,7 +56,7 @@ impl Parameters {
             Some(b'{') => {
                 let named: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_str(json.get()).map_err(wrong)?;
                 let values = named.iter().map(|(name, json)| {
-                    let pointer = format!("{AT}/{}", contract::pointer_step(name));
+                    let pointer = format!("{AT}/{}", message::pointer_step(name));
                     Ok((bare(name).to_owned(), Parameter::parse(json, widest, &pointer)?))
                 });
                 values.collect::<Result<_, Invalid>>().map(Self::Named)

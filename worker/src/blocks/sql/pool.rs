@@ -10,7 +10,7 @@ use tokio::time::timeout_at;
 
 use super::Connection;
 use super::database::Server;
-use crate::assignment::TenantId;
+use crate::ids::TenantId;
 
 /// Connections of one tenant to one place.
 pub(super) const MAX_PER_PLACE: usize = 8;

@@ -8,8 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::value::RawValue;
 
 use crate::blocks::output::encoded_len;
-use crate::contract;
 use crate::fault::Cause;
+use crate::message;
 
 /// The most rows.
 const MAX_ROWS: usize = 10_000;
@@ -136,7 +136,7 @@ impl Rows {
     }
 
     fn json(&mut self, text: &str) -> Result<(), Refusal> {
-        if contract::is_too_deep(text) || serde_json::from_str::<&RawValue>(text).is_err() {
+        if message::is_too_deep(text) || serde_json::from_str::<&RawValue>(text).is_err() {
             return self.text(text);
         }
         self.reserve(text.len())?;

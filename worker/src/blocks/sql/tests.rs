@@ -4,7 +4,7 @@ use serde_json::json;
 use serde_json::value::RawValue;
 
 use super::*;
-use crate::assignment::TenantId;
+use crate::ids::TenantId;
 
 fn query(job: &serde_json::Value) -> Result<Query, Invalid> {
     Query::parse(&RawValue::from_string(job.to_string()).unwrap())

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use cap_std::fs::MetadataExt;
 
 use super::connection::Reader;
-use crate::assignment::TenantId;
 use crate::blocks::tenant_dir::Place;
 use crate::fault::{Cause, Fault};
+use crate::ids::TenantId;
 
 /// Connections that wait, each with a cache of at most a megabyte.
 const MAX_IDLE: usize = 32;

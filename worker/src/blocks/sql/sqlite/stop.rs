@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::execute::cpu::CpuTime;
+use crate::blocks::cpu::CpuTime;
 
 /// The longest wait for a writer's lock; a retry waits longer without holding a thread.
 const MAX_BUSY: Duration = Duration::from_secs(1);

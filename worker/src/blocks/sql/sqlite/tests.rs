@@ -9,10 +9,10 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::*;
-use crate::assignment::TenantId;
+use crate::blocks::cpu::CpuTime;
 use crate::blocks::egress::Policy;
 use crate::blocks::sql::{Settings, Sql};
-use crate::execute::cpu::CpuTime;
+use crate::ids::TenantId;
 
 /// A root of its own with databases in it.
 struct Disk {

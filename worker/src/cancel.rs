@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::assignment::{AssignmentKey, optional_id, required_id, version};
 use crate::broker::kv::Entry;
 use crate::contract;
 use crate::fault::Invalid;
+use crate::ids::{AssignmentKey, optional_id, required_id};
+use crate::message::{self, version};
 
 /// The longest reason that is repeated, in bytes.
 const MAX_REASON_BYTES: usize = 1024;
@@ -58,7 +59,7 @@ impl Cancel {
     }
 
     fn read(payload: &[u8]) -> Result<(Self, Option<Timestamp>), Invalid> {
-        let wire = contract::read_message::<contract::Cancel>(payload)?;
+        let wire = message::read::<contract::Cancel>(payload)?;
         version(wire.version.as_deref())?;
         let reason = wire.reason.as_deref().filter(|reason| !reason.is_empty());
         if reason.is_some_and(|reason| reason.len() > MAX_REASON_BYTES) {

@@ -1,12 +1,16 @@
 //! The CPU time of one block, wherever it runs: on the thread that polls it, or on one that may wait for a disk.
 
 use std::cell::Cell;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use cpu_time::ThreadTime;
 
+use super::Output;
 use crate::fault::{Cause, Fault};
 
 thread_local! {
@@ -60,6 +64,15 @@ impl CpuTime {
     }
 }
 
+/// Counts the CPU time of each poll, and ends the work when too much is used.
+pub async fn metered(work: impl Future<Output = Result<Output, Fault>>, cpu_time: &CpuTime) -> Result<Output, Fault> {
+    let mut work = pin!(work);
+    poll_fn(|context| match cpu_time.count(|| work.as_mut().poll(context)) {
+        Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),
+        done => done,
+    })
+    .await
+}
 fn now() -> Duration {
     ThreadTime::now().as_duration()
 }
