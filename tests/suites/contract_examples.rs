@@ -426,7 +426,7 @@ fn announced(fixture: &Fixture) {
     let (request, assignment, approval) = requested(&job, time("requested_at"), time("expires_at"));
     let lasts = request.expires_at.duration_since(request.requested_at).as_millis();
     assert_eq!(u64::try_from(lasts).ok(), job["timeout_ms"].as_u64(), "{fixture}");
-    let written: Value = serde_json::from_slice(&report::announcement(&request, &assignment, &approval)).expect("JSON");
+    let written: Value = serde_json::from_slice(&request.announcement(&assignment, &approval)).expect("JSON");
     assert_eq!(example, written, "{fixture}: the example is left, what the code writes is right");
 }
 

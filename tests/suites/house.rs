@@ -135,6 +135,28 @@ fn the_worker_knows_nothing_of_kubernetes() {
     }
 }
 
+/// So the order of `worker/src/lib.rs` is one that a reader can follow, and a change stays in few files.
+#[test]
+fn a_module_of_the_worker_knows_only_those_above_it() {
+    let sources = Path::new("worker/src");
+    let list = read(sources.join("lib.rs"));
+    let order: Vec<&str> = list.lines().filter_map(|line| line.strip_prefix("pub mod ")?.split(';').next()).collect();
+    assert!(order.len() > 20, "only {} modules were found", order.len());
+    let place = |module: &str| order.iter().position(|listed| *listed == module);
+    for path in files("rs").iter().filter(|path| path.starts_with(sources)) {
+        let module = path.strip_prefix(sources).expect("it lies there").with_extension("");
+        let module = module.iter().next().expect("a file has a name").to_string_lossy();
+        if matches!(&*module, "lib" | "main") {
+            continue;
+        }
+        for known in read(path).split("crate::").skip(1) {
+            let known = known.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+            assert!(place(known).is_some(), "{} knows {known:?}: say one module a line", path.display());
+            assert!(place(known) <= place(&module), "{} knows {known}, which stands below it", path.display());
+        }
+    }
+}
+
 #[test]
 fn the_operator_knows_the_api_and_not_the_worker() {
     let tree = Tree::read();

@@ -20,11 +20,12 @@ use crate::broker::streams::Mode;
 use crate::policy::{Policy, PolicyFile};
 use crate::pool::Pool;
 use crate::report::spool::Spool;
+use crate::telemetry::LogFormat;
 use input::Input;
 use settings as s;
 
 pub use input::Problems;
-pub use values::{LogFormat, NatsServers, PoolName};
+pub use values::{NatsServers, PoolName};
 
 /// The exit code for [`Problems`].
 pub const EXIT_BAD_CONFIG: u8 = 2;
@@ -195,7 +196,7 @@ impl Config {
             drain_timeout: input.value(&s::DRAIN_TIMEOUT, values::duration("0s", "1day")),
             prometheus_endpoint: input.value(&s::PROMETHEUS_ENDPOINT, values::socket_address),
             otlp_endpoint: input.optional(&s::OTLP_ENDPOINT, values::collector_url),
-            log_format: input.value(&s::LOG_FORMAT, LogFormat::parse),
+            log_format: input.value(&s::LOG_FORMAT, values::log_format),
             log_filter: input.value(&s::LOG_LEVEL, values::log_filter),
         };
         if Pool::ALL.into_iter().all(|pool| config.slots(pool) == 0) {

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::pipeline::Pipeline;
 use crate::policy::Policy;
 
 /// Open while nothing speaks against work.
@@ -38,18 +37,5 @@ impl Gate {
     /// What whoever looks after the worker wants of it.
     pub fn tell(&self, pull: bool) {
         self.told_to_pull.send_replace(pull);
-    }
-}
-
-/// Hands back what waits here while the gate is closed. Called again and again.
-pub(crate) fn keep(pipeline: &Pipeline) {
-    if !pipeline.hands_back() {
-        return;
-    }
-    if pipeline.gate.is_open() {
-        pipeline.schedule.let_wait();
-    } else if pipeline.load.open_pulls() == 0 {
-        // Not before the open pulls have ended: what is handed back would come back to them.
-        pipeline.schedule.turn_away();
     }
 }

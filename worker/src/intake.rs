@@ -1,6 +1,7 @@
 //! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
 
 mod group; // core mode: what the broker hands out and forgets
+mod load; // how much is here, and how much more may come
 mod hold; // until when the broker leaves a delivery to us
 
 use std::collections::VecDeque;
@@ -19,15 +20,17 @@ use crate::broker::Broker;
 use crate::broker::last::header;
 use crate::broker::streams::{ACK_WAIT, Ready, Source};
 use crate::contract;
-use crate::health::Concern;
-use crate::pipeline::Pipeline;
-use crate::pipeline::load::{Counted, Flow, Load, Room, Waiting};
+use crate::gate::Gate;
+use crate::health::{Concern, Health};
 use crate::publication::Publication;
 use crate::pulse;
 use hold::Held;
+use load::{Counted, Flow, Waiting};
 
 pub use group::join;
 pub use hold::{Hold, Holds, renew};
+pub(crate) use load::Load;
+pub use load::Room;
 
 /// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
 /// costs the broker one small request in that time.
@@ -38,6 +41,16 @@ const TICK: Duration = Duration::from_millis(100);
 const VANISHED_RETRY: Duration = Duration::from_secs(1);
 /// Deliveries that travel on together: one look-up for all of them. The broker answers at most 1 024 at once.
 const CHUNK: usize = 512;
+
+/// What work is taken in with, and what counts it; shared with whoever gets the work done.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    pub(crate) broker: Broker,
+    pub(crate) health: Health,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) load: Arc<Load>,
+    pub(crate) holds: Holds,
+}
 
 /// A message that the broker still holds us responsible for.
 ///
@@ -166,10 +179,12 @@ impl Delivery {
     }
 }
 
-/// Takes deliveries from there and sends them on in chunks until `stop`; starts anew whenever the stream was made anew.
+/// Takes deliveries from there, as many as there is room for, and sends them on in chunks until `stop`; starts anew
+/// whenever the stream was made anew.
 pub async fn take(
-    pipeline: Arc<Pipeline>,
+    parts: Parts,
     source: Source,
+    room: impl Fn() -> Room,
     mut streams: watch::Receiver<Ready>,
     out: mpsc::Sender<Vec<Delivery>>,
     stop: CancellationToken,
@@ -178,10 +193,10 @@ pub async fn take(
         let from = Pulled::of(&streams.borrow_and_update(), source);
         let pulls = async {
             let Some(from) = &from else { return stop.cancelled().await };
-            let puller = Puller::new(&pipeline, source, from.clone());
-            if puller.run(|| pipeline.room(source), &out, &stop).await == Err(Vanished) {
+            let puller = Puller::new(&parts, source, from.clone());
+            if puller.run(&room, &out, &stop).await == Err(Vanished) {
                 let vanished = format!("the consumer {} has vanished", from.consumer);
-                pipeline.health.raise(Concern::StreamsUnavailable, vanished);
+                parts.health.raise(Concern::StreamsUnavailable, vanished);
                 tokio::time::sleep(VANISHED_RETRY).await;
             }
         };
@@ -256,14 +271,14 @@ impl Drop for Pulls {
 }
 
 impl Puller {
-    fn new(pipeline: &Pipeline, source: Source, from: Pulled) -> Self {
+    fn new(parts: &Parts, source: Source, from: Pulled) -> Self {
         Self {
-            broker: pipeline.broker.clone(),
+            broker: parts.broker.clone(),
             source,
             from,
-            load: Arc::clone(&pipeline.load),
-            flow: Arc::clone(pipeline.load.flow(source)),
-            holds: pipeline.holds.clone(),
+            load: Arc::clone(&parts.load),
+            flow: Arc::clone(parts.load.flow(source)),
+            holds: parts.holds.clone(),
         }
     }
 

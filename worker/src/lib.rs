@@ -17,11 +17,12 @@ pub mod publication; // which message it came with
 pub mod trace_context; // which trace it belongs to
 pub mod pulse; // whether this process goes on
 
+pub mod policy; // what tenants are given, and whether the worker is paused
+pub mod gate; // whether this worker takes work
 pub mod broker; // the connection, the streams
 pub mod intake; // bytes in, and the duty to settle them
 pub mod blocks; // http, fs, sql, human
 pub mod assignment; // what we are willing to run
-pub mod policy; // what tenants are given, and whether the worker is paused
 pub mod schedule; // where and in what order
 pub mod admission; // whether it may run here
 pub mod execute; // deadline and retry
@@ -29,7 +30,6 @@ pub mod cancel; // what is wanted no more
 pub mod approval; // work that waits for a person, in no slot
 pub mod report; // verdicts, results, dead letters
 
-pub mod gate; // whether this worker takes work
 pub mod metrics; // what is counted
 pub mod telemetry; // logs and traces
 pub mod pipeline; // the whole story in three functions

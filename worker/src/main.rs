@@ -63,7 +63,7 @@ fn main() -> ExitCode {
 fn start(config: Config) -> anyhow::Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let metrics = Arc::new(Metrics::new());
-    let telemetry = telemetry::init(&config, &metrics)?;
+    let telemetry = telemetry::init(&telemetry_settings(&config), &metrics)?;
     pulse::start().context("cannot start a thread")?;
     // One thread for everything between the broker and the blocks: it spends a quarter less on each assignment than
     // several that wake each other. Blocks have threads of their own, so that none of them holds it up.
@@ -78,6 +78,15 @@ fn start(config: Config) -> anyhow::Result<()> {
     runtime.shutdown_background();
     telemetry.shutdown();
     ended
+}
+
+fn telemetry_settings(config: &Config) -> telemetry::Settings {
+    telemetry::Settings {
+        log_format: config.log_format,
+        log_filter: config.log_filter.clone(),
+        otlp_endpoint: config.otlp_endpoint.clone(),
+        worker_id: config.worker_id.clone(),
+    }
 }
 
 /// From the first connect to the last flush.
@@ -100,7 +109,7 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     let identity = Arc::new(identity(&config));
     vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     if mode == Mode::JetStream {
-        vital.spawn("renew holds", intake::renew(Arc::clone(&pipeline), ended.clone()));
+        vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
         vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
     }
     vital.spawn("report", presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
@@ -121,10 +130,14 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     pipeline.watch_approvals(stop.clone(), &vital);
     let taking = TaskTracker::new();
     for source in pulled(sources(&config)) {
-        let (pipeline, chunks, stop) = (Arc::clone(&pipeline), chunks.clone(), stop.clone());
+        let (parts, chunks, stop) = (pipeline.intake(), chunks.clone(), stop.clone());
+        let room = {
+            let pipeline = Arc::clone(&pipeline);
+            move || pipeline.room(source)
+        };
         let take = match mode {
-            Mode::JetStream => intake::take(pipeline, source, streams.clone(), chunks, stop).left_future(),
-            Mode::Core => intake::join(pipeline, source, intake_of(&config), chunks, stop).right_future(),
+            Mode::JetStream => intake::take(parts, source, room, streams.clone(), chunks, stop).left_future(),
+            Mode::Core => intake::join(parts, source, room, intake_of(&config), chunks, stop).right_future(),
         };
         taking.spawn(vital.watched("take assignments", take));
     }

@@ -12,7 +12,7 @@ mod deaths; // how often one has killed its worker
 mod quarantine; // what may do so again runs alone
 mod share; // what waits here while another worker has room
 mod durable; // writes that must become definite
-pub(crate) mod load; // how much is held, and how much more may come
+mod room; // how much more may come
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Letters};
 use crate::gate::Gate;
 use crate::health::Health;
-use crate::intake::{Delivery, Holds, Settlement};
+use crate::intake::{self, Delivery, Holds, Load, Settlement};
 use crate::metrics::Metrics;
 use crate::publication::Publication;
 use crate::report::dead_letter::{self, DeadLetters};
@@ -54,11 +54,10 @@ use cancel::Stop;
 use deaths::{Deaths, Suspicion, Which};
 use durable::{Standing, may_replace};
 use in_flight::{Claim, Flight, InFlight, Landed};
-use load::Load;
 use quarantine::{Isolation, Quarantine};
 use rejection::Rejection;
 
-pub use load::observe;
+pub use room::observe;
 pub use share::share;
 
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
@@ -103,7 +102,7 @@ pub struct Pipeline {
     pub(crate) outbox: Outbox,
     pub(crate) dead_letters: DeadLetters,
     pub(crate) schedule: Schedule,
-    pub(crate) gate: Gate,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) health: Health,
@@ -175,21 +174,32 @@ impl Pipeline {
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
             dead_letters: DeadLetters::new(broker.clone(), streams.clone(), settings.dead_letters.clone()),
             deaths: Deaths::new(broker.clone()),
+            load: Arc::new(Load::new(settings.max_memory_bytes)),
             settings,
             broker,
             streams,
-            gate: Gate::new(schedule.policy()),
+            gate: Arc::new(Gate::new(schedule.policy())),
             schedule,
             engine,
             metrics,
             health,
-            load: Arc::new(Load::default()),
             holds: Holds::default(),
             tasks: TaskTracker::new(),
             cut: CancellationToken::new(),
             tombstones: Tombstones::default(),
             in_flight: InFlight::default(),
             quarantine: Quarantine::default(),
+        }
+    }
+
+    /// What work is taken in with.
+    pub fn intake(&self) -> intake::Parts {
+        intake::Parts {
+            broker: self.broker.clone(),
+            health: self.health.clone(),
+            gate: Arc::clone(&self.gate),
+            load: Arc::clone(&self.load),
+            holds: self.holds.clone(),
         }
     }
 

@@ -12,11 +12,9 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
 
-use crate::approval::request::Request;
 use crate::assignment::{Addressee, Assignment};
 use crate::blocks::BlockKind;
-use crate::blocks::human::Approval;
-use crate::contract::{self, ExecResult, HumanRequest, Metadata, PublicError, Status, Verdict, VerdictError};
+use crate::contract::{self, ExecResult, Metadata, PublicError, Status, Verdict, VerdictError};
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 
@@ -140,22 +138,6 @@ pub fn rejected(addressee: &Addressee, cause: Cause, message: &str, worker_id: &
         error: Some(VerdictError { code: cause.code(), message, retryable: cause.is_retryable() }),
         acknowledged_at: Timestamp::now().as_millisecond(),
     }))
-}
-
-/// What approvers are told of a request.
-pub fn announcement(request: &Request, assignment: &Assignment, approval: &Approval) -> Bytes {
-    contract::encode(&HumanRequest {
-        version: contract::VERSION,
-        assignment_id: &request.key.assignment_id,
-        request_id: &assignment.correlation.request_id,
-        tenant_id: request.key.tenant.as_str(),
-        trace_id: assignment.correlation.trace_id.as_deref(),
-        run_id: assignment.correlation.run_id.as_deref(),
-        prompt: approval.prompt(),
-        approvers: approval.approvers(),
-        requested_at: request.requested_at.as_millisecond(),
-        expires_at: request.expires_at.as_millisecond(),
-    })
 }
 
 /// A fault as the Router sees it.

@@ -19,8 +19,8 @@ use tracing::subscriber::SetGlobalDefaultError;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
+use url::Url;
 
-use crate::config::{Config, LogFormat};
 use crate::metrics::Metrics;
 use lines::LineLayer;
 use output::Output;
@@ -46,6 +46,28 @@ pub enum Error {
     AlreadySet(#[source] SetGlobalDefaultError),
 }
 
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// The public shape, for machines.
+    Json,
+    /// For a terminal.
+    Text,
+}
+
+/// What an administrator decides about logs and traces.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// Which are written.
+    pub log_filter: EnvFilter,
+    /// The collector of traces.
+    pub otlp_endpoint: Option<Url>,
+    /// Whose they are.
+    pub worker_id: String,
+}
+
 /// What has to be flushed at the end.
 #[must_use = "shut it down, or the last lines and spans are lost"]
 #[derive(Debug)]
@@ -58,14 +80,14 @@ pub struct Telemetry {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn init(config: &Config, metrics: &Metrics) -> Result<Telemetry, Error> {
+pub fn init(settings: &Settings, metrics: &Metrics) -> Result<Telemetry, Error> {
     let output =
-        Output::start(std::io::stdout(), config.log_format, metrics.log_lines_dropped()).map_err(Error::Thread)?;
-    let traces = match &config.otlp_endpoint {
-        Some(endpoint) => Some(exporter(endpoint, &config.worker_id)?),
+        Output::start(std::io::stdout(), settings.log_format, metrics.log_lines_dropped()).map_err(Error::Thread)?;
+    let traces = match &settings.otlp_endpoint {
+        Some(endpoint) => Some(exporter(endpoint, &settings.worker_id)?),
         None => None,
     };
-    let subscriber = subscriber(config.log_format, config.log_filter.clone(), output.clone(), traces.as_ref());
+    let subscriber = subscriber(settings.log_format, settings.log_filter.clone(), output.clone(), traces.as_ref());
     tracing::subscriber::set_global_default(subscriber).map_err(Error::AlreadySet)?;
     if traces.is_some() {
         spans::turn_on();
@@ -109,7 +131,7 @@ fn subscriber(
 }
 
 /// The exporter reads the other `OTEL_*` variables itself (headers, sampling, batches).
-fn exporter(endpoint: &url::Url, worker_id: &str) -> Result<SdkTracerProvider, Error> {
+fn exporter(endpoint: &Url, worker_id: &str) -> Result<SdkTracerProvider, Error> {
     // A no-op when the program has done so already, as it should.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let exporter = SpanExporter::builder()
@@ -129,7 +151,7 @@ fn exporter(endpoint: &url::Url, worker_id: &str) -> Result<SdkTracerProvider, E
 }
 
 /// The endpoint is a base: each signal has its path below it.
-fn traces_url(base: &url::Url) -> String {
+fn traces_url(base: &Url) -> String {
     format!("{}/v1/traces", base.as_str().trim_end_matches('/'))
 }
 

@@ -7,11 +7,12 @@ use jiff::Timestamp;
 use serde_json::value::RawValue;
 
 use super::answer::Answer;
+use crate::assignment::Assignment;
 use crate::blocks::Output;
 use crate::blocks::human::{Approval, Decision};
 use crate::broker::kv::Entry;
 use crate::cancel::Tombstone;
-use crate::contract::{self, StoredRequest};
+use crate::contract::{self, HumanRequest, StoredRequest};
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 use crate::ids::{AssignmentKey, TenantId};
@@ -69,6 +70,22 @@ pub enum Outcome {
 }
 
 impl Request {
+    /// What approvers are told of it.
+    pub fn announcement(&self, assignment: &Assignment, approval: &Approval) -> Bytes {
+        contract::encode(&HumanRequest {
+            version: contract::VERSION,
+            assignment_id: &self.key.assignment_id,
+            request_id: &assignment.correlation.request_id,
+            tenant_id: self.key.tenant.as_str(),
+            trace_id: assignment.correlation.trace_id.as_deref(),
+            run_id: assignment.correlation.run_id.as_deref(),
+            prompt: approval.prompt(),
+            approvers: approval.approvers(),
+            requested_at: self.requested_at.as_millisecond(),
+            expires_at: self.expires_at.as_millisecond(),
+        })
+    }
+
     /// As it is kept.
     pub fn encode(&self) -> Bytes {
         let (assignment, result, ended_by) = match &self.state {

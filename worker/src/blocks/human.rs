@@ -1,4 +1,4 @@
-//! `human.approval`: a question to people. It takes no slot and has nothing to run: it waits ([`crate::approval`]).
+//! `human.approval`: a question to people. It takes no slot and has nothing to run: it waits (`approval`).
 
 use std::borrow::Cow;
 

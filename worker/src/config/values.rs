@@ -19,30 +19,12 @@ use crate::ids::TenantId;
 use crate::pem;
 use crate::policy::{Policy, PolicyFile};
 use crate::report::spool::Spool;
+use crate::telemetry::LogFormat;
 
 /// The longest time that is written in milliseconds: 30 days.
 pub(super) const MONTH_MS: u64 = 30 * 24 * 3_600_000;
 /// NATS takes longer ones, but they end up in file names.
 const MAX_CONSUMER_NAME: usize = 128;
-
-/// How a log line looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// The public shape, for machines.
-    Json,
-    /// For a terminal.
-    Text,
-}
-
-impl LogFormat {
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "json" => Ok(Self::Json),
-            "text" => Ok(Self::Text),
-            _ => Err("json or text".to_owned()),
-        }
-    }
-}
 
 /// The WorkerPool that a worker belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -284,6 +266,14 @@ pub(super) fn collector_url(text: &str) -> Result<Url, String> {
 pub(super) fn webhook_url(text: &str) -> Result<Url, String> {
     http::callable(text)
         .map_err(|_| "an http or https URL without credentials, such as https://example.com/hook".to_owned())
+}
+
+pub(super) fn log_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "json" => Ok(LogFormat::Json),
+        "text" => Ok(LogFormat::Text),
+        _ => Err("json or text".to_owned()),
+    }
 }
 
 pub(super) fn log_filter(text: &str) -> Result<EnvFilter, String> {

@@ -14,10 +14,9 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{CHUNK, Delivery, TICK};
+use super::load::{Counted, Waiting};
+use super::{CHUNK, Delivery, Parts, Room, TICK};
 use crate::broker::streams::{Intake, Source};
-use crate::pipeline::Pipeline;
-use crate::pipeline::load::{Counted, Waiting};
 use crate::publication::Publication;
 use crate::pulse;
 
@@ -32,8 +31,9 @@ const AT_ONCE: u64 = 10_000_000_000;
 
 /// Takes what the group is given and sends it on in chunks, until `stop`. While the worker takes no work it is no member.
 pub async fn join(
-    pipeline: Arc<Pipeline>,
+    parts: Parts,
     source: Source,
+    room: impl Fn() -> Room,
     intake: Intake,
     out: mpsc::Sender<Vec<Delivery>>,
     stop: CancellationToken,
@@ -43,11 +43,15 @@ pub async fn join(
         Source::GpuRoute => (intake.route_subject(), intake.route_group()),
     };
     let mut identities = Identities::new();
-    pipeline.load.flow(source).set_out(true);
+    parts.load.flow(source).set_out(true);
     while !stop.is_cancelled() {
-        if pipeline.gate.is_open() {
-            match pipeline.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
-                Ok(messages) => Member::new(&pipeline, source, messages, &mut identities).serve(&out, &stop).await,
+        if parts.gate.is_open() {
+            match parts.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
+                Ok(messages) => {
+                    let early = VecDeque::new();
+                    let (parts, room, identities) = (&parts, &room, &mut identities);
+                    Member { parts, source, room, messages, identities, early }.serve(&out, &stop).await;
+                }
                 Err(error) => tracing::error!(%error, subject, "cannot join the queue group"),
             }
         }
@@ -56,9 +60,10 @@ pub async fn join(
 }
 
 /// One membership.
-struct Member<'a> {
-    pipeline: &'a Pipeline,
+struct Member<'a, R> {
+    parts: &'a Parts,
     source: Source,
+    room: &'a R,
     messages: Subscriber,
     identities: &'a mut Identities,
     early: VecDeque<Early>,
@@ -90,17 +95,13 @@ impl Identities {
     }
 }
 
-impl<'a> Member<'a> {
-    fn new(pipeline: &'a Pipeline, source: Source, messages: Subscriber, identities: &'a mut Identities) -> Self {
-        Self { pipeline, source, messages, identities, early: VecDeque::new() }
-    }
-
+impl<R: Fn() -> Room> Member<'_, R> {
     /// Returns when the worker stops or takes no more work, and everything that was given to it has been sent on.
     async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
-        let flow = Arc::clone(self.pipeline.load.flow(self.source));
+        let flow = Arc::clone(self.parts.load.flow(self.source));
         flow.set_asked_for(1, 1);
         flow.set_out(false);
-        while !stop.is_cancelled() && self.pipeline.gate.is_open() {
+        while !stop.is_cancelled() && self.parts.gate.is_open() {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => {}
@@ -127,11 +128,11 @@ impl<'a> Member<'a> {
 
     /// Leaves the group, and takes what the broker had given to it before it heard that.
     async fn leave(&mut self) {
-        let client = self.pipeline.broker.client();
+        let client = self.parts.broker.client();
         let _ = self.messages.unsubscribe_after(AT_ONCE).await;
         let fence = client.new_inbox();
         if let Ok(mut fence_back) = client.subscribe(fence.clone()).await {
-            self.pipeline.broker.say(fence, Bytes::new()).await;
+            self.parts.broker.say(fence, Bytes::new()).await;
             let _ = tokio::time::timeout(LEAVING, fence_back.next()).await;
         }
         while let Some(message) = self.messages.next().now_or_never().flatten() {
@@ -144,7 +145,7 @@ impl<'a> Member<'a> {
         let (since, published) = (Instant::now(), Timestamp::now());
         let mut next = Some(message);
         while let Some(message) = next {
-            let bytes = self.pipeline.load.hold_bytes(message.payload.len());
+            let bytes = self.parts.load.hold_bytes(message.payload.len());
             self.early.push_back(Early { message, since, published, bytes });
             if self.early.len().is_multiple_of(CHUNK) {
                 break;
@@ -167,9 +168,9 @@ impl<'a> Member<'a> {
         if self.early.is_empty() {
             return Vec::new();
         }
-        let mut free = self.pipeline.room(self.source).free;
+        let mut free = (self.room)().free;
         // Room for bytes does not come back as fast as slots do.
-        let patience = if self.pipeline.holds_too_much() { Duration::ZERO } else { PATIENCE };
+        let patience = if self.parts.load.is_full() { Duration::ZERO } else { PATIENCE };
         let mut chunk = Vec::new();
         while chunk.len() < CHUNK
             && let Some(early) = self.early.pop_front_if(|early| free > 0 || early.since.elapsed() >= patience)
@@ -185,14 +186,14 @@ impl<'a> Member<'a> {
         Delivery {
             payload: message.payload,
             headers: message.headers,
-            broker: self.pipeline.broker.clone(),
+            broker: self.parts.broker.clone(),
             source: self.source,
             publication: self.identities.next(),
             delivered: 1,
             published,
-            held: self.pipeline.holds.take(None, pulse::gaps()),
+            held: self.parts.holds.take(None, pulse::gaps()),
             received: since,
-            waiting: (!is_surplus).then(|| Waiting::new(self.pipeline.load.flow(self.source))),
+            waiting: (!is_surplus).then(|| Waiting::new(self.parts.load.flow(self.source))),
             is_surplus,
             bytes,
         }

@@ -11,10 +11,10 @@ use futures::stream::FuturesUnordered;
 use slab::Slab;
 use tokio_util::sync::CancellationToken;
 
+use super::Parts;
 use crate::broker::Broker;
 use crate::broker::streams::ACK_WAIT;
 use crate::contract;
-use crate::pipeline::Pipeline;
 use crate::pulse;
 
 /// Between two looks at which holds are due.
@@ -98,15 +98,15 @@ pub struct Holds(Arc<Mutex<Slab<Arc<Hold>>>>);
 
 /// Tells the broker that each delivery is being worked on, well before its hold lapses, until `stop`. Only what it answers
 /// counts.
-pub async fn renew(pipeline: Arc<Pipeline>, stop: CancellationToken) {
+pub async fn renew(parts: Parts, stop: CancellationToken) {
     let mut looks = tokio::time::interval(LOOK);
     let mut renewals = FuturesUnordered::new();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = looks.tick() => {
-                let due = pipeline.holds.take_due();
-                renewals.extend(due.into_iter().map(|hold| renew_one(&pipeline.broker, hold)));
+                let due = parts.holds.take_due();
+                renewals.extend(due.into_iter().map(|hold| renew_one(&parts.broker, hold)));
             }
             Some(()) = renewals.next() => {}
         }

@@ -31,8 +31,8 @@ use crate::fault::{Cause, Fault, Invalid};
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
 use crate::metrics::IgnoredAnswer;
+use crate::report::StepResult;
 use crate::report::ledger::Record;
-use crate::report::{self, StepResult};
 use crate::telemetry;
 use crate::vital::Vital;
 
@@ -295,7 +295,7 @@ impl Pipeline {
 
     /// What approvers are told; the webhook is told in the background. Again when the delivery comes again.
     fn announcement(&self, request: &Request, assignment: &Assignment, approval: &Approval) -> Bytes {
-        let announcement = report::announcement(request, assignment, approval);
+        let announcement = request.announcement(assignment, approval);
         tracing::info!(
             assignment_id = %request.key.assignment_id,
             tenant_id = request.key.tenant.as_str(),
@@ -386,7 +386,7 @@ impl Pipeline {
     /// What could never be stored or announced, as a fault.
     fn does_not_fit(&self, request: &Request, assignment: &Assignment, approval: &Approval) -> Option<Fault> {
         let largest = self.largest_output();
-        let bytes = request.encode().len().max(report::announcement(request, assignment, approval).len());
+        let bytes = request.encode().len().max(request.announcement(assignment, approval).len());
         let message = || format!("the request for approval has {bytes} bytes, the broker takes {largest}");
         (bytes > largest).then(|| Fault::new(Cause::OverCap, message()))
     }

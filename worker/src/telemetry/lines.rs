@@ -11,8 +11,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
+use super::LogFormat;
 use super::output::Output;
-use crate::config::LogFormat;
 
 /// The longest message or value, in bytes: what a peer sent must not fill the disk.
 const MAX_VALUE_BYTES: usize = 8 * 1024;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use prometheus::IntCounter;
 
+use super::LogFormat;
 use super::lines;
-use crate::config::LogFormat;
 
 /// Some ten thousand lines: a short pause of the reader loses nothing, a long one costs bounded memory.
 const MAX_QUEUED_BYTES: usize = 4 * 1024 * 1024;

@@ -1,148 +1,29 @@
-//! How much the worker holds, how much more it can use, and when that is too much.
+//! How much the worker holds of the broker's, how fast it goes, and how much more it can use.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
-use super::Pipeline;
 use crate::broker::streams::Source;
-use crate::gate;
-use crate::health::Concern;
-use crate::pool::Pool;
-
-/// The most that is fetched ahead of free slots, unless there are more slots.
-const MAX_LOOK_AHEAD: usize = 1000;
-/// The most that waits here for slots of its own tenants: more of it would stop the intake, for everybody.
-const MAX_HELD_BACK: usize = 1000;
-/// A pool that has let work wait for this long without starting any is overloaded.
-const OVERLOADED: Duration = Duration::from_secs(30);
-
-/// Between two samples.
-const SAMPLE: Duration = Duration::from_millis(100);
-/// Samples after which a worker has lived on although a hold has lapsed, and says so: 3 s.
-const LIVED_ON: u32 = 30;
-
-/// Samples what changes by itself until the worker has stopped.
-pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(SAMPLE);
-    let mut last = Instant::now();
-    while !stop.is_cancelled() {
-        ticks.tick().await;
-        pipeline.load.sample(last.elapsed());
-        last = Instant::now();
-        gate::keep(&pipeline);
-        for pool in Pool::ALL {
-            pipeline.metrics.set_queue_depth(pool, pipeline.schedule.waiting(pool));
-            pipeline.metrics.set_slots(pool, pipeline.schedule.size(pool));
-            pipeline.metrics.set_slots_busy(pool, pipeline.schedule.busy(pool));
-        }
-        pipeline.metrics.set_tenants_file_broken(pipeline.gate.has_stale_policy());
-        pipeline.metrics.set_memory_held(pipeline.load.bytes());
-        pipeline.note_overload();
-        pipeline.note_lapses();
-        pipeline.metrics.set_nats_connected(!pipeline.health.is_raised(Concern::NatsDisconnected));
-    }
-}
-
-impl Pipeline {
-    /// How much may be fetched from there at this moment.
-    pub(crate) fn room(&self, source: Source) -> Room {
-        let slots = self.slots(source);
-        let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
-        let look_ahead = self.look_ahead(source);
-        // What waits for its own tenant takes nobody else's place.
-        let held_back: usize = pools(source).iter().map(|pool| self.schedule.held_back(*pool)).sum();
-        let waiting = self.load.flow(source).waiting().saturating_sub(held_back);
-        let free = if self.takes_none(source) || held_back >= MAX_HELD_BACK {
-            0
-        } else {
-            (slots - busy + look_ahead).saturating_sub(waiting)
-        };
-        Room { free, whole: slots + look_ahead, waiting }
-    }
-
-    fn takes_none(&self, source: Source) -> bool {
-        let is_full = |pool: &Pool| {
-            let waiting = self.schedule.waiting(*pool).saturating_sub(self.schedule.held_back(*pool));
-            waiting >= self.longest_queue(source, *pool)
-        };
-        // What could not be stored would only pile up here. Whoever could not store it clears the concern.
-        let cannot_store = self.health.is_raised(Concern::StorageRefused);
-        let is_told_not_to = self.quarantine.is_occupied() || self.load.asks_for_nothing.load(Ordering::Acquire);
-        is_told_not_to
-            || !self.gate.is_open()
-            || self.holds_too_much()
-            || cannot_store
-            || pools(source).iter().any(is_full)
-    }
-
-    fn slots(&self, source: Source) -> usize {
-        pools(source).iter().map(|pool| self.schedule.size(*pool)).sum()
-    }
-
-    fn look_ahead(&self, source: Source) -> usize {
-        self.slots(source).max(self.load.flow(source).finished_per_100_ms().min(MAX_LOOK_AHEAD))
-    }
-
-    /// From which length on a pool's queue stops what comes from there. What the route brings must never stop the intake.
-    fn longest_queue(&self, source: Source, pool: Pool) -> usize {
-        let beside = match (source, pool) {
-            (Source::Intake, Pool::Gpu) => self.look_ahead(Source::GpuRoute),
-            _ => 0,
-        };
-        self.look_ahead(source).max(1) + beside
-    }
-
-    fn note_overload(&self) {
-        let stuck = Pool::ALL.into_iter().find(|pool| self.schedule.stuck_for(*pool) >= OVERLOADED);
-        match stuck {
-            Some(pool) => self.health.raise(Concern::PoolOverloaded, format!("work waits for {} slots", pool.as_str())),
-            None => self.health.clear(Concern::PoolOverloaded),
-        }
-        if self.holds_too_much() {
-            self.health.raise(Concern::MemoryFull, "payloads, results and what assignments asked for")
-        } else {
-            self.health.clear(Concern::MemoryFull)
-        }
-    }
-
-    /// A worker that lives on after a lapse has not died of what it holds, however long that still takes.
-    fn note_lapses(&self) {
-        self.in_flight.lapsed(LIVED_ON).into_iter().for_each(|which| self.deaths.lapsed(which));
-    }
-
-    /// Whether more bytes are here than may be.
-    pub(crate) fn holds_too_much(&self) -> bool {
-        self.load.bytes() as u64 >= self.settings.max_memory_bytes
-    }
-}
-
-/// Where what comes from there can run.
-const fn pools(source: Source) -> &'static [Pool] {
-    match source {
-        Source::Intake => &Pool::ALL,
-        Source::GpuRoute => &[Pool::Gpu],
-    }
-}
 
 /// How many deliveries the worker can use at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Room {
+pub struct Room {
     /// Free slots and look-ahead, less what waits here already.
-    pub(crate) free: usize,
+    pub free: usize,
     /// Free slots and look-ahead of an idle worker: a request for much less than this is not worth its cost.
-    pub(crate) whole: usize,
+    pub whole: usize,
     /// What came from there and waits for the next free slot.
-    pub(crate) waiting: usize,
+    pub waiting: usize,
 }
 
 /// What the worker holds of the broker's: shared by everything that takes or frees room.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Load {
     bytes: Arc<AtomicUsize>,
+    max_bytes: u64,
     asks_for_nothing: AtomicBool,
     intake: Arc<Flow>,
     gpu_route: Arc<Flow>,
@@ -163,6 +44,17 @@ pub(crate) struct Flow {
 }
 
 impl Load {
+    /// Nothing held yet; `max_bytes` of payloads and results may be.
+    pub(crate) fn new(max_bytes: u64) -> Self {
+        Self {
+            bytes: Arc::default(),
+            max_bytes,
+            asks_for_nothing: AtomicBool::default(),
+            intake: Arc::default(),
+            gpu_route: Arc::default(),
+        }
+    }
+
     /// What came from there.
     pub(crate) const fn flow(&self, source: Source) -> &Arc<Flow> {
         match source {
@@ -198,6 +90,11 @@ impl Load {
         (sum(|flow| &flow.done), Duration::from_micros(sum(|flow| &flow.work_micros)))
     }
 
+    /// Whether somebody has stopped the pulls.
+    pub(crate) fn asks_for_nothing(&self) -> bool {
+        self.asks_for_nothing.load(Ordering::Acquire)
+    }
+
     fn flows(&self) -> impl Iterator<Item = &Arc<Flow>> {
         [&self.intake, &self.gpu_route].into_iter()
     }
@@ -207,6 +104,11 @@ impl Load {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Whether more bytes are here than may be.
+    pub(crate) fn is_full(&self) -> bool {
+        self.bytes() as u64 >= self.max_bytes
+    }
+
     /// Counts bytes for as long as the guard lives.
     pub(crate) fn hold_bytes(&self, bytes: usize) -> Counted {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -214,7 +116,7 @@ impl Load {
     }
 
     /// Closes a sample of the rates that took `elapsed`.
-    fn sample(&self, elapsed: Duration) {
+    pub(crate) fn sample(&self, elapsed: Duration) {
         self.flows().for_each(|flow| flow.sample(elapsed));
     }
 }
@@ -330,7 +232,7 @@ mod tests {
 
     #[test]
     fn what_is_there_and_what_is_reserved_for_it_count_once() {
-        let load = Load::default();
+        let load = Load::new(1000);
         let mut payload = load.hold_bytes(10);
         payload.reserve(100);
         assert_eq!((load.bytes(), payload.beyond(50), payload.beyond(90), payload.beyond(95)), (100, 0, 0, 5));
