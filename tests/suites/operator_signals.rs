@@ -18,7 +18,7 @@ use beamline_operator::broker::Brokers;
 use beamline_operator::controller::Watched;
 use beamline_operator::memory::Memory;
 use beamline_operator::neighbours::Neighbours;
-use beamline_operator::pool::validate;
+use beamline_operator::pool::{ValidPool, validate};
 use beamline_operator::scale::decide;
 use beamline_operator::signals::{Readable, Reading, Route, Signals};
 use beamline_tests::nats::NatsServer;
@@ -69,18 +69,35 @@ impl Listener {
         listener
     }
 
-    /// Follows another pool.
+    /// Follows another pool, or one as it is now.
     fn also(&mut self, name: &str, spec: Value) {
+        self.also_with(name, spec, json!({}));
+    }
+
+    fn also_with(&mut self, name: &str, spec: Value, status: Value) {
         let stored = json!({
             "apiVersion": "beamline.dev/v1alpha1",
             "kind": "WorkerPool",
             "metadata": {"name": name, "namespace": "flows", "uid": name, "generation": 1},
             "spec": spec,
+            "status": status,
         });
-        let pool: WorkerPool = serde_json::from_value(stored.clone()).expect("a WorkerPool");
-        let valid = validate(&pool, "beamline:1").expect("a valid pool");
+        let valid = Self::valid(&stored);
         self.cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
         self.signals.follow(&valid, &decide(&valid));
+    }
+
+    fn valid(stored: &Value) -> ValidPool {
+        let pool: WorkerPool = serde_json::from_value(stored.clone()).expect("a WorkerPool");
+        validate(&pool, "beamline:1").expect("a valid pool")
+    }
+
+    /// Whether the pool that asks for this much still has work for workers with GPUs.
+    fn needs_gpus_still(&self, spec: &Value) -> bool {
+        let metadata = json!({"name": "default", "namespace": "flows", "uid": "default", "generation": 1});
+        let kind =
+            json!({"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool", "metadata": metadata, "spec": spec});
+        self.signals.needs_gpus_still(&Self::valid(&kind))
     }
 
     fn reading(&self) -> Reading {
@@ -173,6 +190,39 @@ async fn the_numbers_are_those_of_the_stream_and_come_to_rest_with_it() {
     let queue = operator.reading().queue.expect("a queue");
     assert_eq!(queue.completions_per_second.as_deref(), Some("0.0"), "{queue:?}");
     assert!(changes <= 10, "{changes} changes, most of them after the last of the work");
+}
+
+#[tokio::test]
+async fn gpus_are_needed_while_work_waits_for_them_and_nobody_else_takes_it() {
+    let nats = NatsServer::start();
+    let without = json!({"nats": {"url": nats.url()}});
+    let with = json!({"nats": {"url": nats.url()}, "gpu": {"replicas": 1}});
+    let mut operator = Listener::follow(with.clone(), Secret::default()).await;
+    assert!(operator.needs_gpus_still(&without), "the broker has not been asked yet");
+    operator.hears("there is a route", |it| it.route.is_some()).await;
+    assert!(!operator.needs_gpus_still(&without), "nothing waits");
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    publish(&jetstream, "caf.exec.route.gpu.v1", 1).await;
+    operator.hears("something waits", |it| it.route.is_some_and(|it| it.pending == 1)).await;
+    assert!(operator.needs_gpus_still(&without));
+    assert!(!operator.needs_gpus_still(&with), "a pool that asks for GPUs has them");
+    let slots = json!({"nats": {"url": nats.url()}, "worker": {"pools": {"gpu": 1}}});
+    assert!(!operator.needs_gpus_still(&slots), "its other workers take it");
+
+    let ready =
+        |count: i32| json!({"gpu": {"replicas": 1, "readyReplicas": count, "desiredReplicas": 1, "limitedBy": "None"}});
+    for (count, needed) in [(0, true), (1, false)] {
+        operator.also_with("second", with.clone(), ready(count));
+        assert_eq!(operator.needs_gpus_still(&without), needed, "another pool has {count} ready");
+    }
+    operator.also_with("second", json!({"nats": {"url": "nats://elsewhere:4222"}, "gpu": {}}), ready(1));
+    assert!(operator.needs_gpus_still(&without), "another pool has some at another broker");
+    settle(&jetstream, "caf-workers-gpu", 1).await;
+    operator.hears("nothing waits", |it| it.route.is_some_and(|it| it.pending + it.in_flight == 0)).await;
+    assert!(!operator.needs_gpus_still(&without));
+    drop(nats);
+    operator.hears("the broker is away", |it| it.readable.as_ref().is_some_and(Result::is_err)).await;
+    assert!(operator.needs_gpus_still(&without), "what cannot be read may hold some");
 }
 
 #[tokio::test]
