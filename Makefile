@@ -31,8 +31,8 @@ crds: ## Writes crds/workerpools.yaml and the chart's copy from the Rust types
 check: ## Format, lints, shell scripts
 	@tests/run.sh check
 
-test: ## Every test: lints, units, a short fuzzing, the worker on a real NATS and under faults, operator and chart on a real Kubernetes, the demo
-	@tests/run.sh check unit fuzz worker faults cluster demo
+test: ## Every test: lints, units, a short fuzzing, the worker on a real NATS and under faults, the operator under faults, both and the chart on a real Kubernetes, the demo
+	@tests/run.sh check unit fuzz worker faults operator cluster demo
 
 test-worker: ## The worker's suites on a real NATS
 	@tests/run.sh worker
@@ -42,6 +42,9 @@ test-cluster: ## The operator's and the chart's suites on a real Kubernetes
 
 test-faults: ## Workers and the broker killed under load, and workers killed between any two steps: two minutes
 	@tests/run.sh faults
+
+test-operator: ## The operator killed around its writes, with an API server in trouble, at rest: a minute or two
+	@tests/run.sh operator
 
 fuzz: ## Random input for all that judges what comes from outside: TIME seconds (60) for each target
 	@TIME=$${TIME:-60} tests/run.sh fuzz
@@ -55,7 +58,13 @@ campaign-crash: ## Every kind of work meets every fault between any two of its s
 campaign-rollout: ## Workers replaced under load: N generations (20), SEED
 	@tests/run.sh campaign-rollout
 
+campaign-operator: ## The operator killed around every write, two minutes of trouble, five of rest
+	@tests/run.sh campaign-operator
+
+bench-operator: ## The operator's figures with N pools (200) on fake nodes: time from cold, memory
+	@tests/run.sh bench-operator
+
 bench: ## Figures of the worker beside their targets: gate, memory, and no-ops beside the bare limit
 	@tests/run.sh bench
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults fuzz campaign-kill campaign-crash campaign-rollout bench
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults cluster demo bench campaign-kill campaign-crash campaign-rollout
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo bench bench-operator
+#   campaign-kill campaign-crash campaign-rollout campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -29,7 +30,7 @@ worker() {
   tools=$(tests/cluster/tools.sh --path nats-server)
   require_databases
   for suite in tests/suites/*.rs; do
-    [[ $suite == */cluster*.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
+    [[ $suite == */cluster*.rs || $suite == */operator_plane.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
   done
   cargo build --workspace --bins
   # Most of the time they wait for a hold to lapse, so more than there are cores run side by side.
@@ -88,6 +89,30 @@ campaign() {
     --commit "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 }
 
+# The operator on control planes of its own, beside whatever cluster there is.
+operator() {
+  cargo build --workspace --bins
+  operator_plane
+}
+
+campaign-operator() {
+  cargo build --workspace --bins
+  BEAMLINE_CAMPAIGN=yes operator_plane --nocapture --test-threads 1
+}
+
+operator_plane() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
+  PATH=$tools:$PATH cargo test --workspace --test operator_plane -- "$@"
+}
+
+bench-operator() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
+  cargo build --release --workspace --bins
+  PATH=$tools:$PATH target/release/bench operator --pools "${N:-200}"
+}
+
 bench() {
   local tools
   require_databases
@@ -100,8 +125,10 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | fuzz | worker | faults | cluster | demo | bench | campaign-kill | campaign-crash | campaign-rollout) ;;
-    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, cluster, demo, bench, campaign-kill, campaign-crash, campaign-rollout" ;;
+    check | unit | fuzz | worker | faults | operator | cluster | demo | bench | bench-operator) ;;
+    campaign-kill | campaign-crash | campaign-rollout | campaign-operator) ;;
+    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, bench," \
+      "bench-operator, campaign-kill, campaign-crash, campaign-rollout, campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

@@ -24,6 +24,7 @@ use serde_json::Value;
 use crate::controller::{Context, Watched};
 use crate::desired::{Desired, Workload, names};
 use crate::error::Error;
+use crate::failpoint;
 use crate::memory::Settled;
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
@@ -104,7 +105,7 @@ where
     let exactly = Preconditions { uid: live.uid(), resource_version: None };
     let params = DeleteParams { preconditions: Some(exactly), ..DeleteParams::background() };
     ctx.metrics.applied(kind);
-    match api.delete(&name, &params).await {
+    match failpoint::around("remove", kind, &name, api.delete(&name, &params)).await {
         Ok(_) => tracing::info!(kind, name, namespace, "removed"),
         // Gone already, or another object by now: the watch will tell.
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
@@ -146,9 +147,8 @@ where
         metadata.insert("uid".to_owned(), uid.into());
     }
     ctx.metrics.applied(K::KIND);
-    let applied = Api::namespaced(ctx.client.clone(), &namespace)
-        .patch(&name, &PatchParams::apply(names::OPERATOR).force(), &Patch::Apply(body))
-        .await?;
+    let (api, params) = (Api::namespaced(ctx.client.clone(), &namespace), PatchParams::apply(names::OPERATOR).force());
+    let applied = failpoint::around("apply", K::KIND, &name, api.patch(&name, &params, &Patch::Apply(body))).await?;
     tracing::info!(kind = K::KIND, name, namespace, "applied");
     Ok(applied)
 }

@@ -8,7 +8,7 @@ use kube::{Client, Resource};
 use crate::controller::Watched;
 use crate::desired::names;
 use crate::error::{Error, explain};
-use crate::{reason, status};
+use crate::{failpoint, reason, status};
 
 /// Writes events.
 pub struct Events {
@@ -42,7 +42,7 @@ impl Events {
     async fn write(&self, type_: EventType, reason: &str, note: &str, about: &ObjectReference) {
         let note = note.get(..note.floor_char_boundary(1000)).map(str::to_owned);
         let event = Event { type_, reason: reason.to_owned(), note, action: "Reconcile".to_owned(), secondary: None };
-        if let Err(error) = self.recorder.publish(&event, about).await {
+        if let Err(error) = failpoint::around("record", "Event", reason, self.recorder.publish(&event, about)).await {
             tracing::warn!("an event was not written: {}", explain(&error));
         }
     }

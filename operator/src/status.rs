@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::names;
 use crate::error::Error;
+use crate::failpoint;
 use crate::reconcile::Converged;
 use crate::signals::{Readable, Reading};
 
@@ -172,7 +173,8 @@ async fn write(ctx: &Context, pool: &WorkerPool, status: &WorkerPoolStatus) -> R
         "status": status,
     });
     ctx.metrics.status_written();
-    match api.patch_status(name, &PatchParams::apply(names::OPERATOR).force(), &Patch::Apply(patch)).await {
+    let (params, patch) = (PatchParams::apply(names::OPERATOR).force(), Patch::Apply(patch));
+    match failpoint::around("publish", "status", name, api.patch_status(name, &params, &patch)).await {
         Ok(_) => Ok(()),
         // Deleted meanwhile: there is nobody left to tell.
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),

@@ -16,6 +16,7 @@ use async_nats::jetstream::stream::{Config, ConsumerCreateStrictErrorKind, Strea
 use futures::TryStreamExt;
 
 use crate::broker::BrokerError;
+use crate::failpoint;
 use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Nats};
 use crate::reason;
@@ -133,8 +134,7 @@ async fn ensure_stream(
                 return Err(BrokerError::Unmanaged { what: format!("stream {name}") });
             }
             let metadata = neighbours.mark(&demand.pool());
-            jetstream
-                .create_stream(Config { metadata, ..wanted })
+            failpoint::around("create", "stream", &name, jetstream.create_stream(Config { metadata, ..wanted }))
                 .await
                 .map_err(|error| BrokerError::refused(format!("stream {name} cannot be created"), &error))?;
             tracing::info!(stream = %name, "created the stream");
@@ -200,7 +200,8 @@ pub(crate) async fn handle(jetstream: &Context, stream: &str) -> Result<Stream<(
 async fn create_consumer(handle: &Stream<()>, stream: &str, wanted: pull::Config) -> Result<(), BrokerError> {
     let name = wanted.durable_name.clone().unwrap_or_default();
     let subject = wanted.filter_subject.clone();
-    let Err(error) = handle.create_consumer_strict(wanted).await else {
+    let created = failpoint::around("create", "consumer", &name, handle.create_consumer_strict(wanted)).await;
+    let Err(error) = created else {
         tracing::info!(%stream, consumer = %name, "created the consumer");
         return Ok(());
     };
@@ -235,7 +236,8 @@ async fn grow(
 ) -> Result<(), BrokerError> {
     let name = found.durable_name.clone().unwrap_or_default();
     let grown = consumer::Config { max_ack_pending, ..found };
-    jetstream.update_consumer_on_stream(grown, stream).await.map_err(|error| {
+    let updated = jetstream.update_consumer_on_stream(grown, stream);
+    failpoint::around("update", "consumer", &name, updated).await.map_err(|error| {
         BrokerError::refused(format!("max_ack_pending of consumer {name} of stream {stream} cannot be raised"), &error)
     })?;
     tracing::info!(%stream, consumer = %name, max_ack_pending, "raised max_ack_pending to the size of the pool");
@@ -266,7 +268,7 @@ async fn leave_route(
     let is_ours = demand.nats.streams.manage && neighbours.knows(&found.config.metadata);
     let is_drained = found.num_pending == 0 && found.num_ack_pending == 0;
     if is_ours && is_drained && found.num_waiting == 0 {
-        handle.delete_consumer(&group).await.map_err(|error| {
+        failpoint::around("delete", "consumer", &group, handle.delete_consumer(&group)).await.map_err(|error| {
             BrokerError::refused(format!("consumer {group} of stream {stream} cannot be deleted"), &error)
         })?;
         tracing::info!(%stream, consumer = %group, "deleted the GPU route's consumer: it is drained and no pool has GPU slots");

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-all=(nats-server etcd kubernetes coredns helm helm3 kubeconform promtool)
+all=(nats-server etcd kubernetes coredns kwok helm helm3 kubeconform promtool)
 
 main() {
   local print_path='' path='' tool dir
@@ -42,6 +42,10 @@ recipe() {
     coredns)
       module=github.com/coredns/coredns duration="60 seconds"
       programs=("coredns=.")
+      ;;
+    kwok)
+      module=sigs.k8s.io/kwok duration="60 seconds" finish=write_stages
+      programs=("kwok=$module/cmd/kwok")
       ;;
     helm)
       module=helm.sh/helm/v4 duration="90 seconds"
@@ -145,6 +149,13 @@ write_schemas() {
   monitoring=$(module_directory kubeconform github.com/prometheus-operator/prometheus-operator)
   "$1/schemas" "$1/json" "$kubernetes/api/openapi-spec/swagger.json" \
     "$monitoring"/example/prometheus-operator-crd/*_{servicemonitors,podmonitors,prometheusrules}.yaml
+}
+
+# How a fake node becomes ready, and how its pods start and go: at once.
+write_stages() {
+  local stages
+  stages=$(module_directory kwok sigs.k8s.io/kwok)/kustomize/stage
+  awk 'FNR == 1 { print "---" } 1' "$stages"/node/fast/node-*.yaml "$stages"/pod/fast/pod-*.yaml >"$1/stages.yaml"
 }
 
 # module_directory TOOL MODULE: where the source of the pinned version lies.

@@ -4,13 +4,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 source "$here/remains.sh"
+source "$here/parts.sh"
 
 bridge_address=10.244.0.1
-services=10.96.0.0/16
-ports=(2379 2380 6443 10248 10249 10250 10256 10257 10259)
+address=$bridge_address
+api_port=6443 etcd_port=2379 peer_port=2380 manager_port=10257 scheduler_port=10259
+ports=("$api_port" "$etcd_port" "$peer_port" "$manager_port" "$scheduler_port" 10248 10249 10250 10256)
 volumes=24
-patience=120 # seconds for one part; a busy machine needs more than the usual two
-declare -A started
 
 main() {
   if uses_current_context; then
@@ -93,6 +93,8 @@ start() {
   sysctl vm.overcommit_memory kernel.panic kernel.panic_on_oops >sysctls
   write_config
   start_containerd
+  # Autoscaling at the speed of tests.
+  manager_options=(--horizontal-pod-autoscaler-sync-period 2s --horizontal-pod-autoscaler-downscale-stabilization 5s)
   start_control_plane
   start_node
   kubectl create -f etc/base.yaml >log/base.log 2>&1 || fail base "cannot create storage and roles"
@@ -147,17 +149,12 @@ write_config() {
     mkdir -m 777 "volumes/$name"
     sed "s|@NAME@|$name|" etc/volume.yaml >>etc/base.yaml
   done
-  sed -i "s|@STATE@|$state|g; s|@CNI@|$cni|; s|@KUBERNETES@|$(pinned kubernetes k8s.io/kubernetes)|" \
-    etc/{*.yaml,containerd.toml,Corefile,cni/*}
-  {
-    kubeadm init phase certs all --config etc/kubeadm.yaml
-    kubeadm init phase kubeconfig all --config etc/kubeadm.yaml --kubeconfig-dir etc
-  } >log/kubeadm.log 2>&1 || fail kubeadm "cannot create certificates"
+  sed -i "s|@STATE@|$state|g; s|@CNI@|$cni|" etc/{*.yaml,containerd.toml,Corefile,cni/*}
+  make_certificates
   for user in kube-proxy coredns; do
     kubeadm kubeconfig user --config etc/kubeadm.yaml --client-name system:$user >etc/$user.conf 2>>log/kubeadm.log ||
       fail kubeadm "cannot create the kubeconfig of $user"
   done
-  mv etc/super-admin.conf kubeconfig
   [[ ! ${SUDO_UID:-} ]] || chown "$SUDO_UID" kubeconfig
 }
 
@@ -167,64 +164,11 @@ start_containerd() {
     containerd --config etc/containerd.toml
 }
 
-start_control_plane() {
-  run etcd etcd --data-dir etcd --unsafe-no-fsync --log-level warn --listen-client-urls http://127.0.0.1:2379 \
-    --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380
-  run kube-apiserver kube-apiserver \
-    --etcd-servers http://127.0.0.1:2379 \
-    --secure-port 6443 --advertise-address $bridge_address \
-    --tls-cert-file pki/apiserver.crt --tls-private-key-file pki/apiserver.key \
-    --authorization-mode Node,RBAC --client-ca-file pki/ca.crt \
-    --service-cluster-ip-range $services --allow-privileged \
-    --service-account-issuer https://kubernetes.default.svc \
-    --service-account-key-file pki/sa.pub --service-account-signing-key-file pki/sa.key \
-    --kubelet-preferred-address-types InternalIP \
-    --kubelet-client-certificate pki/apiserver-kubelet-client.crt \
-    --kubelet-client-key pki/apiserver-kubelet-client.key \
-    --enable-aggregator-routing \
-    --proxy-client-cert-file pki/front-proxy-client.crt --proxy-client-key-file pki/front-proxy-client.key \
-    --requestheader-client-ca-file pki/front-proxy-ca.crt --requestheader-allowed-names front-proxy-client \
-    --requestheader-username-headers X-Remote-User --requestheader-group-headers X-Remote-Group \
-    --requestheader-extra-headers-prefix X-Remote-Extra-
-  wait_for kube-apiserver kubectl get --raw /readyz
-  # Autoscaling at the speed of tests.
-  run kube-controller-manager kube-controller-manager --kubeconfig etc/controller-manager.conf --leader-elect=false \
-    --bind-address 127.0.0.1 --use-service-account-credentials \
-    --service-account-private-key-file pki/sa.key --root-ca-file pki/ca.crt \
-    --cluster-signing-cert-file pki/ca.crt --cluster-signing-key-file pki/ca.key \
-    --horizontal-pod-autoscaler-sync-period 2s --horizontal-pod-autoscaler-downscale-stabilization 5s
-  run kube-scheduler kube-scheduler --kubeconfig etc/scheduler.conf --leader-elect=false --bind-address 127.0.0.1
-}
-
 start_node() {
   run kubelet kubelet --config etc/kubelet.yaml --kubeconfig etc/kubelet.conf --root-dir "$state/kubelet" \
     --cert-dir kubelet/pki --hostname-override node-1 --node-ip $bridge_address
   run kube-proxy kube-proxy --config etc/kube-proxy.yaml
   run coredns coredns -conf etc/Corefile
-}
-
-# run NAME COMMAND…: a process that outlives this script and takes nothing of its environment, terminal or lock.
-run() {
-  local name=$1
-  shift
-  setsid env -i PATH="$PATH" HOME="$state" "$@" >"log/$name.log" 2>&1 </dev/null 9<&- &
-  started[$name]=$!
-}
-
-# wait_for DAEMON COMMAND…: until the command succeeds; gives up when the daemon ends.
-wait_for() {
-  local daemon=$1 deadline=$((SECONDS + patience))
-  shift
-  until "$@" >/dev/null 2>&1; do
-    [[ ! ${started[$daemon]:-} ]] || kill -0 "${started[$daemon]}" 2>/dev/null || fail "$daemon" "$daemon has ended"
-    ((SECONDS < deadline)) || fail "$daemon" "$daemon is not ready after $patience s"
-    sleep 0.1
-  done
-}
-
-fail() {
-  tail -n 12 "$state/log/$1.log" >&2
-  die "$2 (all of its log: $state/log/$1.log)"
 }
 
 node_is_ready() { [[ $(kubectl get node node-1 --no-headers) == "node-1 "*" Ready "* ]]; }

@@ -1,8 +1,8 @@
-//! Holds a worker of a test build exactly between two steps of an assignment.
+//! Holds a worker of a test build exactly between two steps of an assignment, and an operator before or after a write.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -30,7 +30,7 @@ pub const POINTS: [&str; 18] = [
     "request-removed",
 ];
 
-/// For [`crate::worker::Setup::env`]: the socket on which a worker says where it is.
+/// For [`crate::worker::Setup::env`] and [`crate::operator::Setup::env`]: the socket on which a program says where it is.
 pub const VARIABLE: &str = "BEAMLINE_FAILPOINTS";
 
 /// Holds whichever worker is the first to reach a point. Everybody goes on everywhere else, and there the next time.
@@ -84,6 +84,70 @@ async fn serve(
         let is_here = stream.read_to_string(&mut reached).await.is_ok() && reached == point;
         if is_here && !is_sprung.swap(true, Ordering::Relaxed) {
             let _ = caught.send(Caught { worker, _waits: stream }).await;
+        }
+    }
+}
+
+/// Hears where an operator is, and holds it at a point that is armed, once.
+#[derive(Debug)]
+pub struct Points {
+    socket: PathBuf,
+    heard: Arc<Mutex<Heard>>,
+    caught: mpsc::Receiver<UnixStream>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    points: Vec<String>,
+    armed: Option<String>,
+}
+
+impl Points {
+    /// On a socket in this directory; holds nobody yet.
+    pub fn listen(directory: &Path) -> Self {
+        let socket = directory.join("points");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let (sender, caught) = mpsc::channel(1);
+        let heard = Arc::<Mutex<Heard>>::default();
+        tokio::spawn(listen(listener, Arc::clone(&heard), sender));
+        Self { socket, heard, caught }
+    }
+
+    /// For [`VARIABLE`].
+    pub fn socket(&self) -> String {
+        self.socket.to_string_lossy().into_owned()
+    }
+
+    /// Forgets what was heard so far, and holds whoever is next at this point.
+    pub fn arm(&self, point: Option<&str>) {
+        *self.heard.lock().expect("nobody panics in there") =
+            Heard { points: Vec::new(), armed: point.map(str::to_owned) };
+    }
+
+    /// The points that were reached since then, in order.
+    pub fn heard(&self) -> Vec<String> {
+        self.heard.lock().expect("nobody panics in there").points.clone()
+    }
+
+    /// When somebody is held: as long as the answer lives.
+    pub async fn caught(&mut self) -> UnixStream {
+        self.caught.recv().await.expect("the listener keeps a sender")
+    }
+}
+
+async fn listen(listener: UnixListener, heard: Arc<Mutex<Heard>>, caught: mpsc::Sender<UnixStream>) {
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let mut point = String::new();
+        if stream.read_to_string(&mut point).await.is_err() {
+            continue;
+        }
+        let is_armed = {
+            let mut heard = heard.lock().expect("nobody panics in there");
+            heard.points.push(point.clone());
+            heard.armed.take_if(|armed| *armed == point).is_some()
+        };
+        if is_armed {
+            let _ = caught.send(stream).await;
         }
     }
 }

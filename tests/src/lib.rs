@@ -23,6 +23,11 @@ pub mod mariadb; // a real MariaDB
 pub mod trust; // accounts and certificates of a broker that asks for them
 pub mod audit; // what must hold over everything that was sent
 pub mod cluster; // a namespace of a real Kubernetes
+pub mod plane; // a Kubernetes without nodes, of a test's own
+pub mod api; // what it says
+pub mod pool; // WorkerPools in it
+pub mod apifault; // an API server that is in trouble
+pub mod operator; // the other program under test
 pub mod tool; // pinned programs
 pub mod process; // children that end with their owner
 pub mod wait; // until something is so

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -118,6 +119,13 @@ impl Lines {
             }
         })
     }
+}
+
+/// The program of this name that `cargo build --workspace --bins` puts beside the directory of the running test.
+pub fn built(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a program");
+    let built = test.ancestors().map(|directory| directory.join(name)).find(|path| path.is_file());
+    built.unwrap_or_else(|| panic!("{name} is not built: run `cargo build --workspace --bins`"))
 }
 
 /// A loopback port that nobody listens on. It lies below those that the kernel gives to outgoing connections, so that a

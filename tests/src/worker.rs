@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::nats::NatsServer;
-use crate::process::{Process, free_port};
+use crate::process::{Process, built, free_port};
 use crate::wait::{SOON, until, within};
 
 /// A worker that runs, or ran.
@@ -166,11 +166,9 @@ impl Setup {
     }
 }
 
-/// The program that `cargo build -p beamline-worker` puts beside the directory of the running test.
+/// The program.
 pub fn program() -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a program");
-    let built = test.ancestors().map(|directory| directory.join("beamline_worker")).find(|path| path.is_file());
-    built.unwrap_or_else(|| panic!("beamline_worker is not built: run `cargo build -p beamline-worker`"))
+    built("beamline_worker")
 }
 
 /// One GET request: status code and body; `None` where nobody answers.

@@ -12,6 +12,7 @@ use super::{fingerprint, removal};
 use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::{names, pod_monitors};
 use crate::error::Error;
+use crate::failpoint;
 use crate::memory::Look;
 use crate::notice::Notice;
 use crate::observe::foreign;
@@ -67,7 +68,8 @@ async fn converge(
         (Some(_), _, Some(owner)) => Err(Error::InTheWay { kind: KIND.to_owned(), name: name.to_owned(), owner }),
         (Some(wish), ..) => {
             ctx.metrics.applied(KIND);
-            match api.patch(name, &PatchParams::apply(names::OPERATOR).force(), &Patch::Apply(wish)).await {
+            let (params, wish) = (PatchParams::apply(names::OPERATOR).force(), Patch::Apply(wish));
+            match failpoint::around("apply", KIND, name, api.patch(name, &params, &wish)).await {
                 Ok(_) => Ok(None),
                 Err(kube::Error::Api(status)) if status.code == 404 => Ok(Some(Notice::pod_monitor_missing())),
                 Err(source) => Err(Error::Apply { kind: KIND.to_owned(), name: name.to_owned(), source }),

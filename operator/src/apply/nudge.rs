@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::controller::Context;
 use crate::desired::{self, names};
 use crate::error::Error;
+use crate::failpoint;
 
 /// Pods told at once.
 const AT_ONCE: usize = 8;
@@ -42,7 +43,8 @@ async fn tell(ctx: &Context, pod: &Pod, hash: &str) -> Result<(), Error> {
     let patch = json!({ "metadata": { "uid": pod.uid(), "annotations": { names::POLICY_HASH: hash } } });
     ctx.metrics.applied("Pod");
     let api = Api::<Pod>::namespaced(ctx.client.clone(), &namespace);
-    match api.patch_metadata(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+    match failpoint::around("nudge", "Pod", "any", api.patch_metadata(&name, &params, &patch)).await {
         Ok(_) => Ok(()),
         // Gone, or another pod by now.
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),

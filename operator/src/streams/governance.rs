@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::wanted::{DEAD_LETTERS, RESULTS};
 use super::{Demand, Remark};
 use crate::broker::chain;
+use crate::failpoint;
 use crate::neighbours::{Governor, Neighbours};
 use crate::pool::Explicit;
 
@@ -104,7 +105,8 @@ async fn alter(
 ) -> Result<(), String> {
     let info: Value = ask(jetstream, format!("STREAM.INFO.{stream}"), &json!(null)).await?;
     let config = with(info.get("config").cloned().unwrap_or_default(), settings, neighbours.mark(pool));
-    let _: Value = ask(jetstream, format!("STREAM.UPDATE.{stream}"), &config).await?;
+    let update = ask(jetstream, format!("STREAM.UPDATE.{stream}"), &config);
+    let _: Value = failpoint::around("update", "stream", stream, update).await?;
     let fields: Vec<_> = settings.iter().map(|setting| setting.field).collect();
     tracing::info!(%stream, %pool, ?fields, "the stream is as this pool says");
     Ok(())

@@ -1,4 +1,4 @@
-//! `make bench`: figures of the worker, each beside its target, in one table.
+//! `make bench`: figures of the worker, each beside its target, in one table; `make bench-operator`: the operator's.
 //!
 //! Machines are shared and noisy: read the ratio to the bare loop, which takes turns with the worker, not the rates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is its product")]
@@ -7,6 +7,7 @@ mod noop; // the worker beside the bare loop
 mod bare; // what the broker allows, with nothing around it
 mod gate; // the rate and the latencies that a worker must reach
 mod memory; // what a worker holds
+mod operator; // many pools
 mod figures; // the kernel's figures, medians
 mod table; // all of it, for a person
 
@@ -52,6 +53,12 @@ enum Part {
         #[arg(long)]
         no_look_up: bool,
     },
+    /// The operator and so many pools, instead of the worker.
+    Operator {
+        /// How many.
+        #[arg(long, default_value_t = 200)]
+        pools: usize,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -59,6 +66,7 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match arguments.part {
         Some(Part::Bare { url, no_look_up }) => runtime.block_on(bare::run(&url, !no_look_up)),
+        Some(Part::Operator { pools }) => runtime.block_on(operator::run(pools)),
         None => runtime.block_on(measure(&arguments)),
     }
 }

@@ -1,0 +1,208 @@
+//! A proxy before the API server that breaks some of what is asked through it, and counts.
+//!
+//! It speaks plain HTTP to whoever asks, and has a kubeconfig of its own to ask the API server with.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use futures::{StreamExt, TryStreamExt, stream};
+use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use kube::Client;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+use crate::api::client;
+
+/// How many calls of a hundred meet a fault while there is trouble.
+const PERCENT: u32 = 30;
+/// The longest that a watch lives while there is trouble.
+const WATCH: Duration = Duration::from_secs(8);
+
+/// What may happen to a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Too many requests.
+    Answer429,
+    /// An internal error.
+    Answer500,
+    /// A conflict.
+    Answer409,
+    /// The connection is cut, and the API server has heard nothing.
+    CutBefore,
+    /// The connection is cut, and the API server has done it.
+    CutAfter,
+}
+
+impl Fault {
+    /// Every fault.
+    pub const ALL: [Self; 5] = [Self::Answer429, Self::Answer500, Self::Answer409, Self::CutBefore, Self::CutAfter];
+}
+
+/// One call through the proxy.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// When it came.
+    pub at: Instant,
+    /// Its method and path.
+    pub what: String,
+    /// What happened to it.
+    pub fault: Option<Fault>,
+}
+
+/// A running proxy; ends when it is dropped.
+#[derive(Debug)]
+pub struct ApiFault {
+    shared: Arc<Shared>,
+    kubeconfig: PathBuf,
+    server: JoinHandle<()>,
+    _directory: TempDir,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    faults: Mutex<Vec<Fault>>,
+    calls: Mutex<Vec<Call>>,
+}
+
+impl ApiFault {
+    /// A proxy that asks by this kubeconfig, and breaks nothing yet.
+    pub async fn before(kubeconfig: &Path) -> Self {
+        let upstream = client(kubeconfig).await;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("an address to listen on");
+        let address = listener.local_addr().expect("the listener has an address");
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("kubeconfig");
+        std::fs::write(&path, plain(address, upstream.default_namespace()).to_string()).expect("a file");
+        let shared = Arc::<Shared>::default();
+        let server = tokio::spawn(serve(listener, upstream, Arc::clone(&shared)));
+        Self { shared, kubeconfig: path, server, _directory: directory }
+    }
+
+    /// For whoever is to ask through it.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// From now on these happen to some of the calls, and every watch is cut soon; nothing happens if there are none.
+    pub fn set(&self, faults: &[Fault]) {
+        *self.shared.faults.lock().expect("nobody panics in there") = faults.to_vec();
+    }
+
+    /// All calls since the last time that this was asked.
+    pub fn take_calls(&self) -> Vec<Call> {
+        std::mem::take(&mut self.shared.calls.lock().expect("nobody panics in there"))
+    }
+}
+
+impl Drop for ApiFault {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Shared {
+    /// Notes a call, and what is to happen to it.
+    fn note(&self, request: &Request<Incoming>) -> Option<Fault> {
+        let faults = self.faults.lock().expect("nobody panics in there").clone();
+        let fault = fastrand::choice(faults).filter(|_| fastrand::u32(..100) < PERCENT);
+        let what = format!("{} {}", request.method(), request.uri());
+        let mut calls = self.calls.lock().expect("nobody panics in there");
+        calls.push(Call { at: Instant::now(), what, fault });
+        fault
+    }
+
+    fn has_trouble(&self) -> bool {
+        !self.faults.lock().expect("nobody panics in there").is_empty()
+    }
+}
+
+fn plain(address: SocketAddr, namespace: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "proxy",
+        "clusters": [{"name": "proxy", "cluster": {"server": format!("http://{address}")}}],
+        "users": [{"name": "proxy", "user": {}}],
+        "contexts": [{"name": "proxy", "context": {"cluster": "proxy", "user": "proxy", "namespace": namespace}}],
+    })
+}
+
+fn is_watch(request: &Request<Incoming>) -> bool {
+    request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"))
+}
+
+async fn serve(listener: TcpListener, upstream: Client, shared: Arc<Shared>) {
+    while let Ok((connection, _)) = listener.accept().await {
+        tokio::spawn(connected(connection, upstream.clone(), Arc::clone(&shared)));
+    }
+}
+
+async fn connected(connection: TcpStream, upstream: Client, shared: Arc<Shared>) {
+    let pass = service_fn(|request| pass(request, upstream.clone(), Arc::clone(&shared)));
+    // It ends with an error where a fault says so.
+    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(connection), pass).await;
+}
+
+/// Cut in the middle of an answer, or before it.
+#[derive(Debug)]
+struct Cut;
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("cut")
+    }
+}
+
+impl std::error::Error for Cut {}
+
+async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>) -> Result<Response<Body>, Cut> {
+    let fault = shared.note(&request);
+    match fault {
+        Some(Fault::Answer429) => return Ok(refusal(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests")),
+        Some(Fault::Answer500) => return Ok(refusal(StatusCode::INTERNAL_SERVER_ERROR, "InternalError")),
+        Some(Fault::Answer409) => return Ok(refusal(StatusCode::CONFLICT, "Conflict")),
+        Some(Fault::CutBefore) => return Err(Cut),
+        Some(Fault::CutAfter) | None => {}
+    }
+    let cuts = is_watch(&request).then(|| cut_watch(Arc::clone(&shared)));
+    let (mut head, body) = request.into_parts();
+    head.headers.remove("host");
+    let body = axum::body::to_bytes(Body::new(body), usize::MAX).await.map_err(|_| Cut)?;
+    let request = Request::from_parts(head, kube::client::Body::from(body.to_vec()));
+    let answer = upstream.send(request).await.map_err(|_| Cut)?;
+    if fault == Some(Fault::CutAfter) {
+        return Err(Cut);
+    }
+    Ok(answer.map(|body| match cuts {
+        Some(cut) => {
+            let frames = Body::new(body).into_data_stream().map_err(|_| Cut).take_until(cut);
+            Body::from_stream(frames.chain(stream::once(async { Err(Cut) })))
+        }
+        None => Body::new(body),
+    }))
+}
+
+/// Resolves when a watch that begins now is to be cut: at some moment of the trouble.
+async fn cut_watch(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(WATCH.mul_f64(fastrand::f64())).await;
+        if shared.has_trouble() {
+            return;
+        }
+    }
+}
+
+fn refusal(code: StatusCode, reason: &str) -> Response<Body> {
+    let status = json!({
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code.as_u16(), "reason": reason,
+        "message": format!("the tests say {reason}"), "metadata": {},
+    });
+    let response = Response::builder().status(code).header("Content-Type", "application/json");
+    response.body(Body::from(status.to_string())).unwrap_or_default()
+}

@@ -1,0 +1,98 @@
+//! `beamline-operator` as Kubernetes runs it: flags, variables and a kubeconfig in, HTTP and log lines out.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::process::{Process, built, free_port};
+use crate::wait::within;
+use crate::worker::get;
+
+/// How long it may take until its watches are up, on a busy machine.
+const START: Duration = Duration::from_secs(60);
+
+/// An operator that runs, or ran.
+#[derive(Debug)]
+pub struct Operator {
+    process: Process,
+    admin: SocketAddr,
+}
+
+/// An operator that is about to be started.
+#[derive(Debug)]
+pub struct Setup {
+    admin: SocketAddr,
+    command: Command,
+}
+
+impl Operator {
+    /// An operator that reaches the API server by this kubeconfig, and has the variables of nobody.
+    pub fn by(kubeconfig: &Path) -> Setup {
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let mut command = Command::new(built("beamline-operator"));
+        command.env_clear().env("KUBECONFIG", kubeconfig).arg(format!("--admin-endpoint={admin}"));
+        Setup { admin, command }
+    }
+
+    /// Waits until all that it watches is known to it.
+    pub async fn ready(&self) {
+        let is_ready = async || get(self.admin, "/readyz").await.filter(|(code, _)| *code == 200).map(drop);
+        within(START, "the operator is ready", is_ready).await;
+    }
+
+    /// One sample of its metrics; 0 where there is none.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let (_, text) = get(self.admin, "/metrics").await.expect("the operator answers");
+        let sample = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        sample.unwrap_or(0.0)
+    }
+
+    /// What it has logged so far.
+    pub fn lines(&self) -> Vec<String> {
+        self.process.lines()
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.process.status().is_none()
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+}
+
+impl Setup {
+    /// Another flag.
+    #[must_use]
+    pub fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.command.arg(flag.into());
+        self
+    }
+
+    /// A variable.
+    #[must_use]
+    pub fn env(mut self, variable: &str, value: &str) -> Self {
+        self.command.env(variable, value);
+        self
+    }
+
+    /// Starts it and waits for nothing.
+    pub fn spawn(mut self) -> Operator {
+        Operator { process: Process::start("operator", &mut self.command), admin: self.admin }
+    }
+
+    /// Starts it, and waits until it is ready.
+    pub async fn start(self) -> Operator {
+        let operator = self.spawn();
+        operator.ready().await;
+        operator
+    }
+}

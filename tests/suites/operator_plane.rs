@@ -1,0 +1,63 @@
+//! The operator on a control plane of the tests' own, with nodes and pods that are fake: killed around each of its writes,
+//! with an API server in trouble, at rest, and with no right too many.
+//!
+//! `make campaign-operator` runs the same at length.
+
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "helpers of tests: a failure here is a test's failure"
+)]
+
+#[path = "operator_plane/crash.rs"]
+mod crash; // killed before and after each write
+#[path = "operator_plane/rest.rs"]
+mod rest; // nothing to do
+#[path = "operator_plane/rights.rs"]
+mod rights; // what it may do, and what it does
+#[path = "operator_plane/trouble.rs"]
+mod trouble; // an API server that fails
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use beamline_tests::plane::ControlPlane;
+use serde_json::{Value, json};
+
+/// How long anything may take to converge that takes seconds on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A control plane that most tests share: each has operators of its own, which watch a namespace of its own.
+fn plane() -> &'static ControlPlane {
+    static PLANE: OnceLock<ControlPlane> = OnceLock::new();
+    PLANE.get_or_init(start_plane)
+}
+
+/// One more, with a type that the operator makes objects of where it is there.
+fn start_plane() -> ControlPlane {
+    let plane = ControlPlane::start();
+    plane.kubectl(&["create", "-f", "-"], Some(&pod_monitors().to_string()));
+    plane
+}
+
+/// Whether there is time for all of it.
+#[expect(clippy::disallowed_methods, reason = "what a test may take is no flag of a program")]
+fn is_campaign() -> bool {
+    std::env::var_os("BEAMLINE_CAMPAIGN").is_some()
+}
+
+fn pod_monitors() -> Value {
+    let any = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "podmonitors.monitoring.coreos.com"},
+        "spec": {
+            "group": "monitoring.coreos.com",
+            "names": {"kind": "PodMonitor", "plural": "podmonitors"},
+            "scope": "Namespaced",
+            "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": any}}],
+        },
+    })
+}

@@ -1,0 +1,69 @@
+//! Nothing happens, and nothing is written.
+
+use std::time::Duration;
+
+use beamline_tests::nats::NatsServer;
+use beamline_tests::operator::Operator;
+use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
+use futures::future::join_all;
+use serde_json::{Value, json};
+
+use super::{PATIENCE, is_campaign, plane};
+
+const POOLS: usize = 20;
+/// So long without a write, and what came before is over: rates are the last to settle.
+const CALM: usize = 15;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_rest_twenty_pools_make_no_write_but_of_the_lease() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("rest", &["watchNamespace=rest"]);
+    let api = plane.api().await;
+    let pools: Vec<_> = (0..POOLS).map(|number| Pool::new("rest", &format!("pool-{number}"), &nats)).collect();
+    for (number, pool) in pools.iter().enumerate() {
+        pool.create(&api, kind(number)).await;
+    }
+    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=rest").flag("--lease-namespace=rest");
+    let _operator = operator.start().await;
+    join_all(pools.iter().map(|pool| pool.converged(&api, PATIENCE))).await;
+
+    let written = || plane.asked_by(&release.user).into_iter().filter(is_write).filter(|event| !is_lease(event));
+    let (mut count, mut calm) = (0, 0);
+    within(PATIENCE, "the last write is over", async || {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = written().count();
+        calm = if now == count { calm + 1 } else { 0 };
+        count = now;
+        (calm >= CALM).then_some(())
+    })
+    .await;
+    let renewals = || plane.asked_by(&release.user).into_iter().filter(is_write).filter(is_lease).count();
+    let renewed = renewals();
+    let time = Duration::from_secs(if is_campaign() { 300 } else { 30 });
+    tokio::time::sleep(time).await;
+    let more: Vec<_> = written().skip(count).map(|event| event["requestURI"].clone()).collect();
+    assert!(more.is_empty(), "{} writes in {time:?}: {more:?}", more.len());
+    let renewals = renewals() - renewed;
+    assert!(renewals > 0, "the audit log shows no renewal of the Lease either");
+    eprintln!("at rest: 0 writes over {POOLS} pools in {time:?}, {renewals} renewals of the Lease");
+}
+
+/// As they are in life: some with GPUs, some paused, some that nobody works for.
+fn kind(number: usize) -> Value {
+    match number % 5 {
+        0 => json!({"gpu": {"replicas": 1}}),
+        1 => json!({"paused": true}),
+        2 => json!({"replicas": 0}),
+        3 => json!({"observability": {"podMonitor": true}, "networkPolicy": "Off"}),
+        _ => json!({"replicas": 3}),
+    }
+}
+
+fn is_write(event: &Value) -> bool {
+    !matches!(event["verb"].as_str(), Some("get" | "list" | "watch"))
+}
+
+fn is_lease(event: &Value) -> bool {
+    event["objectRef"]["resource"] == "leases"
+}
