@@ -424,6 +424,8 @@ async fn caps_hold_while_rows_are_read() {
         ("endless", "SELECT a.i FROM n a, n b, n c"),
         ("bytes", "SELECT REPEAT('x', 9000000)"),
         ("sum", "SELECT REPEAT('x', 1000000) FROM n"),
+        // More than the driver takes at once.
+        ("row", "SELECT REPEAT('x', 9000000), REPEAT('y', 9000000)"),
     ] {
         fails(&rig, &format!("my-{id}"), job(&url, query, json!([])), 2002, false).await;
     }
@@ -560,6 +562,42 @@ async fn a_connection_that_died_while_it_waited_is_replaced_unseen() {
     }
     let result = run(&rig, "acme", "my-after", once).await;
     assert_eq!((&result["status"], &result["metadata"]["attempts"]), (&json!("success"), &json!(1)), "{result}");
+}
+
+#[tokio::test]
+async fn a_query_that_somebody_ends_is_not_run_again_in_the_same_attempt() {
+    let (rig, postgres, mariadb) = (Rig::start(&[]).await, Postgres::shared().await, MariaDb::shared().await);
+    let (pg, my) = (postgres.database("ended", "").await, mariadb.database("ended", &[]).await);
+    let (pg_admin, mut my_admin) = (postgres.admin("ended").await, mariadb.admin("mysql").await);
+    for (url, query) in [
+        (&pg, "SELECT count(*) FROM generate_series(1, 100000000000)"),
+        (&my, "SELECT count(*) FROM seq_1_to_1000000000 a, seq_1_to_1000000 b"),
+    ] {
+        let is_postgres = url == &pg;
+        // So that it runs on a connection that has waited.
+        assert_eq!(
+            run(&rig, "acme", &format!("first-{is_postgres}"), job(url, "SELECT 1", json!([]))).await["status"],
+            "success"
+        );
+        let mut once = job(url, query, json!([]));
+        once["type"] = json!("sql.query");
+        once["retry_config"] = json!({"max_attempts": 1});
+        let payload = assignment("acme", &format!("ended-{is_postgres}"), once);
+        rig.router.submit(&payload).await;
+        within(SOON, "the query is ended", async || {
+            if is_postgres {
+                let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'ended' AND query LIKE '%100000000000%'";
+                pg_admin.query_opt(end, &[]).await.unwrap().map(drop)
+            } else {
+                let running = "SELECT id FROM information_schema.processlist WHERE user = 'ended' AND info LIKE '%1000000000 a%'";
+                let running: Option<u64> = my_admin.query_first(running).await.unwrap();
+                my_admin.query_drop(format!("KILL {}", running?)).await.ok()
+            }
+        })
+        .await;
+        let result = rig.router.result(&payload).await;
+        assert_eq!((&result["status"], &result["error"]["retryable"]), (&json!("error"), &json!(true)), "{result}");
+    }
 }
 
 /// One statement a line, with the code that it must end with; 0 for one that is answered.

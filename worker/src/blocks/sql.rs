@@ -168,11 +168,11 @@ impl Sql {
                     return Ok(output);
                 }
                 // It has waited, and the server or somebody between has closed it meanwhile: nothing was done.
-                Err(Failure { left: Left::Lost, .. }) if !is_fresh => held.forget(),
+                Err(Failure { left: Left::LostBefore, .. }) if !is_fresh => held.forget(),
                 Err(failure) => {
                     match failure.left {
                         Left::Usable => held.reuse(),
-                        Left::Lost => held.forget(),
+                        Left::Lost | Left::LostBefore => held.forget(),
                         Left::Running => {}
                     }
                     return Err(failure.fault);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mysql_async::prelude::Queryable;
-use mysql_async::{Conn, DriverError, Error, Opts, OptsBuilder, Params, ServerError, SslOpts, Value};
+use mysql_async::{Conn, DriverError, Error, IoError, Opts, OptsBuilder, Params, ServerError, SslOpts, Value};
 
 use super::database::{Encryption, Server, tls_name};
 use super::parameters::{Parameter, Parameters, mismatch};
@@ -86,7 +86,7 @@ impl Connection {
     ) -> Result<Output, Failure> {
         let explain = |error: Error| explain(&error, scope);
         for setting in begin(scope.deadline, self.is_mariadb) {
-            self.conn.query_drop(setting).await.map_err(explain)?;
+            self.conn.query_drop(setting).await.map_err(|error| explain(error).before_the_query())?;
         }
         let statement = self.conn.prep(reading.text).await.map_err(explain)?;
         let expected = usize::from(statement.num_params());
@@ -200,9 +200,8 @@ fn value(parameter: &Parameter) -> Result<Value, (Cause, String)> {
 fn explain(error: &Error, scope: &Scope) -> Failure {
     match error {
         Error::Server(error) => said(error, scope),
-        Error::Driver(DriverError::PacketTooLarge) => {
-            (Cause::OverCap, "a row has more bytes than a result may hold".to_owned()).into()
-        }
+        Error::Driver(DriverError::PacketTooLarge) => too_large(),
+        Error::Io(IoError::Io(error)) if is_packet_too_large(error) => too_large(),
         Error::Driver(DriverError::LocalInfile(_)) => {
             Failure::lost(Fault::new(Cause::NotAllowed, "the database server asks for a file of this worker"))
         }
@@ -211,6 +210,15 @@ fn explain(error: &Error, scope: &Scope) -> Failure {
         }
         _ => (Cause::ExecutionFailed, "the database server does not keep to the protocol".to_owned()).into(),
     }
+}
+
+fn too_large() -> Failure {
+    (Cause::OverCap, "a row has more bytes than a result may hold".to_owned()).into()
+}
+
+/// The driver wraps its refusal of a packet into an error of the connection; the type inside is not public.
+fn is_packet_too_large(error: &std::io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.to_string().contains("max_allowed_packet"))
 }
 
 /// What the server says of a query. The numbers are MySQL's, and those from 1900 MariaDB's.
@@ -264,7 +272,7 @@ fn refused(error: &Error) -> Fault {
         Error::Driver(DriverError::LocalInfile(_)) => {
             Fault::new(Cause::NotAllowed, "the database server asks for a file of this worker")
         }
-        Error::Io(mysql_async::IoError::Io(error)) => unreachable(Some(error)),
+        Error::Io(IoError::Io(error)) => unreachable(Some(error)),
         Error::Io(_) => Fault::new(Cause::Tls, "TLS failed"),
         _ => Fault::new(Cause::Network, "the database server does not keep to the protocol"),
     }

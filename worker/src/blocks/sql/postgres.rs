@@ -102,7 +102,8 @@ impl Connection {
     ) -> Result<Output, Failure> {
         self.budget.renew();
         let explain = |error: Error| self.explain(&error, scope);
-        self.client.batch_execute(&begin(scope.deadline)).await.map_err(explain)?;
+        let begun = self.client.batch_execute(&begin(scope.deadline)).await;
+        begun.map_err(|error| explain(error).before_the_query())?;
         let mut statement = self.client.prepare(reading.text).await.map_err(explain)?;
         if reading.is_query
             && let Some(text) = cells::as_text(&statement, reading.text)

@@ -44,6 +44,8 @@ pub(super) enum Left {
     Running,
     /// It is closed or broken.
     Lost,
+    /// The same, and the query was never sent.
+    LostBefore,
 }
 
 impl Failure {
@@ -53,6 +55,12 @@ impl Failure {
 
     pub(super) fn lost(fault: Fault) -> Self {
         Self { fault, left: Left::Lost }
+    }
+
+    /// It came while the transaction was begun.
+    pub(super) fn before_the_query(self) -> Self {
+        let left = if self.left == Left::Lost { Left::LostBefore } else { self.left };
+        Self { left, ..self }
     }
 }
 
