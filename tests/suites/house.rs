@@ -32,10 +32,10 @@ fn files(extension: &str) -> Vec<PathBuf> {
         for entry in std::fs::read_dir(directory).expect("a directory").flatten() {
             let (path, name) = (entry.path(), entry.file_name());
             let is_ours = name != "target" && !name.to_string_lossy().starts_with('.');
-            match path.is_dir() {
-                true if is_ours => walk(&path, found),
-                true => {}
-                false => found.push(path),
+            if !path.is_dir() {
+                found.push(path);
+            } else if is_ours {
+                walk(&path, found);
             }
         }
     }

@@ -146,13 +146,11 @@ fn overall(health: &Health, mode: Mode) -> Response {
 }
 
 fn alive(silent_for: Duration) -> Response {
-    match silent_for > STALLED {
-        false => "ok\n".into_response(),
-        true => {
-            let reason = format!("stalled: nothing has moved for {} s\n", silent_for.as_secs());
-            (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
-        }
+    if silent_for <= STALLED {
+        return "ok\n".into_response();
     }
+    let reason = format!("stalled: nothing has moved for {} s\n", silent_for.as_secs());
+    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
 }
 
 async fn ready(State(health): State<Health>) -> Response {

@@ -12,6 +12,8 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
+use crate::pool::ByPool;
+
 /// Where assignments come in, unless `--nats-subject` says else.
 pub const ASSIGN: &str = "caf.exec.assign.v1";
 /// Where work waits for workers with GPU slots, unless `--nats-subject` says else.
@@ -226,8 +228,8 @@ pub struct WorkerReport<'a> {
     pub pool: Option<&'a str>,
     /// `general`, or `gpu` where it has only GPU slots.
     pub class: &'static str,
-    pub slots: ByPool,
-    pub busy: ByPool,
+    pub slots: ByPool<usize>,
+    pub busy: ByPool<usize>,
     /// Blocks that run.
     pub running: usize,
     /// Deliveries here that have not begun.
@@ -246,14 +248,6 @@ pub struct WorkerReport<'a> {
     pub reported_at: i64,
     /// The version of the program.
     pub build: &'static str,
-}
-
-/// A number for each pool of slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct ByPool {
-    pub cpu: usize,
-    pub gpu: usize,
-    pub io: usize,
 }
 
 /// What a worker is told on [`WORKER_CONTROL`].

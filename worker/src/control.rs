@@ -71,10 +71,7 @@ impl Control {
     pub async fn caught_up(&self) {
         let desk = Arc::clone(&self.desk);
         // Where nothing is kept there is nothing to catch up with.
-        let changes = match desk.pipeline.has_jetstream() {
-            true => Some(desk.catch_up().await),
-            false => None,
-        };
+        let changes = if desk.pipeline.has_jetstream() { Some(desk.catch_up().await) } else { None };
         self.spawn("note cancels", async move {
             desk.pipeline.jetstream().await;
             let mut changes = match changes {

@@ -8,11 +8,11 @@ pub mod vital; // the tasks without which this process cannot go on
 pub mod backoff; // when something is tried again
 pub mod pem; // certificates and keys in files
 pub mod health; // what is wrong at the moment
+pub mod pool; // which slots
 pub mod contract; // the JSON that we share with the Router
 pub mod fault; // the 1xxx–5xxx table: why not, and what follows
 pub mod message; // how that JSON is read
 pub mod ids; // whose work, and which
-pub mod pool; // which slots
 pub mod publication; // which message it came with
 pub mod trace_context; // which trace it belongs to
 pub mod pulse; // whether this process goes on

@@ -17,10 +17,10 @@ use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
 use beamline_worker::policy::{Policy, PolicyFile};
-use beamline_worker::pool::Pool;
+use beamline_worker::pool::{ByPool, Pool};
 use beamline_worker::presence::{self, Identity};
 use beamline_worker::report::dead_letter;
-use beamline_worker::schedule::{Schedule, Sizes};
+use beamline_worker::schedule::Schedule;
 use beamline_worker::vital::{self, Vital};
 use beamline_worker::{pulse, shutdown, telemetry};
 use futures::FutureExt;
@@ -273,8 +273,7 @@ fn pulled(sources: Sources) -> impl Iterator<Item = Source> {
 }
 
 fn schedule(config: &Config, policy: watch::Receiver<Arc<Policy>>) -> Schedule {
-    let slots = |pool| config.slots(pool);
-    Schedule::new(Sizes { cpu: slots(Pool::Cpu), gpu: slots(Pool::Gpu), io: slots(Pool::Io) }, policy)
+    Schedule::new(ByPool::new(|pool| config.slots(pool)), policy)
 }
 
 /// The policy of every moment: what the file says, or that there is none.

@@ -11,7 +11,7 @@ use crate::blocks::BlockKind;
 use crate::contract::Stage;
 use crate::contract::Status;
 use crate::fault::Cause;
-use crate::pool::Pool;
+use crate::pool::{ByPool, Pool};
 
 /// Public: alerts are written against these bounds.
 const LATENCY_BUCKETS_MS: [f64; 12] =
@@ -271,28 +271,6 @@ impl<T> ByStatus<T> {
             Status::Error => &self.error,
             Status::Timeout => &self.timeout,
             Status::Cancelled => &self.cancelled,
-        }
-    }
-}
-
-/// One value per pool.
-#[derive(Debug)]
-struct ByPool<T> {
-    cpu: T,
-    gpu: T,
-    io: T,
-}
-
-impl<T> ByPool<T> {
-    fn new(make: impl Fn(Pool) -> T) -> Self {
-        Self { cpu: make(Pool::Cpu), gpu: make(Pool::Gpu), io: make(Pool::Io) }
-    }
-
-    const fn of(&self, pool: Pool) -> &T {
-        match pool {
-            Pool::Cpu => &self.cpu,
-            Pool::Gpu => &self.gpu,
-            Pool::Io => &self.io,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The pools of slots that work runs in.
 
+use serde::Serialize;
+
 /// Which slots a piece of work takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pool {
@@ -27,5 +29,32 @@ impl Pool {
     /// The pool that a public name names.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|pool| pool.as_str() == name)
+    }
+}
+
+/// One value for each pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ByPool<T> {
+    /// Of [`Pool::Cpu`].
+    pub cpu: T,
+    /// Of [`Pool::Gpu`].
+    pub gpu: T,
+    /// Of [`Pool::Io`].
+    pub io: T,
+}
+
+impl<T> ByPool<T> {
+    /// Each pool's value, made by `make`.
+    pub fn new(make: impl Fn(Pool) -> T) -> Self {
+        Self { cpu: make(Pool::Cpu), gpu: make(Pool::Gpu), io: make(Pool::Io) }
+    }
+
+    /// The value of a pool.
+    pub const fn of(&self, pool: Pool) -> &T {
+        match pool {
+            Pool::Cpu => &self.cpu,
+            Pool::Gpu => &self.gpu,
+            Pool::Io => &self.io,
+        }
     }
 }

@@ -8,12 +8,12 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::contract::{self, ByPool, ControlRefused, VerdictError, WorkerControl, WorkerReport};
+use crate::contract::{self, ControlRefused, VerdictError, WorkerControl, WorkerReport};
 use crate::fault::Invalid;
 use crate::health::Concern;
 use crate::message;
 use crate::pipeline::Pipeline;
-use crate::pool::Pool;
+use crate::pool::ByPool;
 
 /// Between two reports while nothing changes.
 const EVERY: Duration = Duration::from_secs(1);
@@ -107,7 +107,7 @@ fn refused(identity: &Identity, invalid: &Invalid) -> Bytes {
 /// What a change of is worth a report of its own.
 #[derive(Debug, PartialEq, Eq)]
 struct State {
-    busy: ByPool,
+    busy: ByPool<usize>,
     waiting: usize,
     pulling: bool,
     paused: bool,
@@ -116,7 +116,7 @@ struct State {
 impl State {
     fn of(pipeline: &Pipeline) -> Self {
         Self {
-            busy: by_pool(|pool| pipeline.schedule.busy(pool)),
+            busy: ByPool::new(|pool| pipeline.schedule.busy(pool)),
             waiting: pipeline.load.waiting(),
             pulling: pipeline.gate.is_open() && !pipeline.health.is_raised(Concern::Draining),
             paused: pipeline.gate.is_paused(),
@@ -130,7 +130,7 @@ impl State {
             worker: &identity.worker_id,
             pool: identity.pool.as_deref(),
             class: identity.class,
-            slots: by_pool(|pool| pipeline.schedule.size(pool)),
+            slots: ByPool::new(|pool| pipeline.schedule.size(pool)),
             busy: self.busy,
             running: self.busy.cpu + self.busy.gpu + self.busy.io,
             waiting: self.waiting,
@@ -143,8 +143,4 @@ impl State {
             build: env!("CARGO_PKG_VERSION"),
         }
     }
-}
-
-fn by_pool(of: impl Fn(Pool) -> usize) -> ByPool {
-    ByPool { cpu: of(Pool::Cpu), gpu: of(Pool::Gpu), io: of(Pool::Io) }
 }

@@ -9,27 +9,14 @@ use tokio::sync::{oneshot, watch};
 
 use crate::ids::TenantId;
 use crate::policy::{Policy, Terms};
-use crate::pool::Pool;
+use crate::pool::{ByPool, Pool};
 use fair_queue::{FairQueue, Place, Share, Started};
 
 /// The pools of this worker.
 #[derive(Debug)]
 pub struct Schedule {
-    cpu: Slots,
-    gpu: Slots,
-    io: Slots,
+    pools: ByPool<Slots>,
     policy: watch::Receiver<Arc<Policy>>,
-}
-
-/// How many blocks run at once, by pool.
-#[derive(Clone, Copy, Debug)]
-pub struct Sizes {
-    /// Slots for work that computes.
-    pub cpu: usize,
-    /// Slots for accelerator work.
-    pub gpu: usize,
-    /// Slots for work that waits.
-    pub io: usize,
 }
 
 /// The right to run one block; its place is given on when it is dropped, and the time charged to its tenant.
@@ -48,8 +35,8 @@ pub struct Closed;
 
 impl Schedule {
     /// Empty pools of these sizes, shared among tenants as the policy of the moment says.
-    pub fn new(sizes: Sizes, policy: watch::Receiver<Arc<Policy>>) -> Self {
-        Self { cpu: Slots::new(sizes.cpu), gpu: Slots::new(sizes.gpu), io: Slots::new(sizes.io), policy }
+    pub fn new(sizes: ByPool<usize>, policy: watch::Receiver<Arc<Policy>>) -> Self {
+        Self { pools: ByPool::new(|pool| Slots::new(*sizes.of(pool))), policy }
     }
 
     /// What tenants are given, and whether the worker is paused.
@@ -150,7 +137,7 @@ impl Schedule {
 
     /// Whether it has been closed for good.
     pub fn is_closed(&self) -> bool {
-        self.io.lock().door == Door::Closed
+        self.pools.io.lock().door == Door::Closed
     }
 
     /// For how long a pool has let work wait without starting any, for want of a slot.
@@ -191,12 +178,8 @@ impl Schedule {
         }
     }
 
-    fn pool(&self, pool: Pool) -> &Slots {
-        match pool {
-            Pool::Cpu => &self.cpu,
-            Pool::Gpu => &self.gpu,
-            Pool::Io => &self.io,
-        }
+    const fn pool(&self, pool: Pool) -> &Slots {
+        self.pools.of(pool)
     }
 }
 
@@ -374,7 +357,7 @@ mod tests {
     }
 
     fn one_io_slot() -> Schedule {
-        Schedule::new(Sizes { cpu: 1, gpu: 0, io: 1 }, watch::Sender::new(Arc::default()).subscribe())
+        Schedule::new(ByPool { cpu: 1, gpu: 0, io: 1 }, watch::Sender::new(Arc::default()).subscribe())
     }
 
     #[tokio::test]
@@ -422,7 +405,7 @@ mod tests {
     #[tokio::test]
     async fn where_tenants_are_named_one_of_them_never_takes_every_slot() {
         let policy = watch::Sender::new(Arc::new(Policy::parse("tenants: {}").expect("a policy")));
-        let schedule = Schedule::new(Sizes { cpu: 0, gpu: 0, io: 4 }, policy.subscribe());
+        let schedule = Schedule::new(ByPool { cpu: 0, gpu: 0, io: 4 }, policy.subscribe());
         let (a, b) = (tenant("a"), tenant("b"));
         let mut held = Vec::new();
         for _ in 0..3 {
@@ -441,7 +424,7 @@ mod tests {
     #[tokio::test]
     async fn a_new_policy_counts_for_those_who_wait_already() {
         let policy = watch::Sender::new(Arc::new(Policy::parse("tenants: {}").expect("a policy")));
-        let schedule = Arc::new(Schedule::new(Sizes { cpu: 0, gpu: 0, io: 2 }, policy.subscribe()));
+        let schedule = Arc::new(Schedule::new(ByPool { cpu: 0, gpu: 0, io: 2 }, policy.subscribe()));
         let following = tokio::spawn({
             let schedule = Arc::clone(&schedule);
             async move { schedule.follow_policy().await }

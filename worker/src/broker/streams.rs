@@ -357,13 +357,14 @@ async fn ensure_assignments(
     let Needs { intake, sources, create, .. } = needs;
     let stream = ensure_stream(js, assignments(intake), *create).await?;
     ensure_consumer(&stream, consumer(intake), *create).await?;
-    let route = match sources.gpu_route {
-        true => ensure_route(&stream, intake, *sources, *create).await?,
+    let route = if sources.gpu_route {
+        ensure_route(&stream, intake, *sources, *create).await?
+    } else {
         // Whoever may not even look for it works without it.
-        false => match find_route(&stream, intake).await {
+        match find_route(&stream, intake).await {
             Ok(route) => route,
             Err(_) => known.and_then(|known| known.route().map(str::to_owned)),
-        },
+        }
     };
     let info = stream.cached_info();
     Ok(Assignments {

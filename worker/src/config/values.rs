@@ -155,12 +155,12 @@ pub(super) fn subject(text: &str) -> Result<String, String> {
     let is_subject = text.len() <= 256 && text.split('.').all(is_token) && text.chars().all(|c| c.is_ascii_graphic());
     // What the worker publishes itself must never come back as an assignment.
     let is_ours = text.ends_with(".ack") || (text.starts_with("caf.") && !text.starts_with("caf.exec.assign."));
-    match is_subject && !text.starts_with('$') && !is_ours {
-        true => Ok(text.to_owned()),
-        false => Err("a NATS subject without wildcards that does not end in .ack, such as caf.exec.assign.v1; below \
-                      caf. only caf.exec.assign. carries assignments"
-            .to_owned()),
+    if !is_subject || text.starts_with('$') || is_ours {
+        let reason = "a NATS subject without wildcards that does not end in .ack, such as caf.exec.assign.v1; below \
+                      caf. only caf.exec.assign. carries assignments";
+        return Err(reason.to_owned());
     }
+    Ok(text.to_owned())
 }
 
 pub(super) fn consumer_name(text: &str) -> Result<String, String> {

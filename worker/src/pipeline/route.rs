@@ -31,14 +31,11 @@ impl Pipeline {
         let (headers, payload) = (headers(&delivery), delivery.payload());
         let store = || async {
             // Where the broker takes less than before, no other try can succeed.
-            match wire_len(&headers) + payload.len() <= self.broker.max_payload() {
-                true => self
-                    .broker
-                    .store(self.settings.route_subject.clone(), headers.clone(), payload.clone())
-                    .await
-                    .map(Some),
-                false => Ok(None),
+            if wire_len(&headers) + payload.len() > self.broker.max_payload() {
+                return Ok(None);
             }
+            let subject = self.settings.route_subject.clone();
+            self.broker.store(subject, headers.clone(), payload.clone()).await.map(Some)
         };
         if self.until_definite(store).await.is_none() {
             let refused = Rejection::refused(&assignment, self.no_room_for_headers());
