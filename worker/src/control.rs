@@ -15,11 +15,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::broker::Broker;
 use crate::broker::kv::{Bucket, Change};
 use crate::broker::streams::{CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::cancel::{Cancel, Tombstone};
 use crate::contract;
 use crate::fault::Invalid;
+use crate::health::Health;
 use crate::pipeline::Pipeline;
 use crate::vital::Vital;
 
@@ -42,6 +44,8 @@ pub struct Control {
 #[derive(Debug)]
 struct Desk {
     pipeline: Arc<Pipeline>,
+    broker: Broker,
+    health: Health,
     cancels: Bucket,
     /// Messages that have been taken and are not done.
     tasks: TaskTracker,
@@ -49,11 +53,13 @@ struct Desk {
 
 impl Control {
     /// Begins to serve.
-    pub fn start(pipeline: Arc<Pipeline>, vital: Vital) -> Self {
+    pub fn start(pipeline: Arc<Pipeline>, broker: Broker, health: Health, vital: Vital) -> Self {
         let desk = Arc::new(Desk {
-            cancels: Bucket::new(pipeline.broker.clone(), CANCEL_BUCKET),
-            tasks: TaskTracker::new(),
             pipeline,
+            cancels: Bucket::new(broker.clone(), CANCEL_BUCKET),
+            broker,
+            health,
+            tasks: TaskTracker::new(),
         });
         let control = Self { desk, stop: CancellationToken::new(), vital };
         control.spawn("hear cancels", hear(Arc::clone(&control.desk)));
@@ -105,7 +111,7 @@ impl Desk {
     async fn catch_up(&self) -> mpsc::Receiver<Change> {
         self.nothing_waits().await;
         // What others have written before their messages were done is among the first that the bucket tells.
-        let mut changes = self.cancels.watch(self.pipeline.health.clone());
+        let mut changes = self.cancels.watch(self.health.clone());
         while let Some(change) = changes.recv().await {
             if change == Change::Current {
                 break;
@@ -119,7 +125,7 @@ impl Desk {
         let (mut done, mut since) = (None, Instant::now());
         let mut until = None;
         loop {
-            if let Ok(stream) = self.pipeline.broker.jetstream().get_stream(CONTROL_STREAM).await
+            if let Ok(stream) = self.broker.jetstream().get_stream(CONTROL_STREAM).await
                 && let Ok(consumer) = stream.consumer_info(CONTROL_CONSUMER).await
             {
                 let until = *until.get_or_insert(stream.cached_info().state.last_sequence);
@@ -156,7 +162,7 @@ impl Desk {
 /// Every worker hears each cancel at once, and stops what it has here. One that cannot be read is dropped, and reported,
 /// by whoever takes it from the stream.
 async fn hear(desk: Arc<Desk>) {
-    let subscribed = desk.pipeline.broker.client().subscribe(contract::CANCEL).await;
+    let subscribed = desk.broker.client().subscribe(contract::CANCEL).await;
     let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot hear cancels")) else {
         return;
     };
@@ -165,7 +171,7 @@ async fn hear(desk: Arc<Desk>) {
             desk.pipeline.stop_here(&cancel.key, &cancel.now());
             if !desk.pipeline.has_jetstream() {
                 // Nobody keeps it but whoever hears it.
-                desk.pipeline.tombstones.put(&cancel.key, &Tombstone { at: Timestamp::now(), ..cancel.now() });
+                desk.pipeline.remember_cancel(&cancel.key, &Tombstone { at: Timestamp::now(), ..cancel.now() });
             }
         }
     }

@@ -8,6 +8,7 @@ pub mod vital; // the tasks without which this process cannot go on
 pub mod backoff; // when something is tried again
 pub mod pem; // certificates and keys in files
 pub mod health; // what is wrong at the moment
+pub mod identity; // who this worker is
 pub mod pool; // which slots
 pub mod contract; // the JSON that we share with the Router
 pub mod fault; // the 1xxx–5xxx table: why not, and what follows

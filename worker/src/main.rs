@@ -13,12 +13,13 @@ use beamline_worker::control::Control;
 use beamline_worker::execute::Engine;
 use beamline_worker::fault::Letters;
 use beamline_worker::health::{Concern, Health};
+use beamline_worker::identity::{Class, Identity};
 use beamline_worker::intake;
 use beamline_worker::metrics::Metrics;
 use beamline_worker::pipeline::{self, Pipeline};
 use beamline_worker::policy::{Policy, PolicyFile};
 use beamline_worker::pool::{ByPool, Pool};
-use beamline_worker::presence::{self, Identity};
+use beamline_worker::presence::Presence;
 use beamline_worker::report::dead_letter;
 use beamline_worker::schedule::Schedule;
 use beamline_worker::vital::{self, Vital};
@@ -95,6 +96,7 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     let mode = config.nats_delivery;
     admin::serve_apart(config.prometheus_endpoint, mode, health.clone(), Arc::clone(&metrics), ended.clone())
         .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
+    let identity = Arc::new(identity(&config));
     let (vital, tasks_ended) = Vital::new();
     vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
     let tenants = config.tenants.take();
@@ -102,25 +104,26 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     let policy = follow(tenants, &vital);
     let mut told_to_stop = std::pin::pin!(told_to_stop(tasks_ended));
     let prepared = tokio::select! {
-        prepared = prepare(&config, &health, policy, metrics, blocks, &vital) => prepared?,
+        prepared = prepare(&config, &identity, &health, policy, metrics, blocks, &vital) => prepared?,
         told = &mut told_to_stop => return told,
     };
-    let Prepared { pipeline, keeper } = prepared;
-    let identity = Arc::new(identity(&config));
+    let Prepared { pipeline, keeper, broker } = prepared;
     vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     if mode == Mode::JetStream {
         vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
         vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
     }
-    vital.spawn("report", presence::report(Arc::clone(&pipeline), Arc::clone(&identity), ended.clone()));
-    vital.spawn("obey", presence::obey(Arc::clone(&pipeline), identity));
+    let presence =
+        Presence { pipeline: Arc::clone(&pipeline), identity, broker: broker.clone(), health: health.clone() };
+    vital.spawn("report", presence.clone().report(ended.clone()));
+    vital.spawn("obey", presence.obey());
     if has_policy {
         let pipeline = Arc::clone(&pipeline);
         vital.spawn("follow the policy", async move { pipeline.follow_policy().await });
     }
     let streams = keeper.watch();
     vital.spawn("keep the streams", keeper.run(health.clone()));
-    let control = Control::start(Arc::clone(&pipeline), vital.clone());
+    let control = Control::start(Arc::clone(&pipeline), broker, health.clone(), vital.clone());
     tokio::select! {
         () = control.caught_up() => {}
         told = &mut told_to_stop => return told,
@@ -174,10 +177,12 @@ async fn told_to_stop(mut tasks_ended: vital::Ended) -> anyhow::Result<()> {
 struct Prepared {
     pipeline: Arc<Pipeline>,
     keeper: Keeper,
+    broker: Broker,
 }
 
 async fn prepare(
     config: &Config,
+    identity: &Arc<Identity>,
     health: &Health,
     policy: watch::Receiver<Arc<Policy>>,
     metrics: Arc<Metrics>,
@@ -195,11 +200,18 @@ async fn prepare(
     let settings = pipeline_settings(config, &intake);
     let (mode, sources, create) = (config.nats_delivery, sources(config), config.nats_create_streams);
     let keeper = Keeper::start(broker.clone(), Needs { mode, intake, sources, create }, health).await?;
-    let streams = keeper.watch();
-    let schedule = schedule(config, policy);
-    let pipeline = Pipeline::new(settings, broker, streams, schedule, engine, metrics, health.clone(), vital);
+    let parts = pipeline::Parts {
+        identity: Arc::clone(identity),
+        broker: broker.clone(),
+        streams: keeper.watch(),
+        schedule: schedule(config, policy),
+        engine,
+        metrics,
+        health: health.clone(),
+    };
+    let pipeline = Pipeline::new(settings, parts, vital);
     pipeline.record_spooled().await;
-    Ok(Prepared { pipeline: Arc::new(pipeline), keeper })
+    Ok(Prepared { pipeline: Arc::new(pipeline), keeper, broker })
 }
 
 fn intake_of(config: &Config) -> streams::Intake {
@@ -239,28 +251,17 @@ fn address(config: &Config) -> Address {
     }
 }
 
-/// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
-fn pool_name(config: &Config) -> Option<String> {
-    config.pool.as_ref().map(ToString::to_string)
-}
-
 fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Settings {
     pipeline::Settings {
         mode: config.nats_delivery,
-        pool: pool_name(config),
-        worker_id: config.worker_id.clone(),
         verdict_subject: intake.verdict_subject(),
         route_subject: intake.route_subject(),
-        dead_letters: dead_letter_settings(config),
+        dead_letters: dead_letter::Settings { redact: config.dlq_redact },
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
         letters: if config.dlq_exhausted { Letters::Exhausted } else { Letters::Final },
         spool: config.outbox.clone(),
     }
-}
-
-fn dead_letter_settings(config: &Config) -> dead_letter::Settings {
-    dead_letter::Settings { redact: config.dlq_redact, worker_id: config.worker_id.clone(), pool: pool_name(config) }
 }
 
 fn sources(config: &Config) -> Sources {
@@ -287,8 +288,8 @@ fn follow(policy: Option<(PolicyFile, Policy)>, vital: &Vital) -> watch::Receive
 fn identity(config: &Config) -> Identity {
     Identity {
         worker_id: config.worker_id.clone(),
-        pool: pool_name(config),
-        class: if sources(config).intake { "general" } else { "gpu" },
+        pool: config.pool.as_ref().map(ToString::to_string),
+        class: if sources(config).intake { Class::General } else { Class::Gpu },
         started_at: Timestamp::now(),
     }
 }

@@ -13,6 +13,8 @@ mod quarantine; // what may do so again runs alone
 mod share; // what waits here while another worker has room
 mod durable; // writes that must become definite
 mod room; // how much more may come
+mod activity; // what this worker does at the moment
+mod drain; // the steps of a stop
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,6 +40,7 @@ use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Letters};
 use crate::gate::Gate;
 use crate::health::Health;
+use crate::identity::Identity;
 use crate::intake::{self, Delivery, Holds, Load, Settlement};
 use crate::metrics::Metrics;
 use crate::publication::Publication;
@@ -57,6 +60,7 @@ use in_flight::{Claim, Flight, InFlight, Landed};
 use quarantine::{Isolation, Quarantine};
 use rejection::Rejection;
 
+pub(crate) use activity::Activity;
 pub use room::observe;
 pub use share::share;
 
@@ -71,10 +75,6 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct Settings {
     /// How assignments come in.
     pub mode: Mode,
-    /// The WorkerPool that this worker belongs to, `<namespace>/<name>`.
-    pub pool: Option<String>,
-    /// Who signs verdicts and results.
-    pub worker_id: String,
     /// Where verdicts go.
     pub verdict_subject: String,
     /// Where work waits for workers with GPU slots.
@@ -91,28 +91,48 @@ pub struct Settings {
     pub spool: Option<Spool>,
 }
 
+/// What the pipeline joins.
+#[derive(Debug)]
+pub struct Parts {
+    /// Who signs verdicts and results.
+    pub identity: Arc<Identity>,
+    /// Where everything comes from and goes to.
+    pub broker: Broker,
+    /// Which streams there are at the moment.
+    pub streams: watch::Receiver<Ready>,
+    /// The slots, and whose turn it is.
+    pub schedule: Schedule,
+    /// Who does the work.
+    pub engine: Engine,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// What is wrong at the moment.
+    pub health: Health,
+}
+
 /// Everything that an assignment meets between the broker's delivery and its settlement.
 #[derive(Debug)]
 pub struct Pipeline {
-    pub(crate) settings: Settings,
-    pub(crate) broker: Broker,
-    pub(crate) streams: watch::Receiver<Ready>,
-    pub(crate) ledger: Ledger,
-    pub(crate) approvals: Approvals,
-    pub(crate) outbox: Outbox,
-    pub(crate) dead_letters: DeadLetters,
-    pub(crate) schedule: Schedule,
-    pub(crate) gate: Arc<Gate>,
-    pub(crate) engine: Engine,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) health: Health,
-    pub(crate) load: Arc<Load>,
-    pub(crate) holds: Holds,
+    settings: Settings,
+    identity: Arc<Identity>,
+    broker: Broker,
+    streams: watch::Receiver<Ready>,
+    ledger: Ledger,
+    approvals: Approvals,
+    outbox: Outbox,
+    dead_letters: DeadLetters,
+    schedule: Schedule,
+    gate: Arc<Gate>,
+    engine: Engine,
+    metrics: Arc<Metrics>,
+    health: Health,
+    load: Arc<Load>,
+    holds: Holds,
     /// Everything that still has a delivery.
-    pub(crate) tasks: TaskTracker,
+    tasks: TaskTracker,
     /// Ends what still runs when the drain's time is up.
-    pub(crate) cut: CancellationToken,
-    pub(crate) tombstones: Tombstones,
+    cut: CancellationToken,
+    tombstones: Tombstones,
     in_flight: InFlight,
     deaths: Deaths,
     quarantine: Quarantine,
@@ -157,25 +177,18 @@ struct Accepted {
 
 impl Pipeline {
     /// The pipeline between these parts.
-    #[expect(clippy::too_many_arguments, reason = "they are put together in one place, in main")]
-    pub fn new(
-        settings: Settings,
-        broker: Broker,
-        streams: watch::Receiver<Ready>,
-        schedule: Schedule,
-        engine: Engine,
-        metrics: Arc<Metrics>,
-        health: Health,
-        vital: &Vital,
-    ) -> Self {
+    pub fn new(settings: Settings, parts: Parts, vital: &Vital) -> Self {
+        let Parts { identity, broker, streams, schedule, engine, metrics, health } = parts;
+        let dead_letters = settings.dead_letters.clone();
         Self {
             ledger: Ledger::new(broker.clone(), settings.mode),
             approvals: Approvals::new(&broker),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
-            dead_letters: DeadLetters::new(broker.clone(), streams.clone(), settings.dead_letters.clone()),
+            dead_letters: DeadLetters::new(broker.clone(), streams.clone(), Arc::clone(&identity), dead_letters),
             deaths: Deaths::new(broker.clone()),
             load: Arc::new(Load::new(settings.max_memory_bytes)),
             settings,
+            identity,
             broker,
             streams,
             gate: Arc::new(Gate::new(schedule.policy())),
@@ -234,7 +247,7 @@ impl Pipeline {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
                     delivery.reserve(assignment.memory_mb.unwrap_or_default());
-                    let verdict = report::accepted(&assignment, &self.settings.worker_id);
+                    let verdict = report::accepted(&assignment, &self.identity.worker_id);
                     let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
                     let subject = self.settings.verdict_subject.clone();
                     self.broker.say_in(trace.as_ref(), subject, verdict.clone()).await;
@@ -561,7 +574,7 @@ impl Pipeline {
             trace_id: assignment.correlation.trace_id.as_deref(),
             run_id: assignment.correlation.run_id.as_deref(),
             block_type: assignment.block.kind().as_str(),
-            worker_id: &self.settings.worker_id,
+            worker_id: &self.identity.worker_id,
         }
     }
 

@@ -8,11 +8,13 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use crate::broker::Broker;
 use crate::contract::{self, ControlRefused, VerdictError, WorkerControl, WorkerReport};
 use crate::fault::Invalid;
-use crate::health::Concern;
+use crate::health::{Concern, Health};
+use crate::identity::Identity;
 use crate::message;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Activity, Pipeline};
 use crate::pool::ByPool;
 
 /// Between two reports while nothing changes.
@@ -22,86 +24,103 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long an answer waits for open pulls to end and for unstarted work to be handed back.
 const STOP_LIMIT: Duration = Duration::from_secs(3);
 
-/// Who this worker is, all its life.
+/// Speaks for this worker.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// Unique among the workers of a broker.
-    pub worker_id: String,
-    /// `<namespace>/<name>` of its WorkerPool.
-    pub pool: Option<String>,
-    /// `gpu` where it has only GPU slots, else `general`.
-    pub class: &'static str,
-    /// When it started.
-    pub started_at: Timestamp,
+pub struct Presence {
+    /// What the worker does.
+    pub pipeline: Arc<Pipeline>,
+    /// Who it is.
+    pub identity: Arc<Identity>,
+    /// Where it is heard.
+    pub broker: Broker,
+    /// What is wrong with it.
+    pub health: Health,
 }
 
-/// Reports every second, and soon after something has changed, until the worker has stopped.
-pub async fn report(pipeline: Arc<Pipeline>, identity: Arc<Identity>, ended: CancellationToken) {
-    let subject = format!("{}.{}", contract::WORKER_REPORT, contract::escape(&identity.worker_id));
-    let (mut last, mut said) = (Instant::now(), None);
-    while !ended.is_cancelled() {
-        let now = State::of(&pipeline);
-        let is_due = last.elapsed() >= EVERY || said.as_ref() != Some(&now);
-        // What nobody could hear would only be old when the broker is back.
-        if is_due && !pipeline.health.is_raised(Concern::NatsDisconnected) {
-            pipeline.broker.say(subject.clone(), contract::encode(&now.report(&pipeline, &identity))).await;
-            (last, said) = (Instant::now(), Some(now));
-        }
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-/// Answers whoever tells the worker to pull or not to.
-pub async fn obey(pipeline: Arc<Pipeline>, identity: Arc<Identity>) {
-    let subject = format!("{}.{}", contract::WORKER_CONTROL, contract::escape(&identity.worker_id));
-    let subscribed = pipeline.broker.client().subscribe(subject).await;
-    let Ok(mut requests) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot be told anything")) else {
-        return;
-    };
-    while let Some(request) = requests.next().await {
-        let (pipeline, identity) = (Arc::clone(&pipeline), Arc::clone(&identity));
-        // A stop waits for what it stops; whoever changes their mind must not wait for that.
-        tokio::spawn(async move {
-            let answer = match pull(&request.payload) {
-                Ok(pull) => told(&pipeline, &identity, pull).await,
-                Err(invalid) => refused(&identity, &invalid),
-            };
-            if let Some(reply) = request.reply {
-                pipeline.broker.say(reply, answer).await;
+impl Presence {
+    /// Reports every second, and soon after something has changed, until the worker has stopped.
+    pub async fn report(self, ended: CancellationToken) {
+        let subject = format!("{}.{}", contract::WORKER_REPORT, contract::escape(&self.identity.worker_id));
+        let (mut last, mut said) = (Instant::now(), None);
+        while !ended.is_cancelled() {
+            let now = self.state();
+            let is_due = last.elapsed() >= EVERY || said.as_ref() != Some(&now);
+            // What nobody could hear would only be old when the broker is back.
+            if is_due && !self.health.is_raised(Concern::NatsDisconnected) {
+                self.broker.say(subject.clone(), self.words(&now)).await;
+                (last, said) = (Instant::now(), Some(now));
             }
-        });
-    }
-}
-
-fn pull(payload: &[u8]) -> Result<bool, Invalid> {
-    let control: WorkerControl = message::read(payload)?;
-    control.pull.ok_or_else(|| Invalid::missing("/pull"))
-}
-
-/// Does as told, and says so when nothing more can begin, or when nothing that is published from now on is missed.
-async fn told(pipeline: &Pipeline, identity: &Identity, pull: bool) -> Bytes {
-    tracing::info!(pull, "told whether to take work");
-    pipeline.gate.tell(pull);
-    let told = Instant::now();
-    if pull {
-        while pipeline.load.is_out() && pipeline.gate.is_open() && told.elapsed() < STOP_LIMIT {
-            tokio::time::sleep(LOOK / 20).await;
-        }
-    } else {
-        let is_still = || pipeline.load.open_pulls() == 0 && pipeline.load.waiting() == 0;
-        tokio::time::sleep(LOOK).await;
-        while !is_still() && !pipeline.gate.is_open() && told.elapsed() < STOP_LIMIT {
-            tokio::time::sleep(LOOK / 5).await;
+            tokio::time::sleep(LOOK).await;
         }
     }
-    contract::encode(&State::of(pipeline).report(pipeline, identity))
-}
 
-fn refused(identity: &Identity, invalid: &Invalid) -> Bytes {
-    let pointer = if invalid.pointer.is_empty() { "the request" } else { &invalid.pointer };
-    let message = format!("{pointer} {}", invalid.reason);
-    let error = VerdictError { code: invalid.cause.code(), message: &message, retryable: false };
-    contract::encode(&ControlRefused { worker: &identity.worker_id, error })
+    /// Answers whoever tells the worker to pull or not to.
+    pub async fn obey(self) {
+        let subject = format!("{}.{}", contract::WORKER_CONTROL, contract::escape(&self.identity.worker_id));
+        let subscribed = self.broker.client().subscribe(subject).await;
+        let Ok(mut requests) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot be told anything"))
+        else {
+            return;
+        };
+        while let Some(request) = requests.next().await {
+            let presence = self.clone();
+            // A stop waits for what it stops; whoever changes their mind must not wait for that.
+            tokio::spawn(async move {
+                let answer = match pull(&request.payload) {
+                    Ok(pull) => presence.told(pull).await,
+                    Err(invalid) => refused(&presence.identity, &invalid),
+                };
+                if let Some(reply) = request.reply {
+                    presence.broker.say(reply, answer).await;
+                }
+            });
+        }
+    }
+
+    /// Does as told, and says so when nothing more can begin, or when nothing that is published from now on is missed.
+    async fn told(&self, pull: bool) -> Bytes {
+        tracing::info!(pull, "told whether to take work");
+        self.pipeline.tell(pull);
+        let told = Instant::now();
+        if pull {
+            while self.pipeline.is_out() && self.pipeline.may_take_work() && told.elapsed() < STOP_LIMIT {
+                tokio::time::sleep(LOOK / 20).await;
+            }
+        } else {
+            tokio::time::sleep(LOOK).await;
+            while !self.pipeline.is_still() && !self.pipeline.may_take_work() && told.elapsed() < STOP_LIMIT {
+                tokio::time::sleep(LOOK / 5).await;
+            }
+        }
+        self.words(&self.state())
+    }
+
+    fn state(&self) -> State {
+        let Activity { busy, waiting, is_paused, .. } = self.pipeline.activity();
+        let pulling = self.pipeline.may_take_work() && !self.health.is_raised(Concern::Draining);
+        State { busy, waiting, pulling, paused: is_paused }
+    }
+
+    fn words(&self, state: &State) -> Bytes {
+        let (activity, identity) = (self.pipeline.activity(), &self.identity);
+        contract::encode(&WorkerReport {
+            version: contract::VERSION,
+            worker: &identity.worker_id,
+            pool: identity.pool.as_deref(),
+            class: identity.class.as_str(),
+            slots: activity.slots,
+            busy: state.busy,
+            running: state.busy.cpu + state.busy.gpu + state.busy.io,
+            waiting: state.waiting,
+            pulling: state.pulling,
+            paused: state.paused,
+            finished: activity.finished,
+            work_ms: contract::millis(activity.work),
+            started_at: identity.started_at.as_millisecond(),
+            reported_at: Timestamp::now().as_millisecond(),
+            build: env!("CARGO_PKG_VERSION"),
+        })
+    }
 }
 
 /// What a change of is worth a report of its own.
@@ -113,34 +132,14 @@ struct State {
     paused: bool,
 }
 
-impl State {
-    fn of(pipeline: &Pipeline) -> Self {
-        Self {
-            busy: ByPool::new(|pool| pipeline.schedule.busy(pool)),
-            waiting: pipeline.load.waiting(),
-            pulling: pipeline.gate.is_open() && !pipeline.health.is_raised(Concern::Draining),
-            paused: pipeline.gate.is_paused(),
-        }
-    }
+fn pull(payload: &[u8]) -> Result<bool, Invalid> {
+    let control: WorkerControl = message::read(payload)?;
+    control.pull.ok_or_else(|| Invalid::missing("/pull"))
+}
 
-    fn report<'a>(&self, pipeline: &Pipeline, identity: &'a Identity) -> WorkerReport<'a> {
-        let (finished, work) = pipeline.load.done();
-        WorkerReport {
-            version: contract::VERSION,
-            worker: &identity.worker_id,
-            pool: identity.pool.as_deref(),
-            class: identity.class,
-            slots: ByPool::new(|pool| pipeline.schedule.size(pool)),
-            busy: self.busy,
-            running: self.busy.cpu + self.busy.gpu + self.busy.io,
-            waiting: self.waiting,
-            pulling: self.pulling,
-            paused: self.paused,
-            finished,
-            work_ms: contract::millis(work),
-            started_at: identity.started_at.as_millisecond(),
-            reported_at: Timestamp::now().as_millisecond(),
-            build: env!("CARGO_PKG_VERSION"),
-        }
-    }
+fn refused(identity: &Identity, invalid: &Invalid) -> Bytes {
+    let pointer = if invalid.pointer.is_empty() { "the request" } else { &invalid.pointer };
+    let message = format!("{pointer} {}", invalid.reason);
+    let error = VerdictError { code: invalid.cause.code(), message: &message, retryable: false };
+    contract::encode(&ControlRefused { worker: &identity.worker_id, error })
 }

@@ -8,7 +8,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::control::Control;
-use crate::health::Concern;
 use crate::pipeline::Pipeline;
 
 /// After the limit: how long the hand-backs and the records that are on their way may take.
@@ -45,27 +44,22 @@ pub async fn signalled() -> std::io::Result<()> {
 /// it again; what waits for a slot may start until then.
 pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit: Duration) {
     let Intake { stop, taking, processing } = intake;
-    pipeline.health.raise(Concern::Draining, "the worker was told to stop");
+    pipeline.begin_to_drain();
     stop.cancel();
     let everything = async {
         // First the open pulls end: what is handed back before would come back to them.
         taking.wait().await;
-        if pipeline.hands_back() {
-            pipeline.schedule.close();
-        }
+        pipeline.hand_waiting_back();
         // The chunks that were on their way become tasks first; their work is handed back by the closed schedule.
         let _ = processing.await;
-        pipeline.tasks.close();
-        pipeline.tasks.wait().await;
+        pipeline.settled().await;
     };
     if tokio::time::timeout(limit, everything).await.is_err() {
-        tracing::warn!(unfinished = pipeline.tasks.len(), ?limit, "drain timed out: handing back what still runs");
+        tracing::warn!(unfinished = pipeline.unsettled(), ?limit, "drain timed out: handing back what still runs");
         let _ = tokio::time::timeout(CUT_LIMIT, taking.wait()).await;
-        pipeline.cut.cancel();
-        pipeline.schedule.close();
-        pipeline.tasks.close();
-        let _ = tokio::time::timeout(CUT_LIMIT, pipeline.tasks.wait()).await;
+        pipeline.cut_off();
+        let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
     }
     control.finish().await;
-    pipeline.broker.flush().await;
+    pipeline.flush().await;
 }

@@ -25,7 +25,7 @@ const AT_ONCE: usize = 1024;
 
 /// Answers requests: each goes to one of all workers.
 pub(super) async fn answer(desk: Arc<Desk>) {
-    let client = desk.pipeline.broker.client();
+    let client = desk.broker.client();
     let subscribed = client.queue_subscribe(contract::CANCEL, CONTROL_CONSUMER.to_owned()).await;
     let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot answer cancels")) else {
         return;
@@ -37,7 +37,7 @@ pub(super) async fn answer(desk: Arc<Desk>) {
         let desk_here = Arc::clone(&desk);
         desk.tasks.spawn(async move {
             if let Some(answer) = desk_here.answer(&message.payload).await {
-                desk_here.pipeline.broker.say(reply, answer.into()).await;
+                desk_here.broker.say(reply, answer.into()).await;
             }
             drop(place);
         });
@@ -64,9 +64,8 @@ impl Desk {
         let started = Instant::now();
         let (mut first, mut pause) = (None, FIRST_PAUSE);
         loop {
-            let found = self.pipeline.ledger.look_up(std::slice::from_ref(key)).await;
             // Unknown is as good as none: the cancel is kept.
-            let record = found.unwrap_or_default().into_values().next();
+            let record = self.pipeline.recorded(key).await;
             let first = *first.get_or_insert(record.as_ref().map(|record| record.sequence));
             match &record {
                 Some(record) if is_cancelled(record) => return Outcome::Cancelled,

@@ -30,15 +30,15 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// Takes messages; begins anew after each reconnect and when the stream was made anew.
 pub(super) async fn take(desk: Arc<Desk>) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    let mut connects = desk.pipeline.broker.connects();
+    let mut connects = desk.broker.connects();
     loop {
         connects.mark_unchanged();
         tokio::select! {
             ended = pull(&desk, &places) => {
                 if let Err(error) = ended {
                     tracing::debug!(error, "cannot take control messages");
-                    if !desk.pipeline.health.is_raised(Concern::NatsDisconnected) {
-                        desk.pipeline.health.raise(Concern::StreamsUnavailable, error);
+                    if !desk.health.is_raised(Concern::NatsDisconnected) {
+                        desk.health.raise(Concern::StreamsUnavailable, error);
                     }
                 }
                 tokio::time::sleep(TRY_AGAIN).await;
@@ -54,7 +54,7 @@ pub(super) async fn take(desk: Arc<Desk>) {
 
 async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
     let failed = |reason: &dyn std::fmt::Display| format!("cannot pull from {CONTROL_CONSUMER}: {reason}");
-    let jetstream = desk.pipeline.broker.jetstream();
+    let jetstream = desk.broker.jetstream();
     let consumer = jetstream.get_consumer_from_stream(CONTROL_CONSUMER, CONTROL_STREAM).await;
     let consumer: Consumer<pull::Config> = consumer.map_err(|error| failed(&error))?;
     loop {

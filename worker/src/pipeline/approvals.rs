@@ -114,7 +114,7 @@ impl Pipeline {
     pub(super) async fn park(&self, mut arrival: Box<Arrival>, approval: &Approval, record: Option<Record>) {
         let begun = Instant::now();
         arrival.delivery.started();
-        let Some(mut request) = request(&arrival, self.settings.pool.clone(), record.as_ref()) else { return };
+        let Some(mut request) = request(&arrival, self.identity.pool.clone(), record.as_ref()) else { return };
         if let Some(fault) = self.does_not_fit(&request, &arrival.assignment, approval) {
             let (expected, queued) = (request.replaces, request.queued);
             return self.finish(arrival, expected, queued, Execution::not_begun(fault)).await;
@@ -245,9 +245,9 @@ impl Pipeline {
         now: Timestamp,
     ) -> Option<(Entry, Request)> {
         let mut step = StepResult::of(request.execution(outcome, now), assignment.block.kind(), request.queued);
-        let result = step.encode(assignment, &self.settings.worker_id, self.largest_output());
+        let result = step.encode(assignment, &self.identity.worker_id, self.largest_output());
         let result = String::from_utf8(result.into()).ok().and_then(|result| RawValue::from_string(result).ok())?;
-        let ended = request.ended(result, format!("{},{:016x}", self.settings.worker_id, fastrand::u64(..)));
+        let ended = request.ended(result, format!("{},{:016x}", self.identity.worker_id, fastrand::u64(..)));
         let value = ended.encode();
         let update = || self.approvals.requests().update(&entry.key, value.clone(), entry.revision);
         let ours = match self.until_definite(update).await {
@@ -365,7 +365,7 @@ impl Pipeline {
             State::Open(_) => request.expires_at.as_millisecond(),
             State::Ended { .. } => now + CONCLUSION_GRACE_MS,
         };
-        let grace = if request.pool == self.settings.pool { 0 } else { OTHER_POOLS_GRACE_MS };
+        let grace = if request.pool == self.identity.pool { 0 } else { OTHER_POOLS_GRACE_MS };
         due + grace + fastrand::i64(0..SPREAD_MS)
     }
 

@@ -9,13 +9,25 @@ use super::Pipeline;
 use crate::cancel::Tombstone;
 use crate::fault::{Cause, Fault};
 use crate::ids::AssignmentKey;
+use crate::report::ledger::Record;
 
 impl Pipeline {
     /// Stops what is here under this key, and whatever arrives under it while the cancel stands.
     pub(crate) fn cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         // In this order: work that comes in between meets the one or the other.
-        self.tombstones.put(key, tombstone);
+        self.remember_cancel(key, tombstone);
         self.stop_here(key, tombstone);
+    }
+
+    /// Stops whatever arrives under this key while the cancel stands.
+    pub(crate) fn remember_cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        self.tombstones.put(key, tombstone);
+    }
+
+    /// What is recorded under this key, if that can be told at once.
+    pub(crate) async fn recorded(&self, key: &AssignmentKey) -> Option<Record> {
+        let found = self.ledger.look_up(std::slice::from_ref(key)).await;
+        found.unwrap_or_default().into_values().next()
     }
 
     /// Stops what is here under this key: waiting for a slot, running, or between two attempts.

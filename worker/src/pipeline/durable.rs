@@ -175,7 +175,7 @@ impl Pipeline {
     }
 
     pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
-        step.encode(assignment, &self.settings.worker_id, self.largest_result())
+        step.encode(assignment, &self.identity.worker_id, self.largest_result())
     }
 
     /// The most bytes of an output that leave room for what a record says around it.

@@ -90,7 +90,7 @@ impl Pipeline {
     /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
         let Rejection { addressee, fault, ends } = rejection;
-        let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.settings.worker_id);
+        let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.identity.worker_id);
         match &ends {
             RejectionEnd::DeadLetter(stage) => {
                 self.keep_dead_letter(&delivery, &addressee, *stage, &fault, &[]).await;

@@ -1,5 +1,7 @@
 //! What is kept of an assignment that failed for good: enough to replay it, and nothing that repeats a secret.
 
+use std::sync::Arc;
+
 use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_ID;
 use base64::Engine;
@@ -16,6 +18,7 @@ use crate::broker::{Broker, StoreError, wire_len};
 use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, Stage, StoredError};
 use crate::execute::Attempt;
 use crate::fault::Fault;
+use crate::identity::Identity;
 use crate::intake::Delivery;
 use crate::message;
 use crate::publication::Publication;
@@ -29,10 +32,6 @@ const REDACTED: &str = "[redacted]";
 pub struct Settings {
     /// `[redacted]` instead of credential headers and passwords.
     pub redact: bool,
-    /// Who says so.
-    pub worker_id: String,
-    /// The pool that the worker belongs to.
-    pub pool: Option<String>,
 }
 
 /// A publication as it came.
@@ -64,13 +63,19 @@ impl<'a> From<&'a Delivery> for Came<'a> {
 pub struct DeadLetters {
     broker: Broker,
     streams: watch::Receiver<Ready>,
+    identity: Arc<Identity>,
     settings: Settings,
 }
 
 impl DeadLetters {
-    /// Over this connection.
-    pub const fn new(broker: Broker, streams: watch::Receiver<Ready>, settings: Settings) -> Self {
-        Self { broker, streams, settings }
+    /// To this broker, signed by this worker.
+    pub const fn new(
+        broker: Broker,
+        streams: watch::Receiver<Ready>,
+        identity: Arc<Identity>,
+        settings: Settings,
+    ) -> Self {
+        Self { broker, streams, identity, settings }
     }
 
     /// Writes a dead letter, once; the same publication and stage make the same letter, so again is harmless.
@@ -168,8 +173,8 @@ impl DeadLetters {
             tenant_id: addressee.tenant_id.as_deref(),
             trace_id: addressee.trace_id.as_deref(),
             run_id: addressee.run_id.as_deref(),
-            worker_id: &self.settings.worker_id,
-            pool: self.settings.pool.as_deref(),
+            worker_id: &self.identity.worker_id,
+            pool: self.identity.pool.as_deref(),
             failed_at: Timestamp::now().as_millisecond(),
         }
     }

@@ -1,0 +1,40 @@
+//! The steps of a stop, which `shutdown` puts in order.
+
+use super::Pipeline;
+use crate::health::Concern;
+
+impl Pipeline {
+    /// The worker is not ready any more.
+    pub(crate) fn begin_to_drain(&self) {
+        self.health.raise(Concern::Draining, "the worker was told to stop");
+    }
+
+    /// Hands back what waits, where another worker is given it.
+    pub(crate) fn hand_waiting_back(&self) {
+        if self.hands_back() {
+            self.schedule.close();
+        }
+    }
+
+    /// Returns when everything that came in is settled or handed back.
+    pub(crate) async fn settled(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// How much is not.
+    pub(crate) fn unsettled(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Ends what still waits or runs.
+    pub(crate) fn cut_off(&self) {
+        self.cut.cancel();
+        self.schedule.close();
+    }
+
+    /// Returns when the broker has been sent all that was said, within a limit.
+    pub(crate) async fn flush(&self) {
+        self.broker.flush().await;
+    }
+}
