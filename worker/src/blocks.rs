@@ -10,6 +10,7 @@ pub mod tenant_dir; // the only way to a file
 pub mod pieces; // what leaves while a block still runs
 pub mod cpu; // what a block has used and may use
 mod thread; // where work may wait for a disk
+mod authorities; // whose certificates are believed
 mod causes; // what an error was caused by
 mod output; // what a block produced
 

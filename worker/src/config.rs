@@ -77,7 +77,7 @@ pub struct Config {
     pub egress_deny: Vec<egress::Entry>,
     /// How long a peer may take to accept a connection.
     pub http_connect_timeout: Duration,
-    /// Private authorities for HTTP peers.
+    /// Private authorities for HTTP peers and databases.
     pub http_ca_file: Option<PathBuf>,
     /// The pool's own databases.
     pub sql_connections: Option<Arc<sql::ConnectionsFile>>,

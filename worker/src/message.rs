@@ -1,5 +1,10 @@
 //! How a message is read, and what is said of one that cannot be.
 
+use std::borrow::Cow;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use serde::Deserialize;
 use serde_path_to_error::Segment;
 
@@ -31,6 +36,27 @@ pub fn read<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, Invalid> {
 /// says what was expected and never quotes the value, which may be a secret.
 pub fn read_part<'a, T: Deserialize<'a>>(json: &'a str, base: &str) -> Result<T, Invalid> {
     serde_json::from_str(json).map_err(|error| diagnose::<T>(json, base, &error))
+}
+
+/// The bytes of a field that is a text at `pointer` or base64 at `<pointer>_base64`; `None` where it is neither.
+///
+/// # Errors
+/// 1003 where both are given, or what should be base64 is none.
+pub fn text_or_base64(
+    text: Option<Cow<'_, str>>,
+    base64: Option<Cow<'_, str>>,
+    pointer: &str,
+) -> Result<Option<Bytes>, Invalid> {
+    let at = || format!("{pointer}_base64");
+    match (text, base64) {
+        (None, None) => Ok(None),
+        (Some(text), None) => Ok(Some(text.into_owned().into())),
+        (None, Some(base64)) => match STANDARD.decode(base64.as_bytes()) {
+            Ok(bytes) => Ok(Some(bytes.into())),
+            Err(_) => Err(Invalid::format(at(), "is not base64")),
+        },
+        (Some(_), Some(_)) => Err(Invalid::format(at(), format!("is given besides {pointer}: give one"))),
+    }
 }
 
 /// Whether a message says the version of the contract that the code knows.

@@ -16,15 +16,13 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::output::encoded_len;
+use super::output::{MAX_BYTES, encoded_len};
 use super::tenant_dir::{self, Absent, Place, TenantDirs};
 use super::thread::on_thread;
 use super::{Output, Scope};
 use crate::fault::{Cause, Fault, Invalid};
 use crate::message;
 
-/// The most that a content may be as JSON, whatever the broker takes.
-const MAX_CONTENT_BYTES: usize = 8 * 1024 * 1024;
 /// The longest content type, in bytes.
 const MAX_TYPE_BYTES: usize = 255;
 /// Where the content type is kept.
@@ -65,18 +63,9 @@ impl Put {
     /// # Errors
     /// The first parameter that breaks a rule.
     pub fn parse(job: &RawValue) -> Result<Self, Invalid> {
-        let job = message::read_part::<Job>(job.get(), "/job")?;
-        let content = match (&job.content, &job.content_base64) {
-            (Some(text), None) => Bytes::copy_from_slice(text.as_bytes()),
-            (None, Some(base64)) => STANDARD
-                .decode(base64.as_bytes())
-                .map(Bytes::from)
-                .map_err(|_| Invalid::format("/job/content_base64", "is not base64"))?,
-            (Some(_), Some(_)) => {
-                return Err(Invalid::format("/job/content_base64", "is given besides /job/content: give one"));
-            }
-            (None, None) => return Err(Invalid::missing("/job/content")),
-        };
+        let mut job = message::read_part::<Job>(job.get(), "/job")?;
+        let content = message::text_or_base64(job.content.take(), job.content_base64.take(), "/job/content")?
+            .ok_or_else(|| Invalid::missing("/job/content"))?;
         let content_type = job.content_type.as_deref().filter(|text| !text.is_empty());
         if content_type.is_some_and(|text| !is_content_type(text)) {
             let reason = format!("is no content type: at most {MAX_TYPE_BYTES} bytes of printable ASCII");
@@ -259,7 +248,7 @@ fn kept_type(file: &File) -> Option<String> {
 fn read(dirs: &TenantDirs, get: &Get, scope: &Scope) -> Result<Output, Fault> {
     let place = dirs.find(&scope.tenant, &get.path, Absent::Refuse)?;
     let file = place.open()?;
-    let limit = scope.max_output_bytes.min(MAX_CONTENT_BYTES);
+    let limit = scope.max_output_bytes.min(MAX_BYTES);
     let bytes = read_at_most(&file, limit, &place)?;
     let kept = kept_type(&file);
     let text = std::str::from_utf8(&bytes).ok();

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use ::http::header;
 use reqwest::Response;
 
-pub(super) use client::authorities;
 pub use request::Request;
 pub use webhook::Webhook;
 

@@ -6,6 +6,9 @@ use serde_json::value::RawValue;
 use super::Scope;
 use crate::fault::{Cause, Fault};
 
+/// The most bytes that a block holds of what it reads, whatever the broker takes.
+pub(super) const MAX_BYTES: usize = 8 * 1024 * 1024;
+
 /// What a block produced, already JSON: a successful result's `result`.
 #[derive(Debug)]
 pub struct Output(pub Box<RawValue>);

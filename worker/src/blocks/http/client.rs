@@ -9,14 +9,13 @@ use std::time::{Duration, Instant};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::client::Resumption;
 use rustls::crypto::ring;
-use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::{Request, Settings, failure};
+use crate::blocks::authorities::authorities;
 use crate::blocks::egress::{Guard, Policy, Target};
 use crate::fault::{Cause, Fault};
 use crate::ids::TenantId;
-use crate::pem;
 
 /// The most tenants whose connections are kept. Above it, the one that has been quiet the longest pays a handshake.
 const MAX_TENANTS: usize = 256;
@@ -179,23 +178,4 @@ pub(super) fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
         .with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
-}
-
-/// The certificates of the system's authorities, as far as they can be read, and of the private ones, which all can be
-/// used.
-///
-/// # Errors
-/// What is wrong with the file, for a person.
-pub(in crate::blocks) fn authorities(ca_file: Option<&Path>) -> Result<Vec<CertificateDer<'static>>, String> {
-    let system = rustls_native_certs::load_native_certs();
-    for error in &system.errors {
-        tracing::warn!(%error, "cannot read some of the system's certificate authorities");
-    }
-    let mut certificates = system.certs;
-    if let Some(path) = ca_file {
-        let private =
-            pem::authorities(path).map_err(|reason| format!("--http-ca-file {}: {reason}", path.display()))?;
-        certificates.extend(private);
-    }
-    Ok(certificates)
 }

@@ -6,8 +6,6 @@ use std::fmt;
 use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use ::http::{Method, StatusCode, Uri};
 use ::url::Url;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -66,7 +64,7 @@ impl Request {
                 Some(text) => url(text).map_err(|reason| Invalid::format("/job/url", reason))?,
             },
             headers: headers(wire.headers.unwrap_or_default())?,
-            body: body(wire.body, wire.body_base64)?,
+            body: message::text_or_base64(wire.body, wire.body_base64, "/job/body")?.unwrap_or_default(),
             is_streamed: wire.stream.unwrap_or(false),
         })
     }
@@ -154,18 +152,6 @@ fn method(name: Option<&str>) -> Result<Method, Invalid> {
         let known = METHODS.map(|method| method.to_string()).join(", ");
         Invalid::input("/job/method", format!("is none of {known}"))
     })
-}
-
-fn body(text: Option<Cow<'_, str>>, base64: Option<Cow<'_, str>>) -> Result<Bytes, Invalid> {
-    match (text, base64) {
-        (None, None) => Ok(Bytes::new()),
-        (Some(text), None) => Ok(text.into_owned().into()),
-        (None, Some(base64)) => match STANDARD.decode(base64.as_ref()) {
-            Ok(bytes) => Ok(bytes.into()),
-            Err(_) => Err(Invalid::format("/job/body_base64", "is not base64")),
-        },
-        (Some(_), Some(_)) => Err(Invalid::format("/job/body_base64", "is given beside body: one of both")),
-    }
 }
 
 fn headers(wire: Map<String, Value>) -> Result<HeaderMap, Invalid> {

@@ -13,13 +13,12 @@ use reqwest::Response;
 use serde::Serialize;
 
 use super::{Request, failure};
+use crate::blocks::output::MAX_BYTES;
 use crate::blocks::{Output, Scope};
 use crate::contract;
 use crate::contract::Details;
 use crate::fault::{Cause, EXCERPT_BYTES, Fault};
 
-/// The most bytes of a decompressed body, where the broker would take more.
-const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
 /// The most bytes of all headers together. HTTP/1.1 answers may have 100 headers.
 const MAX_HEADER_BYTES: usize = 256 * 1024;
 /// How long an error's body may take: its status is what matters, and must not be lost to a stalling peer.
@@ -69,7 +68,7 @@ pub(super) fn check_head(response: &Response, hop: &Request) -> Result<(), Fault
 pub(super) async fn success(response: Response, started: Instant, scope: &Scope) -> Result<Output, Fault> {
     let status_code = response.status().as_u16();
     let headers = public_headers(response.headers());
-    let bytes = read_capped(response, MAX_BODY_BYTES.min(scope.max_output_bytes)).await?;
+    let bytes = read_capped(response, MAX_BYTES.min(scope.max_output_bytes)).await?;
     let latency_ms = contract::millis(started.elapsed());
     let body = match std::str::from_utf8(&bytes) {
         Ok(text) => Body::Body(text),

@@ -11,9 +11,10 @@ use mysql_async::{Conn, DriverError, Error, IoError, Opts, OptsBuilder, Params, 
 
 use super::database::{Encryption, Server, tls_name};
 use super::parameters::{Parameter, Parameters, mismatch};
-use super::rows::{MAX_BYTES, Rows};
+use super::rows::Rows;
 use super::server::{Dialer, Failure, Left, tls_error, unreachable};
 use super::statement::Reading;
+use crate::blocks::output::MAX_BYTES;
 use crate::blocks::{Output, Scope};
 use crate::fault::{Cause, Fault};
 

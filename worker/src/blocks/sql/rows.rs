@@ -7,14 +7,12 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::value::RawValue;
 
-use crate::blocks::output::encoded_len;
+use crate::blocks::output::{MAX_BYTES, encoded_len};
 use crate::fault::Cause;
 use crate::message;
 
 /// The most rows.
 const MAX_ROWS: usize = 10_000;
-/// The most bytes of JSON, whatever the broker takes.
-pub(super) const MAX_BYTES: usize = 8 * 1024 * 1024;
 /// What JavaScript's numbers hold without losing a digit; integers beyond become strings.
 const MAX_EXACT: u128 = 1 << 53;
 

@@ -14,9 +14,9 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use tokio::net::TcpStream;
 
 use super::database::{Encryption, Server};
+use crate::blocks::authorities::authorities;
 use crate::blocks::causes::cause_of;
 use crate::blocks::egress::{Guard, Policy};
-use crate::blocks::http;
 use crate::fault::{Cause, Fault};
 
 /// How servers are reached.
@@ -74,7 +74,7 @@ impl From<(Cause, String)> for Failure {
 impl Dialer {
     /// Reads the authorities; connects nowhere.
     pub(super) fn new(policy: Policy, connect_timeout: Duration, ca_file: Option<&Path>) -> Result<Self, String> {
-        let authorities = http::authorities(ca_file)?;
+        let authorities = authorities(ca_file)?;
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(authorities.iter().cloned());
         Ok(Self { policy: Arc::new(policy), connect_timeout, roots, authorities })

@@ -14,13 +14,13 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream as Encrypted;
 
 use super::super::database::{Server, tls_name};
-use super::super::rows;
 use super::super::server::Dialer;
+use crate::blocks::output;
 use crate::fault::{Cause, Fault};
 
 /// The most bytes of one query's answer on the wire. A row becomes larger as JSON, but for the frames of small values;
 /// one value may be a gigabyte, and the driver would hold all of it.
-const MAX_BYTES: usize = 4 * rows::MAX_BYTES;
+const MAX_BYTES: usize = 4 * output::MAX_BYTES;
 
 /// What may still be read. Shared with the stream.
 #[derive(Clone, Debug, Default)]

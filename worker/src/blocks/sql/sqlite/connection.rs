@@ -26,6 +26,7 @@ use rusqlite::{CachedStatement, Connection, OpenFlags};
 
 use super::functions;
 use super::stop::Stop;
+use crate::blocks::output;
 use crate::blocks::sql::job::MAX_QUERY_BYTES;
 use crate::blocks::tenant_dir::Place;
 
@@ -39,7 +40,7 @@ const LOOKS: u32 = 10;
 const HEAP_BYTES: u32 = 256 * 1024 * 1024;
 
 /// The longest text or blob.
-pub(super) const MAX_VALUE_BYTES: usize = 8 * 1024 * 1024;
+pub(super) const MAX_VALUE_BYTES: usize = output::MAX_BYTES;
 
 /// SQLite's bounds, each far above what a query by hand needs.
 const LIMITS: [(Limit, i32); 10] = [
