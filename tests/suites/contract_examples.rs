@@ -18,10 +18,11 @@ use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, Block, BlockKind, Blocks, Output, http};
 use beamline_worker::cancel::Cancel;
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, Details, LetterError};
-use beamline_worker::contract::{CancelAnswer, CancelError, Outcome, RequestError};
+use beamline_worker::contract::{CancelAnswer, CancelError, CancelOutcome, Refused};
 use beamline_worker::execute::{self, Ended, Engine, Execution, Limits, Links};
 use beamline_worker::fault::{Cause, Fault};
 use beamline_worker::message;
+use beamline_worker::pool::ByPool;
 use beamline_worker::publication::Publication;
 use beamline_worker::report::{self, StepResult};
 use futures::future::BoxFuture;
@@ -127,7 +128,7 @@ fn worker_report(fixture: &Fixture) {
     let said = fixture.value();
     let number = |pointer: &str| said.pointer(pointer).and_then(Value::as_u64).expect("a number");
     let count = |pointer: &str| usize::try_from(number(pointer)).expect("a count");
-    let by_pool = |name: &str| contract::ByPool {
+    let by_pool = |name: &str| ByPool {
         cpu: count(&format!("/{name}/cpu")),
         gpu: count(&format!("/{name}/gpu")),
         io: count(&format!("/{name}/io")),
@@ -155,7 +156,7 @@ fn worker_report(fixture: &Fixture) {
 #[track_caller]
 fn control_refused(fixture: &Fixture) {
     let said = fixture.value();
-    let error = contract::VerdictError {
+    let error = Refused {
         code: Cause::MissingField.code(),
         message: said["error"]["message"].as_str().expect("text"),
         retryable: false,
@@ -274,7 +275,7 @@ fn result(fixture: &Fixture, kind: &str, code: Option<&str>) {
 
 fn cancel_answer(fixture: &Fixture, outcome: &str) {
     let example = fixture.value();
-    let mut known = [Outcome::Cancelled, Outcome::Recorded, Outcome::Finished].into_iter();
+    let mut known = [CancelOutcome::Cancelled, CancelOutcome::Recorded, CancelOutcome::Finished].into_iter();
     let outcome = known.find(|known| json!(known) == outcome).expect("an outcome");
     let written = json!(CancelAnswer { assignment_id: text(&example, "/assignment_id"), outcome });
     assert_eq!(example, written, "{fixture}");
@@ -284,11 +285,7 @@ fn cancel_refused(fixture: &Fixture, code: &str) {
     let example = fixture.value();
     let error = &example["error"];
     let written = json!(CancelError {
-        error: RequestError {
-            code: code.parse().expect("a code"),
-            message: text(error, "/message").to_owned(),
-            retryable: false,
-        },
+        error: Refused { code: code.parse().expect("a code"), message: text(error, "/message"), retryable: false },
     });
     assert_eq!(example, written, "{fixture}");
 }

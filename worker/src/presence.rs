@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::Broker;
-use crate::contract::{self, ControlRefused, VerdictError, WorkerControl, WorkerReport};
+use crate::contract::{self, ControlRefused, Refused, WorkerControl, WorkerReport};
 use crate::fault::Invalid;
 use crate::health::{Concern, Health};
 use crate::identity::Identity;
@@ -140,6 +140,6 @@ fn pull(payload: &[u8]) -> Result<bool, Invalid> {
 fn refused(identity: &Identity, invalid: &Invalid) -> Bytes {
     let pointer = if invalid.pointer.is_empty() { "the request" } else { &invalid.pointer };
     let message = format!("{pointer} {}", invalid.reason);
-    let error = VerdictError { code: invalid.cause.code(), message: &message, retryable: false };
+    let error = Refused { code: invalid.cause.code(), message: &message, retryable: false };
     contract::encode(&ControlRefused { worker: &identity.worker_id, error })
 }

@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use crate::assignment::{Addressee, Assignment};
 use crate::blocks::BlockKind;
-use crate::contract::{self, ExecResult, Metadata, PublicError, Status, Verdict, VerdictError};
+use crate::contract::{self, ExecResult, Metadata, PublicError, Refused, Status, Verdict};
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 
@@ -135,7 +135,7 @@ pub fn rejected(addressee: &Addressee, cause: Cause, message: &str, worker_id: &
         trace_id: addressee.trace_id.as_deref(),
         tenant_id: addressee.tenant_id.as_deref().unwrap_or_default(),
         worker_id,
-        error: Some(VerdictError { code: cause.code(), message, retryable: cause.is_retryable() }),
+        error: Some(Refused { code: cause.code(), message, retryable: cause.is_retryable() }),
         acknowledged_at: Timestamp::now().as_millisecond(),
     }))
 }

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::Semaphore;
 
 use super::Desk;
 use crate::broker::streams::CONTROL_CONSUMER;
 use crate::cancel::Cancel;
-use crate::contract::{self, CancelAnswer, CancelError, Outcome};
+use crate::contract::{self, CancelAnswer, CancelError, CancelOutcome, Refused};
 use crate::fault::{Cause, Invalid};
 use crate::ids::AssignmentKey;
 use crate::report::ledger::Record;
@@ -37,7 +38,7 @@ pub(super) async fn answer(desk: Arc<Desk>) {
         let desk_here = Arc::clone(&desk);
         desk.tasks.spawn(async move {
             if let Some(answer) = desk_here.answer(&message.payload).await {
-                desk_here.broker.say(reply, answer.into()).await;
+                desk_here.broker.say(reply, answer).await;
             }
             drop(place);
         });
@@ -46,21 +47,19 @@ pub(super) async fn answer(desk: Arc<Desk>) {
 
 impl Desk {
     /// `None` where the cancel could not be kept in time: it still waits in the stream.
-    async fn answer(&self, payload: &[u8]) -> Option<Vec<u8>> {
-        let answer = match Cancel::decode(payload) {
-            Ok(cancel) => {
-                tokio::time::timeout(KEEPING, self.keep_new(&cancel)).await.ok()?;
-                let outcome = self.outcome(&cancel.key).await;
-                serde_json::to_vec(&CancelAnswer { assignment_id: &cancel.key.assignment_id, outcome })
-            }
-            Err(invalid) => serde_json::to_vec(&CancelError { error: refusal(&invalid) }),
+    async fn answer(&self, payload: &[u8]) -> Option<Bytes> {
+        let cancel = match Cancel::decode(payload) {
+            Ok(cancel) => cancel,
+            Err(invalid) => return Some(refusal(&invalid)),
         };
-        answer.ok()
+        tokio::time::timeout(KEEPING, self.keep_new(&cancel)).await.ok()?;
+        let outcome = self.outcome(&cancel.key).await;
+        Some(contract::encode(&CancelAnswer { assignment_id: &cancel.key.assignment_id, outcome }))
     }
 
     /// What stands in the record when it is cancelled, or when the time is up: an older record may still be replaced by a
     /// run that is being stopped.
-    async fn outcome(&self, key: &AssignmentKey) -> Outcome {
+    async fn outcome(&self, key: &AssignmentKey) -> CancelOutcome {
         let started = Instant::now();
         let (mut first, mut pause) = (None, FIRST_PAUSE);
         loop {
@@ -68,10 +67,10 @@ impl Desk {
             let record = self.pipeline.recorded(key).await;
             let first = *first.get_or_insert(record.as_ref().map(|record| record.sequence));
             match &record {
-                Some(record) if is_cancelled(record) => return Outcome::Cancelled,
-                Some(record) if first != Some(record.sequence) => return Outcome::Finished,
-                Some(_) if started.elapsed() >= PATIENCE => return Outcome::Finished,
-                None if started.elapsed() >= PATIENCE => return Outcome::Recorded,
+                Some(record) if is_cancelled(record) => return CancelOutcome::Cancelled,
+                Some(record) if first != Some(record.sequence) => return CancelOutcome::Finished,
+                Some(_) if started.elapsed() >= PATIENCE => return CancelOutcome::Finished,
+                None if started.elapsed() >= PATIENCE => return CancelOutcome::Recorded,
                 Some(_) | None => {}
             }
             tokio::time::sleep(pause.min(PATIENCE.saturating_sub(started.elapsed()))).await;
@@ -84,10 +83,11 @@ fn is_cancelled(record: &Record) -> bool {
     record.fault.as_ref().is_some_and(|fault| fault.code == Cause::Cancelled.code())
 }
 
-fn refusal(invalid: &Invalid) -> contract::RequestError {
+fn refusal(invalid: &Invalid) -> Bytes {
     let message = match invalid.pointer.as_str() {
         "" => format!("the cancel {}", invalid.reason),
         _ => invalid.to_string(),
     };
-    contract::RequestError { code: invalid.cause.code(), message, retryable: false }
+    let error = Refused { code: invalid.cause.code(), message: &message, retryable: false };
+    contract::encode(&CancelError { error })
 }
