@@ -1,4 +1,8 @@
 //! Bytes in, and the duty to settle them. Pulls no more than the pool has room for.
+//!
+//! The client's own pull asks for a batch and waits for its end. Here requests overlap: more is asked for as soon as there
+//! is room; an inbox of its own for each session keeps apart what the broker still owed to an earlier one; and what
+//! arrived while this process was stopped can be told, and dropped.
 
 mod group; // core mode: what the broker hands out and forgets
 mod load; // how much is here, and how much more may come

@@ -10,7 +10,7 @@ use mysql_async::prelude::Queryable;
 use mysql_async::{Conn, DriverError, Error, IoError, Opts, OptsBuilder, Params, ServerError, SslOpts, Value};
 
 use super::database::{Encryption, Server, tls_name};
-use super::parameters::{Parameter, Parameters, mismatch};
+use super::parameters::{Parameter, Parameters};
 use super::rows::Rows;
 use super::server::{Dialer, Failure, Left, tls_error, unreachable};
 use super::statement::Reading;
@@ -184,15 +184,15 @@ fn begin(deadline: Instant, is_mariadb: bool) -> Vec<String> {
 }
 
 fn value(parameter: &Parameter) -> Result<Value, (Cause, String)> {
-    let out_of_range = |_| (Cause::ExecutionFailed, "a parameter is out of range".to_owned());
+    let out_of_range = || (Cause::ExecutionFailed, "a parameter is out of range".to_owned());
     Ok(match parameter {
         Parameter::Null => Value::NULL,
         Parameter::Bool(value) => Value::Int((*value).into()),
         Parameter::Integer(integer) => match i64::try_from(*integer) {
             Ok(integer) => Value::Int(integer),
-            Err(_) => Value::UInt(u64::try_from(*integer).map_err(|_| mismatch(0, 0))?),
+            Err(_) => Value::UInt(u64::try_from(*integer).map_err(|_| out_of_range())?),
         },
-        Parameter::Real(text) => Value::Double(text.parse().map_err(out_of_range)?),
+        Parameter::Real(text) => Value::Double(text.parse().map_err(|_| out_of_range())?),
         Parameter::Text(text) | Parameter::Json(text) => Value::Bytes(text.clone().into_bytes()),
         Parameter::Bytes(bytes) => Value::Bytes(bytes.clone()),
     })
