@@ -92,6 +92,12 @@ impl NatsServer {
         self.restart();
     }
 
+    /// Lets it read other lines of its configuration while it runs.
+    pub fn reload_with(&self, settings: &str) {
+        configure(self.directory.path(), self.port, settings);
+        self.process.hang_up();
+    }
+
     /// Stops it where it stands: connections stay open and silent.
     pub fn pause(&self) {
         self.process.pause();

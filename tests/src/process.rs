@@ -69,6 +69,11 @@ impl Process {
         self.signal(Signal::TERM);
     }
 
+    /// Asks it to read its configuration again.
+    pub fn hang_up(&self) {
+        self.signal(Signal::HUP);
+    }
+
     /// Stops it where it stands.
     pub fn pause(&self) {
         self.signal(Signal::STOP);

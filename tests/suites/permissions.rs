@@ -483,3 +483,15 @@ async fn workers_do_as_they_are_told(rig: &Rig) {
     say(rig, "caf.exec.cancel.v1", cancel).await;
     assert_eq!(rig.router.result(&slow).await["status"], "cancelled");
 }
+
+#[tokio::test]
+async fn a_worker_that_may_not_listen_to_its_inbox_comes_back_once_it_may() {
+    let settings = |permissions: &str| {
+        format!("accounts {{ A {{ jetstream: enabled, users: [{{ user: worker, password: pw{permissions} }}] }} }}")
+    };
+    let nats = NatsServer::with(&settings(", permissions: { subscribe: { deny: \"_INBOX_WORKER.>\" } }"));
+    let worker = Worker::named("deaf").flag(format!("--nats-url=nats://worker:pw@127.0.0.1:{}", nats.port())).spawn();
+    worker.unready("streams unavailable").await;
+    nats.reload_with(&settings(""));
+    worker.ready().await;
+}

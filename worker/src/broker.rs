@@ -15,8 +15,9 @@ use async_nats::Subject;
 use async_nats::jetstream::{self, ErrorCode};
 use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode};
 use bytes::Bytes;
+use futures::FutureExt;
 use serde::Deserialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::backoff;
 use crate::health::{Concern, Health};
@@ -30,6 +31,8 @@ const INBOX: &str = "_INBOX_WORKER";
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long one request to the broker may take before its outcome counts as unknown.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after the broker refused an inbox it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(50);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 /// Messages that may wait between the socket and their reader. A full channel loses messages, so it is larger than
@@ -298,15 +301,22 @@ async fn open(
     health: &Health,
     connected: Option<Arc<watch::Sender<u64>>>,
 ) -> Client {
-    let watched = health.clone();
+    let (watched, deaf) = (health.clone(), Arc::new(Notify::new()));
+    let refused = Arc::clone(&deaf);
     let options = options.event_callback(move |event| {
         let (watched, connected) = (watched.clone(), connected.clone());
+        if is_inbox_refused(&event) {
+            refused.notify_one();
+        }
         async move { note(&event, &watched, connected.as_deref()) }
     });
     let mut attempt = 0;
     loop {
         match options.clone().connect(address.servers.as_slice()).await {
-            Ok(client) => return client,
+            Ok(client) => {
+                tokio::spawn(listen_again(client.clone(), deaf));
+                return client;
+            }
             Err(error) => {
                 health.raise(Concern::NatsDisconnected, error.to_string());
                 tracing::warn!(%error, attempt, "cannot reach NATS yet");
@@ -314,6 +324,23 @@ async fn open(
         }
         tokio::time::sleep(reconnect_delay(attempt)).await;
         attempt += 1;
+    }
+}
+
+/// Without its inbox a worker hears no answer at all.
+fn is_inbox_refused(event: &Event) -> bool {
+    let refusal = format!("Permissions Violation for Subscription to \"{INBOX}.");
+    matches!(event, Event::ServerError(error) if error.to_string().contains(&refusal))
+}
+
+/// The broker forgets a subscription that it refused, also when its administrator allows it later: only a new connection
+/// asks for it again.
+async fn listen_again(client: Client, deaf: Arc<Notify>) {
+    loop {
+        deaf.notified().await;
+        tokio::time::sleep(ASK_AGAIN).await;
+        let _ = deaf.notified().now_or_never(); // every inbox is refused by itself
+        let _ = client.force_reconnect().await;
     }
 }
 
