@@ -65,6 +65,9 @@ bench-operator: ## The operator's figures with N pools (200) on fake nodes: time
 	@tests/run.sh bench-operator
 
 bench: ## Figures of the worker beside their targets: gate, memory, and no-ops beside the bare limit
-	@tests/run.sh bench
+	@tests/run.sh bench bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator
+bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
+	@tests/run.sh bench-scale-sim
+
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator bench-scale-sim

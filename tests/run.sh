@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo bench bench-operator
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo bench bench-operator bench-scale-sim
 #   campaign-kill campaign-crash campaign-rollout campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -121,14 +121,18 @@ bench() {
   PATH=$tools:$PATH target/release/bench
 }
 
+bench-scale-sim() {
+  HOURS=${HOURS:-1000} cargo test --quiet --workspace --test scale_simulation -- --nocapture
+}
+
 require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | fuzz | worker | faults | operator | cluster | demo | bench | bench-operator) ;;
+    check | unit | fuzz | worker | faults | operator | cluster | demo | bench | bench-operator | bench-scale-sim) ;;
     campaign-kill | campaign-crash | campaign-rollout | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, bench," \
-      "bench-operator, campaign-kill, campaign-crash, campaign-rollout, campaign-operator" ;;
+      "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Container, Toleration};
 use kube::KubeSchema;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Resources, embedded};
@@ -17,6 +18,10 @@ use crate::{Resources, embedded};
         .message("gpu: set resourceName (device plugin) or resourceClaimTemplateName (dynamic resource allocation), not both"),
     validation = Rule::new("!has(self.maxTotal) || self.maxTotal >= (has(self.count) ? self.count : 1)")
         .message("gpu.maxTotal: is less than gpu.count, so that no pod could start; it counts devices of the whole pool"),
+    validation = Rule::new("!has(self.minReplicas) || self.minReplicas <= (has(self.maxReplicas) ? self.maxReplicas : 4)")
+        .message("gpu.minReplicas: is more than gpu.maxReplicas (4 where it is left out); lower it, or raise gpu.maxReplicas"),
+    validation = Rule::new("!has(self.minReplicas) || !has(self.maxTotal) || self.minReplicas * (has(self.count) ? self.count : 1) <= self.maxTotal")
+        .message("gpu.minReplicas: times gpu.count is more than gpu.maxTotal; lower it, or raise gpu.maxTotal"),
     validation = Rule::new("!has(self.resources) || !has(self.resources.limits) || !has(self.resourceName) || !(self.resourceName in self.resources.limits)")
         .message("gpu.resources.limits: must not name the GPU resource; set gpu.count")
 )]
@@ -62,6 +67,20 @@ pub struct Gpu {
     #[schemars(range(min = 0, max = 10_000))]
     pub replicas: Option<i32>,
 
+    /// Pods with GPUs that stay when there is nothing to do, in mode Operator. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 10_000))]
+    pub min_replicas: Option<i32>,
+
+    /// Pods with GPUs at most, in mode Operator. Default: 4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub max_replicas: Option<i32>,
+
+    /// How much may wait for these pods, in mode Operator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<GpuTarget>,
+
     /// GPUs that this pool may have altogether: no more pods are made than fit (pods times count), so that none of them
     /// waits for a device that it may never get. Default: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,4 +105,15 @@ pub struct Gpu {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "embedded::tolerations")]
     pub tolerations: Vec<Toleration>,
+}
+
+/// How much may wait for pods with GPUs.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuTarget {
+    /// Assignments waiting and running for each pod, until it is known how many a pod finishes in a second. Default:
+    /// twice poolSize.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub queue_depth_per_replica: Option<i32>,
 }

@@ -31,14 +31,14 @@ mod manifest; // the promises of workerpools.yaml
 pub use disruption::Disruption;
 pub use egress::{Egress, EgressPolicy};
 pub use filesystem::{EmptyDir, Filesystem, PersistentVolumeClaim, Root, RootVolume};
-pub use gpu::Gpu;
+pub use gpu::{Gpu, GpuTarget};
 pub use nats::{Delivery, Nats, SecretKeyRef, Storage, Streams, Tls};
 pub use network_policy::NetworkPolicy;
 pub use observability::Observability;
 pub use rollout::Rollout;
-pub use scaling::{Mode, Scaling};
+pub use scaling::{Mode, ScaleDown, Scaling, Target};
 pub use sql::{InlineConnections, Sql, SqlConnection};
-pub use status::{Decision, GpuStatus, LimitedBy, Queue, WorkerPoolStatus};
+pub use status::{Decision, GpuStatus, Learned, LimitedBy, Queue, WorkerPoolStatus};
 pub use tenants::{NamedTenant, TenantTerms, Tenants};
 pub use worker::{ImagePullPolicy, Limits, Pools, Resources, Worker};
 pub use worker_pool::{WorkerPool, WorkerPoolSpec};

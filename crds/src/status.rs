@@ -40,7 +40,7 @@ pub struct WorkerPoolStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuStatus>,
 
-    /// Ready, Progressing, QueueReadable, StreamsReady, Degraded.
+    /// Ready, Progressing, QueueReadable, StreamsReady, ScalingActive, Degraded.
     #[schemars(schema_with = "embedded::conditions")]
     pub conditions: Vec<Condition>,
 }
@@ -93,6 +93,37 @@ pub struct Decision {
     /// The decision in words.
     #[schemars(length(max = 512))]
     pub reason: String,
+
+    /// What keeps the number below what the work asks for.
+    #[serde(default)]
+    pub limited_by: LimitedBy,
+
+    /// When the number last changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scale_time: Option<Time>,
+
+    /// What the work taught about these workers.
+    #[serde(default)]
+    pub learned: Learned,
+
+    /// The spec.replicas that was last seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec_replicas: Option<i32>,
+}
+
+/// What the work taught about workers: kept, so that another operator decides the same.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Learned {
+    /// Assignments that one worker ends in a second when it is busy. Absent until some ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub rate_per_replica: Option<String>,
+
+    /// Seconds from a pod's creation until it takes work. Absent until one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub pod_start_seconds: Option<String>,
 }
 
 /// The pods with GPUs, and the work that waits for them.
@@ -111,6 +142,19 @@ pub struct GpuStatus {
     /// What keeps desiredReplicas below what is asked for.
     pub limited_by: LimitedBy,
 
+    /// Why there are as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub reason: Option<String>,
+
+    /// When the number last changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scale_time: Option<Time>,
+
+    /// What the work taught about these pods.
+    #[serde(default)]
+    pub learned: Learned,
+
     /// Assignments on the GPU route that no worker has taken yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<i64>,
@@ -121,10 +165,15 @@ pub struct GpuStatus {
 }
 
 /// What keeps the number of pods below what is asked for.
-#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LimitedBy {
     /// Nothing.
+    #[default]
     None,
+    /// scaling.maxReplicas or gpu.maxReplicas.
+    MaxReplicas,
     /// gpu.maxTotal.
     MaxTotal,
+    /// Pods that do not start: no more are asked for until they do.
+    UnreadyPods,
 }

@@ -69,6 +69,8 @@ use crate::{
         .message("worker.pools.gpu: is for pools without spec.gpu, whose pods find GPUs themselves; set gpu.poolSize instead"),
     validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.nats.delivery) || self.spec.nats.delivery != 'Core'")
         .message("gpu: needs nats.delivery JetStream: what workers with GPUs execute waits in a stream"),
+    validation = Rule::new("!has(self.spec.nats.delivery) || self.spec.nats.delivery != 'Core' || (has(self.spec.scaling) && has(self.spec.scaling.mode) && self.spec.scaling.mode == 'Manual')")
+        .message("scaling.mode: must be Manual with nats.delivery Core: nothing waits in a stream, so that there is no depth to scale on"),
     validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.gpu.container) || self.spec.gpu.container == 'worker' || (has(self.spec.gpu.sidecars) && self.spec.gpu.sidecars.exists(c, c.name == self.spec.gpu.container)) || (has(self.spec.worker) && has(self.spec.worker.sidecars) && self.spec.worker.sidecars.exists(c, c.name == self.spec.gpu.container))")
         .message("gpu.container: must be 'worker' or the name of an entry in gpu.sidecars or worker.sidecars"),
     validation = Rule::new("!has(self.spec.gpu) || !has(self.spec.gpu.sidecars) || !has(self.spec.worker) || !has(self.spec.worker.sidecars) || self.spec.gpu.sidecars.all(c, !self.spec.worker.sidecars.exists(o, o.name == c.name))")
@@ -77,7 +79,8 @@ use crate::{
         .message("gpu.sidecars.volumeMounts: every name must be that of an entry in worker.volumes")
 )]
 pub struct WorkerPoolSpec {
-    /// How many workers to run. Also what `kubectl scale` and the `/scale` subresource write.
+    /// How many workers to run, in mode Manual. Also what `kubectl scale` and the `/scale` subresource write. In mode
+    /// Operator it has no effect: leave it out, or every apply takes back what was written when the mode changes.
     /// The API server fills in 1.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 10000))]

@@ -7,6 +7,7 @@
 
 mod monitor; // the child whose type may not be installed
 mod nudge; // pods that should look at their files again
+mod retire; // workers that go, and those that go on
 
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -29,6 +30,8 @@ use crate::memory::Settled;
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
+
+pub use retire::retire;
 
 /// What the rest of a reconcile needs to know of the result.
 pub struct Applied {

@@ -10,11 +10,14 @@ use async_nats::jetstream::{self, Context};
 use async_nats::rustls::pki_types::pem::PemObject;
 use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use async_nats::rustls::{ClientConfig, RootCertStore};
+use jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{Mutex, OnceCell};
 
+use crate::approvals::Approvals;
 use crate::pool::{Nats, SecretKeyRef};
 use crate::reason;
+use crate::reports::Reports;
 use crate::secrets::{self, SecretError};
 
 /// Begins the subjects that answers come on: no worker may listen or speak there.
@@ -149,12 +152,24 @@ pub struct Broker {
     url: String,
     client: async_nats::Client,
     jetstream: Context,
+    reports: Reports,
+    approvals: Option<Approvals>,
 }
 
 impl Broker {
     /// Whether the server keeps anything.
     pub fn has_jetstream(&self) -> bool {
         self.client.server_info().jetstream
+    }
+
+    /// What workers say of themselves.
+    pub const fn reports(&self) -> &Reports {
+        &self.reports
+    }
+
+    /// Approvals past their deadline; `None` as long as they are not known.
+    pub fn due_approvals(&self, pool: &str) -> Option<i64> {
+        self.approvals.as_ref()?.due(pool, Timestamp::now())
     }
 
     /// JetStream, where the connection is up. A request on one that is down would only wait for its timeout.
@@ -258,7 +273,8 @@ async fn connect(access: &Access) -> Result<Broker, BrokerError> {
     let client = options.connect(&access.url).await.map_err(|error| unreachable(chain(&error)))?;
     let mut jetstream = jetstream::new(client.clone());
     jetstream.set_timeout(REQUEST_TIMEOUT);
-    Ok(Broker { url: access.url.clone(), client, jetstream })
+    let approvals = client.server_info().jetstream.then(|| Approvals::follow(jetstream.clone()));
+    Ok(Broker { url: access.url.clone(), reports: Reports::listen(client.clone()), client, jetstream, approvals })
 }
 
 /// Only where the pool brings certificates; else the scheme of the URL decides.

@@ -25,7 +25,7 @@ pub use pod_monitor::pod_monitors;
 
 use crate::observe::Surroundings;
 use crate::pool::{Class, ValidPool};
-use crate::scale::Decisions;
+use crate::scale::Replicas;
 
 /// All children of a pool.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,8 +55,8 @@ pub struct Workload {
     pub deployment: Deployment,
 }
 
-/// The children of this pool in these surroundings, with as many workers as decided.
-pub fn desired(pool: &ValidPool, decisions: &Decisions, around: &Surroundings) -> Desired {
+/// The children of this pool in these surroundings, with so many workers.
+pub fn desired(pool: &ValidPool, replicas: Replicas, around: &Surroundings) -> Desired {
     let workload = |class: &Class, replicas| Workload {
         budget: budget::budget(pool, class.kind),
         deployment: deployment::deployment(pool, class, replicas),
@@ -67,8 +67,8 @@ pub fn desired(pool: &ValidPool, decisions: &Decisions, around: &Surroundings) -
         service: service::service(pool),
         network_policy: pool.network_policy.then(|| network_policy::network_policy(pool, around)),
         pod_monitor: pool.pod_monitor.then(|| pod_monitor::pod_monitor(pool)),
-        general: workload(&pool.general, decisions.general.desired),
-        gpu: pool.gpu.as_ref().zip(decisions.gpu.as_ref()).map(|(class, gpu)| workload(class, gpu.desired)),
+        general: workload(&pool.general, replicas.general),
+        gpu: pool.gpu.as_ref().zip(replicas.gpu).map(|(class, replicas)| workload(class, replicas)),
     }
 }
 

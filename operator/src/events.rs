@@ -1,6 +1,6 @@
 //! Kubernetes events: one for each change of what a pool says about itself. One recorder, which counts repetitions.
 
-use beamline_crds::{WorkerPool, WorkerPoolStatus};
+use beamline_crds::{Mode, WorkerPool, WorkerPoolStatus};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
@@ -21,8 +21,12 @@ impl Events {
         Self { recorder: Recorder::new(client, Reporter::from(names::OPERATOR)) }
     }
 
-    /// Tells what the pool now says about itself, if that is something else than before.
+    /// Tells what the pool now says about itself, as far as that is something else than before.
     pub async fn announce(&self, pool: &WorkerPool, before: &WorkerPoolStatus, after: &WorkerPoolStatus) {
+        let about = pool.object_ref(&());
+        for (reason, note) in scaling(before, after) {
+            self.write(EventType::Normal, reason, &note, &about).await;
+        }
         let Some(now) = status::ready(after) else { return };
         let was = status::ready(before);
         if was.is_some_and(|was| (&was.status, &was.reason) == (&now.status, &now.reason)) {
@@ -30,7 +34,7 @@ impl Events {
         }
         let starting = matches!(now.reason.as_str(), reason::ASKING_NATS | reason::WORKERS_STARTING);
         let type_ = if now.status == "True" || starting { EventType::Normal } else { EventType::Warning };
-        self.write(type_, &now.reason, &now.message, &pool.object_ref(&())).await;
+        self.write(type_, &now.reason, &now.message, &about).await;
     }
 
     /// Tells about a pool whose status cannot be written.
@@ -45,5 +49,66 @@ impl Events {
         if let Err(error) = failpoint::around("record", "Event", reason, self.recorder.publish(&event, about)).await {
             tracing::warn!("an event was not written: {}", explain(&error));
         }
+    }
+}
+
+/// What is to be told of how many workers there are to be: reasons and notes.
+pub fn scaling(before: &WorkerPoolStatus, after: &WorkerPoolStatus) -> Vec<(&'static str, String)> {
+    let mut told = Vec::new();
+    let mut tell = |whom: &str, was: i32, is: i32, why: &str| {
+        let reason = if is > was { reason::SCALED_UP } else { reason::SCALED_DOWN };
+        if is != was {
+            told.push((reason, format!("from {was} to {is} {whom}: {why}")));
+        }
+    };
+    if let (Some(was), Some(is)) = (&before.scaling, &after.scaling) {
+        tell("workers", was.desired, is.desired, &is.reason);
+    }
+    if let (Some(was), Some(is)) = (&before.gpu, &after.gpu) {
+        let why = is.reason.as_deref().unwrap_or_default();
+        tell("workers with GPUs", was.desired_replicas, is.desired_replicas, why);
+    }
+    if let (Some(was), Some(is)) = (&before.scaling, &after.scaling)
+        && (was.mode, is.mode) == (Mode::Operator, Mode::Operator)
+        && let (Some(was), Some(is)) = (was.spec_replicas, is.spec_replicas)
+        && was != is
+    {
+        told.push((
+            reason::REPLICAS_IGNORED,
+            format!("spec.replicas was set to {is} and has no effect: scaling.mode Operator decides"),
+        ));
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use beamline_crds::{Decision, Learned, LimitedBy};
+
+    use super::*;
+
+    fn status(desired: i32, spec_replicas: i32, mode: Mode) -> WorkerPoolStatus {
+        let reason = "because".to_owned();
+        let (limited_by, learned, last_scale_time) = (LimitedBy::None, Learned::default(), None);
+        let spec_replicas = Some(spec_replicas);
+        let scaling = Decision { mode, desired, reason, limited_by, last_scale_time, learned, spec_replicas };
+        WorkerPoolStatus { scaling: Some(scaling), ..WorkerPoolStatus::default() }
+    }
+
+    #[test]
+    fn each_change_of_the_number_is_told_with_its_reason() {
+        let told = scaling(&status(0, 1, Mode::Operator), &status(7, 1, Mode::Operator));
+        assert_eq!(told, [(reason::SCALED_UP, "from 0 to 7 workers: because".to_owned())]);
+        let told = scaling(&status(7, 1, Mode::Manual), &status(3, 3, Mode::Manual));
+        assert_eq!(told, [(reason::SCALED_DOWN, "from 7 to 3 workers: because".to_owned())]);
+        assert_eq!(scaling(&WorkerPoolStatus::default(), &status(3, 3, Mode::Manual)), []);
+    }
+
+    #[test]
+    fn a_number_that_has_no_effect_is_told() {
+        let told = scaling(&status(2, 1, Mode::Operator), &status(2, 5, Mode::Operator));
+        let note = "spec.replicas was set to 5 and has no effect: scaling.mode Operator decides";
+        assert_eq!(told, [(reason::REPLICAS_IGNORED, note.to_owned())]);
+        assert_eq!(scaling(&status(2, 1, Mode::Operator), &status(2, 5, Mode::Manual)), []);
     }
 }

@@ -7,12 +7,18 @@ pub mod reconcile; // the whole story
 
 pub mod observe; // what exists
 pub mod pool; // what is asked for, with every default decided
+pub mod sizing; // how many workers now, and the way there
+pub mod seen; // what the number of workers is decided from
 pub mod scale; // how many workers, and why
+pub mod handover; // from one who decides to another
+pub mod retire; // which of them go, and when
 pub mod desired; // what should exist
 pub mod apply; // making it so
 pub mod status; // saying how it went
 
 pub mod signals; // what the broker says about each pool
+pub mod reports; // what workers say of themselves
+pub mod approvals; // deadlines that wake a pool
 pub mod rates; // how fast it comes and goes
 pub mod streams; // what the broker must keep
 pub mod neighbours; // other pools on the same broker

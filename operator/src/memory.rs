@@ -9,14 +9,22 @@ use kube::runtime::reflector::ObjectRef;
 
 use crate::controller::Watched;
 use crate::notice::Notice;
+use crate::pool::Kind;
+use crate::scale::Scaler;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// Notes about all pools.
-#[derive(Default)]
 pub struct Memory {
     notes: Mutex<HashMap<ObjectRef<Watched>, Notes>>,
+    since: Instant,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { notes: Mutex::default(), since: Instant::now() }
+    }
 }
 
 #[derive(Default)]
@@ -24,6 +32,7 @@ struct Notes {
     settled: HashMap<Child, Settled>,
     published: Option<Published>,
     look: Option<Look>,
+    scalers: HashMap<Kind, Scaler>,
     failures: u32,
 }
 
@@ -89,6 +98,28 @@ impl Memory {
     /// Notes what a look found.
     pub fn look(&self, pool: &ObjectRef<Watched>, look: Look) {
         self.notes().entry(pool.clone()).or_default().look = Some(look);
+    }
+
+    /// How long it remembers: goes on evenly, whatever the clock does.
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// What is kept of a class from one decision to the next.
+    pub fn scaler(&self, pool: &ObjectRef<Watched>, class: Kind) -> Option<Scaler> {
+        self.notes().get(pool).and_then(|notes| notes.scalers.get(&class).cloned())
+    }
+
+    /// Keeps it.
+    pub fn keep_scaler(&self, pool: &ObjectRef<Watched>, class: Kind, scaler: Scaler) {
+        self.notes().entry(pool.clone()).or_default().scalers.insert(class, scaler);
+    }
+
+    /// The operator decides no more.
+    pub fn forget_scalers(&self, pool: &ObjectRef<Watched>) {
+        if let Some(notes) = self.notes().get_mut(pool) {
+            notes.scalers.clear();
+        }
     }
 
     /// The status that was last written to this very pool.

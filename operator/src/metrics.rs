@@ -25,6 +25,7 @@ pub struct Metrics {
     seconds: Histogram,
     applies: IntCounterVec,
     statuses: IntCounter,
+    scalings: IntCounterVec,
     leader: IntGauge,
 }
 
@@ -43,14 +44,22 @@ impl Metrics {
         let applies =
             IntCounterVec::new(Opts::new("beamline_operator_applies_total", "Writes of children, by kind"), &["kind"])?;
         let statuses = IntCounter::new("beamline_operator_status_writes_total", "Writes of a WorkerPool's status")?;
+        let scalings = IntCounterVec::new(
+            Opts::new(
+                "beamline_scale_changes_total",
+                "Changes of how many workers are asked for, by direction: up, down",
+            ),
+            &["direction"],
+        )?;
         let leader = IntGauge::new("beamline_operator_leader", "1 while this operator is the one that acts")?;
         registry.register(Box::new(reconciles.clone()))?;
         registry.register(Box::new(seconds.clone()))?;
         registry.register(Box::new(applies.clone()))?;
         registry.register(Box::new(statuses.clone()))?;
+        registry.register(Box::new(scalings.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
-        Ok(Self { registry, pools: OnceLock::new(), reconciles, seconds, applies, statuses, leader })
+        Ok(Self { registry, pools: OnceLock::new(), reconciles, seconds, applies, statuses, scalings, leader })
     }
 
     /// A reconcile ended.
@@ -67,6 +76,13 @@ impl Metrics {
     /// A status is written.
     pub fn status_written(&self) {
         self.statuses.inc();
+    }
+
+    /// Another number of workers is asked for.
+    pub fn scaled(&self, was: i32, is: i32) {
+        if was != is {
+            self.scalings.with_label_values(&[if is > was { "up" } else { "down" }]).inc();
+        }
     }
 
     /// Leadership was won or lost.

@@ -63,6 +63,16 @@ pub struct Observed {
     pub surroundings: Surroundings,
 }
 
+impl Observed {
+    /// The pods of this class.
+    pub fn workload(&self, class: Kind) -> &Workload {
+        match class {
+            Kind::General => &self.general,
+            Kind::Gpu => &self.gpu,
+        }
+    }
+}
+
 /// The pods of one class.
 pub struct Workload {
     /// What a node drain may take.

@@ -6,6 +6,7 @@ pub mod egress; // entries of lists of addresses
 mod nats; // where the work comes from
 pub mod port; // where a URL leads
 mod quantity; // amounts of memory
+mod scaling; // who decides how many, within which bounds
 mod worker; // what all pods have in common
 
 use beamline_crds as crds;
@@ -19,6 +20,7 @@ pub use crds::{
     Tenants, Tls,
 };
 pub use nats::{Explicit, Nats, Streams, meeting_point};
+pub use scaling::{Bounds, Mode, Scaling};
 pub use worker::{Egress, Root, RootVolume, Sql, Worker};
 
 /// What a node drain may take where a spec says nothing.
@@ -35,6 +37,8 @@ pub struct ValidPool {
     pub owner: OwnerReference,
     /// Whether workers take no work.
     pub paused: bool,
+    /// Who decides how many workers there are.
+    pub scaling: Scaling,
     /// Where the work comes from.
     pub nats: Nats,
     /// What all pods have in common.
@@ -126,8 +130,7 @@ pub fn validate(pool: &crds::WorkerPool, default_image: &str) -> Result<ValidPoo
     let crds::WorkerPoolSpec {
         replicas,
         paused,
-        // The only mode is Manual.
-        scaling: _,
+        scaling,
         nats,
         worker,
         gpu,
@@ -138,13 +141,15 @@ pub fn validate(pool: &crds::WorkerPool, default_image: &str) -> Result<ValidPoo
         observability,
     } = pool.spec.clone();
     let worker = worker.unwrap_or_default();
-    let general = class::general(replicas, &worker, rollout.unwrap_or_default())?;
+    let scaling = scaling.unwrap_or_default();
+    let general = class::general(replicas, scaling::general(&scaling), &worker, rollout.unwrap_or_default())?;
     let crds::Observability { otlp_endpoint, pod_monitor } = observability.unwrap_or_default();
     Ok(ValidPool {
         name: pool.metadata.name.clone().ok_or(InvalidPool::NotStored)?,
         namespace: pool.namespace().ok_or(InvalidPool::NotStored)?,
         owner: pool.controller_owner_ref(&()).ok_or(InvalidPool::NotStored)?,
         paused: paused.unwrap_or(false),
+        scaling: scaling::scaling(&scaling),
         nats: nats::nats(nats)?,
         gpu: gpu.map(|gpu| class::gpu(gpu, &worker, &general)).transpose()?,
         general,

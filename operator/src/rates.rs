@@ -10,6 +10,8 @@ use async_nats::jetstream::consumer;
 use async_nats::jetstream::stream;
 use beamline_crds::Queue;
 
+use crate::scale::Flow;
+
 /// Rates are those of the last minute.
 const WINDOW: Duration = Duration::from_secs(60);
 /// Where nothing moves for this long, they are none: what moves more slowly shows as 0.0 over a whole window too.
@@ -97,6 +99,17 @@ impl Window {
         // Numbers are asked for one after the other: what moves in between may seem to go back.
         let of = |before: i64, after: i64| (after - before).max(0) as f64 / seconds;
         Some(Rates { arrivals: of(before.arrived, after.arrived), completions: of(before.ended, after.ended) })
+    }
+
+    /// What arrived within this time or a little more, as far as it was watched.
+    pub fn arrived_within(&self, time: Duration) -> Flow {
+        let Some((to, after)) = self.samples.back() else { return Flow::default() };
+        let before = self.samples.iter().rev().find(|(at, _)| to.duration_since(*at) >= time);
+        let Some((from, before)) = before.or_else(|| self.samples.front()) else { return Flow::default() };
+        let messages = (after.arrived - before.arrived).max(0);
+        // None is none, whenever it was looked: what did not change must not seem to.
+        let watched = if messages == 0 { time } else { to.duration_since(*from).max(time) };
+        Flow { messages, seconds: watched.as_secs_f64() }
     }
 }
 

@@ -17,6 +17,21 @@ pub const QUEUE_READ: &str = "QueueRead";
 /// Streams and consumer are as they must be.
 pub const STREAMS_MATCH: &str = "StreamsMatch";
 
+/// The operator decides how many workers there are.
+pub const SCALING: &str = "Scaling";
+/// The same, and something keeps it from deciding for as many as the work asks for.
+pub const SCALING_LIMITED: &str = "ScalingLimited";
+/// The same, and somebody has written a number that has no effect.
+pub const REPLICAS_IGNORED: &str = "ReplicasIgnored";
+/// The spec decides.
+pub const MODE_MANUAL: &str = "ModeManual";
+/// Nothing is decided, because the queue cannot be read.
+pub const QUEUE_UNREADABLE: &str = "QueueUnreadable";
+/// Only an event: there are to be more workers.
+pub const SCALED_UP: &str = "ScaledUp";
+/// Only an event: there are to be fewer.
+pub const SCALED_DOWN: &str = "ScaledDown";
+
 /// There is no queue to read: a core queue group keeps nothing.
 pub const NO_QUEUE: &str = "NoQueue";
 /// The queue is read, and other pools take from it too.

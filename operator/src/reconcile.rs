@@ -3,27 +3,31 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use beamline_crds::WorkerPool;
+use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::{Timestamp, Unit};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::Lookup;
 use tracing::Span;
 
-use crate::apply::{Applied, apply};
-use crate::controller::{Context, Watched};
+use crate::apply::{Applied, apply, retire};
+use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::desired;
 use crate::error::Error;
 use crate::notice::Notice;
 use crate::observe::observe;
 use crate::pool::validate;
-use crate::scale::{self, Decisions};
+use crate::scale::Decisions;
+use crate::signals::Reading;
+use crate::sizing;
 use crate::status;
 use crate::streams::route_subject;
 use crate::telemetry::spans;
 
 /// What a pool refers to has no watch: while something is wrong with it, it is looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(20);
+/// Workers go when time has passed, too: while some are about to, they are looked at this often.
+const WATCH_THEM_GO: Duration = Duration::from_secs(1);
 
 /// What a reconcile that went well leaves behind.
 pub struct Converged {
@@ -39,6 +43,8 @@ pub struct Converged {
     pub notices: Vec<Notice>,
     /// What workers with GPUs that are asked for no more still take work from.
     pub draining: Option<String>,
+    /// Whether workers may go though nothing but time passes.
+    pub some_may_go: bool,
 }
 
 /// Makes a pool what it should be and says how that went.
@@ -47,27 +53,45 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
     if pool.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
-    let outcome = converge(pool, &ctx).await;
     let reading = ctx.signals.reading(&watched.to_object_ref(()));
     let before = status::current(&ctx, pool);
+    let outcome = converge(pool, &ctx, &reading, &before).await;
     let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
     let says = status::ready(&after).map(|ready| ready.reason.clone());
     let next = step("publish", status::publish(&ctx, pool, &before, after)).await?;
     let converged = outcome?;
     Span::current().record("reason", says);
-    Ok(Action::requeue(if converged.notices.is_empty() { next } else { next.min(LOOK_AGAIN) }))
+    Ok(Action::requeue(next.min(converged.look_again())))
 }
 
-async fn converge(pool: &WorkerPool, ctx: &Context) -> Result<Converged, Error> {
+impl Converged {
+    fn look_again(&self) -> Duration {
+        match (self.some_may_go, self.notices.is_empty()) {
+            (true, _) => WATCH_THEM_GO,
+            (false, false) => LOOK_AGAIN,
+            (false, true) => RESYNC,
+        }
+    }
+}
+
+async fn converge(
+    pool: &WorkerPool,
+    ctx: &Context,
+    reading: &Reading,
+    before: &WorkerPoolStatus,
+) -> Result<Converged, Error> {
     let valid = validate(pool, &ctx.worker_image)?;
     let observed = step("observe", observe(ctx, &valid)).await?;
-    let decisions = scale::decide(&valid);
-    let desired = desired(&valid, &decisions, &observed.surroundings);
+    let sizing = sizing::size(pool, &valid, ctx, &observed, reading, before).await?;
+    let desired = desired(&valid, sizing.replicas(), &observed.surroundings);
+    step("retire", retire(ctx, &valid, &sizing)).await?;
     let applied = step("apply", apply(ctx, &valid, &observed, &desired)).await?;
-    ctx.signals.follow(&valid, &decisions);
+    ctx.signals.follow(&valid, &sizing.decisions);
     let notices = observed.surroundings.notices.into_iter().chain(applied.notice.clone()).collect();
     let draining = observed.gpu_stays.then(|| route_subject(&valid.nats));
-    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods, notices, draining })
+    let some_may_go = sizing.some_may_go();
+    let decisions = sizing.decisions;
+    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods, notices, draining, some_may_go })
 }
 
 fn step<T>(name: &'static str, work: impl Future<Output = Result<T, Error>>) -> impl Future<Output = Result<T, Error>> {

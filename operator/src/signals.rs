@@ -1,5 +1,5 @@
-//! What the broker says about each pool: one small task for each, which looks every two seconds and asks for a
-//! reconcile only when the answer changed.
+//! What the broker and the workers say about each pool: one small task for each, which looks twice a second and asks for
+//! a reconcile only when the answer changed.
 //!
 //! It also keeps the streams, since the same connection does both. An unreadable queue is not an empty one: the last
 //! numbers stay, marked as old.
@@ -16,18 +16,21 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{BrokerError, Brokers, Shared};
+use crate::broker::{Broker, BrokerError, Brokers, Shared};
 use crate::controller::Watched;
 use crate::memory::Memory;
 use crate::neighbours::Neighbours;
-use crate::pool::{Delivery, Nats, ValidPool};
+use crate::pool::{Delivery, Kind, Nats, ValidPool};
 use crate::rates::Window;
-use crate::scale::Decisions;
+use crate::reports::Crew;
+use crate::scale::{Decisions, Flow};
 use crate::streams::{self, Demand, Remark};
 use crate::telemetry::spans;
 
-/// How often a healthy broker is asked.
-const POLL: Duration = Duration::from_secs(2);
+/// How often a healthy broker is asked how much waits: more workers are asked for within a second.
+const POLL: Duration = Duration::from_millis(500);
+/// How often it is asked what nobody waits for.
+const REST_AGE: Duration = Duration::from_secs(2);
 /// How often a broker that does not answer is tried.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long a connection is used before its Secrets are read again.
@@ -41,8 +44,16 @@ const STREAMS_AGE: Duration = Duration::from_secs(10);
 pub struct Reading {
     /// The queue when it was last readable.
     pub queue: Option<Queue>,
+    /// What came into it lately.
+    pub arrived: Arrived,
     /// The GPU route when it was last readable.
     pub route: Option<Route>,
+    /// Cancels, answers and approvals past their deadline; `None` where they are not known.
+    pub due: Option<i64>,
+    /// The workers without GPUs of their own, as they were heard a moment ago.
+    pub general: Crew,
+    /// The workers with GPUs.
+    pub gpu: Crew,
     /// Whether there is a queue, and whether it is readable now.
     pub readable: Option<Result<Readable, BrokerError>>,
     /// Whether streams and consumers are as they must be, with what is worth saying when they are.
@@ -58,6 +69,15 @@ pub enum Readable {
     Shared(Vec<String>),
     /// Nobody's: a core queue group keeps nothing.
     NoQueue,
+}
+
+/// What came into a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Arrived {
+    /// Within seconds.
+    pub recently: Flow,
+    /// Within half a minute.
+    pub lately: Flow,
 }
 
 /// The work that waits for GPU slots.
@@ -83,6 +103,7 @@ impl Reading {
 struct Followed {
     demand: watch::Sender<Demand>,
     reading: Arc<Mutex<Reading>>,
+    line: Arc<Mutex<Option<Shared>>>,
 }
 
 /// The tasks of all pools, and what they last heard.
@@ -145,8 +166,21 @@ impl Signals {
         }
         let (sender, receiver) = watch::channel(demand);
         let reading = Arc::<Mutex<Reading>>::default();
-        tokio::spawn(Arc::clone(self).listen(reference.clone(), receiver, Arc::clone(&reading)));
-        all.insert(reference, Followed { demand: sender, reading });
+        let line = Arc::<Mutex<Option<Shared>>>::default();
+        tokio::spawn(Arc::clone(self).listen(reference.clone(), receiver, Arc::clone(&reading), Arc::clone(&line)));
+        all.insert(reference, Followed { demand: sender, reading, line });
+    }
+
+    /// Tells workers of this pool to take work, or not to.
+    pub async fn tell(&self, pool: &ObjectRef<Watched>, workers: &[String], pull: bool) {
+        let shared = {
+            let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+            followed.get(pool).and_then(|followed| lock(&followed.line).clone())
+        };
+        let Some(broker) = shared.as_ref().and_then(|shared| shared.get()) else { return };
+        for worker in workers {
+            broker.reports().tell(worker, pull).await;
+        }
     }
 
     async fn listen(
@@ -154,8 +188,9 @@ impl Signals {
         pool: ObjectRef<Watched>,
         mut demand: watch::Receiver<Demand>,
         reading: Arc<Mutex<Reading>>,
+        shared: Arc<Mutex<Option<Shared>>>,
     ) {
-        let mut line = Line::default();
+        let mut line = Line { shared, ..Line::default() };
         while self.pools.get(&pool).is_some() {
             let asked = demand.borrow_and_update().clone();
             let pause = match self.ask(&asked, &mut line).await {
@@ -178,7 +213,9 @@ impl Signals {
         };
         let jetstream = broker.jetstream()?;
         if demand.nats.delivery == Delivery::Core && !broker.has_jetstream() {
-            return Ok(Answer { streams: Ok(Vec::new()), queue: Ok(None), readable: Readable::NoQueue });
+            let (general, gpu) = crews(broker, demand);
+            let (streams, queue, readable) = (Ok(Vec::new()), Ok(None), Readable::NoQueue);
+            return Ok(Answer { streams, queue, readable, due: None, general, gpu });
         }
         let sharing = self.neighbours.sharing(demand);
         let streams = match line.still_in_order(demand) {
@@ -191,15 +228,26 @@ impl Signals {
         };
         let queue = match demand.nats.delivery {
             Delivery::Core => Ok(None),
-            Delivery::JetStream => queue::read(jetstream, &demand.nats, &mut line.window).await.map(Some),
+            Delivery::JetStream => {
+                let rest = line.rest(demand).map(|rest| rest.dead_letters);
+                queue::read(jetstream, &demand.nats, &mut line.window, rest).await.map(Some)
+            }
         };
         line.found(demand, streams.as_ref().ok().filter(|_| queue.is_ok()));
+        if let (None, Ok(Some((queue, ..)))) = (line.rest(demand), &queue) {
+            let control = queue::control(jetstream).await;
+            line.rest = Some((Rest { dead_letters: queue.dead_letters, control }, demand.nats.clone(), Instant::now()));
+        }
+        let control = line.rest(demand).and_then(|rest| rest.control);
+        let due = control.zip(broker.due_approvals(&demand.pool())).map(|(control, due)| control.saturating_add(due));
+        let (general, gpu) = crews(broker, demand);
         let readable = match queue {
             Ok(None) => Readable::NoQueue,
             _ if sharing.is_empty() => Readable::Own,
             _ => Readable::Shared(sharing),
         };
-        Ok(Answer { streams: streams.map_err(|error| self.naming_the_pool(error, demand)), queue, readable })
+        let streams = streams.map_err(|error| self.naming_the_pool(error, demand));
+        Ok(Answer { streams, queue, readable, due, general, gpu })
     }
 
     /// The broker counts what the workers of all pools hold that take from one queue.
@@ -226,8 +274,11 @@ impl Signals {
         self.update(pool, reading, |reading| {
             reading.streams = Some(answer.streams);
             reading.readable = Some(answer.queue.as_ref().map(|_| answer.readable).map_err(Clone::clone));
+            (reading.due, reading.general, reading.gpu) = (answer.due, answer.general, answer.gpu);
             match answer.queue {
-                Ok(Some((queue, route))) => (reading.queue, reading.route) = (Some(queue), route),
+                Ok(Some((queue, arrived, route))) => {
+                    (reading.queue, reading.arrived, reading.route) = (Some(queue), arrived, route);
+                }
                 Ok(None) => (reading.queue, reading.route) = (None, None),
                 Err(_) => {}
             }
@@ -238,6 +289,10 @@ impl Signals {
     fn unheard(&self, pool: &ObjectRef<Watched>, reading: &Mutex<Reading>, error: &BrokerError) -> Duration {
         self.update(pool, reading, |reading| {
             reading.readable = Some(Err(error.clone()));
+            // Who may be at work or not is not known any more.
+            reading.due = None;
+            reading.general.workers.clear();
+            reading.gpu.workers.clear();
             // Streams that were found in order are still taken to be: nothing says otherwise.
             if !matches!(reading.streams, Some(Ok(_))) {
                 reading.streams = Some(Err(error.clone()));
@@ -250,7 +305,8 @@ impl Signals {
         let mut reading = lock(reading);
         let before = reading.clone();
         change(&mut reading);
-        if *reading != before {
+        // What came lately changes with every look. Where it matters, time is looked at anyway.
+        if *reading != (Reading { arrived: reading.arrived, ..before }) {
             // The receiver is gone only when the operator is about to be.
             let _ = self.changed.unbounded_send(pool.clone());
         }
@@ -262,21 +318,39 @@ impl Signals {
     }
 }
 
-fn lock(reading: &Mutex<Reading>) -> std::sync::MutexGuard<'_, Reading> {
-    reading.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Answer {
     streams: Result<Vec<Remark>, BrokerError>,
-    queue: Result<Option<(Queue, Option<Route>)>, BrokerError>,
+    queue: Result<Option<(Queue, Arrived, Option<Route>)>, BrokerError>,
     readable: Readable,
+    due: Option<i64>,
+    general: Crew,
+    gpu: Crew,
+}
+
+fn crews(broker: &Broker, demand: &Demand) -> (Crew, Crew) {
+    let crew = |class| broker.reports().crew(&demand.pool(), class);
+    (crew(Kind::General), crew(Kind::Gpu))
+}
+
+/// What is asked for less often than the queue.
+#[derive(Clone, Copy)]
+struct Rest {
+    dead_letters: i64,
+    control: Option<i64>,
 }
 
 /// What the task of a pool keeps from one question to the next.
 #[derive(Default)]
 struct Line {
     current: Option<(Shared, Nats, Instant)>,
+    /// The same connection, for whoever has something to tell.
+    shared: Arc<Mutex<Option<Shared>>>,
     window: Window,
+    rest: Option<(Rest, Nats, Instant)>,
     in_order: Option<(Demand, Vec<Remark>, Instant)>,
 }
 
@@ -290,12 +364,19 @@ impl Line {
         }
         let shared = brokers.connection(&demand.namespace, &demand.nats).await?;
         self.current = Some((Arc::clone(&shared), demand.nats.clone(), Instant::now()));
+        *lock(&self.shared) = Some(Arc::clone(&shared));
         Ok(shared)
     }
 
     /// The next question reads the Secrets again: they may have been rotated, and the old ones revoked.
     fn hang_up(&mut self) {
         self.current = None;
+        *lock(&self.shared) = None;
+    }
+
+    fn rest(&self, demand: &Demand) -> Option<Rest> {
+        let (rest, nats, since) = self.rest.as_ref()?;
+        (*nats == demand.nats && since.elapsed() < REST_AGE).then_some(*rest)
     }
 
     /// What was remarked lately, when nothing was wrong and the same was asked.

@@ -6,8 +6,9 @@ mod conditions;
 
 use std::time::Duration;
 
-use beamline_crds::{Decision, GpuStatus, LimitedBy, Queue, WorkerPool, WorkerPoolStatus};
+use beamline_crds::{Decision, GpuStatus, Learned, LimitedBy, Mode, Queue, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource};
@@ -17,7 +18,9 @@ use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::names;
 use crate::error::Error;
 use crate::failpoint;
+use crate::pool::Kind;
 use crate::reconcile::Converged;
+use crate::scale::{self, Decisions, Scaler};
 use crate::signals::{Readable, Reading};
 
 use class::ClassState;
@@ -25,6 +28,8 @@ pub use conditions::ready;
 
 /// How far a watch may be behind our own writes.
 const WATCH_LAG: Duration = Duration::from_secs(5);
+/// As long as a reason may be.
+const LONGEST_REASON: usize = 512;
 /// Moving numbers are written this often at most.
 const NUMBERS_EVERY: Duration = Duration::from_secs(2);
 
@@ -45,7 +50,7 @@ pub fn compute(
     now: Timestamp,
 ) -> WorkerPoolStatus {
     let counts = match outcome {
-        Ok(converged) => Counts::of(converged, before, reading),
+        Ok(converged) => Counts::of(pool, converged, before, reading, now),
         Err(_) => Counts::kept(before),
     };
     let queue = match &reading.readable {
@@ -74,7 +79,13 @@ struct Counts {
 }
 
 impl Counts {
-    fn of(converged: &Converged, before: &WorkerPoolStatus, reading: &Reading) -> Self {
+    fn of(
+        pool: &WorkerPool,
+        converged: &Converged,
+        before: &WorkerPoolStatus,
+        reading: &Reading,
+        now: Timestamp,
+    ) -> Self {
         let general = ClassState::general(converged);
         let gpu = ClassState::gpu(converged);
         let (pending, in_flight) = match (&reading.readable, reading.route) {
@@ -86,12 +97,19 @@ impl Counts {
             replicas: general.exist,
             ready: general.ready,
             desired: general.desired,
-            scaling: Some(converged.decisions.general.clone()),
+            scaling: Some(scaling(pool, &converged.decisions, before, now)),
             gpu: gpu.map(|state| GpuStatus {
                 replicas: state.exist,
                 ready_replicas: state.ready,
                 desired_replicas: state.desired,
-                limited_by: converged.decisions.gpu.map_or(LimitedBy::None, |decision| decision.limited_by),
+                limited_by: converged.decisions.gpu.as_ref().map_or(LimitedBy::None, scale::Decision::limited_by),
+                reason: converged.decisions.gpu.as_ref().map(words),
+                last_scale_time: match before.gpu.as_ref() {
+                    Some(last) if last.desired_replicas == state.desired => last.last_scale_time.clone(),
+                    Some(_) => Some(Time(now)),
+                    None => None,
+                },
+                learned: converged.decisions.gpu.as_ref().map(|gpu| learned(&gpu.learned)).unwrap_or_default(),
                 pending,
                 in_flight,
             }),
@@ -109,6 +127,58 @@ impl Counts {
     }
 }
 
+fn scaling(pool: &WorkerPool, decisions: &Decisions, before: &WorkerPoolStatus, now: Timestamp) -> Decision {
+    let Decisions { mode, general, gpu: _ } = decisions;
+    let last = before.scaling.as_ref();
+    Decision {
+        mode: *mode,
+        desired: general.desired,
+        reason: words(general),
+        limited_by: general.limited_by(),
+        last_scale_time: match last {
+            Some(last) if last.desired == general.desired => last.last_scale_time.clone(),
+            Some(_) => Some(Time(now)),
+            None => None,
+        },
+        learned: match (mode, last) {
+            // What was learned stays true.
+            (Mode::Manual, Some(last)) => last.learned.clone(),
+            _ => learned(&general.learned),
+        },
+        spec_replicas: Some(pool.spec.replicas),
+    }
+}
+
+fn words(decision: &scale::Decision) -> String {
+    let mut words = decision.why.to_string();
+    words.truncate(words.floor_char_boundary(LONGEST_REASON));
+    words
+}
+
+fn learned(learned: &scale::Learned) -> Learned {
+    // All digits that there are: whoever reads it decides the same.
+    let shown = |value: Option<f64>| value.map(|value| format!("{value:?}"));
+    Learned { rate_per_replica: shown(learned.rate), pod_start_seconds: shown(learned.start) }
+}
+
+/// Where another operator has stopped: what it decided, and what it learned.
+pub fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
+    let mode = status.scaling.as_ref().map(|scaling| scaling.mode);
+    let (desired, learned) = match class {
+        Kind::General => (
+            status.scaling.as_ref().map(|scaling| scaling.desired),
+            status.scaling.as_ref().map(|scaling| &scaling.learned),
+        ),
+        Kind::Gpu => (status.gpu.as_ref().map(|gpu| gpu.desired_replicas), status.gpu.as_ref().map(|gpu| &gpu.learned)),
+    };
+    let Learned { rate_per_replica, pod_start_seconds } = learned.cloned().unwrap_or_default();
+    let number = |shown: Option<String>| shown?.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
+    let learned =
+        scale::Learned { rate: number(rate_per_replica).filter(|rate| *rate > 0.0), start: number(pod_start_seconds) };
+    // Who decided in another mode says nothing about what is needed: what runs does.
+    Scaler::after(desired.filter(|_| mode == Some(Mode::Operator)), learned)
+}
+
 /// Writes the status if it changed, and says when to come back.
 pub async fn publish(
     ctx: &Context,
@@ -122,6 +192,12 @@ pub async fn publish(
         Due::In(rest) => Ok(rest),
         Due::Now => {
             write(ctx, pool, &next).await?;
+            if let (Some(was), Some(is)) = (&before.scaling, &next.scaling) {
+                ctx.metrics.scaled(was.desired, is.desired);
+            }
+            if let (Some(was), Some(is)) = (&before.gpu, &next.gpu) {
+                ctx.metrics.scaled(was.desired_replicas, is.desired_replicas);
+            }
             ctx.events.announce(pool, before, &next).await;
             ctx.memory.publish(&reference(pool), pool.metadata.uid.clone(), next);
             Ok(RESYNC)
@@ -148,7 +224,18 @@ fn due(before: &WorkerPoolStatus, next: &WorkerPoolStatus, since: Option<Duratio
     }
     let without_numbers = |status: &WorkerPoolStatus| WorkerPoolStatus {
         queue: None,
-        gpu: status.gpu.clone().map(|gpu| GpuStatus { pending: None, in_flight: None, ..gpu }),
+        scaling: status.scaling.clone().map(|scaling| Decision {
+            reason: String::new(),
+            learned: Learned::default(),
+            ..scaling
+        }),
+        gpu: status.gpu.clone().map(|gpu| GpuStatus {
+            pending: None,
+            in_flight: None,
+            reason: None,
+            learned: Learned::default(),
+            ..gpu
+        }),
         ..status.clone()
     };
     let numbers_only = without_numbers(before) == without_numbers(next);

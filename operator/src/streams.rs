@@ -21,10 +21,10 @@ use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Nats};
 use crate::reason;
 
-use wanted::{CONTROL, UNLIMITED};
+use wanted::UNLIMITED;
 pub use wanted::{
-    DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, consumer, control_consumer, intake_stream,
-    max_ack_pending, route_consumer, route_group, route_subject, streams,
+    CONTROL, CONTROL_CONSUMER, DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, consumer, control_consumer,
+    intake_stream, max_ack_pending, route_consumer, route_group, route_subject, streams,
 };
 
 /// What a pool needs of the broker.

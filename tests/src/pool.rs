@@ -35,7 +35,7 @@ impl Pool {
             "apiVersion": "beamline.dev/v1alpha1",
             "kind": "WorkerPool",
             "metadata": {"name": self.name},
-            "spec": {"replicas": 1, "nats": {"url": self.nats, "subject": format!("work.{}", self.name)}},
+            "spec": {"replicas": 1, "scaling": {"mode": "Manual"}, "nats": {"url": self.nats, "subject": format!("work.{}", self.name)}},
         });
         merge(&mut pool["spec"], spec);
         api.apply(&self.path(), &pool).await;

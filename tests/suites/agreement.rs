@@ -111,7 +111,8 @@ impl Mounts {
 #[track_caller]
 fn starts(spec: Value) -> Config {
     let pool = pool(spec);
-    let Desired { general, config_map, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
+    let Desired { general, config_map, .. } =
+        desired(&pool, scale::as_written(&pool).replicas(), &Surroundings::default());
     let pod = general.deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers.into_iter().next().expect("a container");
     let mounts = Mounts::new(config_map.data.unwrap_or_default());
@@ -130,7 +131,7 @@ fn workers_read_the_policy_that_the_operator_writes() {
         "named": [{"id": "acme", "weight": bound("tenants.defaults.weight", "maximum"), "maxSlotShare": 100}],
     });
     let pool = pool(json!({"nats": {"url": "nats://nats:4222"}, "paused": true, "tenants": tenants}));
-    let Desired { config_map, .. } = desired(&pool, &scale::decide(&pool), &Surroundings::default());
+    let Desired { config_map, .. } = desired(&pool, scale::as_written(&pool).replicas(), &Surroundings::default());
     let policy = Policy::parse(&config_map.data.expect("data")["policy.yaml"]).expect("a policy");
     assert!(policy.paused);
     let terms = |tenant: &str| policy.terms(&TenantId::parse(tenant).expect("a tenant"));

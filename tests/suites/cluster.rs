@@ -14,6 +14,8 @@ mod a_pool; // pause, GPUs, databases
 mod examples; // what a user would copy
 #[path = "cluster/life.rs"]
 mod life; // pods that come and go while there is work
+#[path = "cluster/scaling.rs"]
+mod scaling; // who decides how many
 #[path = "cluster/refusals.rs"]
 mod refusals; // what the API server does not let through
 
@@ -52,6 +54,7 @@ fn pool(name: &str, spec: Value) -> String {
         "metadata": {"name": name},
         "spec": {
             "replicas": 1,
+            "scaling": {"mode": "Manual"},
             "nats": {"url": "nats://nats:4222"},
             "worker": {
                 "pools": {"cpu": 2, "io": 8},

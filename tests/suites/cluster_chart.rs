@@ -76,7 +76,7 @@ fn pool(name: &str, nats: Value) -> String {
         "apiVersion": "beamline.dev/v1alpha1",
         "kind": "WorkerPool",
         "metadata": {"name": name},
-        "spec": {"replicas": 1, "nats": nats, "worker": worker},
+        "spec": {"replicas": 1, "scaling": {"mode": "Manual"}, "nats": nats, "worker": worker},
     })
     .to_string()
 }

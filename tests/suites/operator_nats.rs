@@ -13,7 +13,7 @@ use beamline_operator::broker::BrokerError;
 use beamline_operator::controller::Watched;
 use beamline_operator::neighbours::Neighbours;
 use beamline_operator::pool::validate;
-use beamline_operator::scale::decide;
+use beamline_operator::scale::as_written;
 use beamline_operator::streams::{self, Demand, Remark};
 use beamline_tests::nats::NatsServer;
 use futures::StreamExt;
@@ -82,7 +82,7 @@ impl Operator {
     fn demand(&self, name: &str, spec: &Value) -> Demand {
         let stored: WorkerPool = serde_json::from_value(self.stored(name, spec)).expect("a WorkerPool");
         let pool = validate(&stored, "beamline:1").expect("a valid pool");
-        let max_ack_pending = streams::max_ack_pending(&pool, &decide(&pool));
+        let max_ack_pending = streams::max_ack_pending(&pool, &as_written(&pool));
         Demand {
             namespace: stored.namespace().expect("a namespace"),
             name: name.to_owned(),

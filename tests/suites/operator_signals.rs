@@ -19,7 +19,7 @@ use beamline_operator::controller::Watched;
 use beamline_operator::memory::Memory;
 use beamline_operator::neighbours::Neighbours;
 use beamline_operator::pool::{ValidPool, validate};
-use beamline_operator::scale::decide;
+use beamline_operator::scale::as_written;
 use beamline_operator::signals::{Readable, Reading, Route, Signals};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::trust::{Accounts, Certificate};
@@ -84,7 +84,7 @@ impl Listener {
         });
         let valid = Self::valid(&stored);
         self.cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
-        self.signals.follow(&valid, &decide(&valid));
+        self.signals.follow(&valid, &as_written(&valid));
     }
 
     fn valid(stored: &Value) -> ValidPool {
@@ -223,6 +223,62 @@ async fn gpus_are_needed_while_work_waits_for_them_and_nobody_else_takes_it() {
     drop(nats);
     operator.hears("the broker is away", |it| it.readable.as_ref().is_some_and(Result::is_err)).await;
     assert!(operator.needs_gpus_still(&without), "what cannot be read may hold some");
+}
+
+#[tokio::test]
+async fn a_worker_is_heard_and_told_and_has_stopped_when_its_last_pull_has_ended() {
+    let nats = NatsServer::start();
+    let operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    operator.hears("it is connected", |it| it.readable == Some(Ok(Readable::Own))).await;
+    let mut worker = Worker::named("worker-1")
+        .flag(format!("--nats-url={}", nats.url()))
+        .flag("--nats-create-streams=false")
+        .flag("--pool=flows/default")
+        .spawn();
+    worker.ready().await;
+    let heard = |told: bool, stopped: bool| {
+        move |it: &Reading| {
+            let known = it.general.workers.iter().map(|it| (it.name.as_str(), it.is_told_to_stop, it.has_stopped));
+            known.eq([("worker-1", told, stopped)])
+        }
+    };
+    operator.hears("it is heard", heard(false, false)).await;
+    let pool = ObjectRef::new("default").within("flows");
+    operator.signals.tell(&pool, &["worker-1".to_owned()], false).await;
+    operator.hears("it was told", heard(true, false)).await;
+    operator.hears("it has stopped", heard(true, true)).await;
+
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    publish(&jetstream, "caf.exec.assign.v1", 1).await;
+    operator.hears("one waits", |it| it.queue.as_ref().is_some_and(|queue| queue.pending == 1)).await;
+    operator.signals.tell(&pool, &["worker-1".to_owned()], true).await;
+    operator.hears("it goes on", heard(false, false)).await;
+    operator.hears("it is done", |it| it.queue.as_ref().is_some_and(|queue| queue.depth == 0)).await;
+    worker.kill();
+    operator.hears("it is forgotten", |it| it.general.workers.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_deadline_that_has_passed_and_an_answer_are_each_a_waiting_message() {
+    let nats = NatsServer::start();
+    let operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    operator.hears("nothing is due", |it| it.due == Some(0)).await;
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    let request = |pool: &str, seconds: i64| {
+        let expires_at = jiff::Timestamp::now().as_millisecond() + seconds * 1000;
+        json!({"version": "1", "pool": pool, "expires_at": expires_at}).to_string()
+    };
+    let open = jetstream.get_key_value("caf-approvals").await.expect("the bucket");
+    open.put("acme.due", request("flows/default", 1).into()).await.expect("stored");
+    open.put("acme.open", request("flows/default", 3600).into()).await.expect("stored");
+    open.put("acme.theirs", request("flows/other", -1).into()).await.expect("stored");
+    operator.hears("one deadline has passed", |it| it.due == Some(1)).await;
+    let answer = r#"{"version": "1", "assignment_id": "a", "tenant_id": "acme", "approver": "ann", "approved": true}"#;
+    // Nobody answers, since there is no worker.
+    jetstream.publish("caf.human.response.v1", answer.into()).await.expect("sent");
+    operator.hears("an answer waits too", |it| it.due == Some(2)).await;
+    open.delete("acme.due").await.expect("removed");
+    operator.hears("only the answer is left", |it| it.due == Some(1)).await;
 }
 
 #[tokio::test]

@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex};
 use async_nats::jetstream::{self, Context};
 use async_nats::{ConnectOptions, Event};
 use beamline_crds::WorkerPool;
+use beamline_operator::approvals::Approvals;
 use beamline_operator::broker::{BrokerError, INBOX};
 use beamline_operator::controller::Watched;
 use beamline_operator::neighbours::Neighbours;
 use beamline_operator::pool::{Nats, validate};
 use beamline_operator::rates::Window;
-use beamline_operator::scale::decide;
+use beamline_operator::reports::Reports;
+use beamline_operator::scale::as_written;
 use beamline_operator::signals::queue;
 use beamline_operator::streams::{self, Demand};
 use beamline_tests::nats::NatsServer;
@@ -123,7 +125,7 @@ fn stored(nats: &NatsServer, name: &str, mut spec: Value) -> WorkerPool {
 
 fn demand(pool: &WorkerPool) -> Demand {
     let valid = validate(pool, "beamline:1").expect("a valid pool");
-    let max_ack_pending = streams::max_ack_pending(&valid, &decide(&valid));
+    let max_ack_pending = streams::max_ack_pending(&valid, &as_written(&valid));
     Demand { namespace: valid.namespace, name: valid.name, nats: valid.nats, max_ack_pending }
 }
 
@@ -161,8 +163,14 @@ async fn the_operator_needs_no_more_than_the_page_says() {
     let operator = Program::connect(&nats, "operator").await;
     set_up(&nats, &operator).await;
     let nats_of = demand(&stored(&nats, "first", json!({}))).nats;
-    let (queue, route) = queue::read(&operator.jetstream(), &nats_of, &mut Window::default()).await.expect("numbers");
+    let (queue, _, route) =
+        queue::read(&operator.jetstream(), &nats_of, &mut Window::default(), None).await.expect("numbers");
     assert_eq!((queue.depth, route.map(|route| route.pending)), (0, Some(0)));
+    let approvals = Approvals::follow(operator.jetstream());
+    let reports = Reports::listen(operator.client.clone());
+    within(SOON, "approvals are known", async || approvals.due("flows/first", jiff::Timestamp::now())).await;
+    reports.tell("worker-1", false).await;
+    operator.client.flush().await.expect("the server answers");
     assert_eq!(operator.violations(), Vec::<String>::new());
 }
 
@@ -195,7 +203,6 @@ async fn the_operator_may_do_nothing_else() {
         "caf.exec.dlq.v1",
         "caf.exec.cancel.v1",
         "caf.human.response.v1",
-        "caf.worker.control.v1.worker-1",
         "$KV.caf-cancel.acme.a1",
         "$JS.ACK.CAF_EXEC_ASSIGN.caf-workers.1.1.1.1.1",
         "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_ASSIGN.caf-workers",

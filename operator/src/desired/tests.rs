@@ -18,7 +18,7 @@ fn wanted(spec: &str) -> Desired {
 
 fn surrounded(spec: &str, around: &Surroundings) -> Desired {
     let pool = valid(spec);
-    desired(&pool, &scale::decide(&pool), around)
+    desired(&pool, scale::as_written(&pool).replicas(), around)
 }
 
 fn template(workload: Workload) -> PodTemplateSpec {

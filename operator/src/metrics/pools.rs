@@ -2,37 +2,50 @@
 //!
 //! A queue that cannot be read has no series, neither zero nor old ones: whoever scales on them must hold still.
 
-use beamline_crds::{WorkerPool, WorkerPoolStatus};
+use beamline_crds::{LimitedBy, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use prometheus::proto::MetricFamily;
-use prometheus::{IntGaugeVec, Opts, Registry};
+use prometheus::{GaugeVec, Opts, Registry};
 
-type Read = fn(&WorkerPoolStatus, Timestamp) -> Option<i64>;
+type Read = fn(&WorkerPoolStatus, Timestamp) -> Option<f64>;
 
 /// Name, meaning, and how to read it from a status; no value where it is not known.
-const SERIES: [(&str, &str, Read); 8] = [
+const SERIES: [(&str, &str, Read); 11] = [
     ("beamline_workerpool_ready", "1 while the pool's condition Ready is True", |status, _| {
-        Some(i64::from(holds(status, "Ready")))
+        Some(flag(holds(status, "Ready")))
     }),
     ("beamline_workerpool_desired_replicas", "Workers that are asked for", |status, _| {
-        Some(i64::from(status.desired_replicas))
+        Some(f64::from(status.desired_replicas))
     }),
     ("beamline_workerpool_ready_replicas", "Workers that take work", |status, _| {
-        Some(i64::from(status.ready_replicas))
+        Some(f64::from(status.ready_replicas))
     }),
-    ("beamline_queue_depth", "Assignments waiting and running", |status, _| Some(queue(status)?.depth)),
-    ("beamline_queue_pending", "Assignments that no worker has taken yet", |status, _| Some(queue(status)?.pending)),
-    ("beamline_queue_in_flight", "Assignments that workers hold", |status, _| Some(queue(status)?.in_flight)),
+    ("beamline_queue_depth", "Assignments waiting and running", |status, _| Some(queue(status)?.depth as f64)),
+    ("beamline_queue_pending", "Assignments that no worker has taken yet", |status, _| {
+        Some(queue(status)?.pending as f64)
+    }),
+    ("beamline_queue_in_flight", "Assignments that workers hold", |status, _| Some(queue(status)?.in_flight as f64)),
     (
         "beamline_queue_oldest_age_seconds",
         "Age of the oldest unfinished assignment; 0 while there is none",
         |status, now| {
             let since = queue(status)?.oldest_since.as_ref();
-            Some(since.map_or(0, |since| now.duration_since(since.0).as_secs().max(0)))
+            Some(since.map_or(0.0, |since| now.duration_since(since.0).as_secs().max(0) as f64))
         },
     ),
     ("beamline_dead_letters", "Dead letters kept, of all pools that share the broker", |status, _| {
-        Some(queue(status)?.dead_letters)
+        Some(queue(status)?.dead_letters as f64)
+    }),
+    (
+        "beamline_scale_limited",
+        "1 while something keeps the operator from asking for as many workers as the work asks for",
+        |status, _| Some(flag(status.scaling.as_ref()?.limited_by != LimitedBy::None)),
+    ),
+    ("beamline_scale_rate_per_replica", "Assignments that a busy worker ends in a second, as learned", |status, _| {
+        status.scaling.as_ref()?.learned.rate_per_replica.as_ref()?.parse().ok()
+    }),
+    ("beamline_scale_pod_start_seconds", "From a pod's creation until it takes work, as learned", |status, _| {
+        status.scaling.as_ref()?.learned.pod_start_seconds.as_ref()?.parse().ok()
     }),
 ];
 
@@ -53,7 +66,7 @@ pub fn series<'a>(
         })
         .collect();
     for (name, help, read) in SERIES {
-        let gauge = IntGaugeVec::new(Opts::new(name, help), &["namespace", "workerpool"])?;
+        let gauge = GaugeVec::new(Opts::new(name, help), &["namespace", "workerpool"])?;
         registry.register(Box::new(gauge.clone()))?;
         for (labels, status) in &pools {
             if let Some(value) = read(status, now) {
@@ -62,6 +75,10 @@ pub fn series<'a>(
         }
     }
     Ok(registry.gather())
+}
+
+fn flag(is_set: bool) -> f64 {
+    f64::from(u8::from(is_set))
 }
 
 fn holds(status: &WorkerPoolStatus, condition: &str) -> bool {
@@ -100,6 +117,8 @@ mod tests {
         };
         json!({
             "readyReplicas": 2, "desiredReplicas": 3,
+            "scaling": {"mode": "Operator", "desired": 3, "reason": "any", "limitedBy": "MaxReplicas",
+                "learned": {"ratePerReplica": "9.04", "podStartSeconds": "2.0"}},
             "queue": {"depth": 484, "pending": 420, "inFlight": 64, "oldestSince": "2026-11-23T08:59:48Z", "deadLetters": 3},
             "conditions": [condition("Ready", "True"), condition("QueueReadable", readable)],
         })
@@ -113,6 +132,9 @@ beamline_queue_depth{namespace=\"shop\",workerpool=\"orders\"} 484
 beamline_queue_in_flight{namespace=\"shop\",workerpool=\"orders\"} 64
 beamline_queue_oldest_age_seconds{namespace=\"shop\",workerpool=\"orders\"} 12
 beamline_queue_pending{namespace=\"shop\",workerpool=\"orders\"} 420
+beamline_scale_limited{namespace=\"shop\",workerpool=\"orders\"} 1
+beamline_scale_pod_start_seconds{namespace=\"shop\",workerpool=\"orders\"} 2
+beamline_scale_rate_per_replica{namespace=\"shop\",workerpool=\"orders\"} 9.04
 beamline_workerpool_desired_replicas{namespace=\"shop\",workerpool=\"orders\"} 3
 beamline_workerpool_ready{namespace=\"shop\",workerpool=\"orders\"} 1
 beamline_workerpool_ready_replicas{namespace=\"shop\",workerpool=\"orders\"} 2

@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{Container, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::scaling::{self, Bounds};
 use super::{InvalidPool, quantity};
 
 const CPU_SLOTS: i32 = 8;
@@ -36,6 +37,8 @@ pub struct Class {
     pub kind: Kind,
     /// How many, in mode Manual.
     pub replicas: i32,
+    /// Between which numbers another decides, in every other mode.
+    pub bounds: Bounds,
     /// Blocks that one pod executes at once.
     pub slots: Slots,
     /// Payloads and results that one pod holds at once, in MiB.
@@ -114,13 +117,19 @@ pub struct Rollout {
     pub max_unavailable: IntOrString,
 }
 
-pub(super) fn general(replicas: i32, worker: &crds::Worker, rollout: crds::Rollout) -> Result<Class, InvalidPool> {
+pub(super) fn general(
+    replicas: i32,
+    bounds: Bounds,
+    worker: &crds::Worker,
+    rollout: crds::Rollout,
+) -> Result<Class, InvalidPool> {
     let crds::Pools { cpu, io, gpu } = worker.pools.clone().unwrap_or_default();
     let resources = worker.resources.clone().unwrap_or_else(default_resources);
     let crds::Rollout { max_surge, max_unavailable } = rollout;
     Ok(Class {
         kind: Kind::General,
         replicas,
+        bounds,
         slots: Slots { cpu: cpu.unwrap_or(CPU_SLOTS), io: io.unwrap_or(IO_SLOTS), gpu: gpu.unwrap_or(0) },
         memory_mb: memory_mb(worker, &resources, "worker.resources.limits.memory")?,
         resources,
@@ -138,6 +147,7 @@ pub(super) fn general(replicas: i32, worker: &crds::Worker, rollout: crds::Rollo
 
 /// What `gpu` leaves out is as in the general class.
 pub(super) fn gpu(gpu: crds::Gpu, worker: &crds::Worker, general: &Class) -> Result<Class, InvalidPool> {
+    let bounds = scaling::gpu(&gpu, gpu.pool_size.unwrap_or(GPU_SLOTS));
     let crds::Gpu {
         count,
         resource_name,
@@ -146,6 +156,9 @@ pub(super) fn gpu(gpu: crds::Gpu, worker: &crds::Worker, general: &Class) -> Res
         sidecars,
         pool_size,
         replicas,
+        min_replicas: _,
+        max_replicas: _,
+        target: _,
         max_total,
         resources,
         runtime_class_name,
@@ -162,6 +175,7 @@ pub(super) fn gpu(gpu: crds::Gpu, worker: &crds::Worker, general: &Class) -> Res
     Ok(Class {
         kind: Kind::Gpu,
         replicas: replicas.unwrap_or(0),
+        bounds,
         slots: Slots { cpu: 0, io: 0, gpu: pool_size.unwrap_or(GPU_SLOTS) },
         memory_mb,
         resources,

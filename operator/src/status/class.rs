@@ -33,7 +33,7 @@ impl<'a> ClassState<'a> {
 
     pub(super) fn gpu(converged: &'a Converged) -> Option<Self> {
         let deployment = converged.applied.gpu.as_deref()?;
-        let desired = converged.decisions.gpu.map(|decision| decision.desired);
+        let desired = converged.decisions.gpu.as_ref().map(|decision| decision.desired);
         Some(Self::new(Kind::Gpu, desired, deployment, &converged.pods))
     }
 

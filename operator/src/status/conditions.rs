@@ -1,6 +1,6 @@
-//! Ready, Progressing, QueueReadable, StreamsReady, Degraded: each a verdict with a reason and a sentence.
+//! Ready, Progressing, QueueReadable, StreamsReady, ScalingActive, Degraded: each a verdict with a reason and a sentence.
 
-use beamline_crds::{WorkerPool, WorkerPoolStatus};
+use beamline_crds::{LimitedBy, Mode, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::notice::Notice;
 use crate::reason;
 use crate::reconcile::Converged;
+use crate::scale::{Decisions, Need};
 use crate::signals::{Readable, Reading};
 use crate::streams::Remark;
 
@@ -58,6 +59,7 @@ pub(super) fn conditions(
         ("Progressing", progress(outcome)),
         ("QueueReadable", queue),
         ("StreamsReady", streams),
+        ("ScalingActive", activity(pool, before, outcome)),
         ("Degraded", degradation(before, outcome)),
     ];
     verdicts.map(|(type_, verdict)| condition(pool, before, type_, verdict, now)).to_vec()
@@ -128,14 +130,44 @@ fn hindrance(converged: &Converged, class: &ClassState<'_>) -> Option<(&'static 
         .or_else(|| noticed(Notice::may_keep_pods_from_starting))
 }
 
-/// What works and should not stay as it is; what an error hides is as it was.
+/// Whether the operator decides how many workers there are. The same sentence while the same is so.
+fn activity(pool: &WorkerPool, before: &WorkerPoolStatus, outcome: Result<&Converged, &Error>) -> Verdict {
+    let Ok(converged) = outcome else { return as_it_was(before, "ScalingActive", reason::SCALING) };
+    let Decisions { mode, general, gpu: _ } = &converged.decisions;
+    let written = pool.spec.replicas;
+    match (mode, &general.why.need) {
+        (_, Need::Paused(_)) => Verdict::no(reason::PAUSED, "spec.paused is true: workers stay as many as they are"),
+        (Mode::Manual, _) => Verdict::no(reason::MODE_MANUAL, "scaling.mode is Manual: spec.replicas decides"),
+        (Mode::Operator, Need::Unreadable(_)) => {
+            Verdict::no(reason::QUEUE_UNREADABLE, "the queue cannot be read: workers stay as many as they are")
+        }
+        // The API server writes 1 where nobody writes anything.
+        (Mode::Operator, _) if written != 1 => Verdict::yes(
+            reason::REPLICAS_IGNORED,
+            format!(
+                "spec.replicas is {written} and has no effect: scaling.mode Operator decides; leave it out, or set \
+                 scaling.mode to Manual"
+            ),
+        ),
+        (Mode::Operator, _) if general.limited_by() != LimitedBy::None => Verdict::yes(
+            reason::SCALING_LIMITED,
+            "the work asks for more workers; status.scaling says what limits them",
+        ),
+        (Mode::Operator, _) => Verdict::yes(reason::SCALING, "the operator decides; status.scaling says why"),
+    }
+}
+
+/// What an error hides is as it was.
+fn as_it_was(before: &WorkerPoolStatus, type_: &str, unknown: &str) -> Verdict {
+    find(before, type_).map_or_else(
+        || Verdict::new("Unknown", unknown, "not looked at yet"),
+        |before| Verdict::new(&before.status, &before.reason, &before.message),
+    )
+}
+
+/// What works and should not stay as it is.
 fn degradation(before: &WorkerPoolStatus, outcome: Result<&Converged, &Error>) -> Verdict {
-    let Ok(converged) = outcome else {
-        return find(before, "Degraded").map_or_else(
-            || Verdict::new("Unknown", reason::AS_ASKED, "not looked at yet"),
-            |before| Verdict::new(&before.status, &before.reason, &before.message),
-        );
-    };
+    let Ok(converged) = outcome else { return as_it_was(before, "Degraded", reason::AS_ASKED) };
     match converged.notices.first() {
         None => Verdict::no(reason::AS_ASKED, "nothing is to be looked at"),
         Some(first) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use beamline_crds::{Decision, LimitedBy, Mode};
+use beamline_crds::{LimitedBy, Mode};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -14,7 +14,7 @@ use crate::broker::BrokerError;
 use crate::notice::Notice;
 use crate::pool::InvalidPool;
 use crate::pool::tests::stored;
-use crate::scale::{Decisions, GpuDecision};
+use crate::scale::{Decisions, Need, fixed};
 use crate::secrets::SecretError;
 use crate::signals::Route;
 use crate::streams::Remark;
@@ -34,19 +34,21 @@ fn deployment(desired: i32, ready: i32) -> Arc<Deployment> {
 }
 
 fn workers(desired: i32, ready: i32) -> Converged {
-    let general = Decision { mode: Mode::Manual, desired, reason: format!("spec.replicas is {desired}") };
+    let general = fixed(desired, Need::Spec("spec.replicas", desired), None);
     Converged {
         paused: false,
-        decisions: Decisions { general, gpu: None },
+        decisions: Decisions { mode: Mode::Manual, general, gpu: None },
         applied: Applied { general: deployment(desired, ready), gpu: None, notice: None },
         pods: Vec::new(),
         notices: Vec::new(),
         draining: None,
+        some_may_go: false,
     }
 }
 
 fn with_gpus(mut converged: Converged, desired: i32, ready: i32) -> Converged {
-    converged.decisions.gpu = Some(GpuDecision { desired, limited_by: LimitedBy::MaxTotal });
+    converged.decisions.gpu =
+        Some(fixed(desired, Need::Spec("gpu.replicas", desired), Some((LimitedBy::MaxTotal, desired))));
     converged.applied.gpu = Some(deployment(desired, ready));
     converged
 }
@@ -75,9 +77,9 @@ fn container(state: serde_json::Value) -> serde_json::Value {
 fn healthy() -> Reading {
     Reading {
         queue: Some(Queue::default()),
-        route: None,
         readable: Some(Ok(Readable::Own)),
         streams: Some(Ok(Vec::new())),
+        ..Reading::default()
     }
 }
 

@@ -8,7 +8,7 @@ use async_nats::jetstream::stream::{DiscardPolicy, RetentionPolicy, StorageType}
 use super::wanted::{ACK_WAIT, dead_letters, intake, results};
 use super::*;
 use crate::pool::tests::valid;
-use crate::scale::decide;
+use crate::scale::as_written;
 
 fn nats(spec: &str) -> Nats {
     valid(&format!(r#"{{"nats": {spec}}}"#)).nats
@@ -117,7 +117,7 @@ fn a_consumer_that_gives_up_is_a_mismatch() {
 
 fn held(spec: &str) -> MaxAckPending {
     let pool = valid(spec);
-    max_ack_pending(&pool, &decide(&pool))
+    max_ack_pending(&pool, &as_written(&pool))
 }
 
 #[test]

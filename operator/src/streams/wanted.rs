@@ -20,9 +20,9 @@ pub const DEAD_LETTERS: &str = "CAF_EXEC_DLQ";
 pub const DEAD_LETTER_SUBJECT: &str = "caf.exec.dlq.v1";
 
 /// Cancels and answers to approvals, of all pools.
-pub(super) const CONTROL: &str = "CAF_EXEC_CONTROL";
+pub const CONTROL: &str = "CAF_EXEC_CONTROL";
 /// What all workers of all pools take them from.
-const CONTROL_CONSUMER: &str = "caf-control";
+pub const CONTROL_CONSUMER: &str = "caf-control";
 
 /// A control message is of no use after the longest deadline that an assignment can have.
 const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -232,7 +232,8 @@ impl MaxAckPending {
 /// Sized to as many workers as are decided.
 pub fn max_ack_pending(pool: &ValidPool, decisions: &Decisions) -> MaxAckPending {
     let general = (decisions.general.desired, pool.general.slots);
-    let with_gpus = decisions.gpu.zip(pool.gpu.as_ref()).map(|(decision, class)| (decision.desired, class.slots));
+    let with_gpus =
+        decisions.gpu.as_ref().zip(pool.gpu.as_ref()).map(|(decision, class)| (decision.desired, class.slots));
     let has_gpu_slots = |(_, slots): &(i32, Slots)| slots.gpu > 0;
     let route: Vec<i64> = std::iter::once(general)
         .chain(with_gpus)

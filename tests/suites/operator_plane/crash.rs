@@ -295,7 +295,8 @@ impl Stage {
         for info in streams {
             let stream = jetstream.get_stream(&info.config.name).await.expect("the stream");
             let consumers: Vec<_> = stream.consumers().try_collect().await.expect("the consumers");
-            for consumer in consumers {
+            // One without a lasting name is a watch, which goes with whoever watches.
+            for consumer in consumers.into_iter().filter(|consumer| consumer.config.durable_name.is_some()) {
                 let config = serde_json::to_value(&consumer.config).expect("plain data");
                 found.insert(format!("{} {}", info.config.name, consumer.name), config);
             }

@@ -91,6 +91,13 @@ async fn do_everything(api: &Api, namespace: &str) {
     let monitor = format!("/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors/orders");
     within(PATIENCE, "the monitor is gone", async || api.get(&monitor).await.is_none().then_some(())).await;
     pool.converged(api, PATIENCE).await;
+    // Who leaves mode Operator finds written what runs.
+    pool.change(api, json!({"scaling": {"mode": "Operator", "minReplicas": 3}})).await;
+    let desired = async || (api.get(&pool.path()).await?["status"]["desiredReplicas"] == 3).then_some(());
+    within(PATIENCE, "the operator asks for three", desired).await;
+    pool.change(api, json!({"scaling": {"mode": "Manual"}})).await;
+    let written = async || (api.get(&pool.path()).await?["spec"]["replicas"] == 3).then_some(());
+    within(PATIENCE, "what runs is written", written).await;
     api.delete(&pool.path()).await;
 }
 

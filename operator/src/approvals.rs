@@ -1,0 +1,103 @@
+//! Which approvals are past their deadline: an open approval holds no pod, and its deadline must wake one.
+//!
+//! The bucket is followed once for each connection; only deadlines are kept of it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_nats::jetstream::Context;
+use async_nats::jetstream::kv::Operation;
+use futures::StreamExt;
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use crate::broker::chain;
+
+const BUCKET: &str = "caf-approvals";
+/// How long a bucket that is missing, or does not answer, is left alone.
+const RETRY: Duration = Duration::from_secs(5);
+/// A bucket that has nothing to say for so long has said what there is.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// As much of a request as is needed.
+#[derive(Debug, Deserialize)]
+struct Request {
+    #[serde(default)]
+    pool: Option<String>,
+    /// Unix time in milliseconds.
+    expires_at: i64,
+}
+
+#[derive(Default)]
+struct Open {
+    requests: HashMap<String, Request>,
+    is_current: bool,
+}
+
+/// The open approvals of one broker. It follows them until it is dropped.
+pub struct Approvals {
+    open: Arc<Mutex<Open>>,
+    follower: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Approvals {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Approvals {
+    /// Follows them from now on.
+    pub fn follow(jetstream: Context) -> Self {
+        let open = Arc::<Mutex<Open>>::default();
+        let follower = tokio::spawn(follow(jetstream, Arc::clone(&open)));
+        Self { open, follower }
+    }
+
+    /// How many of the pool `<namespace>/<name>` are past their deadline; `None` as long as that is not known.
+    pub fn due(&self, pool: &str, now: Timestamp) -> Option<i64> {
+        let open = lock(&self.open);
+        let is_due =
+            |request: &&Request| request.expires_at <= now.as_millisecond() && request.pool.as_deref() == Some(pool);
+        open.is_current.then(|| i64::try_from(open.requests.values().filter(is_due).count()).unwrap_or(i64::MAX))
+    }
+}
+
+async fn follow(jetstream: Context, open: Arc<Mutex<Open>>) {
+    loop {
+        if let Err(error) = once(&jetstream, &open).await {
+            tracing::debug!("approvals are not followed: {}", chain(error.as_ref()));
+        }
+        lock(&open).is_current = false;
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Until something breaks.
+async fn once(jetstream: &Context, open: &Mutex<Open>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let bucket = jetstream.get_key_value(BUCKET).await?;
+    let mut changes = bucket.watch_with_history(">").await?;
+    *lock(open) = Open::default();
+    loop {
+        // An empty bucket says nothing, and neither does one whose last message has been told.
+        let Ok(change) = tokio::time::timeout(SILENCE, changes.next()).await else {
+            if !lock(open).is_current {
+                bucket.status().await?;
+                lock(open).is_current = true;
+            }
+            continue;
+        };
+        let entry = change.ok_or("the bucket is gone")??;
+        let mut open = lock(open);
+        open.is_current |= entry.seen_current;
+        match (entry.operation, serde_json::from_slice::<Request>(&entry.value)) {
+            (Operation::Put, Ok(request)) => drop(open.requests.insert(entry.key, request)),
+            _ => drop(open.requests.remove(&entry.key)),
+        }
+    }
+}
+
+fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
+    open.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,59 @@
+//! From one who decides to another, without a dip: whoever leaves mode Operator finds in `spec.replicas` what runs.
+
+use beamline_crds::{WorkerPool, WorkerPoolStatus};
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+use crate::controller::Context;
+use crate::error::Error;
+use crate::failpoint;
+use crate::pool::{Mode, ValidPool};
+use crate::scale::{Decision, Decisions, Need, fixed};
+
+/// What runs, where it must be written before the spec decides. Where the number changed together with the mode, it is
+/// what somebody wants.
+pub fn due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Option<i32>) -> Option<i32> {
+    let last = before.scaling.as_ref()?;
+    let leaves = last.mode == Mode::Operator && pool.scaling.mode == Mode::Manual;
+    (leaves && last.spec_replicas == Some(written)).then_some(runs?).filter(|runs| *runs != written)
+}
+
+/// Writes what runs as if by `kubectl scale`. As long as the watch does not show it, mode Operator has not ended.
+pub async fn write(ctx: &Context, pool: &WorkerPool, runs: i32, gpu: Option<Decision>) -> Result<Decisions, Error> {
+    let (name, namespace) = (pool.name_any(), pool.namespace().unwrap_or_default());
+    let patch = json!({"spec": {"replicas": runs}});
+    let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), &namespace);
+    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+    let written = failpoint::around("scale", "WorkerPool", &name, api.patch_scale(&name, &params, &patch)).await;
+    written.map_err(|source| Error::Apply { kind: "WorkerPool".to_owned(), name, source })?;
+    Ok(Decisions { mode: Mode::Operator, general: fixed(runs, Need::Spec("spec.replicas", runs), None), gpu })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::pool::tests::valid;
+
+    #[track_caller]
+    fn writes(mode: &str, last: (&str, i32), written: i32, runs: i32) -> Option<i32> {
+        let before = json!({"scaling": {"mode": last.0, "desired": runs, "reason": "", "specReplicas": last.1}});
+        let mut before_status =
+            json!({"replicas": 0, "readyReplicas": 0, "desiredReplicas": 0, "selector": "", "conditions": []});
+        before_status["scaling"] = before["scaling"].clone();
+        let before: WorkerPoolStatus = serde_json::from_value(before_status).expect("a status");
+        let pool = valid(&json!({"scaling": {"mode": mode}}).to_string());
+        due(&pool, written, &before, Some(runs))
+    }
+
+    #[test]
+    fn what_runs_is_written_when_only_the_mode_changed() {
+        assert_eq!(writes("Manual", ("Operator", 1), 1, 7), Some(7));
+        assert_eq!(writes("Manual", ("Operator", 1), 3, 7), None, "both changed: the number counts");
+        assert_eq!(writes("Manual", ("Operator", 7), 7, 7), None, "it says so already");
+        assert_eq!(writes("Manual", ("Manual", 1), 1, 7), None);
+        assert_eq!(writes("Operator", ("Manual", 1), 1, 7), None);
+    }
+}
