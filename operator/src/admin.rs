@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -57,13 +58,25 @@ impl fmt::Display for Topic {
 /// What the operator waits for. Ready when there is nothing.
 #[derive(Clone, Default)]
 pub struct Readiness {
-    waiting: Arc<Mutex<BTreeMap<Topic, String>>>,
+    waiting: Arc<Mutex<BTreeMap<Topic, Wait>>>,
+}
+
+struct Wait {
+    why: String,
+    since: Instant,
+    holds: Duration,
 }
 
 impl Readiness {
-    /// Something is missing.
+    /// Something is missing, until it is there.
     pub fn waits(&self, topic: Topic, why: impl Into<String>) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(topic, why.into());
+        self.waits_for(Duration::MAX, topic, why);
+    }
+
+    /// Something is missing, until it is there or nobody has said so for that long.
+    pub fn waits_for(&self, holds: Duration, topic: Topic, why: impl Into<String>) {
+        let wait = Wait { why: why.into(), since: Instant::now(), holds };
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(topic, wait);
     }
 
     /// It is there.
@@ -72,11 +85,12 @@ impl Readiness {
     }
 
     fn report(&self) -> Result<(), String> {
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.retain(|_, wait| wait.since.elapsed() < wait.holds);
         if waiting.is_empty() {
             return Ok(());
         }
-        Err(waiting.iter().map(|(topic, why)| format!("{topic}: {why}\n")).collect())
+        Err(waiting.iter().map(|(topic, wait)| format!("{topic}: {}\n", wait.why)).collect())
     }
 }
 
@@ -118,6 +132,15 @@ mod tests {
         readiness.waits(Topic::Crd, "workerpools.beamline.dev is not installed");
         assert_eq!(readiness.report(), Err("crd: workerpools.beamline.dev is not installed\n".to_owned()));
         readiness.has(Topic::Crd);
+        assert_eq!(readiness.report(), Ok(()));
+    }
+
+    #[test]
+    fn what_may_have_mended_itself_unseen_is_waited_for_as_long_as_it_is_said_again() {
+        let readiness = Readiness::default();
+        readiness.waits_for(Duration::from_hours(1), Topic::Pods, "connection refused");
+        assert_eq!(readiness.report(), Err("watch of pods: connection refused\n".to_owned()));
+        readiness.waits_for(Duration::ZERO, Topic::Pods, "connection refused");
         assert_eq!(readiness.report(), Ok(()));
     }
 }

@@ -30,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::neighbours::{self, Neighbours};
 use crate::observe::{Caches, Lookout};
 use crate::reconcile::reconcile;
+use crate::run::Clients;
 use crate::signals::Signals;
 use crate::telemetry::spans;
 
@@ -40,6 +41,8 @@ pub type Watched = DeserializeGuard<WorkerPool>;
 pub const RESYNC: Duration = Duration::from_secs(300);
 /// Events of one change come in bursts; they lead to one reconcile.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// For how long an error of a watch counts that has worked before: longer than its pause between two tries.
+const WATCH_ERROR: Duration = Duration::from_secs(90);
 /// How often a missing CustomResourceDefinition is looked for.
 const CRD_RETRY: Duration = Duration::from_secs(5);
 
@@ -65,13 +68,14 @@ pub struct Context {
 
 /// Reconciles until told to stop.
 pub async fn run(
-    client: Client,
+    clients: Clients,
     config: &Config,
     readiness: Readiness,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) {
-    let watching = Watching { client: client.clone(), namespace: config.watch_namespace.clone(), readiness };
+    let Clients { calls: client, watches } = clients;
+    let watching = Watching { client: watches, namespace: config.watch_namespace.clone(), readiness };
     if stop.run_until_cancelled(watching.crd()).await.is_none() {
         return;
     }
@@ -156,12 +160,18 @@ impl Watching {
     {
         let (cache, writer) = reflector::store();
         let readiness = self.readiness.clone();
+        let mut is_listed = false;
         let events = watcher(self.api::<K>(), config).default_backoff().inspect(move |event| match event {
-            Ok(_) => readiness.has(topic),
+            Ok(event) => {
+                is_listed |= matches!(event, watcher::Event::InitDone);
+                readiness.has(topic);
+            }
             Err(error) => {
                 let why = explain_watch(error);
                 tracing::warn!("{topic} failed: {why}");
-                readiness.waits(topic, why);
+                // A watch that goes on where it was cut says so by its next event only, which may be days away.
+                let holds = if is_listed { WATCH_ERROR } else { Duration::MAX };
+                readiness.waits_for(holds, topic, why);
             }
         });
         (cache, events.reflect(writer).touched_objects())

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use kube::Client;
+use kube::{Client, Config as KubeConfig};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -18,18 +18,42 @@ use crate::metrics::Metrics;
 /// How long running reconciles may finish after SIGTERM.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
+/// How long the API server may take to answer a call. A watch is silent for longer, and has an idle limit of its own.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// Ways to the API server.
+pub struct Clients {
+    /// For calls, each of which ends: with an answer, or with the limit.
+    pub calls: Client,
+    /// For watches, which do not.
+    pub watches: Client,
+}
+
+impl Clients {
+    /// From the kubeconfig, or from the service account.
+    async fn connect() -> anyhow::Result<Self> {
+        let mut config = KubeConfig::infer().await?;
+        // What fails is tried again by whoever asked, who counts it and says so.
+        config.default_retry = false;
+        let watches = Client::try_from(config.clone())?;
+        config.read_timeout = Some(ANSWER);
+        config.reset_reader_on_write = true;
+        Ok(Self { calls: Client::try_from(config)?, watches })
+    }
+}
+
 /// Runs the operator until it is told to stop, or another one leads.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     tokio::spawn(stop_on_signal(stop.clone())?);
-    let client = Client::try_default().await.context("no way to reach Kubernetes")?;
+    let clients = Clients::connect().await.context("no way to reach Kubernetes")?;
     let metrics = Arc::new(Metrics::register()?);
     let readiness = Readiness::default();
     let listener = TcpListener::bind(config.admin_endpoint)
         .await
         .with_context(|| format!("--admin-endpoint: cannot listen on {}", config.admin_endpoint))?;
     let admin = tokio::spawn(admin::serve(listener, readiness.clone(), Arc::clone(&metrics), stop.clone()));
-    let outcome = lead(client, &config, readiness, metrics, &stop).await;
+    let outcome = lead(clients, &config, readiness, metrics, &stop).await;
     stop.cancel();
     admin.await??;
     outcome
@@ -37,7 +61,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 /// Acts while leading. A standby is ready too: it does all that is asked of it.
 async fn lead(
-    client: Client,
+    clients: Clients,
     config: &Config,
     readiness: Readiness,
     metrics: Arc<Metrics>,
@@ -45,11 +69,11 @@ async fn lead(
 ) -> anyhow::Result<()> {
     if !config.leader_election {
         metrics.leads(true);
-        act(client, config, readiness, metrics, stop).await;
+        act(clients, config, readiness, metrics, stop).await;
         return Ok(());
     }
-    let namespace = config.lease_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
-    let mut leadership = Leadership::stand(client.clone(), &namespace)
+    let namespace = config.lease_namespace.clone().unwrap_or_else(|| clients.calls.default_namespace().to_owned());
+    let mut leadership = Leadership::stand(clients.calls.clone(), &namespace)
         .await
         .with_context(|| format!("cannot use the Lease beamline-operator in namespace {namespace}"))?;
     tracing::info!(%namespace, "waiting to lead");
@@ -61,7 +85,7 @@ async fn lead(
     metrics.leads(true);
     let term = stop.child_token();
     let outcome = tokio::select! {
-        () = act(client, config, readiness, Arc::clone(&metrics), &term) => Ok(()),
+        () = act(clients, config, readiness, Arc::clone(&metrics), &term) => Ok(()),
         // Ending is the safest way to stop all that is under way; Kubernetes starts a standby.
         () = leadership.lost() => Err(anyhow::anyhow!("another operator leads")),
     };
@@ -70,9 +94,9 @@ async fn lead(
     outcome
 }
 
-async fn act(client: Client, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {
+async fn act(clients: Clients, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {
     // Large: boxed once here, not in every future around it.
-    let controller = Box::pin(controller::run(client, config, readiness, metrics, stop.clone()));
+    let controller = Box::pin(controller::run(clients, config, readiness, metrics, stop.clone()));
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(SHUTDOWN).await;
