@@ -151,18 +151,29 @@ where
     }
     ctx.metrics.applied(K::KIND);
     let (api, params) = (Api::namespaced(ctx.client.clone(), &namespace), PatchParams::apply(names::OPERATOR).force());
-    let applied = failpoint::around("apply", K::KIND, &name, api.patch(&name, &params, &Patch::Apply(body))).await?;
+    let applied = failpoint::around("apply", K::KIND, &name, api.patch(&name, &params, &Patch::Apply(body))).await;
+    let mut applied: K = applied?;
+    slim(&mut applied);
     tracing::info!(kind = K::KIND, name, namespace, "applied");
     Ok(applied)
 }
 
+/// Keeps of `managedFields` our own entries only, with a fingerprint of the fields in each: the trees of all managers would
+/// be most of what a cached object holds. Every object goes through this, so that two can be compared.
+pub(crate) fn slim(object: &mut impl Resource) {
+    let entries = object.managed_fields_mut();
+    entries.retain(|entry| entry.manager.as_deref() == Some(names::OPERATOR) && entry.subresource.is_none());
+    for fields in entries.iter_mut().filter_map(|entry| entry.fields_v1.as_mut()) {
+        fields.0 = fingerprint(&fields.0).into();
+    }
+    // What was retained is a small part of what there was room for.
+    entries.shrink_to_fit();
+}
+
 fn settled(object: &impl Resource, wish: u64) -> Settled {
-    let fields: Vec<_> = object
-        .managed_fields()
-        .iter()
-        .filter(|entry| entry.manager.as_deref() == Some(names::OPERATOR) && entry.subresource.is_none())
-        .map(|entry| (&entry.operation, entry.fields_v1.as_ref().map(|fields| &fields.0)))
-        .collect();
+    let entries = object.managed_fields().iter();
+    let fields: Vec<_> =
+        entries.map(|entry| (&entry.operation, entry.fields_v1.as_ref().map(|fields| &fields.0))).collect();
     Settled { uid: object.uid().unwrap_or_default(), wish, fields: fingerprint(&fields) }
 }
 

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::admin::{Readiness, Topic};
+use crate::apply;
 use crate::broker::Brokers;
 use crate::config::Config;
 use crate::desired::names;
@@ -161,7 +162,8 @@ impl Watching {
         let (cache, writer) = reflector::store();
         let readiness = self.readiness.clone();
         let mut is_listed = false;
-        let events = watcher(self.api::<K>(), config).default_backoff().inspect(move |event| match event {
+        let events = watcher(self.api::<K>(), config).default_backoff().modify(apply::slim);
+        let events = events.inspect(move |event| match event {
             Ok(event) => {
                 is_listed |= matches!(event, watcher::Event::InitDone);
                 readiness.has(topic);

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 
 pub use surroundings::{Lookout, Surroundings};
 
+use crate::apply::slim;
 use crate::controller::Context;
 use crate::desired::names;
 use crate::error::Error;
@@ -145,7 +146,10 @@ where
                 name: name.to_owned(),
                 source,
             })?
-            .map(Arc::new),
+            .map(|mut found| {
+                slim(&mut found);
+                Arc::new(found)
+            }),
     };
     if let Some(object) = &found
         && let Some(owner) = foreign(object.as_ref(), pool)
