@@ -10,7 +10,7 @@ bridge_address=10.244.0.1
 address=$bridge_address
 api_port=6443 etcd_port=2379 peer_port=2380 manager_port=10257 scheduler_port=10259
 ports=("$api_port" "$etcd_port" "$peer_port" "$manager_port" "$scheduler_port" 10248 10249 10250 10256)
-volumes=24
+volumes=64
 
 main() {
   if uses_current_context; then

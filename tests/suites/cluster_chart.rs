@@ -159,7 +159,8 @@ async fn its_test_fails_while_no_operator_answers_and_its_notes_show_a_pool_that
     let (shown, _) = rest.split_once("\nEOF\n").expect("its end");
     let namespace = Namespace::create("beamline-notes");
     namespace.apply(shown);
-    assert_eq!(namespace.get("workerpool/default").expect("it is there")["spec"]["replicas"], 2);
+    let pool = namespace.get("workerpool/default").expect("it is there");
+    assert_eq!(pool["spec"]["nats"]["url"], "nats://nats.nats.svc:4222");
 }
 
 #[tokio::test(flavor = "multi_thread")]

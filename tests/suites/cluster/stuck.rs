@@ -284,7 +284,8 @@ async fn a_collector_gets_each_reconcile_with_its_steps() {
             .map(|step| (step.name.clone(), attributes(&step.attributes)["outcome"].clone()))
             .collect::<Vec<_>>()
     };
-    assert_eq!(steps(&well), [text("observe", "ok"), text("apply", "ok"), text("publish", "ok")]);
+    let all = ["observe", "retire", "apply", "publish"].map(|step| text(step, "ok"));
+    assert_eq!(steps(&well), all);
     assert_eq!(steps(&failed), [text("observe", "error"), text("publish", "ok")]);
     let code = |span: &Span| span.status.as_ref().map_or(0, |status| status.code);
     assert_eq!([code(&well), code(&failed), code(&streams)], [0, 2, 0]);
