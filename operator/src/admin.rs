@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -14,6 +14,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::lock::lock;
 use crate::metrics::Metrics;
 
 /// What the operator needs to do its work.
@@ -76,16 +77,16 @@ impl Readiness {
     /// Something is missing, until it is there or nobody has said so for that long.
     pub fn waits_for(&self, holds: Duration, topic: Topic, why: impl Into<String>) {
         let wait = Wait { why: why.into(), since: Instant::now(), holds };
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(topic, wait);
+        lock(&self.waiting).insert(topic, wait);
     }
 
     /// It is there.
     pub fn has(&self, topic: Topic) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&topic);
+        lock(&self.waiting).remove(&topic);
     }
 
     fn report(&self) -> Result<(), String> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = lock(&self.waiting);
         waiting.retain(|_, wait| wait.since.elapsed() < wait.holds);
         if waiting.is_empty() {
             return Ok(());

@@ -5,6 +5,7 @@
 //!
 //! What a pool wants no more is removed, if it is its own. Owner references clean up after a pool that is gone.
 
+mod annotate; // what is ours in pods
 mod monitor; // the child whose type may not be installed
 mod nudge; // pods that should look at their files again
 mod retire; // workers that go, and those that go on

@@ -3,7 +3,7 @@
 //! The bucket is followed once for each connection; only deadlines are kept of it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_nats::jetstream::Context;
@@ -11,8 +11,10 @@ use async_nats::jetstream::kv::Operation;
 use futures::StreamExt;
 use jiff::Timestamp;
 use serde::Deserialize;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::broker::chain;
+use crate::lock::lock;
 
 const BUCKET: &str = "caf-approvals";
 /// How long a bucket that is missing, or does not answer, is left alone.
@@ -38,13 +40,7 @@ struct Open {
 /// The open approvals of one broker. It follows them until it is dropped.
 pub struct Approvals {
     open: Arc<Mutex<Open>>,
-    follower: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Approvals {
-    fn drop(&mut self) {
-        self.follower.abort();
-    }
+    _follower: AbortOnDropHandle<()>,
 }
 
 impl Approvals {
@@ -52,7 +48,7 @@ impl Approvals {
     pub fn follow(jetstream: Context) -> Self {
         let open = Arc::<Mutex<Open>>::default();
         let follower = tokio::spawn(follow(jetstream, Arc::clone(&open)));
-        Self { open, follower }
+        Self { open, _follower: AbortOnDropHandle::new(follower) }
     }
 
     /// How many of the pool `<namespace>/<name>` are past their deadline; `None` as long as that is not known.
@@ -96,8 +92,4 @@ async fn once(jetstream: &Context, open: &Mutex<Open>) -> Result<(), Box<dyn std
             _ => drop(open.requests.remove(&entry.key)),
         }
     }
-}
-
-fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
-    open.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -30,6 +30,7 @@ pub mod reason; // the words for how it went
 pub mod notice; // what works and should not stay as it is
 pub mod events; // telling Kubernetes
 pub mod memory; // what is known from the last time
+pub mod lock; // one way to take one
 pub mod failpoint; // where a fault campaign stops a test build
 
 pub mod admin; // probes and metrics over HTTP

@@ -1,13 +1,14 @@
 //! What the operator remembers of a pool between reconciles. Losing it costs a few writes that change nothing.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPoolStatus;
 use kube::runtime::reflector::ObjectRef;
 
 use crate::controller::Watched;
+use crate::lock::lock;
 use crate::notice::Notice;
 use crate::pool::Kind;
 use crate::scale::Scaler;
@@ -156,7 +157,7 @@ impl Memory {
     }
 
     fn notes(&self) -> MutexGuard<'_, HashMap<ObjectRef<Watched>, Notes>> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.notes)
     }
 }
 

@@ -2,13 +2,15 @@
 //! seconds only.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_nats::Client;
 use futures::StreamExt;
 use serde::Deserialize;
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::lock::lock;
 use crate::pool::Kind;
 use crate::scale::Done;
 
@@ -96,13 +98,7 @@ struct Known {
 pub struct Reports {
     known: Arc<Mutex<Known>>,
     client: Client,
-    listener: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Reports {
-    fn drop(&mut self) {
-        self.listener.abort();
-    }
+    _listener: AbortOnDropHandle<()>,
 }
 
 impl Reports {
@@ -110,7 +106,7 @@ impl Reports {
     pub fn listen(client: Client) -> Self {
         let known = Arc::<Mutex<Known>>::default();
         let listener = tokio::spawn(hear(client.clone(), Arc::clone(&known)));
-        Self { known, client, listener }
+        Self { known, client, _listener: AbortOnDropHandle::new(listener) }
     }
 
     /// The workers of this class of the pool `<namespace>/<name>`.
@@ -199,10 +195,6 @@ fn group(report: &Report) -> Option<(&str, Kind)> {
         _ => return None,
     };
     Some((report.pool.as_deref()?, class))
-}
-
-fn lock(known: &Mutex<Known>) -> MutexGuard<'_, Known> {
-    known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

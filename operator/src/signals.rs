@@ -7,7 +7,7 @@
 pub mod queue; // the numbers
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use beamline_crds::Queue;
@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use crate::broker::{Broker, BrokerError, Brokers, Shared};
 use crate::controller::Watched;
+use crate::lock::lock;
 use crate::memory::Memory;
 use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Kind, Nats, ValidPool};
@@ -130,7 +131,7 @@ impl Signals {
 
     /// What was last heard about a pool.
     pub fn reading(&self, pool: &ObjectRef<Watched>) -> Reading {
-        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let followed = lock(&self.followed);
         followed.get(pool).map(|followed| lock(&followed.reading).clone()).unwrap_or_default()
     }
 
@@ -139,7 +140,7 @@ impl Signals {
         if pool.classes().any(|class| class.slots.gpu > 0) {
             return false;
         }
-        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let followed = lock(&self.followed);
         // One that is not followed yet has not been asked about.
         followed.get(&ObjectRef::new(&pool.name).within(&pool.namespace)).is_none_or(|followed| {
             lock(&followed.reading).may_have_gpu_work() && !self.neighbours.take_gpu_work(&followed.demand.borrow())
@@ -155,7 +156,7 @@ impl Signals {
             nats: pool.nats.clone(),
             max_ack_pending: streams::max_ack_pending(pool, decisions),
         };
-        let mut all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.followed);
         if let Some(followed) = all.get(&reference) {
             followed.demand.send_if_modified(|current| {
                 let differs = *current != demand;
@@ -174,7 +175,7 @@ impl Signals {
     /// Tells workers of this pool to take work, or not to.
     pub async fn tell(&self, pool: &ObjectRef<Watched>, workers: &[String], pull: bool) {
         let shared = {
-            let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+            let followed = lock(&self.followed);
             followed.get(pool).and_then(|followed| lock(&followed.line).clone())
         };
         let Some(broker) = shared.as_ref().and_then(|shared| shared.get()) else { return };
@@ -252,7 +253,7 @@ impl Signals {
 
     /// The broker counts what the workers of all pools hold that take from one queue.
     fn with_those_of(&self, demand: &Demand, sharing: &[String]) -> Demand {
-        let all = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&self.followed);
         let others = all.iter().filter(|(pool, _)| {
             let name = format!("{}/{}", pool.namespace.as_deref().unwrap_or_default(), pool.name);
             sharing.contains(&name)
@@ -313,13 +314,9 @@ impl Signals {
     }
 
     fn forget(&self, pool: &ObjectRef<Watched>) {
-        self.followed.lock().unwrap_or_else(PoisonError::into_inner).remove(pool);
+        lock(&self.followed).remove(pool);
         self.memory.forget(pool);
     }
-}
-
-fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Answer {

@@ -104,11 +104,10 @@ impl Counts {
                 desired_replicas: state.desired,
                 limited_by: converged.decisions.gpu.as_ref().map_or(LimitedBy::None, scale::Decision::limited_by),
                 reason: converged.decisions.gpu.as_ref().map(words),
-                last_scale_time: match before.gpu.as_ref() {
-                    Some(last) if last.desired_replicas == state.desired => last.last_scale_time.clone(),
-                    Some(_) => Some(Time(now)),
-                    None => None,
-                },
+                last_scale_time: before
+                    .gpu
+                    .as_ref()
+                    .and_then(|last| last_scaled((last.desired_replicas, &last.last_scale_time), state.desired, now)),
                 learned: converged.decisions.gpu.as_ref().map(|gpu| learned(&gpu.learned)).unwrap_or_default(),
                 pending,
                 in_flight,
@@ -135,11 +134,7 @@ fn scaling(pool: &WorkerPool, decisions: &Decisions, before: &WorkerPoolStatus, 
         desired: general.desired,
         reason: words(general),
         limited_by: general.limited_by(),
-        last_scale_time: match last {
-            Some(last) if last.desired == general.desired => last.last_scale_time.clone(),
-            Some(_) => Some(Time(now)),
-            None => None,
-        },
+        last_scale_time: last.and_then(|last| last_scaled((last.desired, &last.last_scale_time), general.desired, now)),
         learned: match (mode, last) {
             // What was learned stays true.
             (Mode::Manual, Some(last)) => last.learned.clone(),
@@ -147,6 +142,11 @@ fn scaling(pool: &WorkerPool, decisions: &Decisions, before: &WorkerPoolStatus, 
         },
         spec_replicas: Some(pool.spec.replicas),
     }
+}
+
+/// When the number changed last.
+fn last_scaled((was, since): (i32, &Option<Time>), is: i32, now: Timestamp) -> Option<Time> {
+    if was == is { since.clone() } else { Some(Time(now)) }
 }
 
 fn words(decision: &scale::Decision) -> String {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::process::{Process, built, free_port};
 use crate::wait::within;
-use crate::worker::get;
+use crate::worker::{get, sample};
 
 /// How long it may take until its watches are up, on a busy machine.
 const START: Duration = Duration::from_secs(60);
@@ -44,8 +44,7 @@ impl Operator {
     /// One sample of its metrics; 0 where there is none.
     pub async fn metric(&self, series: &str) -> f64 {
         let (_, text) = get(self.admin, "/metrics").await.expect("the operator answers");
-        let sample = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
-        sample.unwrap_or(0.0)
+        sample(&text, series)
     }
 
     /// What it has logged so far.

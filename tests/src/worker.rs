@@ -69,8 +69,7 @@ impl Worker {
     /// One sample of its metrics; 0 where there is none.
     pub async fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.get("/metrics").await.expect("the worker answers");
-        let sample = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
-        sample.unwrap_or(0.0)
+        sample(&text, series)
     }
 
     /// What it has logged so far.
@@ -169,6 +168,12 @@ impl Setup {
 /// The program.
 pub fn program() -> PathBuf {
     built("beamline_worker")
+}
+
+/// One sample of these metrics; 0 where there is none.
+pub(crate) fn sample(metrics: &str, series: &str) -> f64 {
+    let sample = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+    sample.unwrap_or(0.0)
 }
 
 /// One GET request: status code and body; `None` where nobody answers.

@@ -6,17 +6,12 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Patch, PatchParams};
-use kube::{Api, ResourceExt};
-use serde_json::json;
+use kube::ResourceExt;
 
+use crate::apply::annotate::{AT_ONCE, annotate};
 use crate::controller::Context;
 use crate::desired::{self, names};
 use crate::error::Error;
-use crate::failpoint;
-
-/// Pods told at once.
-const AT_ONCE: usize = 8;
 
 /// Makes the kubelets look at the ConfigMap again, for each pod that may have an older one.
 pub(super) async fn nudge(ctx: &Context, config_map: &ConfigMap, pods: &[Arc<Pod>]) -> Result<(), Error> {
@@ -40,20 +35,13 @@ fn is_outdated(pod: &Pod, changed: Option<Timestamp>, hash: &str) -> bool {
 
 async fn tell(ctx: &Context, pod: &Pod, hash: &str) -> Result<(), Error> {
     let (name, namespace) = (pod.name_any(), pod.namespace().unwrap_or_default());
-    let patch = json!({ "metadata": { "uid": pod.uid(), "annotations": { names::POLICY_HASH: hash } } });
-    ctx.metrics.applied("Pod");
-    let api = Api::<Pod>::namespaced(ctx.client.clone(), &namespace);
-    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
-    match failpoint::around("nudge", "Pod", "any", api.patch_metadata(&name, &params, &patch)).await {
-        Ok(_) => Ok(()),
-        // Gone, or another pod by now.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        Err(source) => Err(Error::Apply { kind: "Pod".to_owned(), name, source }),
-    }
+    annotate(ctx, "nudge", (&namespace, &name, pod.metadata.uid.as_deref()), (names::POLICY_HASH, Some(hash))).await
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn pod(created: &str, told: Option<&str>) -> Pod {

@@ -1,21 +1,14 @@
 //! Carries out what was planned for workers that go or go on.
 
 use futures::{StreamExt, TryStreamExt, stream};
-use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
-use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
-use serde_json::json;
 
+use crate::apply::annotate::{AT_ONCE, annotate};
 use crate::controller::{Context, Watched};
 use crate::error::Error;
-use crate::failpoint;
 use crate::pool::ValidPool;
 use crate::retire::{DELETION_COST, FIRST, Plan};
 use crate::sizing::Sizing;
-
-/// Pods marked at once.
-const AT_ONCE: usize = 8;
 
 /// Tells workers, and marks pods.
 pub async fn retire(ctx: &Context, pool: &ValidPool, sizing: &Sizing) -> Result<(), Error> {
@@ -35,14 +28,6 @@ async fn carry_out(ctx: &Context, pool: &ObjectRef<Watched>, plan: &Plan) -> Res
 }
 
 async fn mark(ctx: &Context, pool: &ObjectRef<Watched>, name: &str, cost: Option<&str>) -> Result<(), Error> {
-    let patch = json!({"metadata": {"annotations": {DELETION_COST: cost}}});
-    ctx.metrics.applied("Pod");
-    let api = Api::<Pod>::namespaced(ctx.client.clone(), pool.namespace.as_deref().unwrap_or_default());
-    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
-    match failpoint::around("mark", "Pod", "any", api.patch_metadata(name, &params, &patch)).await {
-        Ok(_) => Ok(()),
-        // Gone already.
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(source) => Err(Error::Apply { kind: "Pod".to_owned(), name: name.to_owned(), source }),
-    }
+    let namespace = pool.namespace.as_deref().unwrap_or_default();
+    annotate(ctx, "mark", (namespace, name, None), (DELETION_COST, cost)).await
 }

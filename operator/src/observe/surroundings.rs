@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod};
@@ -12,6 +12,7 @@ use kube::{Api, Client};
 
 use super::references::{self, Kind, Reference};
 use crate::error::explain;
+use crate::lock::lock;
 use crate::notice::Notice;
 use crate::pool::port;
 use crate::pool::{Root, RootVolume, SecretKeyRef, ValidPool};
@@ -178,7 +179,7 @@ impl<K: Eq + Hash, V: Clone> Remembered<K, V> {
             return answer;
         }
         let answer = ask().await;
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut answers = lock(&self.answers);
         // Whoever asks again is remembered again: what nobody asks for any more goes.
         answers.retain(|_, (since, _)| since.elapsed() < self.longest);
         answers.insert(key, (Instant::now(), answer.clone()));
@@ -186,7 +187,7 @@ impl<K: Eq + Hash, V: Clone> Remembered<K, V> {
     }
 
     fn get(&self, key: &K) -> Option<V> {
-        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let answers = lock(&self.answers);
         answers.get(key).filter(|(since, _)| since.elapsed() < self.longest).map(|(_, answer)| answer.clone())
     }
 }

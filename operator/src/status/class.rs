@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
-use kube::ResourceExt;
 
-use crate::desired::names;
 use crate::pool::Kind;
 use crate::reconcile::Converged;
+use crate::seen::of_class;
 
 /// The pods of one class: what is asked for, and what is there.
 pub(super) struct ClassState<'a> {
@@ -59,9 +58,7 @@ impl<'a> ClassState<'a> {
 
     /// Its pods, one by one.
     pub(super) fn pods(&self) -> impl Iterator<Item = &'a Pod> {
-        let class = names::class_name(self.kind);
-        let is_ours = move |pod: &&Arc<Pod>| pod.labels().get(names::CLASS_LABEL).is_some_and(|label| label == class);
-        self.pods.iter().filter(is_ours).map(AsRef::as_ref)
+        of_class(self.pods, self.kind)
     }
 
     /// Whether there is as much as is asked for, all of the latest kind.

@@ -1,0 +1,38 @@
+//! Pods are their ReplicaSet's: all that is ours in them is an annotation.
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
+
+use crate::controller::Context;
+use crate::error::Error;
+use crate::failpoint;
+
+/// Pods annotated at once.
+pub(super) const AT_ONCE: usize = 8;
+
+/// Gives the pod of this name, and of this uid where that matters, an annotation; `None` takes it away. A pod that is gone
+/// needs none.
+pub(super) async fn annotate(
+    ctx: &Context,
+    verb: &str,
+    (namespace, name, uid): (&str, &str, Option<&str>),
+    (key, value): (&str, Option<&str>),
+) -> Result<(), Error> {
+    let annotations = json!({key: value});
+    let metadata = match uid {
+        Some(uid) => json!({"uid": uid, "annotations": annotations}),
+        None => json!({"annotations": annotations}),
+    };
+    ctx.metrics.applied("Pod");
+    let api = Api::<Pod>::namespaced(ctx.client.clone(), namespace);
+    let (params, patch) = (PatchParams::default(), Patch::Merge(json!({"metadata": metadata})));
+    match failpoint::around(verb, "Pod", "any", api.patch_metadata(name, &params, &patch)).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        // Another pod by now.
+        Err(kube::Error::Api(status)) if status.code == 409 && uid.is_some() => Ok(()),
+        Err(source) => Err(Error::Apply { kind: "Pod".to_owned(), name: name.to_owned(), source }),
+    }
+}
