@@ -69,7 +69,7 @@ pub struct Audit {
     publications: u64,
     effects: u64,
     missed: u64,
-    recoveries: Vec<i64>,
+    recoveries: Vec<(i64, i64)>,
 }
 
 /// What is known of one assignment.
@@ -106,8 +106,8 @@ pub struct Findings {
     pub repeated: u64,
     /// Records whose result was not heard, because the listener was away.
     pub unheard: u64,
-    /// From the moment in which a peer's caller died until the peer was asked again, in milliseconds, sorted.
-    pub recoveries: Vec<i64>,
+    /// When a peer's caller died, and when the peer was asked again, in milliseconds since 1970.
+    pub recoveries: Vec<(i64, i64)>,
     /// Violations of I1.
     pub lost: u64,
     /// Violations of I2.
@@ -134,8 +134,9 @@ pub struct Recovery {
 }
 
 impl Recovery {
-    /// Of sorted times.
-    pub fn of(times: &[i64]) -> Self {
+    /// Of times in milliseconds.
+    pub fn of(mut times: Vec<i64>) -> Self {
+        times.sort_unstable();
         let at = |share: f64| {
             let index = (times.len() as f64 * share) as usize;
             times.get(index.min(times.len().saturating_sub(1))).copied().unwrap_or(0)
@@ -252,7 +253,7 @@ impl Audit {
                 story.effects += 1;
                 story.last_effect = story.last_effect.max(at);
                 self.effects += 1;
-                self.recoveries.extend(story.orphaned.take().map(|orphaned| at - orphaned));
+                self.recoveries.extend(story.orphaned.take().map(|orphaned| (orphaned, at)));
             }
             Fact::Orphaned { at } => story.orphaned = Some(at),
             Fact::Missed => {}
@@ -271,7 +272,6 @@ impl Audit {
 
     /// What does not hold.
     pub fn end(mut self, left: Left) -> Findings {
-        self.recoveries.sort_unstable();
         let mut found = Findings {
             publications: self.publications,
             effects: self.effects,
@@ -484,8 +484,8 @@ mod tests {
     #[test]
     fn a_recovery_lasts_from_the_callers_death_to_the_next_request() {
         let orphaned = [&GOOD[..4], &[Fact::Orphaned { at: 950 }]].concat();
-        assert_eq!(found(&orphaned, &[record(FINAL)], SETTLED).recoveries, Vec::<i64>::new());
+        assert_eq!(found(&orphaned, &[record(FINAL)], SETTLED).recoveries, []);
         let again = [&orphaned[..], &[Fact::Effect { at: 5_000 }]].concat();
-        assert_eq!(found(&again, &[record(FINAL)], SETTLED).recoveries, [4_050]);
+        assert_eq!(found(&again, &[record(FINAL)], SETTLED).recoveries, [(950, 5_000)]);
     }
 }

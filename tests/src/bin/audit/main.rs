@@ -73,8 +73,9 @@ struct Line<'a> {
     effects: u64,
     repeated: u64,
     unheard: u64,
-    /// How long orphaned work waited until it ran again.
-    recovery_ms: Recovery,
+    /// How long orphaned work waited until it ran again, by whose death held it up: that of its worker, or that of the
+    /// broker meanwhile, which counts every hold anew when it is back.
+    recovery_ms: BTreeMap<&'static str, Recovery>,
     seconds: u64,
     seed: u64,
     commit: &'a str,
@@ -136,37 +137,55 @@ fn line<'a>(arguments: &'a Arguments, found: &Findings, faults: &'a Faults, deli
         effects: found.effects,
         repeated: found.repeated,
         unheard: found.unheard,
-        recovery_ms: Recovery::of(&found.recoveries),
+        recovery_ms: recoveries(&found.recoveries, &faults.broker_kills),
         seconds: faults.seconds,
         seed: arguments.seed,
         commit: &arguments.commit,
     }
 }
 
+/// From the last death that held it up until it ran again.
+fn recoveries(found: &[(i64, i64)], broker_kills: &[i64]) -> BTreeMap<&'static str, Recovery> {
+    let mut times = BTreeMap::<_, Vec<i64>>::new();
+    for (orphaned, again) in found {
+        let (whose, since) = match broker_kills.iter().rfind(|kill| (orphaned..again).contains(kill)) {
+            Some(kill) => ("broker-kill", kill),
+            None => ("worker-kill", orphaned),
+        };
+        times.entry(whose).or_default().push(again - since);
+    }
+    times.into_iter().map(|(whose, times)| (whose, Recovery::of(times))).collect()
+}
+
 /// The faults that landed, a line `<milliseconds since 1970> <kind> …` each, between a first and a last line `… start` and
 /// `… end`.
 struct Faults {
     landed: BTreeMap<String, u64>,
+    /// When, in milliseconds since 1970, in their order.
+    broker_kills: Vec<i64>,
     seconds: u64,
 }
 
 impl Faults {
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let (mut landed, mut times) = (BTreeMap::new(), Vec::new());
+        let (mut landed, mut broker_kills, mut times) = (BTreeMap::new(), Vec::new(), Vec::new());
         for line in text.lines() {
             let mut words = line.split(' ');
-            let (Some(time), Some(kind)) = (words.next().and_then(|time| time.parse::<u64>().ok()), words.next())
+            let (Some(time), Some(kind)) = (words.next().and_then(|time| time.parse::<i64>().ok()), words.next())
             else {
                 bail!("{}: {line:?} says nothing", path.display());
             };
             times.push(time);
+            if kind == "broker-kill" {
+                broker_kills.push(time);
+            }
             if !["start", "end"].contains(&kind) {
                 *landed.entry(kind.to_owned()).or_default() += 1;
             }
         }
-        let seconds = times.last().zip(times.first()).map_or(0, |(last, first)| (last - first) / 1000);
-        Ok(Self { landed, seconds })
+        let millis = times.last().zip(times.first()).map_or(0, |(last, first)| last - first);
+        Ok(Self { landed, broker_kills, seconds: millis.unsigned_abs() / 1000 })
     }
 }
 
