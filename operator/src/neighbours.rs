@@ -1,7 +1,7 @@
 //! Other pools on the same broker, as the watch cache knows them; and what marks a stream as made for one of them.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use beamline_crds as crds;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::broker::qualified;
 use crate::controller::Watched;
+use crate::lock::lock;
 use crate::pool::meeting_point;
 use crate::streams::{Demand, intake_stream};
 
@@ -29,6 +30,25 @@ pub struct Neighbours {
     pools: Store<Watched>,
     cluster: String,
     namespace: Option<String>,
+    met: Mutex<HashMap<ObjectRef<Watched>, Meeting>>,
+}
+
+/// The intake's stream as a pool last saw it.
+struct Meeting {
+    url: String,
+    /// Nanoseconds since 1970: no two brokers have made theirs at the same moment.
+    created: i128,
+}
+
+/// Whether other pools have GPU slots for what waits on this one's route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuSlots {
+    /// One has.
+    Some,
+    /// One has some at a broker that may be the same by another name, or cannot be read.
+    Perhaps,
+    /// None has.
+    None,
 }
 
 /// Whose word counts for a stream.
@@ -47,7 +67,7 @@ pub enum Governor {
 impl Neighbours {
     /// Pools of this cluster, in this namespace where it is the only one that is watched.
     pub fn new(pools: Store<Watched>, cluster: String, namespace: Option<String>) -> Self {
-        Self { pools, cluster, namespace }
+        Self { pools, cluster, namespace, met: Mutex::default() }
     }
 
     /// What a stream or consumer that is made for this pool says about itself.
@@ -71,14 +91,51 @@ impl Neighbours {
         metadata.get(MANAGED_BY).is_some_and(|pool| self.would_see(pool, metadata))
     }
 
-    /// Whether another pool has GPU slots for what waits on this one's route. In doubt it has.
-    pub fn have_gpu_slots(&self, demand: &Demand) -> bool {
+    /// Notes when the intake's stream was made that this pool uses: it tells brokers apart whatever they are called.
+    pub fn meets(&self, demand: &Demand, created: i128) {
+        let mut met = lock(&self.met);
+        met.retain(|pool, _| self.pools.get(pool).is_some());
+        let url = qualified(&demand.nats.url, &demand.namespace);
+        met.insert(ObjectRef::new(&demand.name).within(&demand.namespace), Meeting { url, created });
+    }
+
+    /// Whether another pool has GPU slots for what waits on this one's route.
+    pub fn gpu_slots(&self, demand: &Demand) -> GpuSlots {
         let intake = intake_stream(&demand.nats.subject);
-        self.others(demand).iter().any(|other| {
-            let Ok(other) = &other.0 else { return true };
-            let (subject, group) = meeting_point(&other.spec.nats);
-            (intake_stream(subject), group) == (intake.clone(), demand.nats.queue_group.as_str()) && has_gpu(other)
-        })
+        let mut slots = GpuSlots::None;
+        for other in self.others(demand) {
+            let Ok(pool) = &other.0 else {
+                slots = GpuSlots::Perhaps;
+                continue;
+            };
+            let (subject, group) = meeting_point(&pool.spec.nats);
+            let is_here = (intake_stream(subject), group) == (intake.clone(), demand.nats.queue_group.as_str());
+            match self.have_one_broker(demand, pool) {
+                _ if !is_here || !has_gpu(pool) => {}
+                Some(true) => return GpuSlots::Some,
+                Some(false) => {}
+                None => slots = GpuSlots::Perhaps,
+            }
+        }
+        slots
+    }
+
+    /// By the address; else by what each has seen there, where both have.
+    fn have_one_broker(&self, demand: &Demand, other: &crds::WorkerPool) -> Option<bool> {
+        let namespace = other.metadata.namespace.as_deref().unwrap_or_default();
+        let (here, there) =
+            (qualified(&demand.nats.url, &demand.namespace), qualified(&other.spec.nats.url, namespace));
+        if here == there {
+            return Some(true);
+        }
+        let met = lock(&self.met);
+        let created = |name: &str, namespace: &str, url: &str| {
+            let meeting = met.get(&ObjectRef::new(name).within(namespace))?;
+            (meeting.url == url).then_some(meeting.created)
+        };
+        let ours = created(&demand.name, &demand.namespace, &here)?;
+        let theirs = created(other.metadata.name.as_deref()?, namespace, &there)?;
+        Some(ours == theirs)
     }
 
     /// Whether another pool has workers that take what waits for GPU slots here.

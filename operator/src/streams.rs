@@ -17,7 +17,7 @@ use futures::TryStreamExt;
 
 use crate::broker::BrokerError;
 use crate::failpoint;
-use crate::neighbours::Neighbours;
+use crate::neighbours::{GpuSlots, Neighbours};
 use crate::pool::{Delivery, Nats};
 use crate::reason;
 
@@ -123,8 +123,14 @@ async fn ensure_stream(
     neighbours: &Neighbours,
 ) -> Result<Vec<Remark>, BrokerError> {
     let name = wanted.name.clone();
+    let met = |stream: &Stream| {
+        if name == intake_stream(&demand.nats.subject) {
+            neighbours.meets(demand, stream.cached_info().created.unix_timestamp_nanos());
+        }
+    };
     match jetstream.get_stream(&name).await {
         Ok(found) => {
+            met(&found);
             let found = &found.cached_info().config;
             compare_stream(&wanted, found)?;
             Ok(governance::settle(jetstream, found, demand, neighbours).await)
@@ -134,9 +140,11 @@ async fn ensure_stream(
                 return Err(BrokerError::Unmanaged { what: format!("stream {name}") });
             }
             let metadata = neighbours.mark(&demand.pool());
-            failpoint::around("create", "stream", &name, jetstream.create_stream(Config { metadata, ..wanted }))
+            let create = jetstream.create_stream(Config { metadata, ..wanted });
+            let made = failpoint::around("create", "stream", &name, create)
                 .await
                 .map_err(|error| BrokerError::refused(format!("stream {name} cannot be created"), &error))?;
+            met(&made);
             tracing::info!(stream = %name, "created the stream");
             Ok(Vec::new())
         }
@@ -256,7 +264,8 @@ async fn leave_route(
     let group = route_group(&demand.nats);
     let handle = handle(jetstream, stream).await?;
     let found = find_consumer(&handle, stream, &group).await?;
-    if neighbours.have_gpu_slots(demand) {
+    let others = neighbours.gpu_slots(demand);
+    if others == GpuSlots::Some {
         return Ok(None);
     }
     let subject = route_subject(&demand.nats);
@@ -267,7 +276,7 @@ async fn leave_route(
     // Made by a worker, or by hand: whoever made it may need it.
     let is_ours = demand.nats.streams.manage && neighbours.knows(&found.config.metadata);
     let is_drained = found.num_pending == 0 && found.num_ack_pending == 0;
-    if is_ours && is_drained && found.num_waiting == 0 {
+    if is_ours && is_drained && found.num_waiting == 0 && others == GpuSlots::None {
         failpoint::around("delete", "consumer", &group, handle.delete_consumer(&group)).await.map_err(|error| {
             BrokerError::refused(format!("consumer {group} of stream {stream} cannot be deleted"), &error)
         })?;

@@ -53,7 +53,9 @@ impl Operator {
 
     fn stored(&self, name: &str, spec: &Value) -> Value {
         let mut spec = spec.clone();
-        spec["nats"]["url"] = json!(self.url);
+        if spec["nats"]["url"].is_null() {
+            spec["nats"]["url"] = json!(self.url);
+        }
         json!({
             "apiVersion": "beamline.dev/v1alpha1",
             "kind": "WorkerPool",
@@ -274,6 +276,46 @@ async fn a_route_stays_while_another_pool_or_a_worker_uses_it() {
     operator.ensures("first", json!({})).await.expect("in order");
     assert!(operator.max_ack_pending(ROUTE_GROUP).await.is_some(), "somebody pulls from it");
     pull.abort();
+}
+
+/// What a pool with GPUs at this address asks for.
+fn with_gpus_at(url: &str) -> Value {
+    let mut spec = with_gpus();
+    spec["nats"]["url"] = json!(url);
+    spec
+}
+
+#[tokio::test]
+async fn gpu_slots_at_another_broker_keep_no_route_and_hide_no_work() {
+    let (nats, elsewhere) = (NatsServer::start(), NatsServer::start());
+    let mut operator = Operator::at(&nats).await;
+    operator.ensures("first", with_gpus()).await.expect("in order");
+    let second = with_gpus_at(&elsewhere.url());
+    operator.has("second", &second);
+    operator.publish(ROUTE).await;
+    assert_eq!(said(operator.ensures("first", json!({})).await).len(), 1, "work waits for slots that nobody has here");
+    operator.drain(ROUTE_GROUP).await;
+    operator.ensures("first", json!({})).await.expect("in order");
+    assert!(operator.max_ack_pending(ROUTE_GROUP).await.is_some(), "it may be this broker by another name");
+
+    let client = async_nats::connect(elsewhere.url()).await.expect("a connection");
+    let jetstream = async_nats::jetstream::new(client);
+    streams::ensure(&jetstream, &operator.demand("second", &second), &operator.neighbours).await.expect("made");
+    operator.ensures("first", json!({})).await.expect("in order");
+    assert_eq!(operator.max_ack_pending(ROUTE_GROUP).await, None, "the second pool has seen another broker");
+}
+
+#[tokio::test]
+async fn a_route_stays_for_a_pool_that_knows_its_broker_by_another_name() {
+    let nats = NatsServer::start();
+    let mut operator = Operator::at(&nats).await;
+    operator.ensures("first", with_gpus()).await.expect("in order");
+    operator.ensures("second", with_gpus_at(&nats.url().replace("127.0.0.1", "localhost"))).await.expect("in order");
+    operator.publish(ROUTE).await;
+    assert_eq!(operator.ensures("first", json!({})).await, Ok(vec![]), "the second pool's workers take it");
+    operator.drain(ROUTE_GROUP).await;
+    operator.ensures("first", json!({})).await.expect("in order");
+    assert!(operator.max_ack_pending(ROUTE_GROUP).await.is_some());
 }
 
 #[tokio::test]
