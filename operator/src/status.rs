@@ -32,6 +32,8 @@ const WATCH_LAG: Duration = Duration::from_secs(5);
 const LONGEST_REASON: usize = 512;
 /// Moving numbers are written this often at most.
 const NUMBERS_EVERY: Duration = Duration::from_secs(2);
+/// So is, where nothing else moves, the number of dead letters: it is that of all pools on the broker.
+const DEAD_LETTERS_EVERY: Duration = Duration::from_secs(60);
 
 /// What the pool says about itself now. A watch may still show what was there before our own last write.
 pub fn current(ctx: &Context, pool: &WorkerPool) -> WorkerPoolStatus {
@@ -239,10 +241,17 @@ fn due(before: &WorkerPoolStatus, next: &WorkerPoolStatus, since: Option<Duratio
         ..status.clone()
     };
     let numbers_only = without_numbers(before) == without_numbers(next);
-    match since.and_then(|since| NUMBERS_EVERY.checked_sub(since)) {
+    let every =
+        if without_dead_letters(before) == without_dead_letters(next) { DEAD_LETTERS_EVERY } else { NUMBERS_EVERY };
+    match since.and_then(|since| every.checked_sub(since)) {
         Some(rest) if numbers_only && !started_or_ended(before.queue.as_ref(), next.queue.as_ref()) => Due::In(rest),
         _ => Due::Now,
     }
+}
+
+fn without_dead_letters(status: &WorkerPoolStatus) -> WorkerPoolStatus {
+    let queue = status.queue.clone().map(|queue| Queue { dead_letters: 0, ..queue });
+    WorkerPoolStatus { queue, ..status.clone() }
 }
 
 /// Work appearing or the last of it going is news, not a moving number.

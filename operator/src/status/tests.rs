@@ -388,3 +388,15 @@ fn moving_numbers_wait_and_news_does_not() {
     assert_eq!(due(&current, &scaled, half_a_second), Due::Now);
     assert_eq!(due(&current, &with_depth(6), None), Due::Now, "not written by this operator yet");
 }
+
+#[test]
+fn dead_letters_of_other_pools_wait_for_a_minute_and_go_with_what_else_is_written() {
+    let with = |depth, dead_letters| WorkerPoolStatus {
+        queue: Some(Queue { depth, dead_letters, ..Queue::default() }),
+        ..WorkerPoolStatus::default()
+    };
+    let three_seconds = Some(Duration::from_secs(3));
+    assert_eq!(due(&with(0, 1), &with(0, 2), three_seconds), Due::In(Duration::from_secs(57)));
+    assert_eq!(due(&with(0, 1), &with(0, 2), Some(Duration::from_secs(61))), Due::Now);
+    assert_eq!(due(&with(5, 1), &with(6, 2), three_seconds), Due::Now, "the queue moves too");
+}

@@ -1,5 +1,6 @@
 //! Nothing happens, and nothing is written.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use beamline_tests::nats::NatsServer;
@@ -16,7 +17,7 @@ const POOLS: usize = 20;
 const CALM: usize = 15;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_rest_twenty_pools_make_no_write_but_of_the_lease() {
+async fn at_rest_twenty_pools_make_no_write_but_of_the_lease_and_few_for_dead_letters_of_one() {
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("rest", &["watchNamespace=rest"]);
     let api = plane.api().await;
@@ -47,6 +48,30 @@ async fn at_rest_twenty_pools_make_no_write_but_of_the_lease() {
     let renewals = renewals() - renewed;
     assert!(renewals > 0, "the audit log shows no renewal of the Lease either");
     eprintln!("at rest: 0 writes over {POOLS} pools in {time:?}, {renewals} renewals of the Lease");
+    let before = written().count();
+    let dead_letters = trickle(&nats).await;
+    let by_pool = written().skip(before).fold(BTreeMap::<String, usize>::new(), |mut writes, event| {
+        *writes.entry(event["requestURI"].to_string()).or_default() += 1;
+        writes
+    });
+    assert!(by_pool.values().all(|writes| *writes <= 1), "{dead_letters} dead letters of one pool: {by_pool:?}");
+    within(PATIENCE, "a pool tells of them", async || {
+        let pool = api.get(&pools[0].path()).await?;
+        (pool["status"]["queue"]["deadLetters"].as_u64()? > 0).then_some(())
+    })
+    .await;
+}
+
+/// Dead letters of some pool, one a second; how many.
+async fn trickle(nats: &NatsServer) -> usize {
+    const COUNT: usize = 15;
+    let jetstream = async_nats::jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    for _ in 0..COUNT {
+        let stored = jetstream.publish("caf.exec.dlq.v1", "{}".into()).await.expect("sent");
+        stored.await.expect("stored");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    COUNT
 }
 
 /// As they are in life: some with GPUs, some paused, some that nobody works for.
