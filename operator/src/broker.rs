@@ -42,6 +42,9 @@ pub enum BrokerError {
         /// What the client says.
         why: String,
     },
+    /// A bug. It is tried again.
+    #[error("the operator panicked while it looked at NATS; its log has the details")]
+    Panicked,
     /// A connection, and no answer.
     #[error("NATS gives no answer {what}: {why}")]
     Unanswered {
@@ -124,6 +127,7 @@ impl BrokerError {
             Self::Secret(error) => error.reason(),
             Self::Credentials(_) => reason::SECRET_UNUSABLE,
             Self::Unreachable { .. } => reason::NATS_UNREACHABLE,
+            Self::Panicked => reason::PANICKED,
             Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,
             Self::Refused { .. } => reason::NATS_REFUSED,
             Self::Mismatch { .. } => reason::STREAM_MISMATCH,

@@ -89,7 +89,7 @@ pub async fn run(
     let (budgets, budget_changes) = watching.ours(Topic::PodDisruptionBudgets);
     let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
     let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
-    let memory = Arc::<Memory>::default();
+    let memory = Arc::new(Memory::of(pools.clone()));
     let cluster = Box::pin(neighbours::this_cluster()).await;
     let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
     let (signals, readings) =

@@ -2,8 +2,8 @@
 //! in no image and no release.
 //!
 //! An operator that is started with `BEAMLINE_FAILPOINTS=<path of a Unix socket>` says at each point where it is, such as
-//! `before apply Deployment orders`, and waits for leave to go on: whoever listens there can kill it exactly there. The
-//! Lease has no point: its writes are a library's, and losing one is what it is for.
+//! `before apply Deployment orders`, and waits for leave to go on: whoever listens there can kill it exactly there, or
+//! answer `!`, which is a panic. The Lease has no point: its writes are a library's, and losing one is what it is for.
 
 /// The write itself: shipped programs have no fail-points.
 #[cfg(not(debug_assertions))]
@@ -26,20 +26,25 @@ pub fn around<T>(verb: &str, kind: &str, name: &str, write: impl Future<Output =
 
 /// Waits for leave to go on, where somebody listens.
 #[cfg(debug_assertions)]
+#[expect(clippy::panic, reason = "what a fault campaign asks for")]
 async fn reach(side: &str, verb: &str, kind: &str, name: &str) {
     if let Some(socket) = socket() {
         // Whoever listened has gone: there is nobody left to wait for.
-        let _ = ask(socket, format!("{side} {verb} {kind} {name}")).await;
+        if ask(socket, format!("{side} {verb} {kind} {name}")).await.is_ok_and(|answer| answer == Some(b'!')) {
+            panic!("asked for {side} {verb} {kind} {name}");
+        }
     }
 }
 
 #[cfg(debug_assertions)]
-async fn ask(socket: &std::path::Path, point: String) -> std::io::Result<()> {
+async fn ask(socket: &std::path::Path, point: String) -> std::io::Result<Option<u8>> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::UnixStream::connect(socket).await?;
     stream.write_all(point.as_bytes()).await?;
     stream.shutdown().await?;
-    stream.read(&mut [0]).await.map(drop)
+    let mut answer = [0];
+    let count = stream.read(&mut answer).await?;
+    Ok(answer.into_iter().take(count).next())
 }
 
 #[cfg(debug_assertions)]

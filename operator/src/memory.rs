@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPoolStatus;
-use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::{ObjectRef, Store};
 
 use crate::controller::Watched;
 use crate::lock::lock;
@@ -18,14 +18,9 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// Notes about all pools.
 pub struct Memory {
+    pools: Store<Watched>,
     notes: Mutex<HashMap<ObjectRef<Watched>, Notes>>,
     since: Instant,
-}
-
-impl Default for Memory {
-    fn default() -> Self {
-        Self { notes: Mutex::default(), since: Instant::now() }
-    }
 }
 
 #[derive(Default)]
@@ -74,6 +69,11 @@ pub struct Settled {
 }
 
 impl Memory {
+    /// Of pools in this cache, and of no others for long.
+    pub fn of(pools: Store<Watched>) -> Self {
+        Self { pools, notes: Mutex::default(), since: Instant::now() }
+    }
+
     /// Whether this is how our last write left the child.
     pub fn is_settled(&self, pool: &ObjectRef<Watched>, child: &Child, now: &Settled) -> bool {
         self.notes().get(pool).and_then(|notes| notes.settled.get(child)).is_some_and(|settled| settled == now)
@@ -81,7 +81,7 @@ impl Memory {
 
     /// Notes how a write left a child.
     pub fn settle(&self, pool: &ObjectRef<Watched>, child: Child, settled: Settled) {
-        self.notes().entry(pool.clone()).or_default().settled.insert(child, settled);
+        self.note(pool, |notes| notes.settled.insert(child, settled));
     }
 
     /// Forgets a child that was removed.
@@ -98,7 +98,7 @@ impl Memory {
 
     /// Notes what a look found.
     pub fn look(&self, pool: &ObjectRef<Watched>, look: Look) {
-        self.notes().entry(pool.clone()).or_default().look = Some(look);
+        self.note(pool, |notes| notes.look = Some(look));
     }
 
     /// How long it remembers: goes on evenly, whatever the clock does.
@@ -113,7 +113,7 @@ impl Memory {
 
     /// Keeps it.
     pub fn keep_scaler(&self, pool: &ObjectRef<Watched>, class: Kind, scaler: Scaler) {
-        self.notes().entry(pool.clone()).or_default().scalers.insert(class, scaler);
+        self.note(pool, |notes| notes.scalers.insert(class, scaler));
     }
 
     /// The operator decides no more.
@@ -132,16 +132,16 @@ impl Memory {
     /// Notes a status that was just written.
     pub fn publish(&self, pool: &ObjectRef<Watched>, uid: Option<String>, status: WorkerPoolStatus) {
         let published = Published { uid, at: Instant::now(), status };
-        self.notes().entry(pool.clone()).or_default().published = Some(published);
+        self.note(pool, |notes| notes.published = Some(published));
     }
 
     /// How long to wait after another failure: doubling, never longer than half a minute.
     pub fn backoff(&self, pool: &ObjectRef<Watched>) -> Duration {
-        let mut all = self.notes();
-        let notes = all.entry(pool.clone()).or_default();
-        let delay = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(notes.failures)).min(LAST_RETRY);
-        notes.failures = notes.failures.saturating_add(1);
-        delay
+        self.note(pool, |notes| {
+            let delay = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(notes.failures)).min(LAST_RETRY);
+            notes.failures = notes.failures.saturating_add(1);
+            delay
+        })
     }
 
     /// Starts the next backoff from the beginning.
@@ -156,6 +156,15 @@ impl Memory {
         self.notes().remove(pool);
     }
 
+    /// The first note about a pool drops those about pools that are gone: some never get as far as being followed.
+    fn note<T>(&self, pool: &ObjectRef<Watched>, write: impl FnOnce(&mut Notes) -> T) -> T {
+        let mut all = self.notes();
+        if !all.contains_key(pool) {
+            all.retain(|pool, _| self.pools.get(pool).is_some());
+        }
+        write(all.entry(pool.clone()).or_default())
+    }
+
     fn notes(&self) -> MutexGuard<'_, HashMap<ObjectRef<Watched>, Notes>> {
         lock(&self.notes)
     }
@@ -163,15 +172,49 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
+    use kube::runtime::reflector::store::Writer;
+    use kube::runtime::{reflector, watcher};
+    use serde_json::json;
+
     use super::*;
+
+    fn memory() -> (Memory, Writer<Watched>) {
+        let (pools, cache) = reflector::store();
+        (Memory::of(pools), cache)
+    }
+
+    fn stored(name: &str) -> Watched {
+        let metadata = json!({"name": name, "namespace": "flows"});
+        let spec = json!({"nats": {"url": "nats://nats:4222"}});
+        let pool =
+            json!({"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool", "metadata": metadata, "spec": spec});
+        serde_json::from_value(pool).expect("a WorkerPool")
+    }
 
     #[test]
     fn failures_wait_longer_and_a_success_starts_over() {
-        let memory = Memory::default();
+        let (memory, _cache) = memory();
         let pool = ObjectRef::new("default").within("flows");
         let delays: Vec<_> = (0..7).map(|_| memory.backoff(&pool).as_secs()).collect();
         assert_eq!(delays, [1, 2, 4, 8, 16, 30, 30]);
         memory.succeeded(&pool);
         assert_eq!(memory.backoff(&pool), FIRST_RETRY);
+    }
+
+    #[test]
+    fn of_pools_that_are_gone_nothing_is_kept() {
+        let (memory, mut cache) = memory();
+        for number in 0..100 {
+            let name = format!("broken-{number}");
+            let pool = ObjectRef::new(&name).within("flows");
+            cache.apply_watcher_event(&watcher::Event::Apply(stored(&name)));
+            memory.backoff(&pool);
+            memory.publish(&pool, None, WorkerPoolStatus::default());
+            assert!(memory.published(&pool, None).is_some(), "it is there");
+            cache.apply_watcher_event(&watcher::Event::Delete(stored(&name)));
+            // A reconcile that was under way.
+            memory.backoff(&pool);
+        }
+        assert_eq!(memory.notes().len(), 1, "the last one's");
     }
 }

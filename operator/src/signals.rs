@@ -6,11 +6,14 @@
 
 pub mod queue; // the numbers
 
+use std::any::Any;
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use beamline_crds::Queue;
+use futures::FutureExt;
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
@@ -25,7 +28,7 @@ use crate::pool::{Delivery, Kind, Nats, ValidPool};
 use crate::rates::Window;
 use crate::reports::Crew;
 use crate::scale::{Decisions, Flow};
-use crate::streams::{self, Demand, Remark};
+use crate::streams::{self, Demand, Refusals, Remark};
 use crate::telemetry::spans;
 
 /// How often a healthy broker is asked how much waits: more workers are asked for within a second.
@@ -168,7 +171,7 @@ impl Signals {
         let (sender, receiver) = watch::channel(demand);
         let reading = Arc::<Mutex<Reading>>::default();
         let line = Arc::<Mutex<Option<Shared>>>::default();
-        tokio::spawn(Arc::clone(self).listen(reference.clone(), receiver, Arc::clone(&reading), Arc::clone(&line)));
+        tokio::spawn(Arc::clone(self).guarded(reference.clone(), receiver, Arc::clone(&reading), Arc::clone(&line)));
         all.insert(reference, Followed { demand: sender, reading, line });
     }
 
@@ -184,27 +187,46 @@ impl Signals {
         }
     }
 
-    async fn listen(
+    /// Listens until the pool is gone. A bug leaves nothing but an error that is read meanwhile, and a new start.
+    async fn guarded(
         self: Arc<Self>,
         pool: ObjectRef<Watched>,
         mut demand: watch::Receiver<Demand>,
         reading: Arc<Mutex<Reading>>,
         shared: Arc<Mutex<Option<Shared>>>,
     ) {
+        loop {
+            let listen = self.listen(&pool, &mut demand, &reading, Arc::clone(&shared));
+            let unwound: Result<(), Box<dyn Any + Send>> = AssertUnwindSafe(listen).catch_unwind().await;
+            if unwound.is_ok() {
+                return;
+            }
+            *lock(&shared) = None;
+            let pause = self.unheard(&pool, &reading, &BrokerError::Panicked);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn listen(
+        &self,
+        pool: &ObjectRef<Watched>,
+        demand: &mut watch::Receiver<Demand>,
+        reading: &Mutex<Reading>,
+        shared: Arc<Mutex<Option<Shared>>>,
+    ) {
         let mut line = Line { shared, ..Line::default() };
-        while self.pools.get(&pool).is_some() {
+        while !self.has_left(pool) {
             let asked = demand.borrow_and_update().clone();
             let pause = match self.ask(&asked, &mut line).await {
-                Ok(answer) => self.heard(&pool, &reading, answer),
+                Ok(answer) => self.heard(pool, reading, answer),
                 Err(error) => {
                     line.hang_up();
-                    self.unheard(&pool, &reading, &error)
+                    self.unheard(pool, reading, &error)
                 }
             };
             // A changed demand is looked at at once; the sender lives as long as this pool is followed.
             let _ = tokio::time::timeout(pause, demand.changed()).await;
         }
-        self.forget(&pool);
     }
 
     async fn ask(&self, demand: &Demand, line: &mut Line) -> Result<Answer, BrokerError> {
@@ -224,7 +246,8 @@ impl Signals {
             None => {
                 let all = self.with_those_of(demand, &sharing);
                 let span = spans::streams(&demand.namespace, &demand.name);
-                spans::within(span, BrokerError::reason, streams::ensure(jetstream, &all, &self.neighbours)).await
+                let ensure = streams::ensure(jetstream, &all, &self.neighbours, &mut line.refusals);
+                spans::within(span, BrokerError::reason, ensure).await
             }
         };
         let queue = match demand.nats.delivery {
@@ -313,9 +336,15 @@ impl Signals {
         }
     }
 
-    fn forget(&self, pool: &ObjectRef<Watched>) {
-        lock(&self.followed).remove(pool);
+    /// Whether the pool is gone, and with it what was kept of it. One that is made again by the same name is followed anew.
+    fn has_left(&self, pool: &ObjectRef<Watched>) -> bool {
+        let mut all = lock(&self.followed);
+        if self.pools.get(pool).is_some() {
+            return false;
+        }
+        all.remove(pool);
         self.memory.forget(pool);
+        true
     }
 }
 
@@ -349,6 +378,7 @@ struct Line {
     window: Window,
     rest: Option<(Rest, Nats, Instant)>,
     in_order: Option<(Demand, Vec<Remark>, Instant)>,
+    refusals: Refusals,
 }
 
 impl Line {

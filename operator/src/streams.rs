@@ -21,6 +21,7 @@ use crate::neighbours::{GpuSlots, Neighbours};
 use crate::pool::{Delivery, Nats};
 use crate::reason;
 
+pub use governance::Refusals;
 use wanted::UNLIMITED;
 pub use wanted::{
     CONTROL, CONTROL_CONSUMER, DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, consumer, control_consumer,
@@ -95,10 +96,15 @@ impl std::fmt::Display for Remark {
 }
 
 /// Creates what is missing, compares what exists, and alters what this pool may.
-pub async fn ensure(jetstream: &Context, demand: &Demand, neighbours: &Neighbours) -> Result<Vec<Remark>, BrokerError> {
+pub async fn ensure(
+    jetstream: &Context,
+    demand: &Demand,
+    neighbours: &Neighbours,
+    refusals: &mut Refusals,
+) -> Result<Vec<Remark>, BrokerError> {
     let mut remarks = Vec::new();
     for wanted in streams(&demand.nats) {
-        remarks.extend(ensure_stream(jetstream, wanted, demand, neighbours).await?);
+        remarks.extend(ensure_stream(jetstream, wanted, demand, neighbours, refusals).await?);
     }
     ensure_consumer(jetstream, demand, neighbours, CONTROL, control_consumer()).await?;
     let intake = intake_stream(&demand.nats.subject);
@@ -121,6 +127,7 @@ async fn ensure_stream(
     wanted: Config,
     demand: &Demand,
     neighbours: &Neighbours,
+    refusals: &mut Refusals,
 ) -> Result<Vec<Remark>, BrokerError> {
     let name = wanted.name.clone();
     let met = |stream: &Stream| {
@@ -133,7 +140,7 @@ async fn ensure_stream(
             met(&found);
             let found = &found.cached_info().config;
             compare_stream(&wanted, found)?;
-            Ok(governance::settle(jetstream, found, demand, neighbours).await)
+            Ok(governance::settle(jetstream, found, demand, neighbours, refusals).await)
         }
         Err(error) if is_missing(&error.kind()) => {
             if !demand.nats.streams.manage {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
@@ -122,6 +122,11 @@ impl Points {
     pub fn arm(&self, point: Option<&str>) {
         *self.heard.lock().expect("nobody panics in there") =
             Heard { points: Vec::new(), armed: point.map(str::to_owned) };
+    }
+
+    /// Makes whoever is held panic there.
+    pub async fn panic(mut held: UnixStream) {
+        held.write_all(b"!").await.expect("it waits for an answer");
     }
 
     /// The points that were reached since then, in order.

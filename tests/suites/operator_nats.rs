@@ -14,7 +14,7 @@ use beamline_operator::controller::Watched;
 use beamline_operator::neighbours::Neighbours;
 use beamline_operator::pool::validate;
 use beamline_operator::scale::as_written;
-use beamline_operator::streams::{self, Demand, Remark};
+use beamline_operator::streams::{self, Demand, Refusals, Remark};
 use beamline_tests::nats::NatsServer;
 use futures::StreamExt;
 use kube::ResourceExt;
@@ -32,6 +32,7 @@ struct Operator {
     cache: Writer<Watched>,
     neighbours: Neighbours,
     jetstream: Context,
+    refusals: Refusals,
     url: String,
 }
 
@@ -47,6 +48,7 @@ impl Operator {
             cache,
             neighbours: Neighbours::new(pools, cluster.to_owned(), None),
             jetstream: async_nats::jetstream::new(client),
+            refusals: Refusals::default(),
             url: nats.url(),
         }
     }
@@ -78,7 +80,8 @@ impl Operator {
     /// One look at the streams for a pool, after making it known.
     async fn ensures(&mut self, name: &str, spec: Value) -> Result<Vec<Remark>, BrokerError> {
         self.has(name, &spec);
-        streams::ensure(&self.jetstream, &self.demand(name, &spec), &self.neighbours).await
+        let demand = self.demand(name, &spec);
+        streams::ensure(&self.jetstream, &demand, &self.neighbours, &mut self.refusals).await
     }
 
     fn demand(&self, name: &str, spec: &Value) -> Demand {
@@ -300,7 +303,8 @@ async fn gpu_slots_at_another_broker_keep_no_route_and_hide_no_work() {
 
     let client = async_nats::connect(elsewhere.url()).await.expect("a connection");
     let jetstream = async_nats::jetstream::new(client);
-    streams::ensure(&jetstream, &operator.demand("second", &second), &operator.neighbours).await.expect("made");
+    let demand = operator.demand("second", &second);
+    streams::ensure(&jetstream, &demand, &operator.neighbours, &mut Refusals::default()).await.expect("made");
     operator.ensures("first", json!({})).await.expect("in order");
     assert_eq!(operator.max_ack_pending(ROUTE_GROUP).await, None, "the second pool has seen another broker");
 }
@@ -443,9 +447,23 @@ async fn what_the_broker_does_not_take_is_said_and_nothing_else_fails() {
     let nats = NatsServer::start();
     let mut operator = Operator::at(&nats).await;
     operator.ensures("first", json!({})).await.expect("made");
-    let said = said(operator.ensures("first", json!({"nats": {"streams": {"replicas": 3}}})).await);
-    assert_eq!(said.len(), 8, "one server keeps no three copies: {said:?}");
-    assert!(said[0].starts_with("stream CAF_EXEC_ASSIGN: num_replicas stays 1, this pool says 3: the broker refuses"));
+    let three = json!({"nats": {"streams": {"replicas": 3}}});
+    let first = said(operator.ensures("first", three.clone()).await);
+    assert_eq!(first.len(), 8, "one server keeps no three copies: {first:?}");
+    assert!(first[0].starts_with("stream CAF_EXEC_ASSIGN: num_replicas stays 1, this pool says 3: the broker refuses"));
+
+    let client = async_nats::connect(nats.url()).await.expect("a connection");
+    let mut updates = client.subscribe("$JS.API.STREAM.UPDATE.>").await.expect("an ear");
+    client.flush().await.expect("it listens");
+    assert_eq!(said(operator.ensures("first", three).await), first, "it is said as long as it is so");
+    operator
+        .ensures("first", json!({"nats": {"streams": {"replicas": 3, "resultRetention": "2h"}}}))
+        .await
+        .expect("said");
+    // What the broker heard before, it has passed on before.
+    let asked = operator.jetstream.get_stream(RESULT).await.is_ok() && client.flush().await.is_ok();
+    let heard = updates.next().await.filter(|_| asked).expect("another wish is tried");
+    assert_eq!(heard.subject.as_str(), "$JS.API.STREAM.UPDATE.CAF_EXEC_RESULT", "and what was refused is not");
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
 //! The operator on a control plane of the tests' own, with nodes and pods that are fake: killed around each of its writes,
-//! with an API server in trouble, at rest, and with no right too many.
+//! with a bug, with an API server in trouble, at rest, and with no right too many.
 //!
 //! `make campaign-operator` runs the same at length.
 
@@ -12,6 +12,8 @@
 
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
+#[path = "operator_plane/panics.rs"]
+mod panics; // bugs
 #[path = "operator_plane/rest.rs"]
 mod rest; // nothing to do
 #[path = "operator_plane/rights.rs"]

@@ -63,7 +63,8 @@ impl Listener {
         let (pools, cache) = reflector::store::<Watched>();
         let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
         let brokers = Brokers::new(kubernetes(secret).await);
-        let (signals, changes) = Signals::new(brokers, pools, neighbours, Arc::<Memory>::default());
+        let memory = Arc::new(Memory::of(pools.clone()));
+        let (signals, changes) = Signals::new(brokers, pools, neighbours, memory);
         let mut listener = Self { signals, changes, cache };
         listener.also("default", spec);
         listener

@@ -16,7 +16,7 @@ use beamline_operator::rates::Window;
 use beamline_operator::reports::Reports;
 use beamline_operator::scale::as_written;
 use beamline_operator::signals::queue;
-use beamline_operator::streams::{self, Demand};
+use beamline_operator::streams::{self, Demand, Refusals};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
 use beamline_tests::rig::Rig;
@@ -133,7 +133,9 @@ fn demand(pool: &WorkerPool) -> Demand {
 async fn set_up(nats: &NatsServer, operator: &Program) {
     let (pools, mut cache) = reflector::store::<Watched>();
     let neighbours = Neighbours::new(pools, "here".to_owned(), None);
-    let ensure = async |pool: &WorkerPool| streams::ensure(&operator.jetstream(), &demand(pool), &neighbours).await;
+    let ensure = async |pool: &WorkerPool| {
+        streams::ensure(&operator.jetstream(), &demand(pool), &neighbours, &mut Refusals::default()).await
+    };
     let watched = |pool: &WorkerPool| -> Watched {
         serde_json::from_value(serde_json::to_value(pool).expect("JSON")).expect("a WorkerPool")
     };
@@ -182,9 +184,9 @@ async fn the_operator_may_find_out_who_takes_the_subject() {
     let theirs = Demand { nats: Nats { queue_group: "others".to_owned(), ..demand(&pool).nats }, ..demand(&pool) };
     let (pools, _cache) = reflector::store::<Watched>();
     let neighbours = Neighbours::new(pools, "here".to_owned(), None);
-    streams::ensure(&admin, &theirs, &neighbours).await.expect("made by another operator");
+    streams::ensure(&admin, &theirs, &neighbours, &mut Refusals::default()).await.expect("made by another operator");
     let operator = Program::connect(&nats, "operator").await;
-    let taken = streams::ensure(&operator.jetstream(), &demand(&pool), &neighbours).await;
+    let taken = streams::ensure(&operator.jetstream(), &demand(&pool), &neighbours, &mut Refusals::default()).await;
     assert!(matches!(&taken, Err(BrokerError::Taken { group, .. }) if group == "others"), "{taken:?}");
     assert_eq!(operator.violations(), Vec::<String>::new());
 }

@@ -4,7 +4,8 @@
 //! Only what a pool says outright is governed: what its spec leaves out is the administrator's once a stream exists. So
 //! is a stream that a worker or a person made.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::context::Context;
 use async_nats::jetstream::response::Response;
@@ -26,12 +27,43 @@ struct Setting {
     wanted: Value,
 }
 
+/// How long a stream that the broker refuses to alter is left as it is, unless it or the wish changes.
+const REFUSED: Duration = Duration::from_secs(300);
+
+/// What the broker refused to alter for a pool, by stream.
+#[derive(Debug, Default)]
+pub struct Refusals(HashMap<String, Refusal>);
+
+#[derive(Debug)]
+struct Refusal {
+    settings: Vec<Setting>,
+    why: String,
+    at: Instant,
+}
+
+impl Refusals {
+    fn of(&self, stream: &str, settings: &[Setting]) -> Option<String> {
+        let refusal = self.0.get(stream)?;
+        (refusal.settings == settings && refusal.at.elapsed() < REFUSED).then(|| refusal.why.clone())
+    }
+
+    /// Notes it, and says so once.
+    fn note(&mut self, stream: &str, pool: &str, settings: &[Setting], why: &str) {
+        let refusal = Refusal { settings: settings.to_vec(), why: why.to_owned(), at: Instant::now() };
+        let last = self.0.insert(stream.to_owned(), refusal);
+        if last.is_none_or(|last| (last.settings.as_slice(), last.why.as_str()) != (settings, why)) {
+            tracing::warn!(%stream, %pool, %why, "cannot alter the stream that this pool governs");
+        }
+    }
+}
+
 /// Makes a stream as its governing pool says, and tells what is not as this pool says.
 pub(super) async fn settle(
     jetstream: &Context,
     found: &Config,
     demand: &Demand,
     neighbours: &Neighbours,
+    refusals: &mut Refusals,
 ) -> Vec<Remark> {
     let differing = differing(&demand.nats.streams.explicit, found);
     let pool = demand.pool();
@@ -45,10 +77,16 @@ pub(super) async fn settle(
         Governor::Nobody => Err("it was not made for a pool; alter it by hand".to_owned()),
     };
     let outcome = match is_due {
-        Ok(true) => alter(jetstream, &found.name, &differing, &pool, neighbours).await.inspect_err(
-            |why| tracing::warn!(stream = %found.name, %pool, %why, "cannot alter the stream that this pool governs"),
-        ),
-        Ok(false) => Ok(()),
+        Ok(true) => match refusals.of(&found.name, &differing) {
+            Some(why) => Err(why),
+            None => alter(jetstream, &found.name, &differing, &pool, neighbours)
+                .await
+                .inspect_err(|why| refusals.note(&found.name, &pool, &differing, why)),
+        },
+        Ok(false) => {
+            refusals.0.remove(&found.name);
+            Ok(())
+        }
         Err(why) => Err(why),
     };
     match outcome {
@@ -180,6 +218,19 @@ mod tests {
             remark(RESULTS, setting, "pool flows/first governs it").to_string(),
             "stream CAF_EXEC_RESULT: max_age stays 1h, this pool says 1h 30m: pool flows/first governs it"
         );
+    }
+
+    #[test]
+    fn a_refusal_holds_for_what_was_refused() {
+        let three = [Setting { field: "num_replicas", found: json!(1), wanted: json!(3) }];
+        let five = [Setting { field: "num_replicas", found: json!(1), wanted: json!(5) }];
+        let mut refusals = Refusals::default();
+        refusals.note(RESULTS, "flows/first", &three, "too many");
+        assert_eq!(refusals.of(RESULTS, &three).as_deref(), Some("too many"));
+        assert_eq!((refusals.of(RESULTS, &five), refusals.of(DEAD_LETTERS, &three)), (None, None));
+        let Some(refusal) = refusals.0.get_mut(RESULTS) else { panic!("it is noted") };
+        refusal.at = Instant::now().checked_sub(REFUSED).expect("the clock is older");
+        assert_eq!(refusals.of(RESULTS, &three), None, "it is tried again");
     }
 
     #[test]
