@@ -20,7 +20,7 @@ use beamline_operator::streams::{self, Demand, Refusals};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Router, assignment};
+use beamline_tests::router::{Kind, Router, assignment};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
@@ -491,6 +491,202 @@ async fn workers_do_as_they_are_told(rig: &Rig) {
     let cancel = json!({"version": "1", "assignment_id": "slow", "tenant_id": "acme"});
     say(rig, "caf.exec.cancel.v1", cancel).await;
     assert_eq!(rig.router.result(&slow).await["status"], "cancelled");
+}
+
+/// Lines for a server where the worker may do all but this, and everybody else may do all.
+fn all_but(denied: &str) -> String {
+    format!(
+        r#"
+        no_auth_user: router
+        accounts {{ A {{ jetstream: enabled, users: [
+            {{ user: router, password: pw }}
+            {{ user: worker, password: pw, permissions: {{ {denied} }} }}
+        ] }} }}
+        "#
+    )
+}
+
+fn all_but_publishing_on(subject: &str) -> String {
+    all_but(&format!("publish: {{ deny: {subject:?} }}"))
+}
+
+fn all_but_hearing(subject: &str) -> String {
+    all_but(&format!("subscribe: {{ deny: {subject:?} }}"))
+}
+
+/// A worker that may not do everything.
+struct Limited {
+    worker: Worker,
+    router: Router,
+    nats: NatsServer,
+    files: tempfile::TempDir,
+}
+
+impl Limited {
+    async fn start(settings: &str, flags: &[&str]) -> Self {
+        let nats = NatsServer::with(settings);
+        let files = tempfile::tempdir().expect("a directory");
+        let setup = Worker::named("worker-1")
+            .flag(format!("--nats-url=nats://worker:pw@127.0.0.1:{}", nats.port()))
+            .flag(format!("--fs-roots={}", files.path().display()));
+        let worker = flags.iter().fold(setup, |setup, flag| setup.flag(*flag)).spawn();
+        let router = Router::connect(&nats.url()).await;
+        Self { worker, router, nats, files }
+    }
+
+    fn put(&self, name: &str) -> Value {
+        let path = self.files.path().join(name);
+        assignment("acme", name, json!({"type": "fs.put", "path": path, "content": "x"}))
+    }
+
+    /// Both probes name what is missing.
+    async fn tells(&self, missing: &str) {
+        let reasons = self.worker.unready(&format!("not permitted: {missing}")).await;
+        assert!(reasons.contains("let this worker's user do so in NATS"), "{reasons}");
+        let (code, health) = self.worker.get("/_health").await.expect("an answer");
+        assert!(code == 503 && health.contains(missing), "{health}");
+    }
+
+    /// It takes a while until it is sure.
+    async fn is_well_again(&self) {
+        within(SOON * 3, "it is ready again", async || {
+            self.worker.get("/readyz").await.filter(|(code, _)| *code == 200)
+        })
+        .await;
+    }
+
+    /// How often its log names what is missing.
+    fn lines_about(&self, missing: &str) -> usize {
+        let is_about = |line: &&String| line.contains("does not permit") && line.contains(missing);
+        self.worker.lines().iter().filter(is_about).count()
+    }
+
+    async fn unsettled(&self) -> usize {
+        self.router.consumer().await.map_or(0, |consumer| consumer.num_ack_pending)
+    }
+}
+
+#[tokio::test]
+async fn results_that_may_not_be_published_wait_and_go_out_once_they_may() {
+    let limited = Limited::start(&all_but_publishing_on("caf.exec.result.v1"), &[]).await;
+    limited.worker.ready().await;
+    let assignments = ["a1", "a2", "a3"].map(|name| limited.put(name));
+    for assignment in &assignments {
+        limited.router.submit(assignment).await;
+    }
+    limited.tells("publish on caf.exec.result.v1").await;
+    for assignment in &assignments {
+        until("its record stands", async || limited.router.record(assignment).await.is_some()).await;
+    }
+    // It is tried again, and nothing is settled meanwhile.
+    let refused = || forbidden(&limited.nats).len();
+    let before = refused();
+    until("it is tried again", async || refused() >= before + 2).await;
+    assert_eq!(limited.unsettled().await, 3);
+    assert_eq!(limited.lines_about("publish on caf.exec.result.v1"), 1);
+
+    limited.nats.reload_with(&all_but(""));
+    for assignment in &assignments {
+        let result = limited.router.results(assignment, 1).await.remove(0);
+        assert_eq!(limited.router.record(assignment).await.expect("its record").payload, result);
+    }
+    limited.router.settled(SOON).await;
+    for assignment in &assignments {
+        let story = limited.router.story(assignment);
+        assert_eq!((story.verdicts.len(), story.results.len()), (1, 1), "{story:?}");
+    }
+    limited.is_well_again().await;
+}
+
+#[tokio::test]
+async fn verdicts_that_may_not_be_published_go_out_before_their_results_once_they_may() {
+    let limited = Limited::start(&all_but_publishing_on("caf.exec.assign.v1.ack"), &[]).await;
+    limited.worker.ready().await;
+    let accepted = limited.put("accepted");
+    let unreadable = assignment("acme", "unreadable", json!({"type": "no.such.block"}));
+    for assignment in [&accepted, &unreadable] {
+        limited.router.submit(assignment).await;
+    }
+    limited.tells("publish on caf.exec.assign.v1.ack").await;
+    until("its record stands", async || limited.router.record(&accepted).await.is_some()).await;
+    assert_eq!(limited.unsettled().await, 2);
+
+    limited.nats.reload_with(&all_but(""));
+    assert_eq!(limited.router.verdict(&unreadable).await["status"], "rejected");
+    limited.router.result(&accepted).await;
+    let heard = limited.router.heard();
+    let about_it: Vec<_> = heard.iter().filter(|heard| heard.key == Some((&accepted).into())).collect();
+    assert_eq!(about_it.iter().map(|heard| heard.kind).collect::<Vec<_>>(), [Kind::Verdict, Kind::Result]);
+    limited.router.settled(SOON).await;
+    limited.is_well_again().await;
+}
+
+/// The refusal is forgotten, but not that it took a verdict with it.
+#[tokio::test]
+async fn a_verdict_that_was_refused_long_before_its_result_goes_out_too() {
+    let settings = all_but_publishing_on("caf.exec.assign.v1.ack");
+    let limited = Limited::start(&settings, &["--sandbox-mode=true"]).await;
+    limited.worker.ready().await;
+    let mut slow = limited.put("slow");
+    slow["job"]["sandbox"] = json!({"delay_ms": 20_000});
+    limited.router.submit(&slow).await;
+    limited.tells("publish on caf.exec.assign.v1.ack").await;
+    limited.nats.reload_with(&all_but(""));
+    limited.is_well_again().await;
+    limited.router.result(&slow).await;
+    assert_eq!(limited.router.story(&slow).verdicts.len(), 1);
+}
+
+#[tokio::test]
+async fn a_worker_that_may_not_pull_says_so_and_pulls_once_it_may() {
+    let pull = "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_ASSIGN.caf-workers";
+    let limited = Limited::start(&all_but_publishing_on(pull), &[]).await;
+    limited.tells(&format!("publish on {pull}")).await;
+    let waiting = limited.put("waiting");
+    limited.router.submit(&waiting).await;
+    limited.nats.reload_with(&all_but(""));
+    assert_eq!(limited.router.result(&waiting).await["status"], "success");
+    limited.is_well_again().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_may_not_hear_cancels_does_once_it_may() {
+    let limited = Limited::start(&all_but_hearing("caf.exec.cancel.v1"), &["--sandbox-mode=true"]).await;
+    limited.tells("subscribe to caf.exec.cancel.v1").await;
+    limited.nats.reload_with(&all_but(""));
+    until("cancels are answered again", async || is_cancelled(&limited, "first").await).await;
+    limited.is_well_again().await;
+    // And when the permission is taken away while it runs.
+    limited.nats.reload_with(&all_but_hearing("caf.exec.cancel.v1"));
+    limited.tells("subscribe to caf.exec.cancel.v1").await;
+    assert_eq!(limited.lines_about("subscribe to caf.exec.cancel.v1"), 2);
+    limited.nats.reload_with(&all_but(""));
+    until("cancels are answered again", async || is_cancelled(&limited, "second").await).await;
+}
+
+/// Whether a worker answers a cancel.
+async fn is_cancelled(limited: &Limited, id: &str) -> bool {
+    let cancel = json!({"version": "1", "assignment_id": id, "tenant_id": "acme"});
+    limited.router.client().request("caf.exec.cancel.v1", cancel.to_string().into()).await.is_ok()
+}
+
+#[tokio::test]
+async fn a_worker_that_may_not_join_its_group_does_once_it_may() {
+    let settings = all_but_hearing("caf.exec.assign.v1");
+    let limited = Limited::start(&settings, &[CORE]).await;
+    limited.tells("subscribe to caf.exec.assign.v1").await;
+    limited.nats.reload_with(&all_but_publishing_on("caf.exec.result.v1"));
+    limited.is_well_again().await;
+    // Nobody has a record of it, and yet it is not lost.
+    let first = limited.put("first");
+    until("it has joined", async || {
+        limited.router.send(&first).await;
+        !limited.router.story(&first).verdicts.is_empty()
+    })
+    .await;
+    limited.tells("publish on caf.exec.result.v1").await;
+    limited.nats.reload_with(&all_but(""));
+    assert_eq!(limited.router.result(&first).await["status"], "success");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use async_nats::HeaderMap;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Router, assignment, json as read};
+use beamline_tests::router::{ASSIGN, Router, assignment, json as read};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_worker::broker::kv::{Bucket, Change, Entry};
 use beamline_worker::broker::streams::ANSWER_BUCKET;
@@ -29,6 +29,7 @@ async fn bucket(nats: &NatsServer) -> Bucket {
         tls_ca: None,
         tls_identity: None,
         name: "test".to_owned(),
+        intake: ASSIGN.to_owned(),
     };
     Bucket::new(Broker::connect(&address, &Health::new()).await.expect("a connection"), ANSWER_BUCKET)
 }

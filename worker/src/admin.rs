@@ -244,6 +244,7 @@ mod tests {
             (Concern::NatsDisconnected, [200, 503, 503]),
             (Concern::StreamsUnavailable, [200, 503, 503]),
             (Concern::StorageRefused, [200, 503, 503]),
+            (Concern::NotPermitted, [200, 503, 503]),
             (Concern::PoolOverloaded, [200, 200, 503]),
             (Concern::MemoryFull, [200, 200, 200]),
             (Concern::Draining, [200, 503, 200]),

@@ -4,6 +4,7 @@ mod asked; // requests to keep something, and their answers
 pub mod creds; // who we are there
 pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
+pub mod permissions; // what it does not let this worker do
 pub mod streams; // what the worker needs there, and how it must be set
 pub mod version; // how old a server may be
 
@@ -13,7 +14,9 @@ use std::time::Duration;
 
 use async_nats::Subject;
 use async_nats::jetstream::{self, ErrorCode};
-use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode};
+use async_nats::{
+    Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode, SubscribeError,
+};
 use bytes::Bytes;
 use futures::FutureExt;
 use serde::Deserialize;
@@ -23,6 +26,7 @@ use crate::backoff;
 use crate::health::{Concern, Health};
 use crate::trace_context::TraceContext;
 use asked::Asked;
+use permissions::{ASK_AGAIN, Listener, Permission, Refusals};
 use version::Version;
 
 /// Begins the subjects that answers come on: other programs' answers are not for workers.
@@ -31,8 +35,6 @@ const INBOX: &str = "_INBOX_WORKER";
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long one request to the broker may take before its outcome counts as unknown.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long after the broker refused an inbox it is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
 const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(50);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 /// Messages that may wait between the socket and their reader. A full channel loses messages, so it is larger than
@@ -52,6 +54,8 @@ pub struct Address {
     pub tls_identity: Option<(PathBuf, PathBuf)>,
     /// How the broker names this connection.
     pub name: String,
+    /// Where this worker's assignments come in.
+    pub intake: String,
 }
 
 /// A connection that comes back by itself, and a second one for look-ups: a large answer never delays a delivery.
@@ -67,6 +71,7 @@ struct Connections {
     asked: Asked,
     jetstream: jetstream::Context,
     connects: watch::Receiver<u64>,
+    refusals: Refusals,
 }
 
 /// One connection to one server, from its greeting to its end.
@@ -120,12 +125,14 @@ impl Broker {
     pub async fn connect(address: &Address, health: &Health) -> Result<Self, String> {
         let (connected, connects) = watch::channel(0);
         let connected = Arc::new(connected);
-        let client = open(options(address, "work"), address, health, Some(connected)).await;
-        let lookups = open(options(address, "look-ups"), address, health, None).await;
+        let refusals = Refusals::new(health.clone(), &address.intake);
+        tokio::spawn(refusals.clone().look());
+        let client = open(options(address, "work"), address, health, &refusals, Some(connected)).await;
+        let lookups = open(options(address, "look-ups"), address, health, &refusals, None).await;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(REQUEST_TIMEOUT);
         let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
-        let broker = Self(Arc::new(Connections { client, lookups, asked, jetstream, connects }));
+        let broker = Self(Arc::new(Connections { client, lookups, asked, jetstream, connects, refusals }));
         if let Some(version) = broker.version().filter(Version::has_known_faults) {
             let recommended = version::RECOMMENDED;
             tracing::warn!(%version, recommended, "this nats-server has known security faults");
@@ -157,6 +164,29 @@ impl Broker {
     pub fn session(&self) -> Session {
         let info = self.0.client.server_info();
         Session { server: info.server_id.into(), connection: info.client_id }
+    }
+
+    /// Hears what is published on a subject: all of it, or this worker's part of what a group is given.
+    ///
+    /// # Errors
+    /// There is no connection any more.
+    pub async fn listen(&self, subject: &str, group: Option<&str>) -> Result<Listener, SubscribeError> {
+        Listener::new(self.clone(), subject.to_owned(), group.map(str::to_owned)).await
+    }
+
+    /// Whether the broker refuses to let this worker hear what is published there.
+    pub fn may_not_hear(&self, subject: &str) -> bool {
+        self.0.refusals.may_not_hear(subject)
+    }
+
+    /// Whether the broker refuses something without which no outcome gets out of this worker.
+    pub fn keeps_outcomes_here(&self) -> bool {
+        self.0.refusals.keep_outcomes_here()
+    }
+
+    /// Tells refusals to publish on one of these apart: it grows with each one.
+    pub fn last_refusal(&self, subjects: &[&str]) -> u64 {
+        self.0.refusals.last_of(subjects)
     }
 
     /// That of the server that is connected; `None` where it has one of its own kind.
@@ -299,16 +329,16 @@ async fn open(
     options: ConnectOptions,
     address: &Address,
     health: &Health,
+    refusals: &Refusals,
     connected: Option<Arc<watch::Sender<u64>>>,
 ) -> Client {
     let (watched, deaf) = (health.clone(), Arc::new(Notify::new()));
-    let refused = Arc::clone(&deaf);
+    let (refusals, is_deaf) = (refusals.clone(), Arc::clone(&deaf));
     let options = options.event_callback(move |event| {
-        let (watched, connected) = (watched.clone(), connected.clone());
-        if is_inbox_refused(&event) {
-            refused.notify_one();
+        if !is_refusal(&event, &refusals, &is_deaf) {
+            note(&event, &watched, connected.as_deref());
         }
-        async move { note(&event, &watched, connected.as_deref()) }
+        std::future::ready(())
     });
     let mut attempt = 0;
     loop {
@@ -327,10 +357,14 @@ async fn open(
     }
 }
 
-/// Without its inbox a worker hears no answer at all.
-fn is_inbox_refused(event: &Event) -> bool {
-    let refusal = format!("Permissions Violation for Subscription to \"{INBOX}.");
-    matches!(event, Event::ServerError(error) if error.to_string().contains(&refusal))
+/// Whether it says that something is not permitted that this worker needs. Without its inbox it hears no answer at all.
+fn is_refusal(event: &Event, refusals: &Refusals, deaf: &Notify) -> bool {
+    let Event::ServerError(error) = event else { return false };
+    let Some(permission) = Permission::refused_in(&error.to_string()) else { return false };
+    if permission.is_inbox() {
+        deaf.notify_one();
+    }
+    refusals.note(permission)
 }
 
 /// The broker forgets a subscription that it refused, also when its administrator allows it later: only a new connection

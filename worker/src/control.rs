@@ -9,7 +9,6 @@ mod waiting; // what waits in the stream
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -162,7 +161,7 @@ impl Desk {
 /// Every worker hears each cancel at once, and stops what it has here. One that cannot be read is dropped, and reported,
 /// by whoever takes it from the stream.
 async fn hear(desk: Arc<Desk>) {
-    let subscribed = desk.broker.client().subscribe(contract::CANCEL).await;
+    let subscribed = desk.broker.listen(contract::CANCEL, None).await;
     let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot hear cancels")) else {
         return;
     };

@@ -14,6 +14,8 @@ pub enum Concern {
     StreamsUnavailable,
     /// The broker does not store what is published: its disk or an account limit.
     StorageRefused,
+    /// The broker does not let this worker publish or hear something that it needs.
+    NotPermitted,
     /// A pool's queue is at its limit.
     PoolOverloaded,
     /// Payloads and results fill the memory that may be held.
@@ -30,6 +32,7 @@ impl Concern {
             Self::NatsDisconnected => "NATS disconnected",
             Self::StreamsUnavailable => "streams unavailable",
             Self::StorageRefused => "storage refused",
+            Self::NotPermitted => "not permitted",
             Self::PoolOverloaded => "pool overloaded",
             Self::MemoryFull => "memory full",
             Self::Draining => "draining",
@@ -43,6 +46,7 @@ impl Concern {
             | Self::NatsDisconnected
             | Self::StreamsUnavailable
             | Self::StorageRefused
+            | Self::NotPermitted
             | Self::Draining => true,
             Self::PoolOverloaded | Self::MemoryFull => false,
         }
@@ -51,7 +55,11 @@ impl Concern {
     /// The public health indicators: connection, pools, critical errors.
     pub const fn fails_health(self) -> bool {
         match self {
-            Self::NatsDisconnected | Self::StreamsUnavailable | Self::StorageRefused | Self::PoolOverloaded => true,
+            Self::NatsDisconnected
+            | Self::StreamsUnavailable
+            | Self::StorageRefused
+            | Self::NotPermitted
+            | Self::PoolOverloaded => true,
             Self::Starting | Self::MemoryFull | Self::Draining => false,
         }
     }

@@ -248,6 +248,7 @@ fn address(config: &Config) -> Address {
         tls_ca: config.nats_tls_ca.clone(),
         tls_identity: config.nats_tls_identity.clone().map(|identity| (identity.cert, identity.key)),
         name: config.worker_id.clone(),
+        intake: config.nats_subject.clone(),
     }
 }
 

@@ -240,7 +240,7 @@ impl Pipeline {
             let judgement = self.judge(&delivery);
             judged.push((delivery, judgement));
         }
-        let session = self.broker.session();
+        let (session, refusal) = (self.broker.session(), self.broker.last_refusal(&[&self.settings.verdict_subject]));
         let mut arrivals = Vec::with_capacity(judged.len());
         for (mut delivery, judgement) in self.repeat_refusals(judged).await {
             match judgement {
@@ -253,7 +253,7 @@ impl Pipeline {
                     self.broker.say_in(trace.as_ref(), subject, verdict.clone()).await;
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
-                    let said = Said { verdict, session: session.clone() };
+                    let said = Said { verdict, session: session.clone(), refusal };
                     arrivals.push(Arrival { delivery, assignment, said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),

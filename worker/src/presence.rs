@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
@@ -57,7 +56,7 @@ impl Presence {
     /// Answers whoever tells the worker to pull or not to.
     pub async fn obey(self) {
         let subject = format!("{}.{}", contract::WORKER_CONTROL, contract::escape(&self.identity.worker_id));
-        let subscribed = self.broker.client().subscribe(subject).await;
+        let subscribed = self.broker.listen(&subject, None).await;
         let Ok(mut requests) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot be told anything"))
         else {
             return;

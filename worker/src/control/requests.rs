@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt;
 use tokio::sync::Semaphore;
 
 use super::Desk;
@@ -26,8 +25,7 @@ const AT_ONCE: usize = 1024;
 
 /// Answers requests: each goes to one of all workers.
 pub(super) async fn answer(desk: Arc<Desk>) {
-    let client = desk.broker.client();
-    let subscribed = client.queue_subscribe(contract::CANCEL, CONTROL_CONSUMER.to_owned()).await;
+    let subscribed = desk.broker.listen(contract::CANCEL, Some(CONTROL_CONSUMER)).await;
     let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot answer cancels")) else {
         return;
     };

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::load::{Counted, Waiting};
 use super::{CHUNK, Delivery, Parts, Room, TICK};
+use crate::broker::permissions::ASK_AGAIN;
 use crate::broker::streams::{Intake, Source};
 use crate::publication::Publication;
 use crate::pulse;
@@ -49,11 +50,15 @@ pub async fn join(
             match parts.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
                 Ok(messages) => {
                     let early = VecDeque::new();
-                    let (parts, room, identities) = (&parts, &room, &mut identities);
-                    Member { parts, source, room, messages, identities, early }.serve(&out, &stop).await;
+                    let (parts, subject, room, identities) = (&parts, subject.as_str(), &room, &mut identities);
+                    Member { parts, source, subject, room, messages, identities, early }.serve(&out, &stop).await;
                 }
                 Err(error) => tracing::error!(%error, subject, "cannot join the queue group"),
             }
+        }
+        let left = Instant::now();
+        while parts.broker.may_not_hear(&subject) && left.elapsed() < ASK_AGAIN && !stop.is_cancelled() {
+            tokio::time::sleep(TICK).await;
         }
         tokio::time::sleep(TICK).await;
     }
@@ -63,6 +68,7 @@ pub async fn join(
 struct Member<'a, R> {
     parts: &'a Parts,
     source: Source,
+    subject: &'a str,
     room: &'a R,
     messages: Subscriber,
     identities: &'a mut Identities,
@@ -101,7 +107,7 @@ impl<R: Fn() -> Room> Member<'_, R> {
         let flow = Arc::clone(self.parts.load.flow(self.source));
         flow.set_asked_for(1, 1);
         flow.set_out(false);
-        while !stop.is_cancelled() && self.parts.gate.is_open() {
+        while !stop.is_cancelled() && self.parts.gate.is_open() && !self.parts.broker.may_not_hear(self.subject) {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => {}

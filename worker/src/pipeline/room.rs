@@ -67,8 +67,8 @@ impl Pipeline {
             let waiting = self.schedule.waiting(*pool).saturating_sub(self.schedule.held_back(*pool));
             waiting >= self.longest_queue(source, *pool)
         };
-        // What could not be stored would only pile up here. Whoever could not store it clears the concern.
-        let cannot_store = self.health.is_raised(Concern::StorageRefused);
+        // What could not be stored would only pile up here. Whoever could not store it tries it again until it can.
+        let cannot_store = self.health.is_raised(Concern::StorageRefused) || self.broker.keeps_outcomes_here();
         let is_told_not_to = self.quarantine.is_occupied() || self.load.asks_for_nothing();
         is_told_not_to
             || !self.gate.is_open()

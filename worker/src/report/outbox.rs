@@ -3,7 +3,8 @@
 //! They are core messages, which nobody acknowledges. But the broker reads one connection in order: when a message
 //! that we send to ourselves comes back over the same session, it has read everything sent before. So they go out in
 //! batches, each followed by such a fence. The verdict that came before a result was said in the same session, or it is
-//! said again: a session that breaks takes with it what nobody knows the broker has read.
+//! said again: a session that breaks takes with it what nobody knows the broker has read. So it is with what the broker
+//! has read and refused, since it is not permitted: it says so before the fence comes back.
 
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ use crate::vital::Vital;
 
 /// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
+/// After the broker refused a message, before the same one is tried again.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
 
@@ -34,6 +37,8 @@ pub struct Said {
     pub verdict: Bytes,
     /// The session at that time; a later one may have carried it.
     pub session: Session,
+    /// The last refusal of a verdict before that; a later one may have been its own.
+    pub refusal: u64,
 }
 
 #[derive(Debug)]
@@ -85,45 +90,75 @@ impl Outbox {
 async fn publish(broker: Broker, verdicts: Subject, mut waiting: mpsc::Receiver<Outgoing>) {
     let mut batch = Vec::with_capacity(BATCH);
     while waiting.recv_many(&mut batch, BATCH).await > 0 {
-        while !send(&broker, &verdicts, &batch).await {
-            tracing::warn!(messages = batch.len(), "not sure that the broker has the results: sending them again");
-        }
-        for outgoing in batch.drain(..) {
-            let _ = outgoing.published.send(());
+        let mut at_once = batch.len();
+        while !batch.is_empty() {
+            let next = at_once.min(batch.len());
+            match send(&broker, &verdicts, batch.split_at(next).0).await {
+                Sent::Certainly => batch.drain(..next).for_each(|outgoing| {
+                    let _ = outgoing.published.send(());
+                }),
+                Sent::Perhaps => {
+                    tracing::warn!(messages = next, "not sure that the broker has the results: sending them again");
+                }
+                // Which of several it was cannot be told.
+                Sent::Refused if next > 1 => at_once = 1,
+                Sent::Refused => tokio::time::sleep(REFUSED_PAUSE).await,
+            }
         }
     }
 }
 
-/// Whether the broker certainly has the batch.
-async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> bool {
-    let session = broker.session();
+/// What became of a batch.
+enum Sent {
+    /// The broker has all of it.
+    Certainly,
+    /// It may have some of it.
+    Perhaps,
+    /// It does not let this worker publish some of it.
+    Refused,
+}
+
+async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
+    let subjects = [verdicts.as_str(), contract::RESULT, contract::APPROVAL_REQUEST];
+    let (session, refusal) = (broker.session(), broker.last_refusal(&subjects));
     let inbox = broker.client().new_inbox();
-    let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return false };
+    let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return Sent::Perhaps };
     for outgoing in batch {
-        let trace = outgoing.trace.as_ref();
-        match &outgoing.message {
-            Message::Result { result, said, id } => {
-                if let Some(lost) = said.as_ref().filter(|said| said.session != session) {
-                    broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
-                }
-                match id {
-                    None => broker.say_in(trace, contract::RESULT, result.clone()).await,
-                    Some(id) => say_as(broker, id, trace, result.clone()).await,
-                }
-            }
-            Message::Parked { announcement, said } => {
-                if said.session != session {
-                    broker.say_in(trace, verdicts.clone(), said.verdict.clone()).await;
-                }
-                if let Some(announcement) = announcement {
-                    broker.say_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
-                }
-            }
-            Message::Refusal { verdict } => broker.say_in(trace, verdicts.clone(), verdict.clone()).await,
-        }
+        say(broker, verdicts, outgoing, &session).await;
     }
     broker.say(inbox, Bytes::new()).await;
-    came_back(fence).await && broker.session() == session
+    let is_back = came_back(fence).await;
+    // The client tells refusals by a task of its own, which has been woken before this one where they came first.
+    tokio::task::yield_now().await;
+    if broker.last_refusal(&subjects) > refusal {
+        Sent::Refused
+    } else if is_back && broker.session() == session {
+        Sent::Certainly
+    } else {
+        Sent::Perhaps
+    }
+}
+
+async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing, session: &Session) {
+    let trace = outgoing.trace.as_ref();
+    let is_lost = |said: &&Said| said.session != *session || broker.last_refusal(&[verdicts]) > said.refusal;
+    let said = match &outgoing.message {
+        Message::Result { said, .. } => said.as_ref(),
+        Message::Parked { said, .. } => Some(said),
+        Message::Refusal { .. } => None,
+    };
+    if let Some(lost) = said.filter(is_lost) {
+        broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
+    }
+    match &outgoing.message {
+        Message::Result { result, id: None, .. } => broker.say_in(trace, contract::RESULT, result.clone()).await,
+        Message::Result { result, id: Some(id), .. } => say_as(broker, id, trace, result.clone()).await,
+        Message::Parked { announcement: Some(announcement), .. } => {
+            broker.say_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
+        }
+        Message::Parked { announcement: None, .. } => {}
+        Message::Refusal { verdict } => broker.say_in(trace, verdicts.clone(), verdict.clone()).await,
+    }
 }
 
 async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result: Bytes) {
