@@ -248,7 +248,7 @@ async fn w38_a_deadline_passes_once_whoever_watches_it() {
 #[tokio::test]
 async fn w38_a_deadline_survives_the_death_of_every_worker() {
     let mut rig = Rig::start(&[]).await;
-    let (short, long) = (ask("acme", "short", 1000), ask("acme", "long", MINUTES));
+    let (short, long) = (ask("acme", "short", 4000), ask("acme", "long", MINUTES));
     rig.router.submit(&long).await;
     parked(&rig.router, 1).await;
     rig.router.submit(&short).await;
@@ -256,7 +256,7 @@ async fn w38_a_deadline_survives_the_death_of_every_worker() {
         .await;
     rig.worker.kill();
     // The deadline itself is what passes.
-    tokio::time::sleep(Duration::from_millis(1200)).await;
+    tokio::time::sleep(Duration::from_millis(4200)).await;
     assert!(rig.router.story(&short).results.is_empty());
     let _next = rig.another("worker-2").start(&rig.nats).await;
     let result = rig.router.result(&short).await;
@@ -269,14 +269,14 @@ async fn w38_a_deadline_survives_the_death_of_every_worker() {
 #[tokio::test]
 async fn w38_an_answer_sent_while_no_worker_runs_counts_if_it_came_in_time() {
     let mut rig = Rig::start(&[]).await;
-    let (timely, late) = (ask("acme", "timely", 2500), ask("acme", "late", 1000));
+    let (timely, late) = (ask("acme", "timely", 6000), ask("acme", "late", 4000));
     for payload in [&timely, &late] {
         rig.router.submit(payload).await;
     }
     parked(&rig.router, 2).await;
     rig.worker.kill();
     say(&rig.router, &timely, "bob@example.com", true).await;
-    tokio::time::sleep(Duration::from_millis(2600)).await;
+    tokio::time::sleep(Duration::from_millis(6100)).await;
     say(&rig.router, &late, "bob@example.com", true).await;
     let _next = rig.another("worker-2").start(&rig.nats).await;
     assert_eq!(decision(&rig.router.result(&timely).await), (true, "bob@example.com"));
@@ -413,7 +413,7 @@ async fn tenants_with_the_same_id_are_asked_and_answered_apart() {
 async fn what_waits_survives_the_broker() {
     let mut rig = Rig::start(&[]).await;
     let payloads: Vec<Value> = (0..30).map(|number| ask("acme", &format!("broker-{number}"), MINUTES)).collect();
-    let expiring = ask("acme", "broker-expires", 4000);
+    let expiring = ask("acme", "broker-expires", 8000);
     for payload in payloads.iter().chain([&expiring]) {
         rig.router.submit(payload).await;
     }
