@@ -40,8 +40,8 @@ pub struct Applied {
     pub general: Arc<Deployment>,
     /// The pods with GPUs; also those that nobody asks for any more, while they have something left to do.
     pub gpu: Option<Arc<Deployment>>,
-    /// What could not be made, though the pool works without it.
-    pub notice: Option<Notice>,
+    /// What could not be made or told, though the pool works without it.
+    pub notices: Vec<Notice>,
 }
 
 /// Makes the children what they should be.
@@ -68,9 +68,9 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
             None
         }
     };
-    nudge::nudge(ctx, &config_map, &observed.pods).await?;
-    let notice = monitor::apply(ctx, valid, pool, pod_monitor.as_ref()).await?;
-    Ok(Applied { general, gpu, notice })
+    let deaf = nudge::nudge(ctx, &config_map, &observed.pods).await?;
+    let monitor = monitor::apply(ctx, valid, pool, pod_monitor.as_ref()).await?;
+    Ok(Applied { general, gpu, notices: deaf.into_iter().chain(monitor).collect() })
 }
 
 async fn workload(

@@ -3,7 +3,10 @@
 use std::net::SocketAddr;
 
 use axum::http::Uri;
-use clap::{Parser, ValueEnum};
+use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory, Parser, ValueEnum};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use url::Url;
 
 /// Turns WorkerPools into running workers.
@@ -23,8 +26,8 @@ pub struct Config {
     pub log_format: LogFormat,
 
     /// Which log lines are written, such as info or beamline_operator=debug,info.
-    #[arg(long, env = "BEAMLINE_LOG", default_value = "info,async_nats=warn")]
-    pub log_level: String,
+    #[arg(long, env = "BEAMLINE_LOG", default_value = "info,async_nats=warn", value_parser = log_filter)]
+    pub log_level: EnvFilter,
 
     /// Where traces go: the base URL of an OTLP collector over HTTP, such as http://collector:4318. Default: nowhere.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
@@ -59,6 +62,39 @@ pub struct Config {
     /// with 0 as soon as it answers with 200.
     #[arg(long)]
     pub check: Option<Uri>,
+}
+
+impl Config {
+    /// From the flags and variables of the process.
+    ///
+    /// # Errors
+    /// What is wrong and where it may have come from, or the answer to `--help` and `--version`.
+    pub fn from_process() -> Result<Self, clap::Error> {
+        Self::try_parse().map_err(with_variable)
+    }
+}
+
+/// Names the variable beside the flag: a value may come from either.
+fn with_variable(mut error: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else { return error };
+    let mut command = Config::command();
+    command.build();
+    let variable = command.get_arguments().find(|known| known.to_string() == *flag).and_then(clap::Arg::get_env);
+    if let Some(variable) = variable {
+        let hint = format!("the value may be that of the variable {}", variable.display());
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![hint.into()]));
+    }
+    error
+}
+
+fn log_filter(text: &str) -> Result<EnvFilter, String> {
+    // A lone word that is no level would silently become the name of a target, and the log would go quiet.
+    let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+    let is_deliberate = |directive: &str| directive.contains(['=', '[']) || is_level(directive);
+    match (text.split(',').all(is_deliberate), EnvFilter::builder().parse(text)) {
+        (true, Ok(filter)) => Ok(filter),
+        _ => Err("expected off, error, warn, info, debug or trace, or target=level, separated by commas".to_owned()),
+    }
 }
 
 fn collector(text: &str) -> Result<Url, String> {
@@ -99,6 +135,24 @@ mod tests {
         for unusable in ["collector:4318", "grpc://collector:4317", "http://me:secret@collector:4318", ""] {
             assert!(given(unusable).is_err(), "{unusable}");
         }
+    }
+
+    #[test]
+    fn a_word_that_is_no_level_is_refused() {
+        let given = |level: &str| Config::try_parse_from(["operator", "--log-level", level]);
+        for usable in ["warn", "OFF", "info,kube=debug", "beamline_operator=trace,warn"] {
+            assert!(given(usable).is_ok(), "{usable}");
+        }
+        for unusable in ["", "verbose", "info,loud", "kube=loud", "no=such=level"] {
+            assert!(given(unusable).is_err(), "{unusable}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_the_flag_and_the_variable() {
+        let said = Config::try_parse_from(["operator", "--concurrency=0"]).map_err(with_variable).map(drop);
+        let said = said.expect_err("it is too small").to_string();
+        assert!(said.contains("--concurrency") && said.contains("BEAMLINE_CONCURRENCY"), "{said}");
     }
 
     #[test]

@@ -69,13 +69,14 @@ impl Error {
             Self::Invalid(_) => reason::INVALID_SPEC,
             Self::Unreadable(_) => reason::UNREADABLE_SPEC,
             Self::InTheWay { .. } => reason::NAME_CONFLICT,
-            Self::Observe { .. } => reason::OBSERVE_FAILED,
-            Self::Apply { source: kube::Error::Api(status), .. }
+            Self::Observe { source: kube::Error::Api(status), .. }
+            | Self::Apply { source: kube::Error::Api(status), .. }
             | Self::Remove { source: kube::Error::Api(status), .. }
                 if status.code == 403 =>
             {
                 forbidden(&status.message)
             }
+            Self::Observe { .. } => reason::OBSERVE_FAILED,
             Self::Apply { .. } => reason::APPLY_FAILED,
             Self::Remove { .. } => reason::REMOVE_FAILED,
             Self::Publish(_) => reason::PUBLISH_FAILED,
@@ -116,5 +117,36 @@ pub(crate) fn explain_watch(error: &watcher::Error) -> String {
         | watcher::Error::WatchFailed(source) => explain(source),
         watcher::Error::WatchError(status) => status.message.clone(),
         watcher::Error::NoResourceVersion => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn three_situations_of_one_code_are_told_apart_whatever_was_tried() {
+        let (kind, name) = ("ConfigMap".to_owned(), "orders".to_owned());
+        for (message, expected) in [
+            ("configmaps \"orders\" is forbidden: exceeded quota: few, requested: count/configmaps=1", "QuotaExceeded"),
+            (
+                "configmaps \"orders\" is forbidden: unable to create new content in namespace shop because it is being \
+                 terminated",
+                "NamespaceTerminating",
+            ),
+            ("configmaps \"orders\" is forbidden: User \"operator\" cannot patch resource", "Forbidden"),
+        ] {
+            let source = || kube::Error::Api(Box::new(Status::failure(message, "Forbidden").with_code(403)));
+            let (kind, name) = (kind.clone(), name.clone());
+            for error in [
+                Error::Observe { kind: kind.clone(), name: name.clone(), source: source() },
+                Error::Apply { kind: kind.clone(), name: name.clone(), source: source() },
+                Error::Remove { kind, name, source: source() },
+            ] {
+                assert_eq!(error.reason(), expected, "{error}");
+            }
+        }
     }
 }

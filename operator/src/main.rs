@@ -1,15 +1,33 @@
 //! The operator's program: flags, logs, run.
 
-use anyhow::anyhow;
-use beamline_operator::config::Config;
-use clap::Parser;
+use std::process::ExitCode;
 
-fn main() -> anyhow::Result<()> {
+use anyhow::{Context, anyhow};
+use beamline_operator::config::Config;
+use beamline_operator::telemetry;
+
+#[expect(clippy::print_stderr, reason = "there is no log yet")]
+fn main() -> ExitCode {
+    let config = Config::from_process().unwrap_or_else(|answer| answer.exit());
+    let telemetry = match telemetry::start(&config) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("beamline-operator: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = start(config);
+    telemetry.shutdown();
+    if let Err(error) = &ended {
+        tracing::error!(error = format!("{error:#}"), "the operator ends");
+    }
+    ended.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
+}
+
+fn start(config: Config) -> anyhow::Result<()> {
     // Before anything opens a connection: two linked TLS providers would make rustls refuse to choose.
     rustls::crypto::ring::default_provider().install_default().map_err(|_| anyhow!("a TLS provider is set already"))?;
-    let config = Config::parse();
-    let telemetry = beamline_operator::telemetry::start(&config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
     let ended = runtime.block_on(async {
         match &config.check {
             Some(url) => beamline_operator::check::check(url).await,
@@ -17,6 +35,5 @@ fn main() -> anyhow::Result<()> {
         }
     });
     runtime.shutdown_background();
-    telemetry.shutdown();
     ended
 }

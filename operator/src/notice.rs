@@ -42,6 +42,17 @@ impl Notice {
         Self { reason: reason::CLAIM_NOT_SHARED, message }
     }
 
+    /// The API server lets nobody, or not us, annotate a pod of the pool.
+    pub fn pods_not_annotated(words: &str) -> Self {
+        // `pods "default-5c9-x7k" is forbidden: …`: the name differs each time.
+        let words = words.split_once(" is forbidden: ").map_or(words, |(_, why)| why);
+        let message = format!(
+            "pods cannot be annotated, so that a pause and tenants reach them after a minute only, and none can be chosen \
+             to go first: {words}"
+        );
+        Self { reason: reason::PODS_NOT_ANNOTATED, message }
+    }
+
     /// A PodMonitor is wanted, and there is no such type.
     pub fn pod_monitor_missing() -> Self {
         let message = "observability.podMonitor is true, and the type podmonitors.monitoring.coreos.com is not installed; \

@@ -175,15 +175,28 @@ pub(crate) fn foreign(object: &impl Resource, pool: &ValidPool) -> Option<String
 }
 
 fn workers(pods: &Store<Pod>, pool: &ValidPool) -> Vec<Arc<Pod>> {
-    pods.state_filter(|pod| {
-        pod.metadata.namespace.as_ref() == Some(&pool.namespace)
-            && pod.labels().get(names::POOL_LABEL) == Some(&pool.name)
-    })
+    pods.state_filter(|pod| pod.metadata.namespace.as_ref() == Some(&pool.namespace) && is_worker(pod, &pool.name))
+}
+
+/// Anybody may give a pod our labels: it is ours if a ReplicaSet of one of the pool's Deployments controls it.
+fn is_worker(pod: &Pod, pool: &str) -> bool {
+    let label = |name: &str| pod.labels().get(name).map(String::as_str);
+    let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true));
+    let Some(controller) = controller.filter(|owner| owner.kind == "ReplicaSet") else { return false };
+    let class = [Kind::General, Kind::Gpu]
+        .into_iter()
+        .find(|class| label(names::CLASS_LABEL) == Some(names::class_name(*class)));
+    let is_of = |class| {
+        let set = controller.name.strip_prefix(&names::workload(pool, class)).and_then(|rest| rest.strip_prefix('-'));
+        set.is_some_and(|generation| label("pod-template-hash") == Some(generation))
+    };
+    label(names::POOL_LABEL) == Some(pool) && class.is_some_and(is_of)
 }
 
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+    use serde_json::json;
 
     use super::*;
     use crate::pool::tests::valid;
@@ -219,5 +232,28 @@ mod tests {
         let before = foreign(&config_map(Some("an earlier uid"), true), &pool);
         assert_eq!(before.as_deref(), Some("it belongs to WorkerPool `default`"));
         assert_eq!(foreign(&config_map(None, false), &pool).as_deref(), Some("it was not made for this pool"));
+    }
+
+    #[test]
+    fn a_pod_is_a_worker_if_it_is_of_a_replica_set_of_the_pool() {
+        let pod = |class: &str, generation: &str, owner: &str, set: &str| {
+            let labels =
+                json!({names::POOL_LABEL: "orders", names::CLASS_LABEL: class, "pod-template-hash": generation});
+            let owner = json!([{"apiVersion": "apps/v1", "kind": owner, "name": set, "uid": "1", "controller": true}]);
+            let pod = json!({"metadata": {"labels": labels, "ownerReferences": owner}});
+            is_worker(&serde_json::from_value(pod).expect("a Pod"), "orders")
+        };
+        assert!(pod("general", "5c9", "ReplicaSet", "orders-5c9") && pod("gpu", "5c9", "ReplicaSet", "orders-gpu-5c9"));
+        for (class, generation, owner, set) in [
+            ("general", "5c9", "ReplicaSet", "mine-5c9"),
+            ("general", "5c9", "ReplicaSet", "orders-gpu-5c9"),
+            ("general", "5c9", "Job", "orders-5c9"),
+            ("mine", "5c9", "ReplicaSet", "orders-5c9"),
+        ] {
+            assert!(!pod(class, generation, owner, set), "{class} {generation} {owner} {set}");
+        }
+        let labels = names::class_labels("orders", Kind::General);
+        let bare = Pod { metadata: ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }, ..Pod::default() };
+        assert!(!is_worker(&bare, "orders"));
     }
 }

@@ -66,6 +66,8 @@ pub const SUBJECT_TAKEN: &str = "SubjectTaken";
 pub const AS_ASKED: &str = "AsAsked";
 /// Several pods want a claim that pods of one node can mount.
 pub const CLAIM_NOT_SHARED: &str = "ClaimNotShared";
+/// Pods cannot be annotated.
+pub const PODS_NOT_ANNOTATED: &str = "PodsNotAnnotated";
 /// There is no such type as PodMonitor.
 pub const POD_MONITOR_MISSING: &str = "PodMonitorMissing";
 

@@ -84,10 +84,10 @@ async fn converge(
     let observed = step("observe", observe(ctx, &valid)).await?;
     let sizing = sizing::size(pool, &valid, ctx, &observed, reading, before).await?;
     let desired = desired(&valid, sizing.replicas(), &observed.surroundings);
-    step("retire", retire(ctx, &valid, &sizing)).await?;
+    let unmarked = step("retire", retire(ctx, &valid, &sizing)).await?;
     let applied = step("apply", apply(ctx, &valid, &observed, &desired)).await?;
     ctx.signals.follow(&valid, &sizing.decisions);
-    let notices = observed.surroundings.notices.into_iter().chain(applied.notice.clone()).collect();
+    let notices = observed.surroundings.notices.into_iter().chain(unmarked).chain(applied.notices.clone()).collect();
     let draining = observed.gpu_stays.then(|| route_subject(&valid.nats));
     let some_may_go = sizing.some_may_go();
     let decisions = sizing.decisions;

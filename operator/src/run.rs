@@ -18,6 +18,9 @@ use crate::metrics::Metrics;
 /// How long running reconciles may finish after SIGTERM.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
+/// How long a probe or a scrape that has begun may take then.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// How long the API server may take to answer a call. A watch is silent for longer, and has an idle limit of its own.
 const ANSWER: Duration = Duration::from_secs(15);
 
@@ -55,7 +58,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let admin = tokio::spawn(admin::serve(listener, readiness.clone(), Arc::clone(&metrics), stop.clone()));
     let outcome = lead(clients, &config, readiness, metrics, &stop).await;
     stop.cancel();
-    admin.await??;
+    // Who has asked gets an answer; who holds a connection and never asks holds up nothing.
+    if let Ok(served) = tokio::time::timeout(FAREWELL, admin).await {
+        served??;
+    }
     outcome
 }
 

@@ -15,13 +15,13 @@ use serde_json::{Map, Value, json};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
 use url::Url;
 
 use crate::config::{Config, LogFormat};
@@ -38,7 +38,6 @@ pub struct Telemetry {
 /// Starts logs on standard output and, where there is a collector, traces. Call it outside of any task.
 pub fn start(config: &Config) -> anyhow::Result<Telemetry> {
     let traces = config.otlp_endpoint.as_ref().map(exporter).transpose()?;
-    let filter = EnvFilter::try_new(&config.log_level)?;
     let lines = tracing_subscriber::fmt::layer();
     let lines = match config.log_format {
         LogFormat::Json => lines.event_format(JsonLines).boxed(),
@@ -55,7 +54,8 @@ pub fn start(config: &Config) -> anyhow::Result<Telemetry> {
             .with_level(false)
             .with_filter(ours.with_max_level_hint(LevelFilter::INFO))
     });
-    let started = tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans).try_init();
+    let started =
+        tracing_subscriber::registry().with(lines.with_filter(config.log_level.clone())).with(spans).try_init();
     started.map_err(|error| anyhow::anyhow!("cannot start logging: {error}"))?;
     Ok(Telemetry { traces })
 }

@@ -39,6 +39,12 @@ impl Api {
         self.ask("PATCH", path, Some(("application/merge-patch+json", patch))).await;
     }
 
+    /// A merge patch that may be refused; the API server's words if it is.
+    pub async fn try_merge(&self, path: &str, patch: &Value) -> Result<(), String> {
+        let body = Some(("application/merge-patch+json", patch));
+        self.try_ask("PATCH", path, body).await.map(drop).map_err(|error| error.to_string())
+    }
+
     /// Deletes what is at a path, in the background.
     pub async fn delete(&self, path: &str) {
         self.ask("DELETE", path, None).await;
@@ -51,16 +57,20 @@ impl Api {
     }
 
     async fn ask(&self, method: &str, path: &str, body: Option<(&str, &Value)>) -> Option<Value> {
+        match self.try_ask(method, path, body).await {
+            Ok(answer) => Some(answer),
+            Err(kube::Error::Api(status)) if status.code == 404 => None,
+            Err(error) => panic!("{method} {path}: {error}"),
+        }
+    }
+
+    async fn try_ask(&self, method: &str, path: &str, body: Option<(&str, &Value)>) -> kube::Result<Value> {
         let request = Request::builder().method(method).uri(path);
         let (request, body) = match body {
             Some((type_, body)) => (request.header("Content-Type", type_), body.to_string().into_bytes()),
             None => (request, Vec::new()),
         };
-        match self.0.request(request.body(body).expect("a request")).await {
-            Ok(answer) => Some(answer),
-            Err(kube::Error::Api(status)) if status.code == 404 => None,
-            Err(error) => panic!("{method} {path}: {error}"),
-        }
+        self.0.request(request.body(body).expect("a request")).await
     }
 }
 

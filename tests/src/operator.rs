@@ -12,6 +12,9 @@ use crate::worker::{get, sample};
 /// How long it may take until its watches are up, on a busy machine.
 const START: Duration = Duration::from_secs(60);
 
+/// How long it may take to end by itself: its own limit, and time for a busy machine.
+const END: Duration = Duration::from_secs(20);
+
 /// An operator that runs, or ran.
 #[derive(Debug)]
 pub struct Operator {
@@ -33,6 +36,16 @@ impl Operator {
         let mut command = Command::new(built("beamline-operator"));
         command.env_clear().env("KUBECONFIG", kubeconfig).arg(format!("--admin-endpoint={admin}"));
         Setup { admin, command }
+    }
+
+    /// What it answers on a path; `None` while nobody answers.
+    pub async fn get(&self, path: &str) -> Option<(u16, String)> {
+        get(self.admin, path).await
+    }
+
+    /// Where it answers.
+    pub const fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// Waits until all that it watches is known to it.
@@ -60,6 +73,26 @@ impl Operator {
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.process.terminate();
+    }
+
+    /// Stops it where it stands.
+    pub fn pause(&self) {
+        self.process.pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.resume();
+    }
+
+    /// Its exit code when it ends by itself.
+    pub async fn ended(&mut self) -> Option<i32> {
+        self.process.ended(END).await
     }
 
     /// `kill -9`.

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use beamline_crds::WorkerPool;
+use beamline_operator::config::Config as OperatorConfig;
 use beamline_tests::failpoint::POINTS;
 use beamline_worker::config::Invocation;
 use beamline_worker::failpoint::Point;
 use beamline_worker::metrics::Metrics;
+use clap::CommandFactory;
 use kube::CustomResourceExt;
 use serde_json::Value;
 
@@ -392,10 +394,21 @@ fn operations_lists_every_flag_with_its_variable_and_default() {
         flags += 1;
     }
     assert!(flags > 20, "only {flags} flags were found in the help");
-    for row in rows.iter().filter(|row| row.starts_with("`--")) {
-        let flag = row.split('`').nth(1).expect("a flag");
-        assert!(help.contains(&format!("  {flag}")), "docs/operations.md lists {flag}, which is not there");
+    let operator = OperatorConfig::command();
+    for argument in operator.get_arguments().filter(|argument| !argument.is_hide_set()) {
+        let flag = argument.get_long().expect("a flag");
+        let variable = argument.get_env().map_or("–".to_owned(), |variable| format!("`{}`", variable.display()));
+        let row = rows.iter().find(|row| row.starts_with(&format!("`--{flag}` | {variable} | ")));
+        let row = row.unwrap_or_else(|| panic!("docs/operations.md has no row for --{flag} and {variable}"));
+        for default in argument.get_default_values() {
+            let default = default.to_string_lossy();
+            let default = default.trim_end_matches(concat!(":", env!("CARGO_PKG_VERSION")));
+            assert!(row.contains(&format!("| `{default}`")), "the default of --{flag} is {default}");
+        }
+        flags += 1;
     }
+    let listed: Vec<_> = rows.iter().filter(|row| row.starts_with("`--")).collect();
+    assert_eq!(listed.len(), flags, "docs/operations.md lists flags that are not there: {listed:#?}");
 }
 
 #[test]

@@ -14,17 +14,23 @@
 mod crash; // killed before and after each write
 #[path = "operator_plane/panics.rs"]
 mod panics; // bugs
+#[path = "operator_plane/process.rs"]
+mod process; // how the program starts and stops
 #[path = "operator_plane/rest.rs"]
 mod rest; // nothing to do
 #[path = "operator_plane/rights.rs"]
 mod rights; // what it may do, and what it does
+#[path = "operator_plane/strangers.rs"]
+mod strangers; // objects and rules of others
 #[path = "operator_plane/trouble.rs"]
 mod trouble; // an API server that fails
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use beamline_tests::api::Api;
 use beamline_tests::plane::ControlPlane;
+use beamline_tests::pool::Pool;
 use serde_json::{Value, json};
 
 /// How long anything may take to converge that takes seconds on an idle machine.
@@ -41,6 +47,13 @@ fn start_plane() -> ControlPlane {
     let plane = ControlPlane::start();
     plane.kubectl(&["create", "-f", "-"], Some(&pod_monitors().to_string()));
     plane
+}
+
+/// A condition of a pool; null while it is not there.
+async fn condition(api: &Api, pool: &Pool, kind: &str) -> Value {
+    let pool = api.get(&pool.path()).await.unwrap_or_default();
+    let all = pool["status"]["conditions"].as_array().into_iter().flatten();
+    all.into_iter().find(|one| one["type"] == kind).cloned().unwrap_or_default()
 }
 
 /// Whether there is time for all of it.

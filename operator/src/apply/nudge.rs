@@ -1,7 +1,7 @@
 //! A kubelet brings a changed ConfigMap into running pods after a minute or so, or at once when a pod's annotations
 //! change. So every pod that is older than the change gets an annotation.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
@@ -12,13 +12,17 @@ use crate::apply::annotate::{AT_ONCE, annotate};
 use crate::controller::Context;
 use crate::desired::{self, names};
 use crate::error::Error;
+use crate::notice::Notice;
 
 /// Makes the kubelets look at the ConfigMap again, for each pod that may have an older one.
-pub(super) async fn nudge(ctx: &Context, config_map: &ConfigMap, pods: &[Arc<Pod>]) -> Result<(), Error> {
+pub(super) async fn nudge(ctx: &Context, config_map: &ConfigMap, pods: &[Arc<Pod>]) -> Result<Option<Notice>, Error> {
     let hash = desired::policy_hash(config_map);
     let changed = last_change(config_map);
     let outdated = pods.iter().filter(|pod| is_outdated(pod, changed, &hash));
-    stream::iter(outdated).map(Ok).try_for_each_concurrent(AT_ONCE, |pod| tell(ctx, pod, &hash)).await
+    let refused = OnceLock::new();
+    let all = stream::iter(outdated).map(Ok);
+    all.try_for_each_concurrent(AT_ONCE, |pod| tell(ctx, pod, &hash, &refused)).await?;
+    Ok(refused.into_inner())
 }
 
 fn last_change(config_map: &ConfigMap) -> Option<Timestamp> {
@@ -33,9 +37,10 @@ fn is_outdated(pod: &Pod, changed: Option<Timestamp>, hash: &str) -> bool {
         && pod.annotations().get(names::POLICY_HASH).is_none_or(|known| known != hash)
 }
 
-async fn tell(ctx: &Context, pod: &Pod, hash: &str) -> Result<(), Error> {
+async fn tell(ctx: &Context, pod: &Pod, hash: &str, refused: &OnceLock<Notice>) -> Result<(), Error> {
     let (name, namespace) = (pod.name_any(), pod.namespace().unwrap_or_default());
-    annotate(ctx, "nudge", (&namespace, &name, pod.metadata.uid.as_deref()), (names::POLICY_HASH, Some(hash))).await
+    let pod = (namespace.as_str(), name.as_str(), pod.metadata.uid.as_deref());
+    annotate(ctx, "nudge", pod, (names::POLICY_HASH, Some(hash)), refused).await
 }
 
 #[cfg(test)]

@@ -1,0 +1,104 @@
+//! Objects and rules of others: pods that look like the pool's, an admission that says no, somebody who changes what is
+//! the operator's.
+
+use beamline_tests::api::Api;
+use beamline_tests::nats::NatsServer;
+use beamline_tests::operator::Operator;
+use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
+use serde_json::{Value, json};
+
+use super::{PATIENCE, condition, plane};
+
+const TOLD: &str = "beamline.dev/policy-hash";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_only_looks_like_a_worker_is_neither_believed_nor_changed() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("looks-like", &["watchNamespace=looks-like"]);
+    let api = plane.api().await;
+    let intruder = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "intruder", "labels": {
+            "app.kubernetes.io/managed-by": "beamline-operator", "beamline.dev/pool": "orders",
+            "beamline.dev/class": "general", "pod-template-hash": "5c9",
+        }},
+        "spec": {"schedulerName": "nobody", "containers": [{"name": "worker", "image": "worker"}]},
+    });
+    api.apply("/api/v1/namespaces/looks-like/pods/intruder", &intruder).await;
+    let pulls = json!({"status": {"phase": "Pending", "containerStatuses": [{
+        "name": "worker", "image": "worker", "imageID": "", "ready": false, "restartCount": 0,
+        "state": {"waiting": {"reason": "ImagePullBackOff"}},
+    }]}});
+    api.merge("/api/v1/namespaces/looks-like/pods/intruder/status", &pulls).await;
+    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=looks-like");
+    let _operator = operator.flag("--lease-namespace=looks-like").start().await;
+    let pool = Pool::new("looks-like", "orders", &nats);
+    pool.create(&api, json!({"worker": {"nodeSelector": {"no": "such-node"}}})).await;
+    says(&api, &pool, "Ready", "Unschedulable").await;
+
+    pool.change(&api, json!({"paused": true})).await;
+    within(PATIENCE, "the worker is told", async || {
+        let pods = api.list("/api/v1/namespaces/looks-like/pods").await;
+        let told = |pod: &&Value| pod["metadata"]["annotations"][TOLD].is_string();
+        pods.iter().find(told).map(|pod| assert_ne!(pod["metadata"]["name"], "intruder"))
+    })
+    .await;
+    let intruder = api.get("/api/v1/namespaces/looks-like/pods/intruder").await.expect("it is there");
+    assert_eq!(intruder["metadata"]["annotations"], Value::Null, "{intruder}");
+    assert_eq!(condition(&api, &pool, "Ready").await["reason"], "Unschedulable");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_that_protects_pods_is_told_and_keeps_the_rest_of_the_pool_from_nothing() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("protected", &["watchNamespace=protected"]);
+    let api = plane.api().await;
+    protect(&api, "protected").await;
+    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=protected");
+    let _operator = operator.flag("--lease-namespace=protected").start().await;
+    let pool = Pool::new("protected", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    let pods = api.list("/api/v1/namespaces/protected/pods").await;
+    let pod = pods[0]["metadata"]["name"].as_str().expect("a name");
+    let path = format!("/api/v1/namespaces/protected/pods/{pod}");
+    let try_it = json!({"metadata": {"annotations": {TOLD: "mine"}}});
+    within(PATIENCE, "the rule is in force", async || api.try_merge(&path, &try_it).await.err()).await;
+
+    pool.change(&api, json!({"paused": true, "observability": {"podMonitor": true}})).await;
+    says(&api, &pool, "Degraded", "PodsNotAnnotated").await;
+    says(&api, &pool, "Ready", "Paused").await;
+    let message = condition(&api, &pool, "Degraded").await["message"].clone();
+    assert!(message.as_str().unwrap_or_default().contains("hands off"), "{message}");
+    let monitor = "/apis/monitoring.coreos.com/v1/namespaces/protected/podmonitors/orders";
+    within(PATIENCE, "what comes after is made", async || api.get(monitor).await.map(drop)).await;
+}
+
+/// Nobody may say on a pod of this namespace which policy it knows.
+async fn protect(api: &Api, namespace: &str) {
+    let group = "/apis/admissionregistration.k8s.io/v1";
+    let rule = json!({"apiGroups": [""], "apiVersions": ["v1"], "operations": ["UPDATE"], "resources": ["pods"]});
+    let expression = format!("!has(object.metadata.annotations) || !('{TOLD}' in object.metadata.annotations)");
+    let policy = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy",
+        "metadata": {"name": namespace},
+        "spec": {
+            "matchConstraints": {"resourceRules": [rule], "namespaceSelector": {
+                "matchLabels": {"kubernetes.io/metadata.name": namespace},
+            }},
+            "validations": [{"expression": expression, "message": "hands off these pods"}],
+        },
+    });
+    let binding = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": namespace}, "spec": {"policyName": namespace, "validationActions": ["Deny"]},
+    });
+    api.apply(&format!("{group}/validatingadmissionpolicies/{namespace}"), &policy).await;
+    api.apply(&format!("{group}/validatingadmissionpolicybindings/{namespace}"), &binding).await;
+}
+
+async fn says(api: &Api, pool: &Pool, kind: &str, reason: &str) {
+    let says = async || (condition(api, pool, kind).await["reason"] == reason).then_some(());
+    within(PATIENCE, &format!("{kind} says {reason}"), says).await;
+}
