@@ -410,7 +410,7 @@ async fn a_message_that_is_no_cancel_is_refused_and_holds_nothing_up() {
         let expected = json!({"error": {"code": code, "message": message, "retryable": false}});
         assert_eq!(read(&answer.payload), expected, "{payload}");
     }
-    let dropped = rig.worker.says("dropped a control message").await;
+    let dropped = rig.worker.says("dropped control messages").await;
     assert_eq!(dropped["fields"]["subject"], CANCEL);
     nothing_waits(&rig.router).await;
 
@@ -427,6 +427,27 @@ async fn a_message_that_is_no_cancel_is_refused_and_holds_nothing_up() {
     let payload = assignment("acme", "good", rig.call("/ok"));
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "cancelled");
+}
+
+#[tokio::test]
+async fn much_nonsense_is_counted_and_told_in_few_lines() {
+    const MANY: usize = 600;
+    let rig = Rig::start(&[]).await;
+    for number in 0..MANY {
+        let subject = if number % 2 == 0 { CANCEL } else { "caf.human.response.v1" };
+        rig.router.client().publish(subject, "nonsense".into()).await.unwrap();
+    }
+    let counted = async || rig.worker.metric("worker_control_messages_dropped_total").await;
+    until("all of it is counted", async || counted().await == MANY as f64).await;
+    let lines = within(SOON * 2, "the log has told of all", async || {
+        let lines = rig.worker.lines().into_iter().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
+        let told =
+            lines.filter(|line| line["level"] == "WARN" && line["message"].as_str().unwrap().contains("dropped"));
+        let counts: Vec<u64> = told.map(|line| line["fields"]["count"].as_u64().unwrap()).collect();
+        (counts.iter().sum::<u64>() == MANY as u64).then_some(counts.len())
+    })
+    .await;
+    assert!(lines <= 4, "{lines} lines");
 }
 
 #[tokio::test]

@@ -421,6 +421,7 @@ async fn a_worker_that_is_told_to_stop_says_what_still_runs_and_hands_the_rest_b
     rig.router.submit(&new).await;
     assert_eq!(rig.router.result(&new).await["metadata"]["worker_id"], "worker-2");
     drop(other);
+    nobody_pulls(&rig).await;
     rig.peer.open("one");
     assert_eq!(rig.router.result(&running).await["metadata"]["worker_id"], "worker-1");
     let left = assignment("acme", "left", rig.put("x", "x"));
@@ -524,7 +525,10 @@ async fn a_paused_worker_pulls_nothing_stays_ready_and_goes_on_without_a_restart
     let running = assignment("acme", "running", rig.call("/gate/one"));
     rig.router.submit(&running).await;
     rig.peer.arrived("/gate/one", 1).await;
+    // Between two pulls nobody pulls either.
+    let mut reports = reports(&rig, "worker-1").await;
     policy.say("paused: true");
+    reported(&mut reports, "it is paused", |report| report["paused"] == true).await;
     nobody_pulls(&rig).await;
     let second = assignment("acme", "second", rig.put("x", "x"));
     rig.router.submit(&second).await;

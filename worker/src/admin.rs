@@ -27,12 +27,11 @@ use crate::pulse;
 /// Probes and scrapes need a handful. A further one takes the place of the oldest: whoever asks now is answered, however
 /// many connections others hold open.
 const MAX_CONNECTIONS: usize = 64;
-/// How long a client may take to send its request's header, and how long a connection may idle between requests.
+/// How long a client may take to send its request's header.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection takes new requests, so that a client cannot keep its place for ever.
-const CONNECTION_AGE: Duration = Duration::from_secs(60);
-/// How long the last answer may take, so that a client that reads nothing gives its place back.
-const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection may last, so that a client that reads nothing gives its place back. Each is for one request: one
+/// that asks again and again without reading would keep this thread busy and fill the system's buffers.
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long open answers may take after the stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Nothing of ours holds the runtime up for this long: a restart helps.
@@ -83,7 +82,7 @@ pub async fn serve(listener: TcpListener, mode: Mode, health: Health, metrics: A
                 {
                     oldest.abort();
                 }
-                open.push_back(connections.spawn(answer(stream, router.clone(), stop.clone())).abort_handle());
+                open.push_back(connections.spawn(answer(stream, router.clone())).abort_handle());
             }
             Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
         }
@@ -92,22 +91,16 @@ pub async fn serve(listener: TcpListener, mode: Mode, health: Health, metrics: A
     let _ = tokio::time::timeout(STOP_TIMEOUT, connections.wait()).await;
 }
 
-/// Serves one connection. Its errors are the client's: a probe that hung up is nothing to log.
-async fn answer(stream: TcpStream, router: Router, stop: CancellationToken) {
+/// Answers one request. Its errors are the client's: a probe that hung up is nothing to log.
+async fn answer(stream: TcpStream, router: Router) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
+        .keep_alive(false)
         .max_headers(64)
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let mut connection = std::pin::pin!(connection);
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        () = stop.cancelled() => {}
-        () = tokio::time::sleep(CONNECTION_AGE) => {}
-    }
-    connection.as_mut().graceful_shutdown();
-    let _ = tokio::time::timeout(LAST_ANSWER_TIMEOUT, connection).await;
+    let _ = tokio::time::timeout(EXCHANGE_TIMEOUT, connection).await;
 }
 
 fn router(mode: Mode, health: Health, metrics: Arc<Metrics>) -> Router {
@@ -309,6 +302,30 @@ mod tests {
         assert!(slow.first_mut().unwrap().read_u8().await.is_err(), "the oldest one is still open");
         // Nobody else comes, and yet it has to go.
         assert!(tokio::time::timeout(HEADER_TIMEOUT * 5, last.read_u8()).await.is_ok_and(|read| read.is_err()));
+    }
+
+    #[tokio::test]
+    async fn of_many_requests_on_one_connection_one_is_answered() {
+        let server = Server::start().await;
+        let request = "GET /metrics HTTP/1.1\r\nHost: worker\r\n\r\n";
+        let mut stream = server.connect().await;
+        stream.write_all(request.repeat(100).as_bytes()).await.unwrap();
+        let mut answers = Vec::new();
+        // What it was not asked to read may break the connection after the answer.
+        let _ = stream.read_to_end(&mut answers).await;
+        assert_eq!(String::from_utf8_lossy(&answers).matches("HTTP/1.1 200 OK").count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answer_gives_its_place_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut deaf = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        // More than the buffers of both sides take.
+        let router = Router::new().route("/", get(async || "x".repeat(64 << 20)));
+        let answering = tokio::spawn(answer(stream, router));
+        deaf.write_all(b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n").await.unwrap();
+        tokio::time::timeout(EXCHANGE_TIMEOUT * 3, answering).await.expect("it has ended").unwrap();
     }
 
     #[tokio::test]

@@ -22,6 +22,7 @@ use crate::contract;
 use crate::fault::Invalid;
 use crate::health::Health;
 use crate::pipeline::Pipeline;
+use crate::throttle::Throttle;
 use crate::vital::Vital;
 
 /// Between two looks at what still waits.
@@ -48,6 +49,8 @@ struct Desk {
     cancels: Bucket,
     /// Messages that have been taken and are not done.
     tasks: TaskTracker,
+    /// Those that could not be read.
+    dropped: Throttle,
 }
 
 impl Control {
@@ -59,6 +62,7 @@ impl Control {
             broker,
             health,
             tasks: TaskTracker::new(),
+            dropped: Throttle::new(waiting::TELL_AGAIN),
         });
         let control = Self { desk, stop: CancellationToken::new(), vital };
         control.spawn("hear cancels", hear(Arc::clone(&control.desk)));

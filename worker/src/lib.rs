@@ -6,6 +6,7 @@
 pub mod failpoint; // where a fault campaign stops a test build
 pub mod vital; // the tasks without which this process cannot go on
 pub mod backoff; // when something is tried again
+pub mod throttle; // how often the same is said
 pub mod pem; // certificates and keys in files
 pub mod health; // what is wrong at the moment
 pub mod identity; // who this worker is

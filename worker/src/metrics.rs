@@ -34,6 +34,7 @@ const PUBLISH_RETRIES: &str = "Publishes repeated because the broker did not con
 const LOG_LINES_DROPPED: &str = "Log lines dropped because nothing read them";
 const TENANTS_FILE_BROKEN: &str = "1 while the tenants file cannot be used and what it said before holds";
 const APPROVALS_OPEN: &str = "Approvals that wait, of all pools: every worker knows the same ones";
+const CONTROL_DROPPED: &str = "Cancels and answers to approvals that cannot be read";
 const WEBHOOK_FAILURES: &str = "Requests for approval that the webhook could not be told";
 const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
 
@@ -61,6 +62,7 @@ pub struct Metrics {
     approvals_open: IntGauge,
     answers_ignored: IntCounterVec,
     webhook_failures: IntCounter,
+    control_dropped: IntCounter,
 }
 
 /// Why an answer to an approval does not count.
@@ -112,6 +114,7 @@ impl Metrics {
             approvals_open: gauge(&registry, "worker_approvals_open", APPROVALS_OPEN),
             answers_ignored: answers_ignored(&registry),
             webhook_failures: counter(&registry, "worker_approval_webhook_failures_total", WEBHOOK_FAILURES),
+            control_dropped: counter(&registry, "worker_control_messages_dropped_total", CONTROL_DROPPED),
             registry,
         }
     }
@@ -201,6 +204,11 @@ impl Metrics {
     /// The webhook could not be told of a request for approval.
     pub fn webhook_failed(&self) {
         self.webhook_failures.inc();
+    }
+
+    /// A cancel or an answer to an approval cannot be read.
+    pub fn control_message_dropped(&self) {
+        self.control_dropped.inc();
     }
 
     /// For the one who drops log lines.
@@ -418,6 +426,7 @@ mod tests {
             r#"worker_approval_answers_ignored_total{reason="malformed"}"#,
             r#"worker_approval_answers_ignored_total{reason="unlisted"}"#,
             "worker_approval_webhook_failures_total",
+            "worker_control_messages_dropped_total",
         ] {
             assert_eq!(samples.get(series), Some(&0.0), "{series}");
         }
@@ -473,6 +482,7 @@ mod tests {
         metrics.set_approvals_open(7);
         metrics.answer_ignored(IgnoredAnswer::Unlisted);
         metrics.webhook_failed();
+        metrics.control_message_dropped();
 
         let samples = scrape(&metrics);
         for (series, value) in [
@@ -492,6 +502,7 @@ mod tests {
             ("worker_approvals_open", 7.0),
             (r#"worker_approval_answers_ignored_total{reason="unlisted"}"#, 1.0),
             ("worker_approval_webhook_failures_total", 1.0),
+            ("worker_control_messages_dropped_total", 1.0),
         ] {
             assert_eq!(samples[series], value, "{series}");
         }

@@ -51,6 +51,7 @@ use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::{Closed, Schedule, Slot};
 use crate::telemetry::{self, SpanIds};
+use crate::throttle::Throttle;
 use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 use cancel::Stop;
@@ -66,6 +67,9 @@ pub use share::share;
 
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
 const LOOK_UPS: usize = 8;
+
+/// Between two lines about answers of those who were not asked.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long after its deadline a block that hangs keeps its delivery.
 const GRACE: Duration = Duration::from_secs(30);
@@ -136,6 +140,8 @@ pub struct Pipeline {
     in_flight: InFlight,
     deaths: Deaths,
     quarantine: Quarantine,
+    /// Who answers requests without having been asked.
+    strangers: Throttle,
 }
 
 /// An assignment that is not refused.
@@ -202,6 +208,7 @@ impl Pipeline {
             tombstones: Tombstones::default(),
             in_flight: InFlight::default(),
             quarantine: Quarantine::default(),
+            strangers: Throttle::new(TELL_AGAIN),
         }
     }
 

@@ -24,6 +24,8 @@ const PULL_EXPIRES: Duration = Duration::from_secs(5);
 const BATCH: usize = 64;
 /// Messages that are worked on at once.
 const AT_ONCE: usize = 64;
+/// Between two lines about messages that were dropped.
+pub(super) const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// After the consumer could not be asked, before it is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -70,6 +72,9 @@ async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
                 drop(place);
             });
         }
+        if let Some(count) = desk.dropped.rest() {
+            tracing::warn!(count, "dropped more control messages");
+        }
     }
 }
 
@@ -85,8 +90,11 @@ impl Desk {
             _ => Err(Invalid::input("", "came on a subject that this worker does not know")),
         };
         if let Err(invalid) = kept {
-            let (subject, field) = (message.subject.as_str(), invalid.pointer);
-            tracing::warn!(subject, field, reason = invalid.reason, "dropped a control message");
+            self.pipeline.note_dropped_control_message();
+            if let Some(count) = self.dropped.count() {
+                let (subject, field) = (message.subject.as_str(), invalid.pointer);
+                tracing::warn!(count, subject, field, reason = invalid.reason, "dropped control messages");
+            }
         }
         if let Err(error) = message.ack().await {
             tracing::debug!(%error, "cannot settle a control message");

@@ -169,6 +169,11 @@ impl Pipeline {
         Ok(())
     }
 
+    /// What came as a cancel or as an answer cannot be read.
+    pub(crate) fn note_dropped_control_message(&self) {
+        self.metrics.control_message_dropped();
+    }
+
     async fn heed_cancel(self: Arc<Self>, key: AssignmentKey) {
         if let Some(entry) = self.read_request(&key.token()).await {
             self.bring_forward(entry, Reason::News).await;
@@ -185,7 +190,9 @@ impl Pipeline {
                 self.bring_forward(entry, Reason::News).await;
             }
             Some(_) => {
-                tracing::warn!(assignment_id, tenant_id, "ignored an answer of somebody who was not asked");
+                if let Some(count) = self.strangers.count() {
+                    tracing::warn!(count, assignment_id, tenant_id, "ignored answers of those who were not asked");
+                }
                 self.metrics.answer_ignored(IgnoredAnswer::Unlisted);
             }
             None => tracing::info!(assignment_id, tenant_id, "an answer came before its request, or after its end"),
