@@ -103,7 +103,8 @@ campaign-operator() {
 operator_plane() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
-  PATH=$tools:$PATH cargo test --workspace --test operator_plane -- "$@"
+  # Most of the time they wait, as those of the worker do.
+  PATH=$tools:$PATH RUST_TEST_THREADS=8 cargo test --workspace --test operator_plane -- "$@"
 }
 
 bench-operator() {

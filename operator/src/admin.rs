@@ -20,6 +20,8 @@ use crate::metrics::Metrics;
 /// What the operator needs to do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Topic {
+    /// The right to use the Lease, and an API server that answers.
+    Lease,
     /// The type itself, and the right to list it.
     Crd,
     /// A watch.
@@ -43,6 +45,7 @@ pub enum Topic {
 impl fmt::Display for Topic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Lease => "lease",
             Self::Crd => "crd",
             Self::WorkerPools => "watch of workerpools",
             Self::ServiceAccounts => "watch of serviceaccounts",

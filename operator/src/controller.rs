@@ -13,6 +13,8 @@ use kube::api::ListParams;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
 use kube::runtime::reflector::{self, Lookup, ObjectRef, Store};
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::DefaultBackoff;
 use kube::runtime::{WatchStreamExt, predicates, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
@@ -42,6 +44,8 @@ pub type Watched = DeserializeGuard<WorkerPool>;
 pub const RESYNC: Duration = Duration::from_secs(300);
 /// Events of one change come in bursts; they lead to one reconcile.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// A watch that failed is tried again this soon at least: so much later may be seen what an outage has hidden.
+const WATCH_RETRY: Duration = Duration::from_secs(10);
 /// For how long an error of a watch counts that has worked before: longer than its pause between two tries.
 const WATCH_ERROR: Duration = Duration::from_secs(90);
 /// How often a missing CustomResourceDefinition is looked for.
@@ -77,7 +81,7 @@ pub async fn run(
 ) {
     let Clients { calls: client, watches } = clients;
     let watching = Watching { client: watches, namespace: config.watch_namespace.clone(), readiness };
-    if stop.run_until_cancelled(watching.crd()).await.is_none() {
+    if stop.run_until_cancelled(watching.crd(&client)).await.is_none() {
         return;
     }
     let (pools, pool_changes) = watching.all::<Watched>(Topic::WorkerPools);
@@ -162,7 +166,7 @@ impl Watching {
         let (cache, writer) = reflector::store();
         let readiness = self.readiness.clone();
         let mut is_listed = false;
-        let events = watcher(self.api::<K>(), config).default_backoff().modify(apply::slim);
+        let events = watcher(self.by::<K>(&self.client), config).backoff(Pauses::default()).modify(apply::slim);
         let events = events.inspect(move |event| match event {
             Ok(event) => {
                 is_listed |= matches!(event, watcher::Event::InitDone);
@@ -180,8 +184,8 @@ impl Watching {
     }
 
     /// Waits for the API to exist, instead of exiting and being restarted until it does.
-    async fn crd(&self) {
-        while let Err(error) = self.api::<Watched>().list(&ListParams::default().limit(1)).await {
+    async fn crd(&self, calls: &Client) {
+        while let Err(error) = self.by::<Watched>(calls).list(&ListParams::default().limit(1)).await {
             let why = match &error {
                 kube::Error::Api(status) if status.code == 404 => {
                     "the CustomResourceDefinition workerpools.beamline.dev is not installed".to_owned()
@@ -195,11 +199,29 @@ impl Watching {
         self.readiness.has(Topic::Crd);
     }
 
-    fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+    fn by<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self, client: &Client) -> Api<K> {
         match &self.namespace {
-            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
-            None => Api::all(self.client.clone()),
+            Some(namespace) => Api::namespaced(client.clone(), namespace),
+            None => Api::all(client.clone()),
         }
+    }
+}
+
+/// Those of client-go, which grow with each failure, and none that is too long.
+#[derive(Default)]
+struct Pauses(DefaultBackoff);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(WATCH_RETRY))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0.reset();
     }
 }
 

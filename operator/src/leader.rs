@@ -35,19 +35,14 @@ impl Leadership {
         Ok(Self { holds, renewal })
     }
 
-    /// Waits for the lease.
-    pub async fn won(&mut self) {
-        self.until(true).await;
+    /// Waits for the lease. It does not come where the renewing task has ended: then one stands again.
+    pub async fn won(&mut self) -> bool {
+        self.holds.wait_for(|holds| *holds).await.is_ok()
     }
 
-    /// Waits until another operator may act.
+    /// Waits until another operator may act: the lease is another's, or is not renewed any more.
     pub async fn lost(&mut self) {
-        self.until(false).await;
-    }
-
-    async fn until(&mut self, state: bool) {
-        // The renewing task ends only with the process; then there is nothing to wait for.
-        let _ = self.holds.wait_for(|holds| *holds == state).await;
+        let _ = self.holds.wait_for(|holds| !*holds).await;
     }
 
     /// Gives the lease back, so that the next operator need not wait for its end.

@@ -14,7 +14,8 @@ use crate::pool::Kind;
 use crate::scale::Scaler;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
-const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Half of the time that may pass between the end of an outage and the moment when all is as it should be.
+const LAST_RETRY: Duration = Duration::from_secs(15);
 
 /// Notes about all pools.
 pub struct Memory {
@@ -135,7 +136,7 @@ impl Memory {
         self.note(pool, |notes| notes.published = Some(published));
     }
 
-    /// How long to wait after another failure: doubling, never longer than half a minute.
+    /// How long to wait after another failure: doubling, never longer than a quarter of a minute.
     pub fn backoff(&self, pool: &ObjectRef<Watched>) -> Duration {
         self.note(pool, |notes| {
             let delay = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(notes.failures)).min(LAST_RETRY);
@@ -196,7 +197,7 @@ mod tests {
         let (memory, _cache) = memory();
         let pool = ObjectRef::new("default").within("flows");
         let delays: Vec<_> = (0..7).map(|_| memory.backoff(&pool).as_secs()).collect();
-        assert_eq!(delays, [1, 2, 4, 8, 16, 30, 30]);
+        assert_eq!(delays, [1, 2, 4, 8, 15, 15, 15]);
         memory.succeeded(&pool);
         assert_eq!(memory.backoff(&pool), FIRST_RETRY);
     }

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{self, Readiness};
+use crate::admin::{self, Readiness, Topic};
 use crate::config::Config;
 use crate::controller;
 use crate::leader::Leadership;
@@ -23,6 +23,9 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// How long the API server may take to answer a call. A watch is silent for longer, and has an idle limit of its own.
 const ANSWER: Duration = Duration::from_secs(15);
+
+/// How often an API server is asked for the Lease that does not give an answer.
+const LEASE_RETRY: Duration = Duration::from_secs(2);
 
 /// Ways to the API server.
 pub struct Clients {
@@ -79,14 +82,7 @@ async fn lead(
         return Ok(());
     }
     let namespace = config.lease_namespace.clone().unwrap_or_else(|| clients.calls.default_namespace().to_owned());
-    let mut leadership = Leadership::stand(clients.calls.clone(), &namespace)
-        .await
-        .with_context(|| format!("cannot use the Lease beamline-operator in namespace {namespace}"))?;
-    tracing::info!(%namespace, "waiting to lead");
-    if stop.run_until_cancelled(leadership.won()).await.is_none() {
-        leadership.resign().await;
-        return Ok(());
-    }
+    let Some(mut leadership) = win(&clients.calls, &namespace, &readiness, stop).await else { return Ok(()) };
     tracing::info!("leading");
     metrics.leads(true);
     let term = stop.child_token();
@@ -98,6 +94,34 @@ async fn lead(
     metrics.leads(false);
     leadership.resign().await;
     outcome
+}
+
+/// A lease that was won, or nothing when told to stop. An API server that is away is waited for: a process that ends is
+/// started again ever later.
+async fn win(client: &Client, namespace: &str, readiness: &Readiness, stop: &CancellationToken) -> Option<Leadership> {
+    readiness.waits(Topic::Lease, "not asked for yet");
+    loop {
+        match stop.run_until_cancelled(Leadership::stand(client.clone(), namespace)).await? {
+            Ok(mut leadership) => {
+                readiness.has(Topic::Lease);
+                tracing::info!(%namespace, "waiting to lead");
+                match stop.run_until_cancelled(leadership.won()).await {
+                    Some(true) => return Some(leadership),
+                    Some(false) => tracing::warn!("the Lease is not asked for any more; starting again"),
+                    None => {
+                        leadership.resign().await;
+                        return None;
+                    }
+                }
+            }
+            Err(error) => {
+                let why = format!("cannot use the Lease beamline-operator in namespace {namespace}: {error:#}");
+                tracing::warn!("waiting: {why}");
+                readiness.waits(Topic::Lease, why);
+            }
+        }
+        stop.run_until_cancelled(tokio::time::sleep(LEASE_RETRY)).await?;
+    }
 }
 
 async fn act(clients: Clients, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {

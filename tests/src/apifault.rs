@@ -33,17 +33,22 @@ pub enum Fault {
     Answer429,
     /// An internal error.
     Answer500,
+    /// Nobody is there to answer.
+    Answer503,
     /// A conflict.
     Answer409,
     /// The connection is cut, and the API server has heard nothing.
     CutBefore,
     /// The connection is cut, and the API server has done it.
     CutAfter,
+    /// No answer ever comes, and the API server has heard nothing.
+    Silence,
 }
 
 impl Fault {
-    /// Every fault.
-    pub const ALL: [Self; 5] = [Self::Answer429, Self::Answer500, Self::Answer409, Self::CutBefore, Self::CutAfter];
+    /// Every fault that ends a call.
+    pub const ENDING: [Self; 6] =
+        [Self::Answer429, Self::Answer500, Self::Answer503, Self::Answer409, Self::CutBefore, Self::CutAfter];
 }
 
 /// One call through the proxy.
@@ -68,8 +73,16 @@ pub struct ApiFault {
 
 #[derive(Debug, Default)]
 struct Shared {
-    faults: Mutex<Vec<Fault>>,
+    trouble: Mutex<Trouble>,
     calls: Mutex<Vec<Call>>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Trouble {
+    faults: Vec<Fault>,
+    percent: u32,
+    /// Method and part of the path of the one call that is struck, and how.
+    strike: Option<(&'static str, &'static str, Fault)>,
 }
 
 impl ApiFault {
@@ -93,7 +106,21 @@ impl ApiFault {
 
     /// From now on these happen to some of the calls, and every watch is cut soon; nothing happens if there are none.
     pub fn set(&self, faults: &[Fault]) {
-        *self.shared.faults.lock().expect("nobody panics in there") = faults.to_vec();
+        self.be(Trouble { faults: faults.to_vec(), percent: PERCENT, strike: None });
+    }
+
+    /// From now on this happens to every call, and every watch is cut soon.
+    pub fn outage(&self, fault: Fault) {
+        self.be(Trouble { faults: vec![fault], percent: 100, strike: None });
+    }
+
+    /// This happens to the next call of this method whose path has this part, and to no other.
+    pub fn strike(&self, method: &'static str, path: &'static str, fault: Fault) {
+        self.be(Trouble { strike: Some((method, path, fault)), ..Trouble::default() });
+    }
+
+    fn be(&self, trouble: Trouble) {
+        *self.shared.trouble.lock().expect("nobody panics in there") = trouble;
     }
 
     /// All calls since the last time that this was asked.
@@ -111,16 +138,26 @@ impl Drop for ApiFault {
 impl Shared {
     /// Notes a call, and what is to happen to it.
     fn note(&self, request: &Request<Incoming>) -> Option<Fault> {
-        let faults = self.faults.lock().expect("nobody panics in there").clone();
-        let fault = fastrand::choice(faults).filter(|_| fastrand::u32(..100) < PERCENT);
         let what = format!("{} {}", request.method(), request.uri());
+        let fault = self.trouble.lock().expect("nobody panics in there").choose(request);
         let mut calls = self.calls.lock().expect("nobody panics in there");
         calls.push(Call { at: Instant::now(), what, fault });
         fault
     }
 
     fn has_trouble(&self) -> bool {
-        !self.faults.lock().expect("nobody panics in there").is_empty()
+        !self.trouble.lock().expect("nobody panics in there").faults.is_empty()
+    }
+}
+
+impl Trouble {
+    fn choose(&mut self, request: &Request<Incoming>) -> Option<Fault> {
+        let is_struck =
+            |(method, path, _): &(&str, &str, _)| request.method() == *method && request.uri().path().contains(path);
+        if self.strike.as_ref().is_some_and(is_struck) {
+            return self.strike.take().map(|(.., fault)| fault);
+        }
+        fastrand::choice(self.faults.iter().copied()).filter(|_| fastrand::u32(..100) < self.percent)
     }
 }
 
@@ -166,8 +203,10 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
     match fault {
         Some(Fault::Answer429) => return Ok(refusal(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests")),
         Some(Fault::Answer500) => return Ok(refusal(StatusCode::INTERNAL_SERVER_ERROR, "InternalError")),
+        Some(Fault::Answer503) => return Ok(refusal(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable")),
         Some(Fault::Answer409) => return Ok(refusal(StatusCode::CONFLICT, "Conflict")),
         Some(Fault::CutBefore) => return Err(Cut),
+        Some(Fault::Silence) => std::future::pending().await,
         Some(Fault::CutAfter) | None => {}
     }
     let cuts = is_watch(&request).then(|| cut_watch(Arc::clone(&shared)));
