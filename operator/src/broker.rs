@@ -1,7 +1,10 @@
 //! Connections to NATS: one for each address and set of credentials, shared by all pools that use it.
 
+mod gate; // where they may lead
+
 use std::collections::HashMap;
 use std::error::Error as StdError;
+use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -19,6 +22,8 @@ use crate::pool::{Nats, SecretKeyRef};
 use crate::reason;
 use crate::reports::Reports;
 use crate::secrets::{self, SecretError};
+
+pub use gate::Gate;
 
 /// Begins the subjects that answers come on: no worker may listen or speak there.
 pub const INBOX: &str = "_INBOX_OPERATOR";
@@ -41,6 +46,18 @@ pub enum BrokerError {
         url: String,
         /// What the client says.
         why: String,
+    },
+    /// An address that a pool must not send the operator to.
+    #[error(
+        "nats.url {url} leads to {address}, {what}, which the operator does not connect to; name the broker's Service or host, or start the operator with --nats-allow"
+    )]
+    NotAllowed {
+        /// Where to.
+        url: String,
+        /// What it resolves to.
+        address: IpAddr,
+        /// What kind of address that is.
+        what: &'static str,
     },
     /// A bug. It is tried again.
     #[error("the operator panicked while it looked at NATS; its log has the details")]
@@ -126,7 +143,7 @@ impl BrokerError {
         match self {
             Self::Secret(error) => error.reason(),
             Self::Credentials(_) => reason::SECRET_UNUSABLE,
-            Self::Unreachable { .. } => reason::NATS_UNREACHABLE,
+            Self::Unreachable { .. } | Self::NotAllowed { .. } => reason::NATS_UNREACHABLE,
             Self::Panicked => reason::PANICKED,
             Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,
             Self::Refused { .. } => reason::NATS_REFUSED,
@@ -190,6 +207,7 @@ impl Broker {
 /// All connections.
 pub struct Brokers {
     kubernetes: Client,
+    gate: Arc<Gate>,
     shared: Mutex<HashMap<Access, Weak<OnceCell<Broker>>>>,
 }
 
@@ -208,8 +226,8 @@ pub type Shared = Arc<OnceCell<Broker>>;
 
 impl Brokers {
     /// No connection yet.
-    pub fn new(kubernetes: Client) -> Self {
-        Self { kubernetes, shared: Mutex::default() }
+    pub fn new(kubernetes: Client, gate: Gate) -> Self {
+        Self { kubernetes, gate: Arc::new(gate), shared: Mutex::default() }
     }
 
     /// The connection of this pool: an existing one if another pool already has it.
@@ -218,7 +236,7 @@ impl Brokers {
     pub async fn connection(&self, namespace: &str, nats: &Nats) -> Result<Shared, BrokerError> {
         let access = self.access(namespace, nats).await?;
         let shared = self.share(&access).await;
-        shared.get_or_try_init(|| connect(&access)).await?;
+        shared.get_or_try_init(|| connect(&access, &self.gate)).await?;
         Ok(shared)
     }
 
@@ -259,12 +277,24 @@ pub(crate) fn qualified(url: &str, namespace: &str) -> String {
     format!("{scheme}://{host}.{namespace}.svc{port}")
 }
 
-async fn connect(access: &Access) -> Result<Broker, BrokerError> {
+async fn connect(access: &Access, gate: &Arc<Gate>) -> Result<Broker, BrokerError> {
+    gate.pass(&access.url).await?;
     let mut options = async_nats::ConnectOptions::new()
         .name("beamline-operator")
         .custom_inbox_prefix(INBOX)
         .connection_timeout(CONNECT_TIMEOUT)
-        .request_timeout(Some(REQUEST_TIMEOUT));
+        .request_timeout(Some(REQUEST_TIMEOUT))
+        // Only the pool says where to, and a server does not.
+        .ignore_discovered_servers();
+    let (url, doorkeeper) = (access.url.clone(), Arc::clone(gate));
+    options = options.reconnect_to_server_callback(move |_, _| {
+        let passed = tokio::spawn(wait_at(Arc::clone(&doorkeeper), url.clone()));
+        async move {
+            let _ = passed.await;
+            // The client's own choice, of one.
+            None
+        }
+    });
     if let Some(credentials) = &access.credentials {
         options = options.credentials(credentials).map_err(|error| {
             BrokerError::Credentials(format!("the NATS credentials are not a .creds file: {error}"))
@@ -279,6 +309,13 @@ async fn connect(access: &Access) -> Result<Broker, BrokerError> {
     jetstream.set_timeout(REQUEST_TIMEOUT);
     let approvals = client.server_info().jetstream.then(|| Approvals::follow(jetstream.clone()));
     Ok(Broker { url: access.url.clone(), reports: Reports::listen(client.clone()), client, jetstream, approvals })
+}
+
+/// A name may lead somewhere else by the time that the client connects again, which it does by itself.
+async fn wait_at(gate: Arc<Gate>, url: String) {
+    while gate.pass(&url).await.is_err() {
+        tokio::time::sleep(CONNECT_TIMEOUT).await;
+    }
 }
 
 /// Only where the pool brings certificates; else the scheme of the URL decides.

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use axum::http::Uri;
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, ValueEnum};
+use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use url::Url;
@@ -53,6 +54,11 @@ pub struct Config {
     /// The API server's Service, as Kubernetes tells every pod: workers are kept away from it.
     #[arg(long, env = "KUBERNETES_SERVICE_HOST", hide = true)]
     pub kubernetes_service_host: Option<String>,
+
+    /// Loopback, link-local and API servers' addresses at which pools' brokers may be all the same, such as 127.0.0.0/8
+    /// for an operator that runs beside one.
+    #[arg(long, env = "BEAMLINE_NATS_ALLOW", value_delimiter = ',', value_name = "CIDR")]
+    pub nats_allow: Vec<IpNet>,
 
     /// Pools reconciled at once.
     #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]

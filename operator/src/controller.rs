@@ -23,7 +23,7 @@ use tracing::Instrument;
 
 use crate::admin::{Readiness, Topic};
 use crate::apply;
-use crate::broker::Brokers;
+use crate::broker::{Brokers, Gate};
 use crate::config::Config;
 use crate::desired::names;
 use crate::error::{Error, explain, explain_watch};
@@ -58,7 +58,7 @@ pub struct Context {
     /// What the watches know.
     pub caches: Caches,
     /// What pools refer to.
-    pub lookout: Lookout,
+    pub lookout: Arc<Lookout>,
     /// What the brokers say.
     pub signals: Arc<Signals>,
     /// What earlier reconciles left.
@@ -96,10 +96,11 @@ pub async fn run(
     let memory = Arc::new(Memory::of(pools.clone()));
     let cluster = Box::pin(neighbours::this_cluster()).await;
     let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
-    let (signals, readings) =
-        Signals::new(Brokers::new(client.clone()), pools.clone(), neighbours, Arc::clone(&memory));
+    let lookout = Arc::new(Lookout::new(client.clone(), config.kubernetes_service_host.clone()));
+    let gate = Gate::new(Arc::clone(&lookout), config.nats_allow.clone());
+    let brokers = Brokers::new(client.clone(), gate);
+    let (signals, readings) = Signals::new(brokers, pools.clone(), neighbours, Arc::clone(&memory));
     let caches = Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods };
-    let lookout = Lookout::new(client.clone(), config.kubernetes_service_host.clone());
     let events = Events::new(client.clone());
     let context = Arc::new(Context {
         client,

@@ -40,6 +40,9 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long a connection is used before its Secrets are read again.
 const SECRETS_AGE: Duration = Duration::from_secs(60);
 
+/// How long a broker may take to answer all that is asked at once: one that answers forever is left, too.
+const ASKED: Duration = Duration::from_secs(60);
+
 /// How often streams that were in order are looked at again.
 const STREAMS_AGE: Duration = Duration::from_secs(10);
 
@@ -217,7 +220,10 @@ impl Signals {
         let mut line = Line { shared, ..Line::default() };
         while !self.has_left(pool) {
             let asked = demand.borrow_and_update().clone();
-            let pause = match self.ask(&asked, &mut line).await {
+            let answer = tokio::time::timeout(ASKED, self.ask(&asked, &mut line)).await;
+            let slow =
+                || BrokerError::Unanswered { what: "to the end".to_owned(), why: format!("not within {ASKED:?}") };
+            let pause = match answer.unwrap_or_else(|_| Err(slow())) {
                 Ok(answer) => self.heard(pool, reading, answer),
                 Err(error) => {
                     line.hang_up();

@@ -293,12 +293,13 @@ async fn leave_route(
     Ok(waits.then_some(Remark::Stranded { subject }))
 }
 
-/// How many messages a stream keeps of a subject.
+/// How many messages a stream keeps of a subject, which has no wildcards.
 pub(crate) async fn messages<I>(stream: &Stream<I>, name: &str, subject: &str) -> Result<i64, BrokerError> {
     let unanswered = |error: &dyn std::error::Error| BrokerError::unanswered(format!("for stream {name}"), error);
-    let counts = stream.info_with_subjects(subject).await.map_err(|error| unanswered(&error))?;
-    let counts: Vec<(String, usize)> = counts.try_collect().await.map_err(|error| unanswered(&error))?;
-    Ok(counts.into_iter().map(|(_, count)| i64::try_from(count).unwrap_or(i64::MAX)).sum())
+    let mut counts = stream.info_with_subjects(subject).await.map_err(|error| unanswered(&error))?;
+    // One subject has one count, however many pages a server says that there are.
+    let count = counts.try_next().await.map_err(|error| unanswered(&error))?;
+    Ok(count.map_or(0, |(_, count)| i64::try_from(count).unwrap_or(i64::MAX)))
 }
 
 /// A stream that keeps what the queue group gets too would fill, and hand all of it out again some day.

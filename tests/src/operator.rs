@@ -35,6 +35,8 @@ impl Operator {
         let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let mut command = Command::new(built("beamline-operator"));
         command.env_clear().env("KUBECONFIG", kubeconfig).arg(format!("--admin-endpoint={admin}"));
+        // Where tests have their brokers.
+        command.arg("--nats-allow=127.0.0.0/8");
         Setup { admin, command }
     }
 

@@ -14,10 +14,11 @@ use axum::extract::State;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use beamline_crds::WorkerPool;
-use beamline_operator::broker::Brokers;
+use beamline_operator::broker::{Brokers, Gate};
 use beamline_operator::controller::Watched;
 use beamline_operator::memory::Memory;
 use beamline_operator::neighbours::Neighbours;
+use beamline_operator::observe::Lookout;
 use beamline_operator::pool::{ValidPool, validate};
 use beamline_operator::scale::as_written;
 use beamline_operator::signals::{Readable, Reading, Route, Signals};
@@ -30,6 +31,7 @@ use futures::channel::mpsc::UnboundedReceiver;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{reflector, watcher};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 /// Keys of the Secret `nats`.
@@ -59,10 +61,20 @@ struct Listener {
 }
 
 impl Listener {
+    /// At brokers on this host.
     async fn follow(spec: Value, secret: Secret) -> Self {
+        Self::allowed(&["127.0.0.0/8"], spec, secret).await
+    }
+
+    async fn allowed(allowed: &[&str], spec: Value, secret: Secret) -> Self {
         let (pools, cache) = reflector::store::<Watched>();
         let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
-        let brokers = Brokers::new(kubernetes(secret).await);
+        let kubernetes = kubernetes(secret).await;
+        let lookout = Arc::new(Lookout::new(kubernetes.clone(), Some("192.0.2.1".to_owned())));
+        let brokers = Brokers::new(
+            kubernetes,
+            Gate::new(lookout, allowed.iter().map(|net| net.parse().expect("a network")).collect()),
+        );
         let memory = Arc::new(Memory::of(pools.clone()));
         let (signals, changes) = Signals::new(brokers, pools, neighbours, memory);
         let mut listener = Self { signals, changes, cache };
@@ -280,6 +292,65 @@ async fn a_deadline_that_has_passed_and_an_answer_are_each_a_waiting_message() {
     operator.hears("an answer waits too", |it| it.due == Some(2)).await;
     open.delete("acme.due").await.expect("removed");
     operator.hears("only the answer is left", |it| it.due == Some(1)).await;
+}
+
+// A pool that leads the operator astray.
+
+#[tokio::test]
+async fn a_pool_does_not_send_the_operator_to_its_own_host_or_to_the_api_server() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    for (host, what) in [
+        ("127.0.0.1", "127.0.0.1, a loopback address"),
+        ("localhost", "1, a loopback address"),
+        ("[::ffff:127.0.0.1]", "127.0.0.1, a loopback address"),
+        ("169.254.169.254", "169.254.169.254, a link-local address"),
+        ("0.0.0.0", "0.0.0.0, no address of a host"),
+        ("192.0.2.1", "192.0.2.1, the API server's"),
+    ] {
+        let url = format!("nats://{host}:{port}");
+        let operator = Listener::allowed(&[], json!({"nats": {"url": url}}), Secret::default()).await;
+        let heard = operator.hears("it is refused", |it| it.readable.is_some()).await;
+        let Some(Err(refused)) = heard.readable else { panic!("{host} is connected to") };
+        assert_eq!(refused.reason(), "NatsUnreachable");
+        assert!(refused.to_string().starts_with(&format!("nats.url {url} leads to ")), "{refused}");
+        assert!(refused.to_string().contains(what), "{refused}");
+    }
+    let came = tokio::time::timeout(Duration::from_millis(100), listener.accept()).await;
+    assert!(came.is_err(), "somebody has connected");
+}
+
+#[tokio::test]
+async fn a_server_that_lies_leads_nowhere_else_and_holds_up_nobody() {
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let liar = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let [astray, url] =
+        [&elsewhere, &liar].map(|it| format!("127.0.0.1:{}", it.local_addr().expect("an address").port()));
+    tokio::spawn(lie(liar, astray));
+    let nats = NatsServer::start();
+    let spec = json!({"nats": {"url": format!("nats://{url}")}});
+    let mut operator = Listener::follow(spec, Secret::default()).await;
+    operator.also("honest", json!({"nats": {"url": nats.url()}}));
+    let reading = operator.hears("no answer is an error", |it| it.readable.is_some()).await;
+    assert!(reading.readable.is_some_and(|it| it.is_err()));
+    let readable = async || (operator.reading_of("honest").readable == Some(Ok(Readable::Own))).then_some(());
+    within(SOON, "another pool is looked after", readable).await;
+    let came = tokio::time::timeout(Duration::from_secs(6), elsewhere.accept()).await;
+    assert!(came.is_err(), "the operator has followed the server's word");
+}
+
+/// Greets as a server does, says that there is another one, answers no request and cuts what it has let in.
+async fn lie(listener: TcpListener, astray: String) {
+    while let Ok((mut client, _)) = listener.accept().await {
+        let info = json!({
+            "server_id": "L", "server_name": "liar", "version": "2.12.0", "host": "127.0.0.1", "port": 4222, "headers": true,
+            "max_payload": 1_048_576, "proto": 1, "jetstream": true, "connect_urls": [astray],
+        });
+        let _ = client.write_all(format!("INFO {info}\r\n").as_bytes()).await;
+        let _ = client.read(&mut [0; 4096]).await;
+        let _ = client.write_all(b"PONG\r\n").await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
 }
 
 #[tokio::test]

@@ -96,7 +96,7 @@ impl Lookout {
 
     /// Its Service's address is in the environment of every pod; the addresses behind it need a right that an operator of
     /// one namespace may lack.
-    async fn api_server(&self) -> BTreeSet<IpAddr> {
+    pub(crate) async fn api_server(&self) -> BTreeSet<IpAddr> {
         let ask = async || {
             let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), "default");
             let slice = slices.get_opt("kubernetes").await.unwrap_or_else(|error| {
