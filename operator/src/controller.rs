@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPool;
+use futures::future::ready;
 use futures::{FutureExt, Stream, StreamExt};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Pod;
@@ -181,7 +182,9 @@ impl Watching {
                 readiness.waits_for(holds, topic, why);
             }
         });
-        (cache, events.reflect(writer).touched_objects())
+        // The controller would stop listening to all watches for a while after an error of any: each waits by itself.
+        let objects = events.reflect(writer).touched_objects().filter(|object| ready(object.is_ok()));
+        (cache, objects)
     }
 
     /// Waits for the API to exist, instead of exiting and being restarted until it does.
