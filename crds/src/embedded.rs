@@ -144,6 +144,18 @@ pub(crate) fn sidecars(generator: &mut SchemaGenerator) -> Schema {
             "seccompProfile",
         ],
     );
+    // Another host would be called by the kubelet, from the node and past every NetworkPolicy.
+    for handler in [
+        "livenessProbe",
+        "readinessProbe",
+        "startupProbe",
+        "lifecycle/properties/postStart",
+        "lifecycle/properties/preStop",
+    ] {
+        for call in ["httpGet", "tcpSocket"] {
+            drop(&mut schema, &format!("{container}/{handler}/properties/{call}/properties"), "host");
+        }
+    }
     for list in ["ports", "volumeMounts"] {
         limit_items(&mut schema, &format!("{container}/{list}"), 32);
     }
@@ -246,6 +258,12 @@ fn bound_inside(value: &mut Value) {
         Value::Object(schema) => bound(schema),
         Value::Array(values) => values.iter_mut().for_each(bound_inside),
         _ => {}
+    }
+}
+
+fn drop(schema: &mut Schema, pointer: &str, name: &str) {
+    if let Some(Value::Object(properties)) = schema.pointer_mut(pointer) {
+        properties.remove(name);
     }
 }
 

@@ -35,7 +35,9 @@ use crate::{Egress, Filesystem, Sql, embedded};
     validation = Rule::new("!has(self.podLabels) || self.podLabels.all(k, !k.startsWith('beamline.dev/') && !k.startsWith('app.kubernetes.io/'))")
         .message("worker.podLabels: keys below beamline.dev/ and app.kubernetes.io/ are set by the operator; choose another"),
     validation = Rule::new("!has(self.podAnnotations) || self.podAnnotations.all(k, !k.startsWith('beamline.dev/'))")
-        .message("worker.podAnnotations: keys below beamline.dev/ are set by the operator; choose another")
+        .message("worker.podAnnotations: keys below beamline.dev/ are set by the operator; choose another"),
+    validation = Rule::new("!has(self.podAnnotations) || self.podAnnotations.all(k, !['container.apparmor.security.beta.kubernetes.io/', 'k8s.v1.cni.cncf.io/', 'iam.amazonaws.com/'].exists(p, k.startsWith(p)))")
+        .message("worker.podAnnotations: keys below container.apparmor.security.beta.kubernetes.io/, k8s.v1.cni.cncf.io/ and iam.amazonaws.com/ would give pods more than the Pod Security level restricted, their NetworkPolicy and their ServiceAccount do; leave them out")
 )]
 pub struct Worker {
     /// Image of the worker. Default: the operator's own.

@@ -91,8 +91,13 @@ impl ControlPlane {
     /// # Panics
     /// It failed.
     pub fn kubectl(&self, arguments: &[&str], input: Option<&str>) -> String {
+        self.try_kubectl(arguments, input).unwrap_or_else(|said| panic!("kubectl {arguments:?}: {said}"))
+    }
+
+    /// kubectl with all rights; its output, or what it said when it failed.
+    pub fn try_kubectl(&self, arguments: &[&str], input: Option<&str>) -> Result<String, String> {
         let mut kubectl = Command::new(tool::program("kubernetes").with_file_name("kubectl"));
-        output(kubectl.env("KUBECONFIG", self.kubeconfig()).args(arguments), input)
+        try_output(kubectl.env("KUBECONFIG", self.kubeconfig()).args(arguments), input)
     }
 
     fn write_kubeconfig(&self, name: &str, token: &str) -> PathBuf {
@@ -114,6 +119,10 @@ impl Drop for ControlPlane {
 }
 
 fn output(command: &mut Command, input: Option<&str>) -> String {
+    try_output(command, input).unwrap_or_else(|said| panic!("{command:?}: {said}"))
+}
+
+fn try_output(command: &mut Command, input: Option<&str>) -> Result<String, String> {
     use std::io::Write;
     let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = piped.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
@@ -121,6 +130,8 @@ fn output(command: &mut Command, input: Option<&str>) -> String {
     stdin.write_all(input.unwrap_or_default().as_bytes()).expect("it reads");
     drop(stdin);
     let output = child.wait_with_output().expect("it ends");
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -73,7 +73,8 @@ pub fn has_converged(pool: &Value) -> bool {
     is_whole && says("Ready", "True") && says("Progressing", "False") && says("StreamsReady", "True")
 }
 
-fn merge(into: &mut Value, from: Value) {
+/// Takes over what the latter says, field by field.
+pub fn merge(into: &mut Value, from: Value) {
     match (into, from) {
         (Value::Object(into), Value::Object(from)) => {
             from.into_iter().for_each(|(key, value)| merge(into.entry(key).or_insert(Value::Null), value));

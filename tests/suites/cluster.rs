@@ -16,8 +16,6 @@ mod examples; // what a user would copy
 mod life; // pods that come and go while there is work
 #[path = "cluster/scaling.rs"]
 mod scaling; // who decides how many
-#[path = "cluster/refusals.rs"]
-mod refusals; // what the API server does not let through
 
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -12,10 +12,14 @@
 
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
+#[path = "operator_plane/level.rs"]
+mod level; // the Pod Security level of pods
 #[path = "operator_plane/panics.rs"]
 mod panics; // bugs
 #[path = "operator_plane/process.rs"]
 mod process; // how the program starts and stops
+#[path = "operator_plane/refusals.rs"]
+mod refusals; // what the API server does not let through
 #[path = "operator_plane/rest.rs"]
 mod rest; // nothing to do
 #[path = "operator_plane/rights.rs"]

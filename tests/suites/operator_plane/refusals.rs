@@ -1,22 +1,21 @@
 //! What the API server refuses: a table of broken pools, each with the sentence that names the field and the fix.
 
-use beamline_tests::cluster::Namespace;
+use beamline_tests::pool::merge;
 use serde_json::{Value, json};
 
-use super::{operator, pool};
+use super::plane;
 
 /// kubectl takes its time to start; the API server does not mind several.
 const AT_ONCE: usize = 8;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
-    operator().await;
-    let namespace = Namespace::create("beamline-refusals");
+    plane().install("refusals", &["watchNamespace=refusals"]);
     let table = [names(), numbers(), nats(), worker(), volumes(), filesystem(), sidecars(), gpu(), rest()].concat();
     assert!(table.len() >= 60, "only {} rows", table.len());
     let wrong: Vec<String> = std::thread::scope(|scope| {
         let rows = table.chunks(table.len().div_ceil(AT_ONCE));
-        let threads: Vec<_> = rows.map(|rows| scope.spawn(|| wrong(&namespace, rows))).collect();
+        let threads: Vec<_> = rows.map(|rows| scope.spawn(|| wrong(rows))).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
     });
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -25,13 +24,25 @@ async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
 /// Name and spec of a pool, and what must be said about it.
 type Row = (&'static str, Value, &'static str);
 
-fn wrong(namespace: &Namespace, rows: &[Row]) -> Vec<String> {
-    let dry_run = ["apply", "--dry-run=server", "-f", "-"];
-    let judge = |(name, spec, expected): &Row| match namespace.try_kubectl(&dry_run, &pool(name, spec.clone())) {
+fn wrong(rows: &[Row]) -> Vec<String> {
+    let dry_run = ["apply", "--namespace=refusals", "--dry-run=server", "-f", "-"];
+    let judge = |(name, spec, expected): &Row| match plane().try_kubectl(&dry_run, Some(&pool(name, spec.clone()))) {
         Ok(_) => Some(format!("accepted: {name} with {spec}")),
         Err(said) => (!said.contains(expected)).then(|| format!("{name} with {spec}: not {expected:?} but {said}")),
     };
     rows.iter().filter_map(judge).collect()
+}
+
+/// One that would be accepted, but for this.
+fn pool(name: &str, spec: Value) -> String {
+    let mut pool = json!({
+        "apiVersion": "beamline.dev/v1alpha1",
+        "kind": "WorkerPool",
+        "metadata": {"name": name},
+        "spec": {"replicas": 1, "scaling": {"mode": "Manual"}, "nats": {"url": "nats://nats:4222"}},
+    });
+    merge(&mut pool["spec"], spec);
+    pool.to_string()
 }
 
 fn names() -> Vec<Row> {
@@ -97,7 +108,11 @@ fn nats() -> Vec<Row> {
     .into()
 }
 
+/// What annotations must not ask for.
+const BEYOND: &str = "worker.podAnnotations: keys below container.apparmor.security.beta.kubernetes.io/,";
+
 fn worker() -> Vec<Row> {
+    let annotated = |key: &str, value: &str| json!({"podAnnotations": {key: value}});
     let worker = |worker: Value| json!({ "worker": worker });
     let connection = |name: &str| json!({"name": name, "urlSecretRef": {"name": "crm", "key": "url"}});
     [
@@ -111,6 +126,9 @@ fn worker() -> Vec<Row> {
         (worker(json!({"podLabels": {"beamline.dev/pool": "other"}})), "worker.podLabels: keys below beamline.dev/"),
         (worker(json!({"podLabels": {"app.kubernetes.io/name": "x"}})), "worker.podLabels: keys below beamline.dev/"),
         (worker(json!({"podAnnotations": {"beamline.dev/x": "y"}})), "worker.podAnnotations: keys below beamline.dev/"),
+        (worker(annotated("container.apparmor.security.beta.kubernetes.io/worker", "unconfined")), BEYOND),
+        (worker(annotated("k8s.v1.cni.cncf.io/networks", "flat")), BEYOND),
+        (worker(annotated("iam.amazonaws.com/role", "admin")), BEYOND),
         (worker(json!({"sql": {"inlineConnections": "Maybe"}})), "spec.worker.sql.inlineConnections"),
         (worker(json!({"sql": {"connections": [{"name": "crm"}]}})), "spec.worker.sql.connections[0].urlSecretRef"),
         (worker(json!({"sql": {"connections": [connection("a b")]}})), "spec.worker.sql.connections[0].name"),
@@ -168,9 +186,10 @@ fn filesystem() -> Vec<Row> {
 fn sidecars() -> Vec<Row> {
     let sidecar = |name: &str, more: Value| {
         let mut sidecar = json!({"name": name, "image": "proxy:1"});
-        super::merge(&mut sidecar, more);
+        merge(&mut sidecar, more);
         json!({"worker": {"sidecars": [sidecar]}})
     };
+    let elsewhere = |call: &str| json!({call: {"host": "169.254.169.254", "port": 80}});
     let with = |security: Value| sidecar("proxy", json!({"securityContext": security}));
     [
         (json!({"worker": {"sidecars": [{"name": "proxy"}]}}), "sidecars.image: is required"),
@@ -189,6 +208,13 @@ fn sidecars() -> Vec<Row> {
             "worker.sidecars.volumeMounts: every name",
         ),
         (sidecar("proxy", json!({"restartPolicy": "Never"})), "unknown field"),
+        (sidecar("proxy", json!({"livenessProbe": elsewhere("httpGet")})), "livenessProbe.httpGet.host\""),
+        (sidecar("proxy", json!({"readinessProbe": elsewhere("tcpSocket")})), "readinessProbe.tcpSocket.host\""),
+        (sidecar("proxy", json!({"startupProbe": elsewhere("httpGet")})), "startupProbe.httpGet.host\""),
+        (
+            sidecar("proxy", json!({"lifecycle": {"preStop": elsewhere("httpGet")}})),
+            "unknown field \"spec.worker.sidecars[0].lifecycle.preStop.httpGet.host\"",
+        ),
     ]
     .map(named)
     .into()
