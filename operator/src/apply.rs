@@ -9,6 +9,7 @@ mod annotate; // what is ours in pods
 mod monitor; // the child whose type may not be installed
 mod nudge; // pods that should look at their files again
 mod retire; // workers that go, and those that go on
+mod slim; // what is kept of an object
 
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -33,6 +34,7 @@ use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
 
 pub use retire::retire;
+pub use slim::{Slim, slim};
 
 /// What the rest of a reconcile needs to know of the result.
 pub struct Applied {
@@ -121,7 +123,7 @@ where
 async fn child<K>(ctx: &Context, pool: &ObjectRef<Watched>, live: Option<&Arc<K>>, wish: &K) -> Result<Arc<K>, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + k8s_openapi::Resource,
-    K: Clone + Debug + Serialize + DeserializeOwned,
+    K: Slim + Clone + Debug + Serialize + DeserializeOwned,
 {
     let fingerprint = fingerprint(wish);
     let name = (K::KIND, wish.name_any());
@@ -142,7 +144,7 @@ where
 async fn patch<K>(ctx: &Context, wish: &K, uid: Option<String>) -> kube::Result<K>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + k8s_openapi::Resource,
-    K: Clone + Debug + Serialize + DeserializeOwned,
+    K: Slim + Clone + Debug + Serialize + DeserializeOwned,
 {
     let (name, namespace) = (wish.name_any(), wish.namespace().unwrap_or_default());
     let mut body = serde_json::to_value(wish).map_err(kube::Error::SerdeError)?;
@@ -157,18 +159,6 @@ where
     slim(&mut applied);
     tracing::info!(kind = K::KIND, name, namespace, "applied");
     Ok(applied)
-}
-
-/// Keeps of `managedFields` our own entries only, with a fingerprint of the fields in each: the trees of all managers would
-/// be most of what a cached object holds. Every object goes through this, so that two can be compared.
-pub(crate) fn slim(object: &mut impl Resource) {
-    let entries = object.managed_fields_mut();
-    entries.retain(|entry| entry.manager.as_deref() == Some(names::OPERATOR) && entry.subresource.is_none());
-    for fields in entries.iter_mut().filter_map(|entry| entry.fields_v1.as_mut()) {
-        fields.0 = fingerprint(&fields.0).into();
-    }
-    // What was retained is a small part of what there was room for.
-    entries.shrink_to_fit();
 }
 
 fn settled(object: &impl Resource, wish: u64) -> Settled {

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::admin::{Readiness, Topic};
-use crate::apply;
+use crate::apply::{self, Slim};
 use crate::broker::{Brokers, Gate};
 use crate::config::Config;
 use crate::desired::names;
@@ -142,7 +142,7 @@ impl Watching {
     fn ours<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
     {
         let ours = format!("{}={}", names::MANAGED_BY_LABEL, names::OPERATOR);
         self.watch(topic, watcher::Config::default().labels(&ours))
@@ -151,7 +151,7 @@ impl Watching {
     fn all<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
     {
         self.watch(topic, watcher::Config::default())
     }
@@ -163,7 +163,7 @@ impl Watching {
     ) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
     {
         let (cache, writer) = reflector::store();
         let readiness = self.readiness.clone();

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 pub use surroundings::{Lookout, Surroundings};
 
-use crate::apply::slim;
+use crate::apply::{Slim, slim};
 use crate::controller::Context;
 use crate::desired::names;
 use crate::error::Error;
@@ -134,6 +134,7 @@ where
         + Lookup<DynamicType = ()>
         + Clone
         + std::fmt::Debug
+        + Slim
         + DeserializeOwned,
 {
     let found = match cache.get(&ObjectRef::new(name).within(&pool.namespace)) {
