@@ -1,45 +1,86 @@
 //! Which of several operators acts: the holder of a Lease. Two that both believe it are harmless, only wasteful.
 
-use kube::Client;
-use kube_lease_manager::{LeaseManagerBuilder, LeaseParams};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client};
+use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseParams};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::desired::names;
+use crate::error::explain;
 
-/// A leader that stops answering is followed by another after this long, in seconds.
-const LEASE_SECONDS: u64 = 15;
-/// How long before its end a lease is renewed, in seconds.
-const GRACE_SECONDS: u64 = 5;
+/// A leader that stops answering is followed by another after this long, and what that needs to see it: 15 s at most.
+const LEASE: Duration = Duration::from_secs(10);
+/// How long before its end a lease is renewed.
+const GRACE: Duration = Duration::from_secs(4);
+/// How often a standby looks whether the lease is held.
+const LOOK: Duration = Duration::from_secs(1);
 
-/// A seat in the election. Dropping it gives the lease back.
+/// Who would act if nobody else did.
+pub struct Candidate {
+    manager: LeaseManager,
+    leases: Api<Lease>,
+}
+
+/// A seat that was won. Dropping it gives the lease back.
 pub struct Leadership {
     holds: watch::Receiver<bool>,
     renewal: JoinHandle<()>,
 }
 
-impl Leadership {
+impl Candidate {
     /// Stands for election.
     pub async fn stand(client: Client, namespace: &str) -> anyhow::Result<Self> {
+        let leases = Api::namespaced(client.clone(), namespace);
         let manager = LeaseManagerBuilder::new(client, names::OPERATOR)
             .with_namespace(namespace)
-            .with_parameters(LeaseParams::new(identity(), LEASE_SECONDS, GRACE_SECONDS))
+            .with_parameters(LeaseParams::new(identity(), LEASE.as_secs(), GRACE.as_secs()))
             .build()
             .await?;
-        let (holds, task) = manager.watch().await;
+        Ok(Self { manager, leases })
+    }
+
+    /// Waits for the lease. It does not come where the renewing task has ended: then one stands again.
+    pub async fn won(self) -> Option<Leadership> {
+        // The manager would sleep until the end of the lease that it sees first, given back meanwhile or not.
+        self.vacancy().await;
+        let (mut holds, task) = self.manager.watch().await;
         let renewal = tokio::spawn(async move {
             if let Ok(Err(error)) = task.await {
                 tracing::warn!(%error, "the lease was not given back");
             }
         });
-        Ok(Self { holds, renewal })
+        let has_come = holds.wait_for(|holds| *holds).await.is_ok();
+        has_come.then_some(Leadership { holds, renewal })
     }
 
-    /// Waits for the lease. It does not come where the renewing task has ended: then one stands again.
-    pub async fn won(&mut self) -> bool {
-        self.holds.wait_for(|holds| *holds).await.is_ok()
+    /// Waits until nobody holds the lease, or who does has not renewed it for its whole time by our own clock.
+    async fn vacancy(&self) {
+        let mut seen = (None, Instant::now());
+        loop {
+            match self.leases.get_opt(names::OPERATOR).await {
+                Ok(lease) => {
+                    let spec = lease.and_then(|lease| lease.spec);
+                    if spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).is_none_or(str::is_empty) {
+                        return;
+                    }
+                    if seen.0 != spec {
+                        seen = (spec, Instant::now());
+                    }
+                }
+                Err(error) => tracing::warn!("the lease cannot be read: {}", explain(&error)),
+            }
+            if seen.1.elapsed() >= LEASE {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
+}
 
+impl Leadership {
     /// Waits until another operator may act: the lease is another's, or is not renewed any more.
     pub async fn lost(&mut self) {
         let _ = self.holds.wait_for(|holds| !*holds).await;

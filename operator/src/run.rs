@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Readiness, Topic};
 use crate::config::Config;
 use crate::controller;
-use crate::leader::Leadership;
+use crate::leader::{Candidate, Leadership};
 use crate::metrics::Metrics;
 
 /// How long running reconciles may finish after SIGTERM.
@@ -101,18 +101,14 @@ async fn lead(
 async fn win(client: &Client, namespace: &str, readiness: &Readiness, stop: &CancellationToken) -> Option<Leadership> {
     readiness.waits(Topic::Lease, "not asked for yet");
     loop {
-        match stop.run_until_cancelled(Leadership::stand(client.clone(), namespace)).await? {
-            Ok(mut leadership) => {
+        match stop.run_until_cancelled(Candidate::stand(client.clone(), namespace)).await? {
+            Ok(candidate) => {
                 readiness.has(Topic::Lease);
                 tracing::info!(%namespace, "waiting to lead");
-                match stop.run_until_cancelled(leadership.won()).await {
-                    Some(true) => return Some(leadership),
-                    Some(false) => tracing::warn!("the Lease is not asked for any more; starting again"),
-                    None => {
-                        leadership.resign().await;
-                        return None;
-                    }
+                if let Some(leadership) = stop.run_until_cancelled(candidate.won()).await? {
+                    return Some(leadership);
                 }
+                tracing::warn!("the Lease is not asked for any more; starting again");
             }
             Err(error) => {
                 let why = format!("cannot use the Lease beamline-operator in namespace {namespace}: {error:#}");

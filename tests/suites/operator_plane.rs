@@ -26,8 +26,12 @@ mod rest; // nothing to do
 mod rights; // what it may do, and what it does
 #[path = "operator_plane/strangers.rs"]
 mod strangers; // objects and rules of others
+#[path = "operator_plane/told.rs"]
+mod told; // what a pool's author is told, and what is left alone meanwhile
 #[path = "operator_plane/trouble.rs"]
 mod trouble; // an API server that fails
+#[path = "operator_plane/versions.rs"]
+mod versions; // the type missing, older, newer
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -35,6 +39,7 @@ use std::time::Duration;
 use beamline_tests::api::Api;
 use beamline_tests::plane::ControlPlane;
 use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
 /// How long anything may take to converge that takes seconds on an idle machine.
@@ -58,6 +63,24 @@ async fn condition(api: &Api, pool: &Pool, kind: &str) -> Value {
     let pool = api.get(&pool.path()).await.unwrap_or_default();
     let all = pool["status"]["conditions"].as_array().into_iter().flatten();
     all.into_iter().find(|one| one["type"] == kind).cloned().unwrap_or_default()
+}
+
+/// Waits until this count has stayed the same for some seconds.
+async fn calm(count: impl Fn() -> usize) {
+    const CALM: u32 = 5;
+    let (mut last, mut calm) = (count(), 0);
+    within(PATIENCE, "the last write is over", async || {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        calm = if count() == last { calm + 1 } else { 0 };
+        last = count();
+        (calm >= CALM).then_some(())
+    })
+    .await;
+}
+
+/// Whether an entry of the audit log is of a write.
+fn is_write(event: &Value) -> bool {
+    !matches!(event["verb"].as_str(), Some("get" | "list" | "watch"))
 }
 
 /// Whether there is time for all of it.

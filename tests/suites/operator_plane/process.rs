@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, plane};
+use super::{PATIENCE, calm, is_write, plane};
 
 /// From the signal to the end of the process, at most; and time for a busy machine.
 const STOP: Duration = Duration::from_secs(10);
@@ -68,4 +69,110 @@ async fn told_to_stop_it_gives_the_lease_back_and_ends_well_whoever_holds_a_conn
     for line in operator.lines() {
         serde_json::from_str::<Value>(&line).unwrap_or_else(|_| panic!("no line of JSON: {line}"));
     }
+}
+
+/// From the last sign of a leader to the first of the next one, at most, in seconds.
+const HANDOVER: f64 = 15.0;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o13_another_operator_leads_within_15_s_of_a_death_and_at_once_after_a_good_end() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("leads", &["watchNamespace=leads"]);
+    let api = plane.api().await;
+    let start = || Operator::by(&release.kubeconfig).flag("--watch-namespace=leads").flag("--lease-namespace=leads");
+    let mut first = start().start().await;
+    leads(&first, PATIENCE).await;
+    let mut second = start().start().await;
+    assert_eq!(second.metric(LEADER).await, 0.0, "two lead");
+    let pool = Pool::new("leads", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+
+    first.kill();
+    let lease = "/apis/coordination.k8s.io/v1/namespaces/leads/leases/beamline-operator";
+    let last = time(&api.get(lease).await.expect("there is a Lease")["spec"]["renewTime"]);
+    leads(&second, PATIENCE).await;
+    let needed = time(&api.get(lease).await.expect("there is a Lease")["spec"]["acquireTime"]) - last;
+    assert!(needed <= HANDOVER, "{needed} s");
+    pool.change(&api, json!({"replicas": 2})).await;
+    pool.converged(&api, PATIENCE).await;
+
+    let third = start().start().await;
+    second.terminate();
+    assert_eq!(second.ended().await, Some(0));
+    // The lease that was given back had most of its time before it.
+    leads(&third, Duration::from_secs(5)).await;
+    pool.change(&api, json!({"replicas": 1})).await;
+    pool.converged(&api, PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o13_a_leader_that_was_stopped_for_longer_than_its_lease_ends_when_it_goes_on() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("stopped", &["watchNamespace=stopped"]);
+    let api = plane.api().await;
+    let start =
+        || Operator::by(&release.kubeconfig).flag("--watch-namespace=stopped").flag("--lease-namespace=stopped");
+    let mut first = start().start().await;
+    leads(&first, PATIENCE).await;
+    let pool = Pool::new("stopped", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    first.pause();
+    let second = start().spawn();
+    leads(&second, PATIENCE).await;
+    pool.change(&api, json!({"replicas": 2})).await;
+    pool.converged(&api, PATIENCE).await;
+    first.resume();
+    assert_eq!(first.ended().await, Some(1), "Kubernetes starts it again, as a standby");
+    assert!(first.lines().last().is_some_and(|line| line.contains("another operator leads")));
+    assert_eq!(second.metric(LEADER).await, 1.0);
+    pool.converged(&api, PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o13_two_operators_that_both_act_write_the_same_and_come_to_rest() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("both", &["watchNamespace=both"]);
+    let api = plane.api().await;
+    let start = || Operator::by(&release.kubeconfig).flag("--watch-namespace=both").flag("--leader-election=false");
+    let (mut one, mut other) = (start().start().await, start().start().await);
+    let pool = Pool::new("both", "orders", &nats);
+    pool.create(&api, json!({"gpu": {"replicas": 1}})).await;
+    pool.converged(&api, PATIENCE).await;
+    for change in [
+        json!({"replicas": 3, "worker": {"image": "worker:2"}}),
+        json!({"paused": true}),
+        json!({"paused": false, "gpu": null}),
+    ] {
+        pool.change(&api, change).await;
+        pool.converged(&api, PATIENCE).await;
+    }
+    let deployments = "/apis/apps/v1/namespaces/both/deployments";
+    within(PATIENCE, "one Deployment is left", async || (api.list(deployments).await.len() == 1).then_some(())).await;
+    let written = || plane.asked_by(&release.user).into_iter().filter(is_write).count();
+    calm(written).await;
+    let before = written();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(written() - before, 0, "they write against each other");
+    assert!(one.is_running() && other.is_running());
+    for metric in [one.metric(LEADER).await, other.metric(LEADER).await] {
+        assert_eq!(metric, 1.0);
+    }
+}
+
+/// In seconds.
+fn time(text: &Value) -> f64 {
+    let time: jiff::Timestamp = text.as_str().unwrap_or_default().parse().expect("a time");
+    time.as_millisecond() as f64 / 1000.0
+}
+
+const LEADER: &str = "beamline_operator_leader";
+
+async fn leads(operator: &Operator, limit: Duration) {
+    within(limit, "it leads", async || {
+        operator.get("/metrics").await?;
+        (operator.metric(LEADER).await == 1.0).then_some(())
+    })
+    .await;
 }

@@ -10,7 +10,7 @@ use beamline_tests::wait::within;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, is_campaign, plane};
+use super::{PATIENCE, is_campaign, is_write, plane};
 
 const POOLS: usize = 20;
 /// So long without a write, and what came before is over: rates are the last to settle.
@@ -83,10 +83,6 @@ fn kind(number: usize) -> Value {
         3 => json!({"observability": {"podMonitor": true}, "networkPolicy": "Off"}),
         _ => json!({"replicas": 3}),
     }
-}
-
-fn is_write(event: &Value) -> bool {
-    !matches!(event["verb"].as_str(), Some("get" | "list" | "watch"))
 }
 
 fn is_lease(event: &Value) -> bool {

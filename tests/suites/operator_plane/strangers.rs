@@ -8,7 +8,7 @@ use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, condition, plane};
+use super::{PATIENCE, calm, condition, is_write, plane};
 
 const TOLD: &str = "beamline.dev/policy-hash";
 
@@ -101,4 +101,44 @@ async fn protect(api: &Api, namespace: &str) {
 async fn says(api: &Api, pool: &Pool, kind: &str, reason: &str) {
     let says = async || (condition(api, pool, kind).await["reason"] == reason).then_some(());
     within(PATIENCE, &format!("{kind} says {reason}"), says).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o07_somebody_who_changes_ours_again_and_again_is_answered_once_for_each_time_and_keeps_theirs() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("fights", &["watchNamespace=fights"]);
+    let api = plane.api().await;
+    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=fights").flag("--leader-election=false");
+    let mut operator = operator.start().await;
+    let pool = Pool::new("fights", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    let writes =
+        || plane.asked_by(&release.user).into_iter().filter(is_write).filter(|event| is_of(event, "deployments"));
+    calm(|| writes().count()).await;
+    let before = writes().count();
+    let path = "/apis/apps/v1/namespaces/fights/deployments/orders";
+    for round in 1..=FLIPS {
+        // One field is ours, another one nobody's but theirs.
+        let theirs = json!({"metadata": {"annotations": {"theirs": round.to_string()}}, "spec": {"replicas": 7, "paused": false}});
+        api.merge(path, &theirs).await;
+        within(PATIENCE, "ours is as it was", async || {
+            let deployment = api.get(path).await?;
+            assert_eq!(deployment["metadata"]["annotations"]["theirs"], round.to_string());
+            (deployment["spec"]["replicas"] == 1).then_some(())
+        })
+        .await;
+    }
+    calm(|| writes().count()).await;
+    let answers = writes().count() - before;
+    assert!(answers <= FLIPS, "{answers} writes for {FLIPS} changes");
+    pool.converged(&api, PATIENCE).await;
+    assert!(operator.is_running());
+}
+
+/// How often they change it.
+const FLIPS: usize = 5;
+
+fn is_of(event: &Value, resource: &str) -> bool {
+    event["objectRef"]["resource"] == resource
 }

@@ -1,0 +1,85 @@
+//! The type of pools: missing, wider than the operator knows, narrower again. And what kubectl makes of it.
+
+use beamline_tests::nats::NatsServer;
+use beamline_tests::operator::Operator;
+use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
+use serde_json::{Value, json};
+
+use super::{PATIENCE, start_plane};
+
+const TYPE: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/workerpools.beamline.dev";
+
+/// Not on the plane that the others share: it is about what all of them need.
+#[tokio::test(flavor = "multi_thread")]
+async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it_stops_no_other() {
+    let (plane, nats) = (start_plane(), NatsServer::start());
+    let api = plane.api().await;
+    // It can do all that it may, and there is nothing to do it to.
+    let operator = Operator::by(&plane.kubeconfig()).flag("--leader-election=false").spawn();
+    within(PATIENCE, "it says what it waits for", async || {
+        let (code, said) = operator.get("/readyz").await?;
+        let is_told = said.contains("crd: the CustomResourceDefinition workerpools.beamline.dev is not installed");
+        (code == 503 && is_told).then_some(())
+    })
+    .await;
+    assert_eq!(operator.get("/livez").await.map(|(code, _)| code), Some(200));
+    plane.install("types", &[]);
+    operator.ready().await;
+
+    let (healthy, broken) = (Pool::new("types", "default", &nats), Pool::new("types", "broken", &nats));
+    healthy.create(&api, json!({})).await;
+    healthy.converged(&api, PATIENCE).await;
+    shows(&plane.kubectl(&["get", "wp", "--namespace=types"], None));
+    shows(&plane.kubectl(&["get", "all", "--namespace=types"], None));
+    shows(&plane.kubectl(&["get", "beamline", "--namespace=types"], None));
+
+    // Another version of the type lets in what this operator does not know.
+    let narrow = api.get(TYPE).await.expect("it is there")["spec"]["versions"].clone();
+    let mut wide = narrow.clone();
+    let any = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+    wide[0]["schema"]["openAPIV3Schema"] = json!({"type": "object", "properties": {"spec": any, "status": any}});
+    api.merge(TYPE, &json!({"spec": {"versions": wide}})).await;
+    within(PATIENCE, "what does not fit is let in", async || {
+        let odd = json!({"spec": {"future": {"deep": [1, 2]}}});
+        api.try_merge(&healthy.path(), &odd).await.ok()?;
+        (api.get(&healthy.path()).await?["spec"]["future"]["deep"] == json!([1, 2])).then_some(())
+    })
+    .await;
+    let status = format!("{}/status", healthy.path());
+    api.merge(&status, &json!({"status": {"future": "kept"}})).await;
+    broken.create(&api, json!({"worker": "many"})).await;
+    let events = "/apis/events.k8s.io/v1/namespaces/types/events";
+    within(PATIENCE, "it is told", async || {
+        let events = api.list(events).await;
+        let is_told = |event: &Value| event["regarding"]["name"] == "broken" && event["reason"] == "UnreadableSpec";
+        events.into_iter().find(is_told)
+    })
+    .await;
+    healthy.change(&api, json!({"replicas": 3})).await;
+    healthy.converged(&api, PATIENCE).await;
+    let after = api.get(&healthy.path()).await.expect("it is there");
+    assert_eq!((&after["spec"]["future"]["deep"], &after["status"]["future"]), (&json!([1, 2]), &json!("kept")));
+    // An operator that starts now finds it too.
+    drop(operator);
+    let operator = Operator::by(&plane.kubeconfig()).flag("--leader-election=false").start().await;
+    healthy.change(&api, json!({"replicas": 1})).await;
+    healthy.converged(&api, PATIENCE).await;
+
+    api.merge(TYPE, &json!({"spec": {"versions": narrow}})).await;
+    broken.change(&api, json!({"worker": null})).await;
+    broken.converged(&api, PATIENCE).await;
+    assert_eq!(operator.get("/readyz").await.map(|(code, _)| code), Some(200));
+}
+
+#[track_caller]
+fn shows(table: &str) {
+    let mut lines = table.lines().skip_while(|line| !line.contains("IN-FLIGHT"));
+    let (head, row) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+    let columns = ["NAME", "READY", "DESIRED", "DEPTH", "IN-FLIGHT", "OLDEST", "DLQ", "MODE", "STATUS", "AGE"];
+    assert_eq!(head.split_whitespace().collect::<Vec<_>>(), columns, "{table}");
+    let cells: Vec<_> = row.split_whitespace().collect();
+    let name = cells.first().map(|name| name.trim_start_matches("workerpool.beamline.dev/"));
+    assert_eq!((name, cells.get(1..3)), (Some("default"), Some(["1", "1"].as_slice())), "{table}");
+    assert!(cells.contains(&"Manual") && cells.contains(&"WorkersReady"), "{table}");
+}
