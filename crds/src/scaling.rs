@@ -44,6 +44,10 @@ pub enum Mode {
     Operator,
     /// spec.replicas and gpu.replicas, the former written by a person or through /scale.
     Manual,
+    /// A HorizontalPodAutoscaler, through /scale, from what waits and runs; the operator makes it, wakes the pool from zero
+    /// and puts it to rest there, and decides how many pods with GPUs there are.
+    #[serde(rename = "HPA")]
+    Hpa,
 }
 
 /// How fast work shall be done.

@@ -79,8 +79,8 @@ use crate::{
         .message("gpu.sidecars.volumeMounts: every name must be that of an entry in worker.volumes")
 )]
 pub struct WorkerPoolSpec {
-    /// How many workers to run, in mode Manual. Also what `kubectl scale` and the `/scale` subresource write. In mode
-    /// Operator it has no effect: leave it out, or every apply takes back what was written when the mode changes.
+    /// How many workers to run, in modes Manual and HPA. Also what `kubectl scale` and the `/scale` subresource write. Leave
+    /// it out in the modes Operator, where it has no effect, and HPA, or every apply takes back what was written there.
     /// The API server fills in 1.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 10000))]

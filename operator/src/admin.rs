@@ -39,7 +39,11 @@ pub enum Topic {
     /// A watch.
     Deployments,
     /// A watch.
+    HorizontalPodAutoscalers,
+    /// A watch.
     Pods,
+    /// What is needed to serve external.metrics.k8s.io.
+    ExternalMetrics,
 }
 
 impl fmt::Display for Topic {
@@ -54,7 +58,9 @@ impl fmt::Display for Topic {
             Self::NetworkPolicies => "watch of networkpolicies",
             Self::PodDisruptionBudgets => "watch of poddisruptionbudgets",
             Self::Deployments => "watch of deployments",
+            Self::HorizontalPodAutoscalers => "watch of horizontalpodautoscalers",
             Self::Pods => "watch of pods",
+            Self::ExternalMetrics => "external metrics",
         })
     }
 }

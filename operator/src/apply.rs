@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource, ResourceExt};
@@ -42,6 +43,8 @@ pub struct Applied {
     pub general: Arc<Deployment>,
     /// The pods with GPUs; also those that nobody asks for any more, while they have something left to do.
     pub gpu: Option<Arc<Deployment>>,
+    /// Who writes how many there are.
+    pub autoscaler: Option<Arc<HorizontalPodAutoscaler>>,
     /// What could not be made or told, though the pool works without it.
     pub notices: Vec<Notice>,
 }
@@ -50,7 +53,8 @@ pub struct Applied {
 pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desired: &Desired) -> Result<Applied, Error> {
     let pool = &ObjectRef::new(&valid.name).within(&valid.namespace);
     // No `..` on purpose: a new child must not compile until it has a place in this order.
-    let Desired { service_account, config_map, service, network_policy, pod_monitor, general, gpu } = desired;
+    let Desired { service_account, config_map, service, network_policy, pod_monitor, autoscaler, general, gpu } =
+        desired;
     // Pods start as soon as the Deployment exists: their account and configuration come first, and so do the wall around
     // them and the budget that protects them.
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
@@ -60,6 +64,14 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
         Some(wall) => drop(child(ctx, pool, observed.network_policy.as_ref(), wall).await?),
         None => remove(ctx, pool, observed.network_policy.as_ref()).await?,
     }
+    // Where a person decides, nobody else may write a number any more.
+    let autoscaler = match autoscaler {
+        Some(autoscaler) => Some(child(ctx, pool, observed.autoscaler.as_ref(), autoscaler).await?),
+        None => {
+            remove(ctx, pool, observed.autoscaler.as_ref()).await?;
+            None
+        }
+    };
     let general = workload(ctx, pool, &observed.general, general).await?;
     let gpu = match gpu {
         Some(gpu) => Some(workload(ctx, pool, &observed.gpu, gpu).await?),
@@ -72,7 +84,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
     };
     let deaf = nudge::nudge(ctx, &config_map, &observed.pods).await?;
     let monitor = monitor::apply(ctx, valid, pool, pod_monitor.as_ref()).await?;
-    Ok(Applied { general, gpu, notices: deaf.into_iter().chain(monitor).collect() })
+    Ok(Applied { general, gpu, autoscaler, notices: deaf.into_iter().chain(monitor).collect() })
 }
 
 async fn workload(

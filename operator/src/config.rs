@@ -64,6 +64,25 @@ pub struct Config {
     #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub concurrency: u16,
 
+    /// Where external.metrics.k8s.io is served to the API server, which HorizontalPodAutoscalers of mode HPA ask. Default:
+    /// nowhere.
+    #[arg(long, env = "BEAMLINE_EXTERNAL_METRICS_ENDPOINT")]
+    pub external_metrics_endpoint: Option<SocketAddr>,
+
+    /// The Service that leads there, in the namespace of the Lease, and the Secret with its certificate (tls.crt, tls.key,
+    /// ca.crt).
+    #[arg(
+        long,
+        env = "BEAMLINE_EXTERNAL_METRICS_SERVICE",
+        default_value = "beamline-external-metrics",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub external_metrics_service: String,
+
+    /// Who makes and renews that certificate, and tells the APIService whom to believe.
+    #[arg(long, env = "BEAMLINE_EXTERNAL_METRICS_CERTIFICATE", value_enum, default_value_t = CertificateBy::Operator)]
+    pub external_metrics_certificate: CertificateBy,
+
     /// Does nothing but ask this address of an operator, such as http://beamline:8080/readyz, for up to 30 s. Exits
     /// with 0 as soon as it answers with 200.
     #[arg(long)]
@@ -113,6 +132,15 @@ fn collector(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).ok().filter(is_usable);
     // The text may hold what must not be repeated.
     url.ok_or_else(|| "expected http://host:port or https://host:port, without credentials".to_owned())
+}
+
+/// Who makes a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CertificateBy {
+    /// The operator.
+    Operator,
+    /// Somebody else, such as cert-manager.
+    Other,
 }
 
 /// How log lines look.

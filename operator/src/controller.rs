@@ -92,6 +92,7 @@ pub async fn run(
     let (services, service_changes) = watching.ours(Topic::Services);
     let (network_policies, policy_changes) = watching.ours(Topic::NetworkPolicies);
     let (budgets, budget_changes) = watching.ours(Topic::PodDisruptionBudgets);
+    let (autoscalers, autoscaler_changes) = watching.ours(Topic::HorizontalPodAutoscalers);
     let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
     let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
     let memory = Arc::new(Memory::of(pools.clone()));
@@ -101,7 +102,8 @@ pub async fn run(
     let gate = Gate::new(Arc::clone(&lookout), config.nats_allow.clone());
     let brokers = Brokers::new(client.clone(), gate);
     let (signals, readings) = Signals::new(brokers, pools.clone(), neighbours, Arc::clone(&memory));
-    let caches = Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods };
+    let caches =
+        Caches { service_accounts, config_maps, services, network_policies, budgets, autoscalers, deployments, pods };
     let events = Events::new(client.clone());
     let context = Arc::new(Context {
         client,
@@ -122,6 +124,7 @@ pub async fn run(
         .owns_stream(service_changes)
         .owns_stream(policy_changes)
         .owns_stream(budget_changes)
+        .owns_stream(autoscaler_changes)
         .owns_stream(deployment_changes)
         .watches_stream(pod_changes, |pod| pool_of(&pod))
         .reconcile_on(readings)

@@ -1,9 +1,11 @@
 //! What should exist for a pool. Pure: no client, no clock, the same pool gives the same bytes.
 
+mod autoscaler;
 mod budget;
 mod config_map;
 mod deployment;
 mod environment;
+pub mod metrics;
 pub mod names;
 mod network_policy;
 mod pod_monitor;
@@ -13,6 +15,7 @@ mod service;
 mod service_account;
 
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -24,7 +27,7 @@ pub use config_map::policy_hash;
 pub use pod_monitor::pod_monitors;
 
 use crate::observe::Surroundings;
-use crate::pool::{Class, ValidPool};
+use crate::pool::{Class, Mode, ValidPool};
 use crate::scale::Replicas;
 
 /// All children of a pool.
@@ -40,6 +43,8 @@ pub struct Desired {
     pub network_policy: Option<NetworkPolicy>,
     /// How a Prometheus Operator finds their metrics.
     pub pod_monitor: Option<DynamicObject>,
+    /// Who writes how many there are.
+    pub autoscaler: Option<HorizontalPodAutoscaler>,
     /// The pods without GPUs of their own.
     pub general: Workload,
     /// The pods with GPUs.
@@ -67,6 +72,7 @@ pub fn desired(pool: &ValidPool, replicas: Replicas, around: &Surroundings) -> D
         service: service::service(pool),
         network_policy: pool.network_policy.then(|| network_policy::network_policy(pool, around)),
         pod_monitor: pool.pod_monitor.then(|| pod_monitor::pod_monitor(pool)),
+        autoscaler: (pool.scaling.mode == Mode::Hpa).then(|| autoscaler::autoscaler(pool)),
         general: workload(&pool.general, replicas.general),
         gpu: pool.gpu.as_ref().zip(replicas.gpu).map(|(class, replicas)| workload(class, replicas)),
     }

@@ -1,9 +1,10 @@
-//! From one who decides to another, without a dip: whoever leaves mode Operator finds in `spec.replicas` what runs.
+//! From one who decides to another, without a dip: whoever leaves mode Operator finds in `spec.replicas` what runs. In mode
+//! HPA the operator also writes the steps there that an autoscaler cannot make.
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::controller::Context;
 use crate::error::Error;
@@ -15,19 +16,39 @@ use crate::scale::{Decision, Decisions, Need, fixed};
 /// what somebody wants.
 pub fn due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Option<i32>) -> Option<i32> {
     let last = before.scaling.as_ref()?;
-    let leaves = last.mode == Mode::Operator && pool.scaling.mode == Mode::Manual;
+    let leaves = last.mode == Mode::Operator && pool.scaling.mode != Mode::Operator;
     (leaves && last.spec_replicas == Some(written)).then_some(runs?).filter(|runs| *runs != written)
 }
 
 /// Writes what runs as if by `kubectl scale`. As long as the watch does not show it, mode Operator has not ended.
 pub async fn write(ctx: &Context, pool: &WorkerPool, runs: i32, gpu: Option<Decision>) -> Result<Decisions, Error> {
+    scale(ctx, pool, json!({"spec": {"replicas": runs}})).await?;
+    Ok(Decisions { mode: Mode::Operator, general: fixed(runs, Need::Spec("spec.replicas", runs), None), gpu })
+}
+
+/// Whether it is the step that is left to the operator: an autoscaler leaves a pool alone that has none, and never asks for
+/// none.
+pub const fn is_step(written: i32, decided: i32) -> bool {
+    matches!((written, decided), (0, 1) | (1, 0))
+}
+
+/// Writes that step, unless the pool has changed meanwhile and is to be looked at again: whether it did.
+pub async fn step(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<bool, Error> {
+    let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"replicas": replicas}});
+    match scale(ctx, pool, patch).await {
+        Ok(()) => Ok(true),
+        Err(Error::Apply { source: kube::Error::Api(status), .. }) if status.code == 409 => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+async fn scale(ctx: &Context, pool: &WorkerPool, patch: Value) -> Result<(), Error> {
     let (name, namespace) = (pool.name_any(), pool.namespace().unwrap_or_default());
-    let patch = json!({"spec": {"replicas": runs}});
     let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), &namespace);
     let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch_scale(&name, &params, &patch)).await;
     written.map_err(|source| Error::Apply { kind: "WorkerPool".to_owned(), name, source })?;
-    Ok(Decisions { mode: Mode::Operator, general: fixed(runs, Need::Spec("spec.replicas", runs), None), gpu })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -55,5 +76,14 @@ mod tests {
         assert_eq!(writes("Manual", ("Operator", 7), 7, 7), None, "it says so already");
         assert_eq!(writes("Manual", ("Manual", 1), 1, 7), None);
         assert_eq!(writes("Operator", ("Manual", 1), 1, 7), None);
+        assert_eq!(writes("HPA", ("Operator", 1), 1, 7), Some(7));
+        assert_eq!(writes("HPA", ("Manual", 1), 1, 7), None);
+        assert_eq!(writes("Manual", ("HPA", 1), 1, 7), None, "it was the number that counts already");
+    }
+
+    #[test]
+    fn the_operator_takes_an_autoscaled_pool_from_zero_and_to_it_and_leaves_the_rest() {
+        let steps = |written| (0..3).filter(move |decided| is_step(written, *decided)).collect::<Vec<_>>();
+        assert_eq!([steps(0), steps(1), steps(2)], [vec![1], vec![0], vec![]]);
     }
 }

@@ -60,6 +60,26 @@ impl Notice {
         Self { reason: reason::POD_MONITOR_MISSING, message: message.to_owned() }
     }
 
+    /// A HorizontalPodAutoscaler is wanted, and nobody tells it how much waits.
+    pub fn external_metrics_missing() -> Self {
+        let message = "scaling.mode is HPA, and nobody serves external.metrics.k8s.io; set externalMetrics.enabled in the \
+                       chart, or install a Prometheus adapter that serves beamline_queue_depth, or set scaling.mode to \
+                       Operator";
+        Self { reason: reason::EXTERNAL_METRICS_MISSING, message: message.to_owned() }
+    }
+
+    /// The same, and whoever should does not answer.
+    pub fn external_metrics_unavailable() -> Self {
+        let message = "scaling.mode is HPA, and whoever serves external.metrics.k8s.io does not answer; see kubectl \
+                       describe apiservice v1beta1.external.metrics.k8s.io";
+        Self { reason: reason::EXTERNAL_METRICS_UNAVAILABLE, message: message.to_owned() }
+    }
+
+    /// Whether an autoscaler knows nothing for it.
+    pub fn keeps_autoscalers_from_knowing(&self) -> bool {
+        matches!(self.reason, reason::EXTERNAL_METRICS_MISSING | reason::EXTERNAL_METRICS_UNAVAILABLE)
+    }
+
     /// Whether pods cannot start for it.
     pub fn keeps_pods_from_starting(&self) -> bool {
         matches!(self.reason, reason::SECRET_UNUSABLE | reason::REFERENCE_MISSING)

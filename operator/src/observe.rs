@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -22,7 +23,7 @@ use crate::apply::{Slim, slim};
 use crate::controller::Context;
 use crate::desired::names;
 use crate::error::Error;
-use crate::pool::{Kind, ValidPool};
+use crate::pool::{Kind, Mode, ValidPool};
 
 /// The caches behind the watches.
 pub struct Caches {
@@ -36,6 +37,8 @@ pub struct Caches {
     pub network_policies: Store<NetworkPolicy>,
     /// Children, by kind.
     pub budgets: Store<PodDisruptionBudget>,
+    /// Children, by kind.
+    pub autoscalers: Store<HorizontalPodAutoscaler>,
     /// Children, by kind.
     pub deployments: Store<Deployment>,
     /// The workers.
@@ -52,6 +55,8 @@ pub struct Observed {
     pub service: Option<Arc<Service>>,
     /// The wall around them, or what is left of it.
     pub network_policy: Option<Arc<NetworkPolicy>>,
+    /// Who writes how many there are, or what is left of it.
+    pub autoscaler: Option<Arc<HorizontalPodAutoscaler>>,
     /// The pods without GPUs of their own.
     pub general: Workload,
     /// The pods with GPUs, or what is left of them.
@@ -84,7 +89,8 @@ pub struct Workload {
 
 /// Finds the children, and refuses to go on where the name of one that is wanted is taken.
 pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error> {
-    let Caches { service_accounts, config_maps, services, network_policies, budgets, deployments, pods } = &ctx.caches;
+    let Caches { service_accounts, config_maps, services, network_policies, budgets, autoscalers, deployments, pods } =
+        &ctx.caches;
     let name = pool.name.as_str();
     let pods = workers(pods, pool);
     let gpu = names::workload(name, Kind::Gpu);
@@ -103,6 +109,11 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
             child(&ctx.client, network_policies, pool, name).await?
         } else {
             remains(network_policies, pool, name)
+        },
+        autoscaler: if pool.scaling.mode == Mode::Hpa {
+            child(&ctx.client, autoscalers, pool, name).await?
+        } else {
+            remains(autoscalers, pool, name)
         },
         general: Workload {
             budget: child(&ctx.client, budgets, pool, name).await?,

@@ -25,6 +25,14 @@ pub const SCALING_LIMITED: &str = "ScalingLimited";
 pub const REPLICAS_IGNORED: &str = "ReplicasIgnored";
 /// The spec decides.
 pub const MODE_MANUAL: &str = "ModeManual";
+/// A HorizontalPodAutoscaler decides.
+pub const MODE_HPA: &str = "ModeHPA";
+/// It should, and says why it does not.
+pub const AUTOSCALER_INACTIVE: &str = "AutoscalerInactive";
+/// It should, and nobody serves what it asks for.
+pub const EXTERNAL_METRICS_MISSING: &str = "ExternalMetricsMissing";
+/// It should, and whoever serves that does not answer.
+pub const EXTERNAL_METRICS_UNAVAILABLE: &str = "ExternalMetricsUnavailable";
 /// Nothing is decided, because the queue cannot be read.
 pub const QUEUE_UNREADABLE: &str = "QueueUnreadable";
 /// Only an event: there are to be more workers.

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Readiness, Topic};
 use crate::config::Config;
 use crate::controller;
+use crate::external;
 use crate::leader::{Candidate, Leadership};
 use crate::metrics::Metrics;
 
@@ -28,6 +29,7 @@ const ANSWER: Duration = Duration::from_secs(15);
 const LEASE_RETRY: Duration = Duration::from_secs(2);
 
 /// Ways to the API server.
+#[derive(Clone)]
 pub struct Clients {
     /// For calls, each of which ends: with an answer, or with the limit.
     pub calls: Client,
@@ -59,11 +61,26 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("--admin-endpoint: cannot listen on {}", config.admin_endpoint))?;
     let admin = tokio::spawn(admin::serve(listener, readiness.clone(), Arc::clone(&metrics), stop.clone()));
+    let external = match config.external_metrics_endpoint {
+        None => None,
+        Some(endpoint) => {
+            let listener = TcpListener::bind(endpoint)
+                .await
+                .with_context(|| format!("--external-metrics-endpoint: cannot listen on {endpoint}"))?;
+            readiness.waits(Topic::ExternalMetrics, "there is no certificate yet");
+            let (config, clients, readiness) = (config.clone(), clients.clone(), readiness.clone());
+            let stop = stop.clone();
+            Some(tokio::spawn(async move { external::serve(listener, &config, clients, readiness, stop).await }))
+        }
+    };
     let outcome = lead(clients, &config, readiness, metrics, &stop).await;
     stop.cancel();
     // Who has asked gets an answer; who holds a connection and never asks holds up nothing.
     if let Ok(served) = tokio::time::timeout(FAREWELL, admin).await {
         served??;
+    }
+    if let Some(external) = external {
+        external.await?;
     }
     outcome
 }

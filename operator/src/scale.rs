@@ -176,6 +176,13 @@ impl Rules {
         let bounds = Bounds { min: min.min(max), max, queue_depth_per_replica };
         Self { paused: pool.paused, bounds, limit, slots, backlog, stabilization, idle_to_zero }
     }
+
+    /// The same for the step between none and one, where another decides on the rest.
+    #[must_use]
+    pub fn of_one(self) -> Self {
+        let Bounds { min, max: _, queue_depth_per_replica } = self.bounds;
+        Self { bounds: Bounds { min: min.min(1), max: 1, queue_depth_per_replica }, limit: LimitedBy::None, ..self }
+    }
 }
 
 /// What is kept of a class from one decision to the next.
@@ -201,6 +208,11 @@ impl Scaler {
     /// Goes on where another operator has stopped.
     pub fn after(desired: Option<i32>, learned: Learned) -> Self {
         Self { desired, learned, lessons: Lessons::after(learned), ..Self::default() }
+    }
+
+    /// Another has decided on this number meanwhile.
+    pub const fn starts_from(&mut self, desired: i32) {
+        self.desired = Some(desired);
     }
 
     /// Seconds that a pod takes to start, as far as that is known.
@@ -326,7 +338,7 @@ impl Scaler {
     fn keep(&mut self, current: i32, need: Need) -> Decision {
         self.needs.clear();
         self.idle_since = None;
-        self.settle(current, Why { need, held: None, failing: 0, limit: None }, false)
+        self.settle(current, Why::of(need), false)
     }
 
     fn settle(&mut self, desired: i32, why: Why, is_waiting: bool) -> Decision {
@@ -360,8 +372,7 @@ pub fn as_written(pool: &ValidPool) -> Decisions {
 
 /// A number that nothing that is seen can change.
 pub fn fixed(desired: i32, need: Need, limit: Option<(LimitedBy, i32)>) -> Decision {
-    let why = Why { need, held: None, failing: 0, limit };
-    Decision { desired, why, learned: Learned::default(), is_waiting: false }
+    Decision { desired, why: Why { limit, ..Why::of(need) }, learned: Learned::default(), is_waiting: false }
 }
 
 /// Pods that there may be devices for.

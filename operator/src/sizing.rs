@@ -10,7 +10,7 @@ use crate::observe::Observed;
 use crate::pool::{Class, Kind, Mode, ValidPool};
 use crate::reports::Crew;
 use crate::retire::{Plan, plan};
-use crate::scale::{Decision, Decisions, Need, Replicas, Rules, as_written, fixed};
+use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written};
 use crate::seen::seen;
 use crate::signals::Reading;
 use crate::{handover, status};
@@ -39,6 +39,15 @@ impl Sizing {
     }
 }
 
+/// What a decision is made from.
+struct Scene<'a> {
+    pool: &'a ValidPool,
+    ctx: &'a Context,
+    observed: &'a Observed,
+    reading: &'a Reading,
+    before: &'a WorkerPoolStatus,
+}
+
 /// Decides, and plans.
 pub async fn size(
     pool: &WorkerPool,
@@ -48,64 +57,105 @@ pub async fn size(
     reading: &Reading,
     before: &WorkerPoolStatus,
 ) -> Result<Sizing, Error> {
+    let scene = Scene { pool: valid, ctx, observed, reading, before };
+    let scaled = |class: &Class| scene.scaled(class);
     let decisions = match valid.scaling.mode {
-        Mode::Manual => by_hand(pool, valid, ctx, observed, before).await?,
+        Mode::Manual => scene.by_hand(pool).await?,
+        Mode::Hpa => scene.by_autoscaler(pool).await?,
         Mode::Operator => {
-            let scaled = |class: &Class| scaled(valid, class, ctx, observed, reading, before);
             Decisions { mode: Mode::Operator, general: scaled(&valid.general), gpu: valid.gpu.as_ref().map(scaled) }
         }
     };
-    let was_operator = before.scaling.as_ref().is_some_and(|scaling| scaling.mode == Mode::Operator);
-    let way = |kind, decision: &Decision| match (valid.scaling.mode, was_operator) {
-        (Mode::Operator, _) => without_cutting(kind, decision, observed, reading),
+    let was_operator = scene.decided_before() == Some(Mode::Operator);
+    let way = |kind, decision: &Decision| match (valid.scaling.mode, kind) {
+        (Mode::Operator, _) | (Mode::Hpa, Kind::Gpu) => without_cutting(kind, decision, observed, reading),
         // Whoever was told to go has heard it from this operator, and is asked for now.
-        (Mode::Manual, true) => {
+        (Mode::Manual | Mode::Hpa, _) if was_operator => {
             let stay = plan(kind, decision.desired, decision.desired, &observed.pods, crew(kind, reading));
             Plan { replicas: decision.desired, ..stay }
         }
-        (Mode::Manual, false) => Plan::at_once(decision.desired),
+        (Mode::Manual | Mode::Hpa, _) => Plan::at_once(decision.desired),
     };
     let general = way(Kind::General, &decisions.general);
     let gpu = decisions.gpu.as_ref().map(|gpu| way(Kind::Gpu, gpu));
     Ok(Sizing { decisions, general, gpu })
 }
 
-async fn by_hand(
-    pool: &WorkerPool,
-    valid: &ValidPool,
-    ctx: &Context,
-    observed: &Observed,
-    before: &WorkerPoolStatus,
-) -> Result<Decisions, Error> {
-    let frozen = |decision: Decision, kind| match running(observed, kind).filter(|_| valid.paused) {
-        Some(running) => fixed(running, Need::Paused(running), None),
-        None => decision,
-    };
-    let written = as_written(valid);
-    let gpu = written.gpu.map(|gpu| frozen(gpu, Kind::Gpu));
-    if let Some(runs) = handover::due(valid, pool.spec.replicas, before, running(observed, Kind::General)) {
-        return handover::write(ctx, pool, runs, gpu).await;
+impl Scene<'_> {
+    async fn by_hand(&self, pool: &WorkerPool) -> Result<Decisions, Error> {
+        let Decisions { mode, general, gpu } = as_written(self.pool);
+        let gpu = gpu.map(|gpu| self.frozen(gpu, Kind::Gpu));
+        if let Some(runs) = self.handed_over(pool) {
+            return handover::write(self.ctx, pool, runs, gpu).await;
+        }
+        self.ctx.memory.forget_scalers(&reference(self.pool));
+        Ok(Decisions { mode, general: self.frozen(general, Kind::General), gpu })
     }
-    ctx.memory.forget_scalers(&reference(valid));
-    Ok(Decisions { mode: Mode::Manual, general: frozen(written.general, Kind::General), gpu })
-}
 
-fn scaled(
-    pool: &ValidPool,
-    class: &Class,
-    ctx: &Context,
-    observed: &Observed,
-    reading: &Reading,
-    before: &WorkerPoolStatus,
-) -> Decision {
-    let reference = reference(pool);
-    let known = ctx.memory.scaler(&reference, class.kind);
-    let mut scaler = known.unwrap_or_else(|| status::scaler(before, class.kind));
-    let running = running(observed, class.kind);
-    let seen = seen(pool, class.kind, reading, running, &observed.pods, scaler.usual_start(), Timestamp::now());
-    let decision = scaler.decide(&Rules::of(pool, class), &seen, ctx.memory.age());
-    ctx.memory.keep_scaler(&reference, class.kind, scaler);
-    decision
+    /// What an autoscaler has written through `/scale`, but for the step between none and one worker.
+    async fn by_autoscaler(&self, pool: &WorkerPool) -> Result<Decisions, Error> {
+        let gpu = self.pool.gpu.as_ref().map(|class| self.scaled(class));
+        if let Some(runs) = self.handed_over(pool) {
+            return handover::write(self.ctx, pool, runs, gpu).await;
+        }
+        let written = pool.spec.replicas;
+        let class = &self.pool.general;
+        let step = self.decided(class, &Rules::of(self.pool, class).of_one(), Some(written.min(1)));
+        let general = if self.pool.paused || !handover::is_step(written, step.desired) {
+            match written {
+                0 => step,
+                _ => {
+                    let why = Why::of(Need::Autoscaler(written));
+                    Decision { desired: written, why, is_waiting: step.is_waiting && written == 1, ..step }
+                }
+            }
+        } else if handover::step(self.ctx, pool, step.desired).await? {
+            step
+        } else {
+            let runs = running(self.observed, Kind::General).unwrap_or(written);
+            Decision { desired: runs.max(written).max(step.desired), is_waiting: true, ..step }
+        };
+        Ok(Decisions { mode: Mode::Hpa, general: self.frozen(general, Kind::General), gpu })
+    }
+
+    fn scaled(&self, class: &Class) -> Decision {
+        // In another mode it has decided on one worker at most.
+        let is_new = class.kind == Kind::General && self.decided_before() == Some(Mode::Hpa);
+        let runs = running(self.observed, class.kind).filter(|_| is_new);
+        self.decided(class, &Rules::of(self.pool, class), runs)
+    }
+
+    /// By mode Operator's rule; from this number on, where it is not the one decided last.
+    fn decided(&self, class: &Class, rules: &Rules, from: Option<i32>) -> Decision {
+        let Self { pool, ctx, observed, reading, before } = self;
+        let reference = reference(pool);
+        let known = ctx.memory.scaler(&reference, class.kind);
+        let mut scaler = known.unwrap_or_else(|| status::scaler(before, class.kind));
+        if let Some(from) = from {
+            scaler.starts_from(from);
+        }
+        let running = running(observed, class.kind);
+        let seen = seen(pool, class.kind, reading, running, &observed.pods, scaler.usual_start(), Timestamp::now());
+        let decision = scaler.decide(rules, &seen, ctx.memory.age());
+        ctx.memory.keep_scaler(&reference, class.kind, scaler);
+        decision
+    }
+
+    /// While workers take no work, they stay as many as they are.
+    fn frozen(&self, decision: Decision, kind: Kind) -> Decision {
+        match running(self.observed, kind).filter(|_| self.pool.paused) {
+            Some(running) => Decision { desired: running, why: Why::of(Need::Paused(running)), ..decision },
+            None => decision,
+        }
+    }
+
+    fn handed_over(&self, pool: &WorkerPool) -> Option<i32> {
+        handover::due(self.pool, pool.spec.replicas, self.before, running(self.observed, Kind::General))
+    }
+
+    fn decided_before(&self) -> Option<Mode> {
+        self.before.scaling.as_ref().map(|scaling| scaling.mode)
+    }
 }
 
 /// What cannot be read, or must stay, takes no worker away.

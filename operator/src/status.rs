@@ -177,8 +177,12 @@ pub fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
     let number = |shown: Option<String>| shown?.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
     let learned =
         scale::Learned { rate: number(rate_per_replica).filter(|rate| *rate > 0.0), start: number(pod_start_seconds) };
+    let was_ours = match class {
+        Kind::General => mode == Some(Mode::Operator),
+        Kind::Gpu => matches!(mode, Some(Mode::Operator | Mode::Hpa)),
+    };
     // Who decided in another mode says nothing about what is needed: what runs does.
-    Scaler::after(desired.filter(|_| mode == Some(Mode::Operator)), learned)
+    Scaler::after(desired.filter(|_| was_ours), learned)
 }
 
 /// Writes the status if it changed, and says when to come back.

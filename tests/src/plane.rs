@@ -61,12 +61,18 @@ impl ControlPlane {
         for template in ["crd", "service-account", "rbac"] {
             helm.arg(format!("--show-only=templates/{template}.yaml"));
         }
+        if values.contains(&"externalMetrics.enabled=true") {
+            helm.arg("--show-only=templates/external-metrics.yaml");
+        }
         helm.args(values.iter().map(|value| format!("--set={value}")));
         let manifest = output(&mut helm, None);
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         self.kubectl(&["apply", "-f", "-"], Some(&namespace.to_string()));
         self.kubectl(&["apply", "--server-side", "--force-conflicts", "-f", "-"], Some(&manifest));
-        self.kubectl(&["wait", "--for=condition=Established", "crd/workerpools.beamline.dev", "--timeout=60s"], None);
+        // kubectl gives up on a type that is so new that it has no conditions yet.
+        let established = ["wait", "--for=condition=Established", "crd/workerpools.beamline.dev", "--timeout=60s"];
+        let is_there = (0..20).any(|_| self.try_kubectl(&established, None).is_ok());
+        assert!(is_there, "the type is not established");
         let accounts = self.kubectl(&["get", "serviceaccounts", "--namespace", name, "--output=name"], None);
         let account = accounts.lines().filter_map(|line| line.strip_prefix("serviceaccount/"));
         let account = account.into_iter().find(|account| *account != "default").expect("the chart has an account");
@@ -76,6 +82,17 @@ impl ControlPlane {
             user: format!("system:serviceaccount:{name}:{account}"),
             kubeconfig: self.write_kubeconfig(name, token.trim()),
         }
+    }
+
+    /// What helm says when it looks at this API server and does not install the chart with these values.
+    pub fn refusal(&self, name: &str, values: &[&str]) -> String {
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/beamline");
+        let mut helm = Command::new(tool::program("helm"));
+        helm.args(["template", name, &chart.to_string_lossy(), "--namespace", name, "--dry-run=server"]);
+        helm.args(values.iter().map(|value| format!("--set={value}"))).env("KUBECONFIG", self.kubeconfig());
+        let output = helm.output().expect("helm runs");
+        assert!(!output.status.success(), "it is not refused");
+        String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// What the API server was asked by this user and how it answered, from the audit log, oldest first.

@@ -34,6 +34,7 @@ const MODES: [(&str, &[&str]); 5] = [
             "traces.otlpEndpoint=http://collector:4318",
             "env[0].name=OTEL_TRACES_SAMPLER",
             "env[0].value=always_off",
+            "externalMetrics.enabled=true",
             "podLabels.team=flows",
             "podAnnotations.team=flows",
             "nodeSelector.disk=fast",
@@ -169,6 +170,8 @@ fn a_value_that_cannot_be_is_refused_by_its_name() {
         ("nodeSelector.disk=1", "nodeSelector"),
         ("tolerations.key=a", "tolerations"),
         ("serviceAccount.create=false", "serviceAccount.name is needed"),
+        ("externalMetrics.certManager=yes", "certManager"),
+        ("externalMetrics.certManager.issuerRef.kind=Mine", "kind"),
     ];
     for program in HELMS {
         for (value, name) in wrong {
@@ -228,14 +231,40 @@ fn no_mode_grants_a_wildcard_or_more_of_a_secret_than_to_get_it() {
             let is_plain = !["escalate", "bind", "impersonate"].iter().any(|verb| holds("verbs", verb));
             assert!(is_plain && !holds("resources", "pods/exec"), "{mode}: {rule}");
             if holds("resources", "secrets") {
-                assert_eq!(
-                    (list(&rule["resources"]).len(), list(&rule["verbs"])),
-                    (1, ["get".into()].as_slice()),
-                    "{mode}"
-                );
+                // It writes the certificate that it shows to the API server, and no other Secret.
+                let is_own = rule["resourceNames"] == serde_json::json!(["beamline-external-metrics"]);
+                let verbs: &[&str] = if is_own { &["get", "patch"] } else { &["get"] };
+                assert_eq!((list(&rule["resources"]).len(), list(&rule["verbs"])), (1, &*verbs_of(verbs)), "{mode}");
             }
         }
     }
+}
+
+fn verbs_of(verbs: &[&str]) -> Vec<Value> {
+    verbs.iter().map(|verb| Value::from(*verb)).collect()
+}
+
+#[test]
+fn cert_manager_makes_the_certificate_where_it_is_to_and_the_operator_has_no_right_to() {
+    let certificate = ["externalMetrics.enabled=true", "externalMetrics.certManager.enabled=true"];
+    let (content, said) = helm("helm", "template", &certificate);
+    assert!(!content && said.contains("externalMetrics.certManager.issuerRef.name is needed"), "{said}");
+    let objects = rendered(&[&certificate[..], &["externalMetrics.certManager.issuerRef.name=ca"]].concat());
+    let certificate = named(&objects, "Certificate").next().expect("a Certificate");
+    assert_eq!(certificate["spec"]["secretName"], "beamline-external-metrics");
+    assert_eq!(list(&certificate["spec"]["dnsNames"]), ["beamline-external-metrics.beamline-system.svc"]);
+    let service = named(&objects, "APIService").next().expect("an APIService");
+    let injected = &service["metadata"]["annotations"]["cert-manager.io/inject-ca-from"];
+    assert_eq!(injected, "beamline-system/beamline-external-metrics");
+    assert_eq!(named(&objects, "Secret").count(), 0);
+    let writes = |rule: &&Value| {
+        let may = |part: &str, name: &str| list(&rule[part]).iter().any(|one| one == name);
+        may("verbs", "patch") && (may("resources", "secrets") || may("resources", "apiservices"))
+    };
+    assert_eq!(rules(&objects).iter().filter(writes).count(), 0);
+    let operator = named(&objects, "Deployment").next().expect("the operator");
+    let arguments = list(&operator["spec"]["template"]["spec"]["containers"][0]["args"]);
+    assert!(arguments.contains(&"--external-metrics-certificate=other".into()), "{arguments:?}");
 }
 
 #[test]

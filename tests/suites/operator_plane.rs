@@ -10,6 +10,8 @@
     reason = "helpers of tests: a failure here is a test's failure"
 )]
 
+#[path = "operator_plane/autoscaler.rs"]
+mod autoscaler; // mode HPA, and what it asks the operator
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
 #[path = "operator_plane/level.rs"]

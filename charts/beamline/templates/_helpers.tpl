@@ -24,6 +24,10 @@ app.kubernetes.io/part-of: beamline
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{- define "beamline.externalMetrics" -}}
+{{- printf "%s-external-metrics" (include "beamline.fullname" . | trunc 46 | trimSuffix "-") }}
+{{- end }}
+
 {{- define "beamline.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "beamline.fullname" .) .Values.serviceAccount.name }}

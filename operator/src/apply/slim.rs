@@ -2,6 +2,7 @@
 
 use beamline_crds::WorkerPool;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -42,6 +43,16 @@ impl Slim for NetworkPolicy {
 impl Slim for PodDisruptionBudget {
     fn drop_unread(&mut self) {
         (self.spec, self.status) = (None, None);
+    }
+}
+
+impl Slim for HorizontalPodAutoscaler {
+    /// Its conditions are read.
+    fn drop_unread(&mut self) {
+        self.spec = None;
+        if let Some(status) = &mut self.status {
+            status.current_metrics = None;
+        }
     }
 }
 

@@ -54,17 +54,19 @@ fn file(spec: &str, name: &str) -> Value {
 
 #[test]
 fn all_children_are_named_after_the_pool_and_go_with_it() {
-    let Desired { service_account, config_map, service, network_policy, pod_monitor, general, gpu } =
-        wanted(r#"{"gpu": {}, "observability": {"podMonitor": true}}"#);
+    let Desired { service_account, config_map, service, network_policy, pod_monitor, autoscaler, general, gpu } =
+        wanted(r#"{"gpu": {}, "observability": {"podMonitor": true}, "scaling": {"mode": "HPA"}}"#);
     let mut all = vec![service_account.metadata, config_map.metadata, service.metadata];
     all.extend(network_policy.map(|wall| wall.metadata));
     all.extend(pod_monitor.map(|monitor| monitor.metadata));
+    all.extend(autoscaler.map(|autoscaler| autoscaler.metadata));
     for Workload { budget, deployment } in std::iter::once(general).chain(gpu) {
         all.extend([budget.metadata, deployment.metadata]);
     }
     let names: Vec<_> = all.iter().filter_map(|metadata| metadata.name.as_deref()).collect();
     let expected = [
         "default-worker",
+        "default",
         "default",
         "default",
         "default",
@@ -80,6 +82,25 @@ fn all_children_are_named_after_the_pool_and_go_with_it() {
         assert_eq!((owner.uid.as_str(), owner.controller), ("1234", Some(true)));
         assert_eq!(metadata.labels.as_ref().expect("labels")[names::MANAGED_BY_LABEL], names::OPERATOR);
     }
+}
+
+#[test]
+fn an_autoscaler_is_there_in_its_mode_only_and_never_asks_for_none() {
+    let autoscaler = |scaling: &str| wanted(&format!(r#"{{"scaling": {scaling}}}"#)).autoscaler?.spec;
+    assert_eq!((autoscaler("{}"), autoscaler(r#"{"mode": "Manual"}"#)), (None, None));
+    let spec = autoscaler(r#"{"mode": "HPA"}"#).expect("an autoscaler");
+    let target = &spec.scale_target_ref;
+    assert_eq!((target.kind.as_str(), target.name.as_str()), ("WorkerPool", "default"));
+    assert_eq!((spec.min_replicas, spec.max_replicas), (Some(1), 20));
+    let all = r#"{"mode": "HPA", "minReplicas": 2, "maxReplicas": 9, "target": {"queueDepthPerReplica": 7},
+        "scaleDown": {"stabilizationSeconds": 30}}"#;
+    let spec = serde_json::to_value(autoscaler(all)).expect("JSON");
+    assert_eq!((&spec["minReplicas"], &spec["maxReplicas"]), (&json!(2), &json!(9)));
+    let external = &spec["metrics"][0]["external"];
+    assert_eq!(external["metric"]["name"], "beamline_queue_depth");
+    assert_eq!(external["metric"]["selector"]["matchLabels"], json!({"workerpool": "default"}));
+    assert_eq!(external["target"], json!({"type": "AverageValue", "averageValue": "7"}));
+    assert_eq!(spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"], 30);
 }
 
 #[test]

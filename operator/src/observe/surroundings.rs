@@ -11,11 +11,12 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
 
 use super::references::{self, Kind, Reference};
+use crate::desired::metrics;
 use crate::error::explain;
 use crate::lock::lock;
 use crate::notice::Notice;
 use crate::pool::port;
-use crate::pool::{Root, RootVolume, SecretKeyRef, ValidPool};
+use crate::pool::{Mode, Root, RootVolume, SecretKeyRef, ValidPool};
 use crate::secrets::{self, SecretError};
 
 /// A Secret or claim that appears is noticed after this long.
@@ -42,6 +43,7 @@ pub struct Lookout {
     databases: Remembered<(String, SecretKeyRef), Result<Option<u16>, SecretError>>,
     claims: Remembered<(String, String), Claim>,
     references: Remembered<(String, Reference), Option<Notice>>,
+    external_metrics: Remembered<(), Option<Notice>>,
 }
 
 /// Who may mount a claim.
@@ -65,6 +67,7 @@ impl Lookout {
             databases: Remembered::new(MEMORY),
             claims: Remembered::new(MEMORY),
             references: Remembered::new(MEMORY),
+            external_metrics: Remembered::new(MEMORY),
         }
     }
 
@@ -88,6 +91,9 @@ impl Lookout {
                 }
             }
         }
+        if pool.scaling.mode == Mode::Hpa {
+            found.notices.extend(self.external_metrics().await);
+        }
         for reference in references::of_waiting(pods) {
             found.notices.extend(self.missing(&pool.namespace, reference).await);
         }
@@ -107,6 +113,16 @@ impl Lookout {
             behind.chain(self.kubernetes_service_host.clone()).filter_map(|address| address.parse().ok()).collect()
         };
         self.api_server.get_or((), ask).await
+    }
+
+    /// Whether a HorizontalPodAutoscaler has anybody to ask.
+    async fn external_metrics(&self) -> Option<Notice> {
+        let ask = async || match self.client.list_api_group_resources(metrics::GROUP_VERSION).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Some(Notice::external_metrics_missing()),
+            Err(kube::Error::Api(status)) if status.code == 503 => Some(Notice::external_metrics_unavailable()),
+            Ok(_) | Err(_) => None,
+        };
+        self.external_metrics.get_or((), ask).await
     }
 
     async fn database_port(&self, namespace: &str, secret: &SecretKeyRef) -> Result<Option<u16>, SecretError> {

@@ -18,11 +18,20 @@ pub struct Why {
     pub limit: Option<(LimitedBy, i32)>,
 }
 
+impl Why {
+    /// Nothing but what asks for it.
+    pub const fn of(need: Need) -> Self {
+        Self { need, held: None, failing: 0, limit: None }
+    }
+}
+
 /// What asks for a number of workers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Need {
     /// A person.
     Spec(&'static str, i32),
+    /// A HorizontalPodAutoscaler.
+    Autoscaler(i32),
     /// Nothing is decided while workers take no work.
     Paused(i32),
     /// What cannot be read is not empty.
@@ -72,6 +81,7 @@ impl Display for Why {
     fn fmt(&self, out: &mut Formatter<'_>) -> Result {
         match &self.need {
             Need::Spec(field, replicas) => write!(out, "{field} is {replicas}")?,
+            Need::Autoscaler(replicas) => write!(out, "spec.replicas is {replicas}, as the autoscaler has it")?,
             Need::Paused(replicas) => write!(out, "spec.paused is true: {replicas} as before")?,
             Need::Unreadable(replicas) => write!(out, "the queue cannot be read: {replicas} as before")?,
             Need::Depth { depth, per_replica, replicas } => {

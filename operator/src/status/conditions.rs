@@ -138,6 +138,7 @@ fn activity(pool: &WorkerPool, before: &WorkerPoolStatus, outcome: Result<&Conve
     match (mode, &general.why.need) {
         (_, Need::Paused(_)) => Verdict::no(reason::PAUSED, "spec.paused is true: workers stay as many as they are"),
         (Mode::Manual, _) => Verdict::no(reason::MODE_MANUAL, "scaling.mode is Manual: spec.replicas decides"),
+        (Mode::Hpa, _) => autoscaling(converged),
         (Mode::Operator, Need::Unreadable(_)) => {
             Verdict::no(reason::QUEUE_UNREADABLE, "the queue cannot be read: workers stay as many as they are")
         }
@@ -154,6 +155,35 @@ fn activity(pool: &WorkerPool, before: &WorkerPoolStatus, outcome: Result<&Conve
             "the work asks for more workers; status.scaling says what limits them",
         ),
         (Mode::Operator, _) => Verdict::yes(reason::SCALING, "the operator decides; status.scaling says why"),
+    }
+}
+
+/// Whether the autoscaler decides, as it says itself.
+fn autoscaling(converged: &Converged) -> Verdict {
+    if let Some(notice) = converged.notices.iter().find(|notice| notice.keeps_autoscalers_from_knowing()) {
+        return Verdict::no(notice.reason, notice.message.clone());
+    }
+    if matches!(converged.decisions.general.why.need, Need::Unreadable(_)) {
+        return Verdict::no(reason::QUEUE_UNREADABLE, "the queue cannot be read: workers stay as many as they are");
+    }
+    let status = converged.applied.autoscaler.as_ref().and_then(|autoscaler| autoscaler.status.as_ref());
+    let mut conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+    // It is switched off while there is no worker: that step is the operator's.
+    let is_inactive = |reason: &str| reason != "ScalingDisabled";
+    let inactive = conditions.find(|condition| {
+        matches!(condition.type_.as_str(), "ScalingActive" | "AbleToScale")
+            && condition.status == "False"
+            && condition.reason.as_deref().is_some_and(is_inactive)
+    });
+    match inactive {
+        Some(condition) => {
+            let message = condition.message.as_deref().unwrap_or_default();
+            Verdict::no(reason::AUTOSCALER_INACTIVE, format!("the HorizontalPodAutoscaler says: {message}"))
+        }
+        None => Verdict::yes(
+            reason::MODE_HPA,
+            "scaling.mode is HPA: the HorizontalPodAutoscaler decides, and the operator on the step between 0 and 1",
+        ),
     }
 }
 

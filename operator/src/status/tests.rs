@@ -38,7 +38,7 @@ fn workers(desired: i32, ready: i32) -> Converged {
     Converged {
         paused: false,
         decisions: Decisions { mode: Mode::Manual, general, gpu: None },
-        applied: Applied { general: deployment(desired, ready), gpu: None, notices: Vec::new() },
+        applied: Applied { general: deployment(desired, ready), gpu: None, autoscaler: None, notices: Vec::new() },
         pods: Vec::new(),
         notices: Vec::new(),
         draining: None,
@@ -302,7 +302,12 @@ fn what_pods_wait_for_in_vain_is_plainer_than_what_they_say() {
 fn workers_with_gpus_that_nobody_asks_for_finish_first_and_say_so() {
     let subject = "caf.exec.route.gpu.v1".to_owned();
     let leaving = Converged {
-        applied: Applied { general: deployment(1, 1), gpu: Some(deployment(2, 0)), notices: Vec::new() },
+        applied: Applied {
+            general: deployment(1, 1),
+            gpu: Some(deployment(2, 0)),
+            autoscaler: None,
+            notices: Vec::new(),
+        },
         draining: Some(subject.clone()),
         ..workers(1, 1)
     };

@@ -265,7 +265,7 @@ fn rest() -> Vec<Row> {
         (json!({"paused": "yes"}), "spec.paused"),
         (json!({"pausd": true}), "unknown field \"spec.pausd\""),
         (json!({"scaling": {"mode": "Magic"}}), "spec.scaling.mode"),
-        (json!({"scaling": {"mode": "HPA"}}), "supported values: \"Operator\", \"Manual\""),
+        (json!({"scaling": {"mode": "KEDA"}}), "supported values: \"Operator\", \"Manual\", \"HPA\""),
         (
             json!({"scaling": {"minReplicas": 3, "maxReplicas": 2}}),
             "scaling.minReplicas: is more than scaling.maxReplicas",

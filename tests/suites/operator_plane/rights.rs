@@ -10,13 +10,15 @@ use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
+use super::autoscaler::serving;
 use super::{PATIENCE, start_plane};
 
 /// Values of the chart, and the flags that it gives the operator for them.
-const MODES: [(&str, &[&str], &[&str]); 3] = [
+const MODES: [(&str, &[&str], &[&str]); 4] = [
     ("whole", &[], &[]),
     ("narrow", &["watchNamespace=narrow"], &["--watch-namespace=narrow"]),
     ("secretive", &["rbac.secretNamespaces={secretive}"], &[]),
+    ("measured", &["externalMetrics.enabled=true"], &[]),
 ];
 
 /// Not on the plane that the others share: this operator looks after the whole cluster.
@@ -26,7 +28,11 @@ async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
     let api = plane.api().await;
     for (name, values, flags) in MODES {
         let release = plane.install(name, values);
-        let operator = Operator::by(&release.kubeconfig).flag(format!("--lease-namespace={name}"));
+        let operator = if values.contains(&"externalMetrics.enabled=true") {
+            serving(&api, &release).await
+        } else {
+            Operator::by(&release.kubeconfig).flag(format!("--lease-namespace={name}"))
+        };
         let operator = flags.iter().fold(operator, |operator, flag| operator.flag(*flag));
         let operator = operator.start().await;
         do_everything(&api, name).await;
@@ -98,6 +104,13 @@ async fn do_everything(api: &Api, namespace: &str) {
     pool.change(api, json!({"scaling": {"mode": "Manual"}})).await;
     let written = async || (api.get(&pool.path()).await?["spec"]["replicas"] == 3).then_some(());
     within(PATIENCE, "what runs is written", written).await;
+    // An autoscaler comes and goes with its mode.
+    let autoscalers = format!("/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers");
+    for (mode, count) in [("HPA", 1), ("Manual", 0)] {
+        pool.change(api, json!({"scaling": {"mode": mode}})).await;
+        let there = async || (api.list(&autoscalers).await.len() == count).then_some(());
+        within(PATIENCE, "the autoscaler comes and goes", there).await;
+    }
     api.delete(&pool.path()).await;
 }
 

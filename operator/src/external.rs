@@ -1,0 +1,234 @@
+//! `external.metrics.k8s.io`: how much waits in the queues of pools, for HorizontalPodAutoscalers. Every operator answers,
+//! from status alone, and gives no number where status is not kept up. Nobody but the API server may ask.
+
+mod answers; // which number, or why there is none
+mod certificate; // what the operator shows, and who signs it
+mod door; // who may ask
+mod heart; // whether status is kept up
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, Query, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Extension, Json, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use jiff::Timestamp;
+use kube::runtime::reflector::Store;
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Readiness;
+use crate::config::Config;
+use crate::controller::Watched;
+use crate::run::Clients;
+
+use answers::Refusal;
+use certificate::Keeper;
+use door::{Caller, Door};
+use heart::Heart;
+
+/// Connections at once. An API server keeps a few, and opens more for requests side by side.
+const CONNECTIONS: usize = 64;
+/// Whoever connects has so long to say who it is, and then for each request's headers.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What answers are made of.
+#[derive(Clone)]
+struct Source {
+    pools: Store<Watched>,
+    heart: Heart,
+}
+
+/// Serves until told to stop.
+pub async fn serve(
+    listener: TcpListener,
+    config: &Config,
+    Clients { calls: client, watches }: Clients,
+    readiness: Readiness,
+    stop: CancellationToken,
+) {
+    let namespace = config.lease_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
+    let lease = config.leader_election.then(|| namespace.clone());
+    let heart = Heart::default();
+    let pools = heart.watch(watches, config.watch_namespace.as_deref(), &stop);
+    tokio::spawn(heart.clone().listen(client.clone(), lease, stop.clone()));
+    let door = Arc::<Door>::default();
+    tokio::spawn(Keeper::new(client, config, &namespace).keep(Arc::clone(&door), readiness, stop.clone()));
+    let routes = routes(Source { pools, heart });
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let accepting = async {
+        loop {
+            let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let (door, routes) = (Arc::clone(&door), routes.clone());
+                    let connection = stop.child_token().run_until_cancelled_owned(talk(stream, door, routes));
+                    tokio::spawn(async move {
+                        connection.await;
+                        drop(place);
+                    });
+                }
+                // Such as too many open files: others may end meanwhile.
+                Err(error) => {
+                    tracing::warn!("external metrics: no connection is accepted: {error}");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(accepting).await;
+}
+
+async fn talk(stream: TcpStream, door: Arc<Door>, routes: Router) {
+    let Ok(Some((stream, caller))) = tokio::time::timeout(PATIENCE, door.open(stream)).await else { return };
+    let service = TowerToHyperService::new(routes.layer(Extension(caller)));
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(PATIENCE.saturating_mul(30));
+    if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
+        tracing::debug!("external metrics: a connection has ended: {error}");
+    }
+}
+
+fn routes(source: Source) -> Router {
+    Router::new()
+        .route("/apis", get(async || Json(answers::groups())))
+        .route("/apis/external.metrics.k8s.io", get(async || Json(answers::group())))
+        .route("/apis/external.metrics.k8s.io/v1beta1", get(async || Json(answers::resources())))
+        .route("/apis/external.metrics.k8s.io/v1beta1/namespaces/{namespace}/{metric}", get(values))
+        .with_state(source)
+        .fallback(async || Refusal::not_found("there is nothing at this path"))
+        .layer(middleware::from_fn(only_the_api_server))
+}
+
+/// The API server has asked itself whether whoever wants a number may have it.
+async fn only_the_api_server(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
+    match caller {
+        Caller::ApiServer => next.run(request).await,
+        Caller::Nobody => Refusal::unauthorized().into_response(),
+        Caller::Other(name) => Refusal::forbidden(&name).into_response(),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Asked {
+    #[serde(default)]
+    label_selector: String,
+}
+
+async fn values(
+    State(source): State<Source>,
+    Path((namespace, metric)): Path<(String, String)>,
+    Query(asked): Query<Asked>,
+) -> Result<Json<Value>, Refusal> {
+    let now = Timestamp::now();
+    source.heart.beats(now).map_err(|why| Refusal::unavailable(&why))?;
+    let pools = source.pools.state_filter(|pool| {
+        pool.0.as_ref().map_or_else(
+            |invalid| invalid.metadata.namespace.as_deref() == Some(&namespace),
+            |pool| pool.metadata.namespace.as_deref() == Some(&namespace),
+        )
+    });
+    answers::values(&metric, &asked.label_selector, &pools, now).map(Json)
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let code = StatusCode::from_u16(self.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (code, Json(self.status())).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::ByteString;
+    use kube::config::{KubeConfigOptions, Kubeconfig};
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    use serde_json::json;
+
+    use super::*;
+    use crate::external::door::Keys;
+
+    const HOST: &str = "beamline-external-metrics.beamline-system.svc";
+
+    fn params(names: &[&str], common_name: &str) -> CertificateParams {
+        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).expect("parameters");
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params
+    }
+
+    fn authority() -> CertifiedIssuer<'static, KeyPair> {
+        let mut params = params(&[], "authority");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate")
+    }
+
+    fn signed(authority: &CertifiedIssuer<'static, KeyPair>, params: &CertificateParams) -> (String, String) {
+        let key = KeyPair::generate().expect("a key");
+        (params.signed_by(&key, authority).expect("a certificate").pem(), key.serialize_pem())
+    }
+
+    /// What a client that shows this certificate is answered: a code, or why there was no answer.
+    async fn ask(port: u16, trusted: &str, shown: Option<&(String, String)>) -> Result<u16, String> {
+        let base64 = |text: &str| ByteString(text.as_bytes().to_vec());
+        let user = shown.map_or(json!({}), |(certificate, key)| {
+            json!({"client-certificate-data": base64(certificate), "client-key-data": base64(key)})
+        });
+        let server = format!("https://127.0.0.1:{port}");
+        let cluster = json!({"server": server, "certificate-authority-data": base64(trusted), "tls-server-name": HOST});
+        let config: Kubeconfig = serde_json::from_value(json!({
+            "clusters": [{"name": "it", "cluster": cluster}],
+            "users": [{"name": "it", "user": user}],
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
+            "current-context": "it",
+        }))
+        .expect("a kubeconfig");
+        let config = kube::Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await;
+        let client = kube::Client::try_from(config.expect("a configuration")).expect("a client");
+        let path = "/apis/external.metrics.k8s.io/v1beta1";
+        let request = axum::http::Request::get(path).body(Vec::new()).expect("a request");
+        match client.request::<Value>(request).await {
+            Ok(_) => Ok(200),
+            Err(kube::Error::Api(status)) => Ok(status.code),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_but_the_aggregator_is_answered() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (ours, theirs, foreign) = (authority(), authority(), authority());
+        let (chain, key) = signed(&ours, &params(&[HOST], HOST));
+        let allowed = vec!["front-proxy-client".to_owned()];
+        let door = Arc::<Door>::default();
+        door.change(&Keys { chain, key, client_authority: theirs.pem(), allowed }).expect("keys");
+        let (pools, _) = kube::runtime::reflector::store();
+        let routes = routes(Source { pools, heart: Heart::default() });
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(talk(stream, Arc::clone(&door), routes.clone()));
+            }
+        });
+        let aggregator = signed(&theirs, &params(&[], "front-proxy-client"));
+        let other = signed(&theirs, &params(&[], "somebody"));
+        let forged = signed(&foreign, &params(&[], "front-proxy-client"));
+        let trusted = ours.pem();
+        assert_eq!(ask(port, &trusted, Some(&aggregator)).await, Ok(200));
+        assert_eq!(ask(port, &trusted, None).await, Ok(401));
+        assert_eq!(ask(port, &trusted, Some(&other)).await, Ok(403));
+        assert!(ask(port, &trusted, Some(&forged)).await.is_err(), "it gets no further than the handshake");
+        assert!(ask(port, &foreign.pem(), Some(&aggregator)).await.is_err(), "the API server believes nobody else");
+    }
+}
