@@ -31,8 +31,9 @@ async fn a_wrong_flag_or_variable_is_named_and_ends_it_with_2() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn its_last_words_are_a_line_of_its_log() {
-    let mut operator = Operator::by(Path::new("/no/such/kubeconfig")).spawn();
+async fn its_last_words_are_a_line_of_its_log_also_where_nobody_takes_its_spans() {
+    let operator = Operator::by(Path::new("/no/such/kubeconfig"));
+    let mut operator = operator.env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1").spawn();
     assert_eq!(operator.ended().await, Some(1));
     let lines = operator.lines();
     let last: Value = serde_json::from_str(lines.last().expect("it says something")).expect("a line of JSON");
