@@ -48,7 +48,7 @@ const DEBOUNCE: Duration = Duration::from_millis(100);
 /// A watch that failed is tried again this soon at least: so much later may be seen what an outage has hidden.
 const WATCH_RETRY: Duration = Duration::from_secs(10);
 /// For how long an error of a watch counts that has worked before: longer than its pause between two tries.
-const WATCH_ERROR: Duration = Duration::from_secs(90);
+pub(crate) const WATCH_ERROR: Duration = Duration::from_secs(90);
 /// How often a missing CustomResourceDefinition is looked for.
 const CRD_RETRY: Duration = Duration::from_secs(5);
 
@@ -216,7 +216,7 @@ impl Watching {
 
 /// Those of client-go, which grow with each failure, and none that is too long.
 #[derive(Default)]
-struct Pauses(DefaultBackoff);
+pub(crate) struct Pauses(DefaultBackoff);
 
 impl Iterator for Pauses {
     type Item = Duration;

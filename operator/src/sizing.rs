@@ -101,21 +101,26 @@ impl Scene<'_> {
         let written = pool.spec.replicas;
         let class = &self.pool.general;
         let step = self.decided(class, &Rules::of(self.pool, class).of_one(), Some(written.min(1)));
-        let general = if self.pool.paused || !handover::is_step(written, step.desired) {
-            match written {
-                0 => step,
-                _ => {
-                    let why = Why::of(Need::Autoscaler(written));
-                    Decision { desired: written, why, is_waiting: step.is_waiting && written == 1, ..step }
-                }
+        let is_ours = !self.pool.paused && handover::is_step(written, step.desired);
+        let general = match written {
+            _ if is_ours => self.stepped(pool, step).await?,
+            0 => step,
+            _ => {
+                let why = Why::of(Need::Autoscaler(written));
+                Decision { desired: written, why, is_waiting: step.is_waiting && written == 1, ..step }
             }
-        } else if handover::step(self.ctx, pool, step.desired).await? {
-            step
-        } else {
-            let runs = running(self.observed, Kind::General).unwrap_or(written);
-            Decision { desired: runs.max(written).max(step.desired), is_waiting: true, ..step }
         };
         Ok(Decisions { mode: Mode::Hpa, general: self.frozen(general, Kind::General), gpu })
+    }
+
+    /// Writes the step; where the pool has changed meanwhile, nobody goes until it is looked at again.
+    async fn stepped(&self, pool: &WorkerPool, step: Decision) -> Result<Decision, Error> {
+        if handover::step(self.ctx, pool, step.desired).await? {
+            return Ok(step);
+        }
+        let written = pool.spec.replicas;
+        let runs = running(self.observed, Kind::General).unwrap_or(written);
+        Ok(Decision { desired: runs.max(written).max(step.desired), is_waiting: true, ..step })
     }
 
     fn scaled(&self, class: &Class) -> Decision {

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply;
-use crate::controller::Watched;
+use crate::controller::{Pauses, WATCH_ERROR, Watched};
 use crate::desired::names;
 use crate::error::{explain, explain_watch};
 use crate::lock::lock;
@@ -25,8 +25,6 @@ const LOOK: Duration = Duration::from_secs(5);
 const RENEWAL: SignedDuration = SignedDuration::from_secs(25);
 /// Until one that leads has asked the brokers, status says what an earlier one heard.
 const FIRST_WORDS: SignedDuration = SignedDuration::from_secs(10);
-/// For how long an error of the watch counts: longer than its pause between two tries.
-const WATCH_ERROR: Duration = Duration::from_secs(90);
 
 /// What keeps numbers true.
 #[derive(Clone, Default)]
@@ -76,7 +74,7 @@ impl Heart {
             None => Api::all(client),
         };
         let (pools, writer) = reflector::store();
-        let events = watcher(api, watcher::Config::default()).default_backoff().modify(apply::slim);
+        let events = watcher(api, watcher::Config::default()).backoff(Pauses::default()).modify(apply::slim);
         let heart = self.clone();
         let events = events.inspect(move |event| heart.heard(event)).reflect(writer).for_each(async |_| {});
         tokio::spawn(stop.clone().run_until_cancelled_owned(events));
