@@ -1,6 +1,7 @@
 //! `beamline-operator` as Kubernetes runs it: flags, variables and a kubeconfig in, HTTP and log lines out.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -62,44 +63,23 @@ impl Operator {
         sample(&text, series)
     }
 
-    /// What it has logged so far.
-    pub fn lines(&self) -> Vec<String> {
-        self.process.lines()
-    }
-
-    /// Whether it has not ended.
-    pub fn is_running(&mut self) -> bool {
-        self.process.status().is_none()
-    }
-
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.process.id()
-    }
-
-    /// SIGTERM.
-    pub fn terminate(&self) {
-        self.process.terminate();
-    }
-
-    /// Stops it where it stands.
-    pub fn pause(&self) {
-        self.process.pause();
-    }
-
-    /// Lets it go on.
-    pub fn resume(&self) {
-        self.process.resume();
-    }
-
     /// Its exit code when it ends by itself.
     pub async fn ended(&mut self) -> Option<i32> {
         self.process.ended(END).await
     }
+}
 
-    /// `kill -9`.
-    pub fn kill(&mut self) {
-        self.process.kill();
+impl Deref for Operator {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Operator {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
     }
 }
 

@@ -57,6 +57,11 @@ impl Process {
         self.child.try_wait().expect("a child can be asked")
     }
 
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.status().is_none()
+    }
+
     /// `kill -9`: nothing of it runs when this returns.
     pub fn kill(&mut self) {
         let _ = self.child.kill();

@@ -1,6 +1,7 @@
 //! `beamline_worker` as its users run it: flags and variables in, HTTP, log lines and an exit code out.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -72,11 +73,6 @@ impl Worker {
         sample(&text, series)
     }
 
-    /// What it has logged so far.
-    pub fn lines(&self) -> Vec<String> {
-        self.process.lines()
-    }
-
     /// The first log line with this message.
     pub async fn says(&self, message: &str) -> Value {
         within(SOON, &format!("the worker says {message:?}"), async || {
@@ -94,39 +90,23 @@ impl Worker {
         peak.map_or(0, |kib: u64| kib / 1024)
     }
 
-    /// Whether it has not ended.
-    pub fn is_running(&mut self) -> bool {
-        self.process.status().is_none()
-    }
-
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.process.id()
-    }
-
-    /// `kill -9`.
-    pub fn kill(&mut self) {
-        self.process.kill();
-    }
-
-    /// SIGTERM.
-    pub fn terminate(&self) {
-        self.process.terminate();
-    }
-
-    /// Stops it where it stands.
-    pub fn pause(&self) {
-        self.process.pause();
-    }
-
-    /// Lets it go on.
-    pub fn resume(&self) {
-        self.process.resume();
-    }
-
     /// Its exit code when it ends by itself.
     pub async fn ended(&mut self) -> Option<i32> {
         self.process.ended(SOON).await
+    }
+}
+
+impl Deref for Worker {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Worker {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
     }
 }
 
