@@ -41,6 +41,13 @@ impl Operator {
         Setup { admin, command }
     }
 
+    /// One of a namespace: its pools are there, and so is its Lease.
+    pub fn of(kubeconfig: &Path, namespace: &str) -> Setup {
+        Self::by(kubeconfig)
+            .flag(format!("--watch-namespace={namespace}"))
+            .flag(format!("--lease-namespace={namespace}"))
+    }
+
     /// What it answers on a path; `None` while nobody answers.
     pub async fn get(&self, path: &str) -> Option<(u16, String)> {
         get(self.admin, path).await

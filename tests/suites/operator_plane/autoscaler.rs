@@ -110,9 +110,7 @@ async fn without_anybody_who_serves_metrics_the_pool_says_what_to_set() {
     let api = plane.api().await;
     let nats = NatsServer::start();
     let release = plane.install("blind", &["watchNamespace=blind"]);
-    let flags = ["--lease-namespace=blind", "--watch-namespace=blind"];
-    let operator = flags.iter().fold(Operator::by(&release.kubeconfig), |operator, flag| operator.flag(*flag));
-    let _operator = operator.start().await;
+    let _operator = Operator::of(&release.kubeconfig, "blind").start().await;
     let pool = Pool::new("blind", "orders", &nats);
     pool.create(&api, json!({"replicas": 2, "scaling": {"mode": "HPA"}})).await;
     for (kind, status) in [("ScalingActive", "False"), ("Degraded", "True")] {

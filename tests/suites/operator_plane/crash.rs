@@ -310,8 +310,7 @@ impl Stage {
 /// One that looks after the namespace of a case only.
 fn operator(kubeconfig: &Path, namespace: &str) -> beamline_tests::operator::Setup {
     // A killed leader keeps the Lease for its time: that is another test's.
-    let operator = Operator::by(kubeconfig).flag("--leader-election=false");
-    operator.flag(format!("--watch-namespace={namespace}"))
+    Operator::of(kubeconfig, namespace).flag("--leader-election=false")
 }
 
 /// Without times, identities and what counts writes.

@@ -15,8 +15,7 @@ async fn pods_of_a_pool_that_asks_for_all_it_may_meet_the_level_restricted() {
     let enforce = "pod-security.kubernetes.io/enforce=restricted";
     plane.kubectl(&["label", "namespace", "level", enforce, "pod-security.kubernetes.io/enforce-version=latest"], None);
     let api = plane.api().await;
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=level").flag("--lease-namespace=level");
-    let _operator = operator.start().await;
+    let _operator = Operator::of(&release.kubeconfig, "level").start().await;
     let spec = json!({"worker": worker(), "gpu": {"replicas": 1, "sidecars": [sidecar("triton")]}});
     says_all_that_there_is(
         &spec,

@@ -21,8 +21,7 @@ async fn o24_a_panic_is_one_pools_and_it_is_looked_after_again() {
     let mut points = Points::listen(directory.path());
     let release = plane.install("panics", &["watchNamespace=panics"]);
     let api = plane.api().await;
-    let operator = Operator::by(&release.kubeconfig).env(failpoint::VARIABLE, &points.socket());
-    let operator = operator.flag("--watch-namespace=panics").flag("--lease-namespace=panics");
+    let operator = Operator::of(&release.kubeconfig, "panics").env(failpoint::VARIABLE, &points.socket());
     let mut operator = operator.start().await;
     let [struck, other] = ["struck", "other"].map(|name| Pool::new("panics", name, &nats));
     for pool in [&struck, &other] {

@@ -47,8 +47,7 @@ async fn told_to_stop_it_gives_the_lease_back_and_ends_well_whoever_holds_a_conn
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("stop", &["watchNamespace=stop"]);
     let api = plane.api().await;
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=stop").flag("--lease-namespace=stop");
-    let mut operator = operator.start().await;
+    let mut operator = Operator::of(&release.kubeconfig, "stop").start().await;
     let pool = Pool::new("stop", "orders", &nats);
     pool.create(&api, json!({})).await;
     pool.converged(&api, PATIENCE).await;
@@ -80,7 +79,7 @@ async fn o13_another_operator_leads_within_15_s_of_a_death_and_at_once_after_a_g
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("leads", &["watchNamespace=leads"]);
     let api = plane.api().await;
-    let start = || Operator::by(&release.kubeconfig).flag("--watch-namespace=leads").flag("--lease-namespace=leads");
+    let start = || Operator::of(&release.kubeconfig, "leads");
     let mut first = start().start().await;
     leads(&first, PATIENCE).await;
     let mut second = start().start().await;
@@ -112,8 +111,7 @@ async fn o13_a_leader_that_was_stopped_for_longer_than_its_lease_ends_when_it_go
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("stopped", &["watchNamespace=stopped"]);
     let api = plane.api().await;
-    let start =
-        || Operator::by(&release.kubeconfig).flag("--watch-namespace=stopped").flag("--lease-namespace=stopped");
+    let start = || Operator::of(&release.kubeconfig, "stopped");
     let mut first = start().start().await;
     leads(&first, PATIENCE).await;
     let pool = Pool::new("stopped", "orders", &nats);
@@ -136,7 +134,7 @@ async fn o13_two_operators_that_both_act_write_the_same_and_come_to_rest() {
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("both", &["watchNamespace=both"]);
     let api = plane.api().await;
-    let start = || Operator::by(&release.kubeconfig).flag("--watch-namespace=both").flag("--leader-election=false");
+    let start = || Operator::of(&release.kubeconfig, "both").flag("--leader-election=false");
     let (mut one, mut other) = (start().start().await, start().start().await);
     let pool = Pool::new("both", "orders", &nats);
     pool.create(&api, json!({"gpu": {"replicas": 1}})).await;

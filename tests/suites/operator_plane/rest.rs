@@ -25,8 +25,7 @@ async fn at_rest_twenty_pools_make_no_write_but_of_the_lease_and_few_for_dead_le
     for (number, pool) in pools.iter().enumerate() {
         pool.create(&api, kind(number)).await;
     }
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=rest").flag("--lease-namespace=rest");
-    let _operator = operator.start().await;
+    let _operator = Operator::of(&release.kubeconfig, "rest").start().await;
     join_all(pools.iter().map(|pool| pool.converged(&api, PATIENCE))).await;
 
     let written = || plane.asked_by(&release.user).into_iter().filter(is_write).filter(|event| !is_lease(event));

@@ -31,8 +31,7 @@ async fn a_pod_that_only_looks_like_a_worker_is_neither_believed_nor_changed() {
         "state": {"waiting": {"reason": "ImagePullBackOff"}},
     }]}});
     api.merge("/api/v1/namespaces/looks-like/pods/intruder/status", &pulls).await;
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=looks-like");
-    let _operator = operator.flag("--lease-namespace=looks-like").start().await;
+    let _operator = Operator::of(&release.kubeconfig, "looks-like").start().await;
     let pool = Pool::new("looks-like", "orders", &nats);
     pool.create(&api, json!({"worker": {"nodeSelector": {"no": "such-node"}}})).await;
     says(&api, &pool, "Ready", "Unschedulable").await;
@@ -55,8 +54,7 @@ async fn a_rule_that_protects_pods_is_told_and_keeps_the_rest_of_the_pool_from_n
     let release = plane.install("protected", &["watchNamespace=protected"]);
     let api = plane.api().await;
     protect(&api, "protected").await;
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=protected");
-    let _operator = operator.flag("--lease-namespace=protected").start().await;
+    let _operator = Operator::of(&release.kubeconfig, "protected").start().await;
     let pool = Pool::new("protected", "orders", &nats);
     pool.create(&api, json!({})).await;
     pool.converged(&api, PATIENCE).await;
@@ -108,7 +106,7 @@ async fn o07_somebody_who_changes_ours_again_and_again_is_answered_without_a_loo
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("fights", &["watchNamespace=fights"]);
     let api = plane.api().await;
-    let operator = Operator::by(&release.kubeconfig).flag("--watch-namespace=fights").flag("--leader-election=false");
+    let operator = Operator::of(&release.kubeconfig, "fights").flag("--leader-election=false");
     let mut operator = operator.start().await;
     let pool = Pool::new("fights", "orders", &nats);
     pool.create(&api, json!({})).await;

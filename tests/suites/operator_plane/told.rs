@@ -147,9 +147,7 @@ struct Stage {
 }
 
 fn operator(release: &Release) -> beamline_tests::operator::Setup {
-    let namespace = &release.namespace;
-    let operator = Operator::by(&release.kubeconfig).flag(format!("--watch-namespace={namespace}"));
-    operator.flag("--leader-election=false")
+    Operator::of(&release.kubeconfig, &release.namespace).flag("--leader-election=false")
 }
 
 impl Stage {

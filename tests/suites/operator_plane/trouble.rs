@@ -28,8 +28,7 @@ async fn while_the_api_is_in_trouble_the_operator_asks_little_and_afterwards_it_
     let proxy = ApiFault::before(&release.kubeconfig).await;
     let api = plane.api().await;
     let pools: Vec<_> = (0..POOLS).map(|number| Pool::new("trouble", &format!("pool-{number}"), &nats)).collect();
-    let operator = Operator::by(proxy.kubeconfig()).flag("--watch-namespace=trouble");
-    let mut operator = operator.flag("--lease-namespace=trouble").start().await;
+    let mut operator = Operator::of(proxy.kubeconfig(), "trouble").start().await;
     for pool in &pools {
         pool.create(&api, json!({})).await;
     }
@@ -74,8 +73,7 @@ async fn while_the_api_is_in_trouble_the_operator_asks_little_and_afterwards_it_
 async fn behind_a_proxy(namespace: &str) -> (ApiFault, Setup) {
     let release = plane().install(namespace, &[&format!("watchNamespace={namespace}")]);
     let proxy = ApiFault::before(&release.kubeconfig).await;
-    let operator = Operator::by(proxy.kubeconfig()).flag(format!("--watch-namespace={namespace}"));
-    let operator = operator.flag(format!("--lease-namespace={namespace}"));
+    let operator = Operator::of(proxy.kubeconfig(), namespace);
     (proxy, operator)
 }
 
