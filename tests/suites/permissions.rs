@@ -659,7 +659,7 @@ async fn a_worker_that_may_not_hear_cancels_does_once_it_may() {
     // And when the permission is taken away while it runs.
     limited.nats.reload_with(&all_but_hearing("caf.exec.cancel.v1"));
     limited.tells("subscribe to caf.exec.cancel.v1").await;
-    assert_eq!(limited.lines_about("subscribe to caf.exec.cancel.v1"), 2);
+    until("the log tells both times", async || limited.lines_about("subscribe to caf.exec.cancel.v1") == 2).await;
     limited.nats.reload_with(&all_but(""));
     until("cancels are answered again", async || is_cancelled(&limited, "second").await).await;
 }
