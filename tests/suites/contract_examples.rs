@@ -16,6 +16,7 @@ use beamline_worker::blocks::egress::Policy;
 use beamline_worker::blocks::human::Approval;
 use beamline_worker::blocks::pieces::{Piece, Sink};
 use beamline_worker::blocks::{self, Block, BlockKind, Blocks, Output, http};
+use beamline_worker::broker::Expected;
 use beamline_worker::cancel::Cancel;
 use beamline_worker::contract::{self, AttemptRecord, DeadLetter, Details, LetterError};
 use beamline_worker::contract::{CancelAnswer, CancelError, CancelOutcome, Refused};
@@ -402,7 +403,7 @@ fn requested(job: &Value, requested_at: Timestamp, expires_at: Timestamp) -> (Re
         requested_at,
         expires_at,
         queued: Duration::ZERO,
-        replaces: 0,
+        replaces: Expected::NOTHING,
         since: None,
         trace: None,
         state,

@@ -23,7 +23,7 @@ const VITAL_TASKS: [&str; 17] = [
     "publish results",
     "observe",
     "renew holds",
-    "share work",
+    "rebalance",
     "report",
     "obey",
     "follow the policy",

@@ -37,7 +37,7 @@ pub enum Opened {
 }
 
 impl Approvals {
-    /// Over this connection.
+    /// The buckets of the broker that this connection leads to.
     pub fn new(broker: &Broker) -> Self {
         Self {
             broker: broker.clone(),

@@ -58,7 +58,7 @@ pub struct Assignment {
     pub memory_mb: Option<u64>,
     /// The deadline of the block over all attempts.
     pub timeout: Duration,
-    /// When it is tried again.
+    /// How often a failed attempt is tried again, and after which delays.
     pub backoff: Backoff,
     /// What the sandbox should do with it.
     pub sandbox: SandboxJob,

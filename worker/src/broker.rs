@@ -13,13 +13,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Subject;
+use async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE;
 use async_nats::jetstream::{self, ErrorCode};
 use async_nats::{
     Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode, SubscribeError,
 };
 use bytes::Bytes;
 use futures::FutureExt;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
 use crate::backoff;
@@ -79,6 +80,31 @@ struct Connections {
 pub struct Session {
     server: Arc<str>,
     connection: u64,
+}
+
+/// What must be the last on a subject for a stream to keep a message there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Expected(u64);
+
+impl Expected {
+    /// Nothing has been kept there.
+    pub const NOTHING: Self = Self(0);
+
+    /// The message of this sequence; 0 for none.
+    pub const fn last(sequence: u64) -> Self {
+        Self(sequence)
+    }
+
+    /// The sequence; 0 for none.
+    pub const fn sequence(self) -> u64 {
+        self.0
+    }
+
+    /// Has the broker hold a message to it.
+    pub fn add_to(self, headers: &mut HeaderMap) {
+        headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, self.0.to_string());
+    }
 }
 
 /// What became of a message that a stream was asked to keep.
@@ -231,12 +257,12 @@ impl Broker {
     }
 
     /// Publishes to whoever listens. Waits only while the connection's own queue is full.
-    pub async fn say(&self, subject: impl Into<Subject>, payload: Bytes) {
-        self.say_in(None, subject, payload).await;
+    pub async fn publish(&self, subject: impl Into<Subject>, payload: Bytes) {
+        self.publish_in(None, subject, payload).await;
     }
 
     /// The same, with the trace that it belongs to.
-    pub async fn say_in(&self, trace: Option<&TraceContext>, subject: impl Into<Subject>, payload: Bytes) {
+    pub async fn publish_in(&self, trace: Option<&TraceContext>, subject: impl Into<Subject>, payload: Bytes) {
         let said = match trace {
             None => self.0.client.publish(subject.into(), payload).await,
             Some(trace) => {
@@ -263,15 +289,15 @@ impl Broker {
     }
 
     /// Waits until what was published has left this process, however long that takes.
-    pub async fn sent(&self) {
+    pub async fn flush(&self) {
         if let Err(error) = self.0.client.flush().await {
             tracing::warn!(%error, "cannot flush");
         }
     }
 
-    /// Sends what is buffered; gives up after a second.
-    pub async fn flush(&self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.0.client.flush()).await;
+    /// The same, but not for longer than `limit`.
+    pub async fn flush_within(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.0.client.flush()).await;
     }
 }
 

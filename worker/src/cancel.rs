@@ -27,7 +27,7 @@ pub struct Cancel {
     pub key: AssignmentKey,
     /// Why, for a person.
     pub reason: Option<String>,
-    /// Who says so.
+    /// Who asked for it.
     pub requested_by: Option<String>,
 }
 

@@ -108,7 +108,7 @@ pub struct Config {
 pub struct TlsIdentity {
     /// The certificate chain.
     pub cert: PathBuf,
-    /// Its key.
+    /// The private key of that certificate, a PEM file.
     pub key: PathBuf,
 }
 

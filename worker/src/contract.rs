@@ -90,7 +90,8 @@ pub fn millis(duration: Duration) -> u64 {
 /// A message of ours as JSON.
 #[expect(clippy::expect_used, reason = "structs with string keys always encode; an empty message must not get out")]
 pub fn encode(message: &impl Serialize) -> Bytes {
-    serde_json::to_vec(message).expect("a struct with string keys").into()
+    // Without room to grow: verdicts are kept until their results are published.
+    serde_json::to_vec(message).expect("a struct with string keys").into_boxed_slice().into()
 }
 
 #[cfg(test)]

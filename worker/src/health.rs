@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub enum Concern {
     /// Not everything is set up yet.
     Starting,
-    /// The broker is away.
+    /// There is no connection to NATS.
     NatsDisconnected,
     /// A stream or consumer is missing or not as it must be.
     StreamsUnavailable,
@@ -20,7 +20,7 @@ pub enum Concern {
     PoolOverloaded,
     /// Payloads and results fill the memory that may be held.
     MemoryFull,
-    /// Told to stop.
+    /// The worker was told to stop.
     Draining,
 }
 

@@ -25,7 +25,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// The public name.
+    /// The word for it in reports and in `/_health`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::General => "general",

@@ -91,7 +91,7 @@ impl Delivery {
         &self.payload
     }
 
-    /// Its headers.
+    /// The headers that it was published with.
     pub fn headers(&self) -> Option<&HeaderMap> {
         self.headers.as_ref()
     }
@@ -111,7 +111,7 @@ impl Delivery {
         self.delivered
     }
 
-    /// Since when it is here.
+    /// When this worker got it.
     pub fn received(&self) -> Instant {
         self.received
     }

@@ -111,7 +111,7 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
     if mode == Mode::JetStream {
         vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
-        vital.spawn("share work", pipeline::share(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
+        vital.spawn("rebalance", pipeline::rebalance(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
     }
     let presence =
         Presence { pipeline: Arc::clone(&pipeline), identity, broker: broker.clone(), health: health.clone() };

@@ -3,14 +3,17 @@
 //!
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
+mod judge; // whether it runs here
 mod rejection; // what does not run
 mod approvals; // what waits for a person
 mod route; // what runs on another class of workers
 mod in_flight; // which assignments run here
+mod look_up; // what is known of them
+mod turn; // when they run
 mod cancel; // what is wanted no more
 mod deaths; // how often one has killed its worker
 mod quarantine; // what may do so again runs alone
-mod share; // what waits here while another worker has room
+mod rebalance; // what waits here while another worker has room
 mod durable; // writes that must become definite
 mod room; // how much more may come
 mod activity; // what this worker does at the moment
@@ -20,24 +23,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
+use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
-use crate::admission::{self, Refusal};
 use crate::approval::Approvals;
-use crate::assignment::{Assignment, Undecodable};
+use crate::assignment::Assignment;
 use crate::blocks::Block;
-use crate::broker::Broker;
 use crate::broker::streams::{Mode, Ready};
+use crate::broker::{Broker, Expected};
 use crate::cancel::Tombstones;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
-use crate::fault::{Cause, Fault, Letters};
+use crate::fault::{Fault, Letters};
 use crate::gate::Gate;
 use crate::health::Health;
 use crate::identity::Identity;
@@ -49,21 +51,21 @@ use crate::report::ledger::{Ledger, Record};
 use crate::report::outbox::{Outbox, Said};
 use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
-use crate::schedule::{Closed, Schedule, Slot};
+use crate::schedule::Schedule;
 use crate::telemetry::{self, SpanIds};
 use crate::throttle::Throttle;
 use crate::trace_context::TraceContext;
 use crate::vital::Vital;
-use cancel::Stop;
-use deaths::{Deaths, Suspicion, Which};
-use durable::{Standing, may_replace};
-use in_flight::{Claim, Flight, InFlight, Landed};
-use quarantine::{Isolation, Quarantine};
-use rejection::Rejection;
+use deaths::{Deaths, DeliveryId, Suspicion};
+use durable::{Recorded, may_replace};
+use in_flight::{Flight, InFlight, Landed};
+use judge::Judged;
+use quarantine::Quarantine;
+use turn::Turn;
 
 pub(crate) use activity::Activity;
+pub use rebalance::rebalance;
 pub use room::observe;
-pub use share::share;
 
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
 const LOOK_UPS: usize = 8;
@@ -79,7 +81,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct Settings {
     /// How assignments come in.
     pub mode: Mode,
-    /// Where verdicts go.
+    /// The subject that verdicts are published on.
     pub verdict_subject: String,
     /// Where work waits for workers with GPU slots.
     pub route_subject: String,
@@ -144,14 +146,6 @@ pub struct Pipeline {
     strangers: Throttle,
 }
 
-/// An assignment that is not refused.
-enum Judged {
-    /// It runs here.
-    Runs(Assignment),
-    /// It runs on another class of workers.
-    PassesOn(Assignment),
-}
-
 /// A delivery whose assignment may run here, and the Router has been told so.
 #[derive(Debug)]
 struct Arrival {
@@ -162,12 +156,6 @@ struct Arrival {
     trace: Option<TraceContext>,
     /// `worker.assignment.receive`: from its arrival to its settlement.
     span: Span,
-}
-
-/// The right to run a block, and whether it runs alone: until its delivery is settled.
-struct Turn<'a> {
-    slot: Slot,
-    isolation: Option<Isolation<'a>>,
 }
 
 /// An arrival that nothing else here works on, with what is recorded of it.
@@ -257,7 +245,7 @@ impl Pipeline {
                     let verdict = report::accepted(&assignment, &self.identity.worker_id);
                     let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
                     let subject = self.settings.verdict_subject.clone();
-                    self.broker.say_in(trace.as_ref(), subject, verdict.clone()).await;
+                    self.broker.publish_in(trace.as_ref(), subject, verdict.clone()).await;
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone(), refusal };
@@ -273,7 +261,7 @@ impl Pipeline {
     async fn carry_out(self: Arc<Self>, accepted: Accepted) {
         let Accepted { arrival, record, deaths, flight } = accepted;
         failpoint::reach(Point::LookedUp).await;
-        let expected = record.as_ref().map_or(0, |record| record.sequence);
+        let expected = record.as_ref().map_or(Expected::NOTHING, |record| record.place);
         match (record, Suspicion::after(deaths)) {
             (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
@@ -304,55 +292,17 @@ impl Pipeline {
         }
     }
 
-    /// Waits for a turn and runs the block in it; what is cancelled before is not begun.
-    async fn execute_in_turn(
-        &self,
-        mut arrival: Box<Arrival>,
-        expected: u64,
-        suspicion: Suspicion,
-        cancelled: impl Future<Output = Fault>,
-    ) {
-        let mut cancelled = std::pin::pin!(cancelled);
-        let turn = tokio::select! {
-            biased;
-            fault = &mut cancelled => Err(fault),
-            turn = self.turn(&arrival, suspicion) => Ok(turn),
-        };
-        match turn {
-            // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
-            Ok(Ok(turn)) => Box::pin(self.execute(arrival, expected, turn, cancelled)).await,
-            Ok(Err(Closed)) => Box::pin(self.hand_back(arrival.delivery)).await,
-            Err(fault) => {
-                arrival.delivery.started();
-                let queued = arrival.delivery.received().elapsed();
-                Box::pin(self.finish(arrival, expected, queued, Execution::not_begun(fault))).await;
-            }
-        }
-    }
-
-    /// Waits for a slot among others, or until there are no others.
-    async fn turn(&self, arrival: &Arrival, suspicion: Suspicion) -> Result<Turn<'_>, Closed> {
-        let assignment = &arrival.assignment;
-        if suspicion == Suspicion::Quarantined {
-            let isolation = Some(Box::pin(self.isolate(arrival)).await?);
-            return Ok(Turn { slot: self.schedule.slot_alone(assignment.pool, &assignment.key.tenant)?, isolation });
-        }
-        let patience = share::patience(arrival.delivery.delivered());
-        let slot = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority, patience).await?;
-        Ok(Turn { slot, isolation: None })
-    }
-
     /// Runs the block in its turn; the broker gets back what may not start, or was cut off.
     async fn execute(
         &self,
         mut arrival: Box<Arrival>,
-        expected: u64,
+        expected: Expected,
         turn: Turn<'_>,
         cancelled: impl Future<Output = Fault>,
     ) {
         let Turn { slot, isolation: _isolation } = turn;
         arrival.delivery.started();
-        self.deaths.begins(&Which::of(&arrival.delivery)).await;
+        self.deaths.begins(&DeliveryId::of(&arrival.delivery)).await;
         let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
@@ -388,30 +338,9 @@ impl Pipeline {
         self.settings.mode == Mode::JetStream
     }
 
-    fn is_cut_off(&self) -> bool {
-        self.hands_back() && self.cut.is_cancelled()
-    }
-
-    /// Returns when the work shall not go on: it is cancelled, or nobody would do it after this worker's end.
-    fn called_off(&self, stop: &Stop, since: Timestamp) -> impl Future<Output = Fault> {
-        let cancelled = stop.requested(since);
-        if self.hands_back() {
-            return cancelled.left_future();
-        }
-        let either = async move {
-            tokio::select! {
-                fault = cancelled => fault,
-                () = self.cut.cancelled() => {
-                    Fault::new(Cause::Overloaded, "the worker stops and cannot end it in time: send it again")
-                }
-            }
-        };
-        Box::pin(either).right_future()
-    }
-
     /// Gives a delivery to another worker. Nobody has died of it: where that could be thought, it is noted.
     async fn hand_back(&self, delivery: Delivery) {
-        let which = Which::of(&delivery);
+        let which = DeliveryId::of(&delivery);
         if delivery.is_lapsed() {
             self.deaths.lapsed(which);
         } else if which.delivered == 1 || delivery.has_begun() {
@@ -421,7 +350,7 @@ impl Pipeline {
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
-    async fn finish(&self, arrival: Box<Arrival>, expected: u64, queued: Duration, execution: Execution) {
+    async fn finish(&self, arrival: Box<Arrival>, expected: Expected, queued: Duration, execution: Execution) {
         let Arrival { delivery, assignment, .. } = &*arrival;
         if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
@@ -433,7 +362,7 @@ impl Pipeline {
         let _held = self.load.hold_bytes(delivery.beyond_reserved(result.len()));
         failpoint::reach(Point::BeforeRecord).await;
         match self.record(&arrival, expected, &mut step, result).await {
-            Standing::Ours(result) => {
+            Recorded::Ours(result) => {
                 failpoint::reach(Point::AfterRecord).await;
                 if let Some(fault) = self.due_letter(&step) {
                     let keeping = self.keep_failure(&arrival, fault, &failed);
@@ -442,7 +371,7 @@ impl Pipeline {
                 self.note_outcome(assignment, &step);
                 self.publish(arrival, result).await;
             }
-            Standing::Theirs(record) => {
+            Recorded::Theirs(record) => {
                 tracing::info!(assignment_id = %assignment.key.assignment_id, "superseded by a recorded outcome");
                 Box::pin(self.answer(arrival, record)).await;
             }
@@ -484,81 +413,14 @@ impl Pipeline {
         (!self.ledger.is_kept()).then(|| publication.to_header())
     }
 
-    fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
-        let assignment = Assignment::decode(delivery.payload()).map_err(Rejection::undecodable)?;
-        if let Some(invalid) = self.engine.refuses(&assignment) {
-            return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
-        }
-        if self.is_for_the_route(delivery, &assignment) {
-            return Ok(Judged::PassesOn(assignment));
-        }
-        match self.refusal(delivery, &assignment) {
-            None => Ok(Judged::Runs(assignment)),
-            Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
-        }
-    }
-
-    fn refusal(&self, delivery: &Delivery, assignment: &Assignment) -> Option<Refusal> {
-        let refusal = admission::refusal(assignment, &self.schedule, self.settings.max_memory_bytes >> 20);
-        refusal.or_else(|| self.cannot_be_kept(assignment)).or_else(|| delivery.is_surplus().then(admission::no_room))
-    }
-
-    /// What waits for a person is kept by the broker.
-    fn cannot_be_kept(&self, assignment: &Assignment) -> Option<Refusal> {
-        match (&*assignment.block, &self.engine) {
-            (Block::Human(_), Engine::Real(_)) if !self.has_jetstream() => {
-                Some(admission::no_jetstream(assignment.block.kind()))
-            }
-            _ => None,
-        }
-    }
-
     /// Whether the broker keeps anything.
     pub(crate) fn has_jetstream(&self) -> bool {
         self.streams.borrow().has_jetstream
     }
 
-    /// Returns when it does.
+    /// Returns when the broker keeps something.
     pub(crate) async fn jetstream(&self) {
         let _ = self.streams.clone().wait_for(|ready| ready.has_jetstream).await;
-    }
-
-    async fn look_up(self: &Arc<Self>, arrivals: Vec<Arrival>) -> Vec<Accepted> {
-        let mut claimed = Vec::with_capacity(arrivals.len());
-        for arrival in arrivals {
-            match self.in_flight.claim(arrival) {
-                Claim::First(arrival, flight) => {
-                    if let Some(tombstone) = self.tombstones.get(&arrival.assignment.key) {
-                        flight.stop().raise(&tombstone);
-                    }
-                    claimed.push((Box::new(arrival), flight));
-                }
-                Claim::SetAside | Claim::Renewed => {}
-            }
-        }
-        let keys: Vec<_> = claimed.iter().map(|(arrival, _)| arrival.assignment.key.clone()).collect();
-        let mut records = self.read_records(&keys).await;
-        let accepted = claimed.into_iter().map(|(arrival, flight)| {
-            // Usually nothing is recorded of any.
-            let found = !records.is_empty();
-            let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
-            Accepted { arrival, record: record.map(Box::new), deaths: 0, flight }
-        });
-        let mut accepted: Vec<_> = accepted.collect();
-        Box::pin(self.count_deaths(&mut accepted)).await;
-        accepted
-    }
-
-    /// Asks for redeliveries that no record answers; the first delivery of a message costs nothing here.
-    async fn count_deaths(&self, accepted: &mut [Accepted]) {
-        let suspects = accepted.iter_mut().filter(|accepted| {
-            let delivery = &accepted.arrival.delivery;
-            delivery.delivered() > 1 && accepted.record.as_ref().is_none_or(|record| may_replace(record, delivery))
-        });
-        let mut suspects: Vec<_> = suspects.collect();
-        let deliveries: Vec<_> = suspects.iter().map(|suspect| Which::of(&suspect.arrival.delivery)).collect();
-        let deaths = self.deaths.before(&deliveries).await;
-        suspects.iter_mut().zip(deaths).for_each(|(suspect, deaths)| suspect.deaths = deaths);
     }
 
     /// A task for each: it ends when its delivery is settled or dropped.

@@ -17,7 +17,7 @@ impl Pool {
     /// Every pool.
     pub const ALL: [Self; 3] = [Self::Cpu, Self::Gpu, Self::Io];
 
-    /// The public name.
+    /// The word for it in assignments, metrics and reports.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
@@ -35,11 +35,11 @@ impl Pool {
 /// One value for each pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct ByPool<T> {
-    /// Of [`Pool::Cpu`].
+    /// What belongs to [`Pool::Cpu`].
     pub cpu: T,
-    /// Of [`Pool::Gpu`].
+    /// What belongs to [`Pool::Gpu`].
     pub gpu: T,
-    /// Of [`Pool::Io`].
+    /// What belongs to [`Pool::Io`].
     pub io: T,
 }
 

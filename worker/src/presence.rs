@@ -46,7 +46,7 @@ impl Presence {
             let is_due = last.elapsed() >= EVERY || said.as_ref() != Some(&now);
             // What nobody could hear would only be old when the broker is back.
             if is_due && !self.health.is_raised(Concern::NatsDisconnected) {
-                self.broker.say(subject.clone(), self.words(&now)).await;
+                self.broker.publish(subject.clone(), self.words(&now)).await;
                 (last, said) = (Instant::now(), Some(now));
             }
             tokio::time::sleep(LOOK).await;
@@ -70,7 +70,7 @@ impl Presence {
                     Err(invalid) => refused(&presence.identity, &invalid),
                 };
                 if let Some(reply) = request.reply {
-                    presence.broker.say(reply, answer).await;
+                    presence.broker.publish(reply, answer).await;
                 }
             });
         }

@@ -1,16 +1,19 @@
 //! Where an assignment runs, and in what order: pools of slots, each with a fair queue in front.
 
 pub mod fair_queue; // whose turn it is
+mod slots; // one pool of them
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::ids::TenantId;
-use crate::policy::{Policy, Terms};
+use crate::policy::Policy;
 use crate::pool::{ByPool, Pool};
-use fair_queue::{FairQueue, Place, Share, Started};
+use slots::{Door, Entry, Slots};
+
+pub use slots::{Closed, Slot};
 
 /// The pools of this worker.
 #[derive(Debug)]
@@ -18,20 +21,6 @@ pub struct Schedule {
     pools: ByPool<Slots>,
     policy: watch::Receiver<Arc<Policy>>,
 }
-
-/// The right to run one block; its place is given on when it is dropped, and the time charged to its tenant.
-#[derive(Debug)]
-#[must_use = "dropping it gives the slot away"]
-pub struct Slot {
-    slots: Slots,
-    started: Option<Started>,
-    begun: Instant,
-}
-
-/// It shall not start here: the worker is stopping or takes no work for now, one assignment is to run alone, or another
-/// worker has room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Closed;
 
 impl Schedule {
     /// Empty pools of these sizes, shared among tenants as the policy of the moment says.
@@ -60,51 +49,41 @@ impl Schedule {
         match self.pool(pool).enter(tenant, priority.unwrap_or(terms.priority), terms, patience) {
             Entry::Free(slot) => Ok(slot),
             Entry::Closed => Err(Closed),
-            Entry::Queued(mut turn) => {
-                let slot = (&mut turn.receiver).await;
-                turn.place = None;
-                slot.map_err(|_| Closed)
-            }
+            Entry::Queued(turn) => turn.come().await,
         }
     }
 
     /// How many slots a pool has.
     pub fn size(&self, pool: Pool) -> usize {
-        self.pool(pool).0.size
+        self.pool(pool).size()
     }
 
     /// How many slots of a pool are taken.
     pub fn busy(&self, pool: Pool) -> usize {
-        let slots = self.pool(pool);
-        slots.0.size - slots.lock().free
+        self.pool(pool).busy()
     }
 
     /// How many wait for a pool.
     pub fn waiting(&self, pool: Pool) -> usize {
-        self.pool(pool).lock().queue.len()
+        self.pool(pool).waiting()
     }
 
     /// How many of them wait because their tenant holds as many slots as it may.
     pub fn held_back(&self, pool: Pool) -> usize {
-        self.pool(pool).lock().queue.held_back()
+        self.pool(pool).held_back()
     }
 
     /// How many have lost their patience.
     pub fn impatient(&self) -> usize {
         let now = Instant::now();
-        let impatient = |pool: Pool| self.pool(pool).lock().queue.find(usize::MAX, |waiter| waiter.until < now).len();
-        Pool::ALL.into_iter().map(impatient).sum()
+        Pool::ALL.into_iter().map(|pool| self.pool(pool).impatient(now)).sum()
     }
 
     /// Sends at most `most` of those away, and says how many.
     pub fn send_away(&self, most: usize) -> usize {
         let (now, mut left) = (Instant::now(), most);
         for pool in Pool::ALL {
-            let mut state = self.pool(pool).lock();
-            let places = state.queue.find(left, |waiter| waiter.until < now);
-            let sent: Vec<_> = places.iter().filter_map(|place| state.queue.remove(place, now)).collect();
-            drop(state);
-            left -= sent.len();
+            left -= self.pool(pool).send_away(left, now);
         }
         most - left
     }
@@ -125,25 +104,17 @@ impl Schedule {
     /// # Errors
     /// The schedule has been closed.
     pub fn slot_alone(&self, pool: Pool, tenant: &TenantId) -> Result<Slot, Closed> {
-        let (slots, terms, now) = (self.pool(pool), self.policy.borrow().terms(tenant), Instant::now());
-        let mut state = slots.lock();
-        if state.door == Door::Closed || state.free == 0 {
-            return Err(Closed);
-        }
-        let started = state.queue.start(tenant, terms.priority, slots.share(terms), now).ok_or(Closed)?;
-        state.free -= 1;
-        Ok(slots.slot(started, now))
+        self.pool(pool).alone(tenant, self.policy.borrow().terms(tenant))
     }
 
     /// Whether it has been closed for good.
     pub fn is_closed(&self) -> bool {
-        self.pools.io.lock().door == Door::Closed
+        self.pools.io.is_closed()
     }
 
     /// For how long a pool has let work wait without starting any, for want of a slot.
     pub fn stuck_for(&self, pool: Pool) -> Duration {
-        let state = self.pool(pool).lock();
-        if state.free > 0 || state.queue.is_empty() { Duration::ZERO } else { state.moved.elapsed() }
+        self.pool(pool).stuck_for()
     }
 
     /// Gives the slots' shares out anew each time that the policy changes.
@@ -180,169 +151,6 @@ impl Schedule {
 
     const fn pool(&self, pool: Pool) -> &Slots {
         self.pools.of(pool)
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Slots(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    size: usize,
-    // A std mutex: never held across an await, and a turn costs less than parking would.
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    free: usize,
-    door: Door,
-    paused: bool,
-    queue: FairQueue<Waiter>,
-    /// When work last started, or began to wait behind nobody.
-    moved: Instant,
-}
-
-/// Whoever waits for a turn; dropping it sends it away.
-#[derive(Debug)]
-struct Waiter {
-    /// When it has lost its patience.
-    until: Instant,
-    turn: oneshot::Sender<Slot>,
-}
-
-/// Who may come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Door {
-    Open,
-    /// Only who need not wait.
-    NoQueue,
-    Closed,
-}
-
-enum Entry {
-    Free(Slot),
-    Queued(Turn),
-    Closed,
-}
-
-/// A place in a queue, given up when it is dropped.
-struct Turn {
-    slots: Slots,
-    place: Option<Place>,
-    receiver: oneshot::Receiver<Slot>,
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        if let Some(place) = &self.place {
-            self.slots.lock().queue.remove(place, Instant::now());
-        }
-    }
-}
-
-impl Slots {
-    fn new(size: usize) -> Self {
-        let state =
-            State { free: size, door: Door::Open, paused: false, queue: FairQueue::new(), moved: Instant::now() };
-        Self(Arc::new(Shared { size, state: Mutex::new(state) }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn enter(&self, tenant: &TenantId, priority: u8, terms: Terms, patience: Duration) -> Entry {
-        let (now, share) = (Instant::now(), self.share(terms));
-        let mut state = self.lock();
-        if state.door == Door::Closed || state.paused {
-            return Entry::Closed;
-        }
-        // Whoever waits while a slot is free may not have it.
-        if state.free > 0
-            && let Some(started) = state.queue.start(tenant, priority, share, now)
-        {
-            state.free -= 1;
-            state.moved = now;
-            return Entry::Free(self.slot(started, now));
-        }
-        if state.door == Door::NoQueue {
-            return Entry::Closed;
-        }
-        if state.queue.is_empty() {
-            state.moved = now;
-        }
-        let (turn, receiver) = oneshot::channel();
-        let waiter = Waiter { until: now + patience, turn };
-        let place = state.queue.push(tenant, priority, share, waiter, now);
-        Entry::Queued(Turn { slots: self.clone(), place: Some(place), receiver })
-    }
-
-    /// Gives free slots to whoever is next.
-    fn hand_out(&self) {
-        while let Some((waiter, slot)) = self.next() {
-            // Outside the lock: where the waiter has just gone away, its slot is dropped, which comes back here.
-            let _ = waiter.turn.send(slot);
-        }
-    }
-
-    fn next(&self) -> Option<(Waiter, Slot)> {
-        let now = Instant::now();
-        let mut state = self.lock();
-        if state.free == 0 {
-            return None;
-        }
-        let (waiter, started) = state.queue.pop(now)?;
-        state.free -= 1;
-        state.moved = now;
-        Some((waiter, self.slot(started, now)))
-    }
-
-    fn slot(&self, started: Started, begun: Instant) -> Slot {
-        Slot { slots: self.clone(), started: Some(started), begun }
-    }
-
-    fn set_shares(&self, policy: &Policy) {
-        self.lock().queue.set_shares(|tenant| self.share(policy.terms(tenant)), Instant::now());
-        self.hand_out();
-    }
-
-    fn share(&self, terms: Terms) -> Share {
-        let ceiling = (self.0.size * usize::from(terms.max_slot_share) / 100).max(1);
-        // Whoever may have all of them waits for a slot like everybody.
-        Share { weight: terms.weight, ceiling: if ceiling < self.0.size { ceiling } else { usize::MAX } }
-    }
-
-    fn set_paused(&self, paused: bool) {
-        let sent_away = {
-            let mut state = self.lock();
-            state.paused = paused;
-            if paused { state.queue.clear() } else { Vec::new() }
-        };
-        drop(sent_away);
-    }
-
-    fn set_door(&self, door: Door) {
-        let sent_away = {
-            let mut state = self.lock();
-            if state.door != Door::Closed {
-                state.door = door;
-            }
-            if state.door == Door::Open { Vec::new() } else { state.queue.clear() }
-        };
-        drop(sent_away);
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if let Some(started) = self.started.take() {
-            let now = Instant::now();
-            let mut state = self.slots.lock();
-            state.queue.finish(started, now.saturating_duration_since(self.begun), now);
-            state.free += 1;
-        }
-        self.slots.hand_out();
     }
 }
 

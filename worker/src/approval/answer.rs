@@ -67,7 +67,7 @@ impl Answer {
         format!("{}.{}", of.token(), contract::escape(approver))
     }
 
-    /// As it is kept.
+    /// The value under its key in the bucket of answers.
     pub fn encode(&self) -> Bytes {
         contract::encode(&self.said)
     }

@@ -10,6 +10,7 @@ use super::answer::Answer;
 use crate::assignment::Assignment;
 use crate::blocks::Output;
 use crate::blocks::human::{Approval, Decision};
+use crate::broker::Expected;
 use crate::broker::kv::Entry;
 use crate::cancel::Tombstone;
 use crate::contract::{self, HumanRequest, StoredRequest};
@@ -34,8 +35,8 @@ pub struct Request {
     pub expires_at: Timestamp,
     /// How long its assignment waited at the worker before.
     pub queued: Duration,
-    /// The sequence of the record that its result replaces; 0 for none.
-    pub replaces: u64,
+    /// What its result's record replaces.
+    pub replaces: Expected,
     /// Where it asks anew: what was said before is not about it.
     pub since: Option<Timestamp>,
     /// The trace that its publication belongs to.
@@ -86,7 +87,7 @@ impl Request {
         })
     }
 
-    /// As it is kept.
+    /// The value under its key in the bucket of requests.
     pub fn encode(&self) -> Bytes {
         let (assignment, result, ended_by) = match &self.state {
             State::Open(assignment) => (Some(assignment.clone()), None, None),
@@ -101,7 +102,7 @@ impl Request {
             requested_at: self.requested_at.as_millisecond(),
             expires_at: self.expires_at.as_millisecond(),
             queue_ms: contract::millis(self.queued),
-            replaces: self.replaces,
+            replaces: self.replaces.sequence(),
             since: self.since.map(|since| since.as_millisecond()),
             traceparent: self.trace.as_ref().map(|trace| trace.parent.clone()),
             tracestate: self.trace.as_ref().and_then(|trace| trace.state.clone()),
@@ -126,7 +127,7 @@ impl Request {
             requested_at: time(stored.requested_at)?,
             expires_at: time(stored.expires_at)?,
             queued: Duration::from_millis(stored.queue_ms),
-            replaces: stored.replaces,
+            replaces: Expected::last(stored.replaces),
             since: stored.since.and_then(time),
             trace: stored.traceparent.map(|parent| TraceContext { parent, state: stored.tracestate }),
             state: match (stored.assignment, stored.result) {
@@ -232,7 +233,7 @@ mod tests {
             requested_at: at(100),
             expires_at: at(160),
             queued: Duration::from_millis(3),
-            replaces: 0,
+            replaces: Expected::NOTHING,
             since: None,
             trace: None,
             state: State::Open(RawValue::from_string(r#"{"job":{}}"#.to_owned()).unwrap()),
@@ -272,7 +273,7 @@ mod tests {
     #[test]
     fn a_request_survives_being_kept_open_and_ended() {
         let trace = TraceContext { parent: "00-x".to_owned(), state: Some("a=b".to_owned()) };
-        let open = Request { since: Some(at(90)), trace: Some(trace), replaces: 5, ..request() };
+        let open = Request { since: Some(at(90)), trace: Some(trace), replaces: Expected::last(5), ..request() };
         let read = Request::decode(&entry(&open)).unwrap();
         assert_eq!(format!("{read:?}"), format!("{open:?}"));
         let ended = open.ended(RawValue::from_string(r#"{"status":"success"}"#.to_owned()).unwrap(), "w,1".to_owned());

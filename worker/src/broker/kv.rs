@@ -43,9 +43,9 @@ pub struct Bucket {
 /// A value as it is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its key.
+    /// The key in its bucket.
     pub key: String,
-    /// Byte for byte.
+    /// The value, byte for byte.
     pub value: Bytes,
     /// The precondition for replacing or removing it.
     pub revision: u64,
@@ -313,7 +313,7 @@ impl Follower {
     /// A request to go on sending is answered; a sign of silence shows whether everything has come.
     async fn heartbeat(&mut self, message: async_nats::Message) -> Result<(), ReadError> {
         if let Some(reply) = message.reply.clone() {
-            self.bucket.broker.say(reply, Bytes::new()).await;
+            self.bucket.broker.publish(reply, Bytes::new()).await;
             return Ok(());
         }
         if header(&message, "Nats-Consumer-Stalled").is_some() {

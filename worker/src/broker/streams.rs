@@ -1,15 +1,17 @@
-//! The streams, buckets and consumers that the contract needs. Creates what is missing; never alters or deletes.
-//!
-//! The operator decides the same in a pool's name; a test holds the two together.
+//! Looks after the streams, buckets and consumers that the contract needs. Creates what is missing; never alters or
+//! deletes.
+
+mod compare; // whether what is there will do
+mod wanted; // how each must be
 
 use std::time::{Duration, Instant};
 
 use async_nats::RequestErrorKind;
-use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::context::{
     ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, CreateStreamErrorKind, GetStreamErrorKind,
 };
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
+use async_nats::jetstream::stream::{Config, Stream};
 use async_nats::jetstream::{self, ErrorCode};
 use bytes::Bytes;
 use serde::Deserialize;
@@ -17,61 +19,22 @@ use tokio::sync::watch;
 
 use super::Broker;
 use super::version::{self, Version};
-use crate::contract;
 use crate::health::{Concern, Health};
 
-/// Holds results and stored refusals.
-pub const RESULT_STREAM: &str = "CAF_EXEC_RESULT";
-/// Holds dead letters.
-pub const DLQ_STREAM: &str = "CAF_EXEC_DLQ";
-/// Holds assignments that came in on [`contract::ASSIGN`].
-pub const ASSIGN_STREAM: &str = "CAF_EXEC_ASSIGN";
+pub use wanted::{
+    ACK_WAIT, ANSWER_BUCKET, APPROVAL_BUCKET, ASSIGN_STREAM, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM,
+    DELIVERY_BUCKET, DLQ_STREAM, Intake, RESULT_STREAM, assignments, buckets, consumer, control, control_consumer,
+    dead_letters, results, route_consumer,
+};
 
-/// Holds cancels and answers to approvals until a worker takes them: they outlive a pool at zero.
-pub const CONTROL_STREAM: &str = "CAF_EXEC_CONTROL";
-/// What all workers of all pools take control messages from.
-pub const CONTROL_CONSUMER: &str = "caf-control";
-
-/// Cancels that stand.
-pub const CANCEL_BUCKET: &str = "caf-cancel";
-/// Open requests for approval.
-pub const APPROVAL_BUCKET: &str = "caf-approvals";
-/// Answers to requests for approval, the first of each approver.
-pub const ANSWER_BUCKET: &str = "caf-answers";
-/// Notes of deliveries that have begun, or that ended without a death.
-pub const DELIVERY_BUCKET: &str = "caf-deliveries";
-
-/// A hold on a delivery lasts this long from its last progress ack.
-pub const ACK_WAIT: Duration = Duration::from_secs(10);
-/// How many deliveries may be unsettled over all workers, where no operator sizes it to its pool.
-const MAX_ACK_PENDING: i64 = 50_000;
-/// Open pulls over all workers. The broker's default of 512 would leave every further worker idle.
-const MAX_WAITING: i64 = 16_384;
 /// Between two looks at streams that are missing or cannot be asked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Between two looks when nothing seems wrong, for what an idle worker would not miss: a dozen small requests.
 const LOOK_ANYWAY: Duration = Duration::from_secs(5);
-const RESULT_RETENTION: Duration = Duration::from_secs(3600);
-const RESULT_MAX_MESSAGES: i64 = 2_000_000;
-const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
-/// A control message is of no use after the longest deadline that an assignment can have.
-const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
-/// What is known about one assignment, beside its record.
-const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
-
 /// Between two looks for JetStream where there was none: one request.
 const LOOK_FOR_JETSTREAM: Duration = Duration::from_secs(3);
 /// Between two looks for the route, on a worker that only passes work on to it: one request.
 const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
-
-/// Where this worker's assignments wait.
-#[derive(Clone, Debug)]
-pub struct Intake {
-    /// The subject that the Router publishes on.
-    pub subject: String,
-    /// The durable consumer that all workers of a pool share.
-    pub queue_group: String,
-}
 
 /// The two places of a pool's stream that deliveries come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,44 +233,6 @@ pub enum StreamsError {
     },
 }
 
-impl Intake {
-    /// The stream that captures the subject.
-    pub fn stream(&self) -> String {
-        if self.subject == contract::ASSIGN {
-            ASSIGN_STREAM.to_owned()
-        } else {
-            format!("CAF_POOL_{}", contract::escape(&self.subject))
-        }
-    }
-
-    /// Where verdicts about it are published.
-    pub fn verdict_subject(&self) -> String {
-        format!("{}.ack", self.subject)
-    }
-
-    /// Where work waits for workers with GPU slots.
-    pub fn route_subject(&self) -> String {
-        if self.subject == contract::ASSIGN {
-            contract::ROUTE_GPU.to_owned()
-        } else {
-            format!("{}.route.gpu", self.subject)
-        }
-    }
-
-    /// The durable consumer that all workers of a pool share that have GPU slots.
-    pub fn route_group(&self) -> String {
-        format!("{}-gpu", self.queue_group)
-    }
-
-    fn routes(&self) -> String {
-        if self.subject == contract::ASSIGN {
-            "caf.exec.route.*.v1".to_owned()
-        } else {
-            format!("{}.route.*", self.subject)
-        }
-    }
-}
-
 /// Finds or, where `create` says so, makes everything that this worker needs.
 ///
 /// # Errors
@@ -392,136 +317,6 @@ async fn has_jetstream(broker: &Broker) -> Result<bool, StreamsError> {
     Ok(!matches!(code, Some(ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT)))
 }
 
-/// Where assignments wait.
-pub fn assignments(intake: &Intake) -> Config {
-    Config {
-        name: intake.stream(),
-        subjects: vec![intake.subject.clone(), intake.routes()],
-        retention: RetentionPolicy::WorkQueue,
-        discard: DiscardPolicy::New,
-        storage: StorageType::File,
-        ..unlimited()
-    }
-}
-
-/// Where records are kept.
-pub fn results() -> Config {
-    Config {
-        name: RESULT_STREAM.to_owned(),
-        subjects: vec![format!("{}.*.*", contract::LEDGER), format!("{}.*.*", contract::REFUSED)],
-        retention: RetentionPolicy::Limits,
-        discard: DiscardPolicy::Old,
-        storage: StorageType::File,
-        max_messages_per_subject: 1,
-        max_messages: RESULT_MAX_MESSAGES,
-        max_age: RESULT_RETENTION,
-        allow_direct: true,
-        ..unlimited()
-    }
-}
-
-/// Where dead letters are kept.
-pub fn dead_letters() -> Config {
-    Config {
-        name: DLQ_STREAM.to_owned(),
-        subjects: vec![contract::DLQ.to_owned(), contract::DLQ_RAW.to_owned()],
-        retention: RetentionPolicy::Limits,
-        discard: DiscardPolicy::New,
-        storage: StorageType::File,
-        max_age: DEAD_LETTER_RETENTION,
-        allow_direct: true,
-        ..unlimited()
-    }
-}
-
-/// Where control messages wait. The broker acknowledges none of them: a request is answered by a worker.
-pub fn control() -> Config {
-    Config {
-        name: CONTROL_STREAM.to_owned(),
-        subjects: vec![contract::CANCEL.to_owned(), contract::APPROVAL_ANSWER.to_owned()],
-        retention: RetentionPolicy::WorkQueue,
-        discard: DiscardPolicy::New,
-        storage: StorageType::File,
-        max_age: CONTROL_RETENTION,
-        no_ack: true,
-        ..unlimited()
-    }
-}
-
-/// The streams of all buckets.
-pub fn buckets() -> [Config; 4] {
-    [
-        bucket(CANCEL_BUCKET, NOTE_RETENTION),
-        bucket(APPROVAL_BUCKET, Duration::ZERO),
-        bucket(ANSWER_BUCKET, NOTE_RETENTION),
-        bucket(DELIVERY_BUCKET, NOTE_RETENTION),
-    ]
-}
-
-/// As every client of NATS keeps a bucket; the mark of a removed key may have an age of its own.
-fn bucket(name: &str, max_age: Duration) -> Config {
-    Config {
-        name: format!("KV_{name}"),
-        subjects: vec![format!("$KV.{name}.>")],
-        retention: RetentionPolicy::Limits,
-        discard: DiscardPolicy::New,
-        storage: StorageType::File,
-        max_messages_per_subject: 1,
-        max_age,
-        allow_direct: true,
-        allow_rollup: true,
-        deny_delete: true,
-        allow_message_ttl: true,
-        ..unlimited()
-    }
-}
-
-fn unlimited() -> Config {
-    Config {
-        max_bytes: -1,
-        max_messages: -1,
-        max_messages_per_subject: -1,
-        max_consumers: -1,
-        num_replicas: 1,
-        ..Config::default()
-    }
-}
-
-/// What hands the assignments out.
-pub fn consumer(intake: &Intake) -> pull::Config {
-    shared(intake.queue_group.clone(), intake.subject.clone())
-}
-
-/// What hands out the work that waits for GPU slots.
-pub fn route_consumer(intake: &Intake) -> pull::Config {
-    shared(intake.route_group(), intake.route_subject())
-}
-
-fn shared(name: String, subject: String) -> pull::Config {
-    pull::Config {
-        durable_name: Some(name),
-        filter_subject: subject,
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: ACK_WAIT,
-        max_deliver: -1,
-        max_ack_pending: MAX_ACK_PENDING,
-        max_waiting: MAX_WAITING,
-        ..pull::Config::default()
-    }
-}
-
-/// What hands control messages out.
-pub fn control_consumer() -> pull::Config {
-    pull::Config {
-        durable_name: Some(CONTROL_CONSUMER.to_owned()),
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: ACK_WAIT,
-        max_deliver: -1,
-        max_waiting: MAX_WAITING,
-        ..pull::Config::default()
-    }
-}
-
 async fn ensure_stream(js: &jetstream::Context, wanted: Config, create: bool) -> Result<Stream, StreamsError> {
     let what = format!("stream {}", wanted.name);
     match js.get_stream(&wanted.name).await {
@@ -529,7 +324,7 @@ async fn ensure_stream(js: &jetstream::Context, wanted: Config, create: bool) ->
             let found = &stream.cached_info().config;
             // Where an operator creates the streams, the pool says where they are kept.
             let wanted = if create { wanted } else { Config { storage: found.storage, ..wanted } };
-            compare_stream(&what, found, &wanted)?;
+            compare::stream(&what, found, &wanted)?;
             Ok(stream)
         }
         Err(error) if is_missing(&error.kind()) && create => {
@@ -564,7 +359,7 @@ async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) ->
     let name = wanted.durable_name.clone().unwrap_or_default();
     let what = format!("consumer {name} of stream {}", stream.cached_info().config.name);
     match stream.consumer_info(&name).await {
-        Ok(info) => compare_consumer(&what, &info.config, &wanted),
+        Ok(info) => compare::consumer(&what, &info.config, &wanted),
         Err(error) if is_no_consumer(&error) && create => {
             tracing::info!(consumer = name, "creating a consumer");
             let made = stream.create_consumer_strict(wanted).await;
@@ -601,53 +396,6 @@ async fn find_route<I>(stream: &Stream<I>, intake: &Intake) -> Result<Option<Str
 
 fn is_no_consumer(error: &ConsumerInfoError) -> bool {
     matches!(error.kind(), ConsumerInfoErrorKind::NotFound)
-}
-
-/// Replicas, ages and sizes are the administrator's; everything else that the promise rests on must match.
-fn compare_stream(what: &str, found: &Config, wanted: &Config) -> Result<(), StreamsError> {
-    let sorted = |config: &Config| {
-        let mut subjects = config.subjects.clone();
-        subjects.sort();
-        format!("{subjects:?}")
-    };
-    // The server reports "no limit" as -1, whoever asked with 0.
-    let per_subject = |config: &Config| config.max_messages_per_subject.max(-1).to_string().replace("-1", "0");
-    let settings = [
-        ("subjects", sorted(found), sorted(wanted)),
-        ("retention", format!("{:?}", found.retention), format!("{:?}", wanted.retention)),
-        ("storage", format!("{:?}", found.storage), format!("{:?}", wanted.storage)),
-        ("discard", format!("{:?}", found.discard), format!("{:?}", wanted.discard)),
-        ("max_msgs_per_subject", per_subject(found), per_subject(wanted)),
-        ("allow_direct", found.allow_direct.to_string(), wanted.allow_direct.to_string()),
-        ("no_ack", found.no_ack.to_string(), wanted.no_ack.to_string()),
-        ("allow_msg_ttl", found.allow_message_ttl.to_string(), wanted.allow_message_ttl.to_string()),
-    ];
-    mismatch(what, settings)
-}
-
-fn compare_consumer(
-    what: &str,
-    found: &jetstream::consumer::Config,
-    wanted: &pull::Config,
-) -> Result<(), StreamsError> {
-    let settings = [
-        ("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone()),
-        ("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy)),
-        ("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait)),
-        ("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string()),
-        ("deliver_subject", format!("{:?}", found.deliver_subject), "None".to_owned()),
-    ];
-    mismatch(what, settings)
-}
-
-fn mismatch<const N: usize>(what: &str, settings: [(&str, String, String); N]) -> Result<(), StreamsError> {
-    let differing = settings.into_iter().filter(|(_, found, wanted)| found != wanted);
-    let differences: Vec<_> =
-        differing.map(|(field, found, wanted)| format!("{field} {found}, but the contract needs {wanted}")).collect();
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(StreamsError::Mismatch { what: what.to_owned(), differences: differences.join("; ") })
 }
 
 fn unavailable(what: &str, error: &dyn std::error::Error) -> StreamsError {

@@ -18,7 +18,7 @@ pub struct Verdict<'a> {
     pub trace_id: Option<&'a str>,
     /// As the assignment says; empty where that cannot be read.
     pub tenant_id: &'a str,
-    /// Who says so.
+    /// The worker that says so.
     pub worker_id: &'a str,
     /// Why it is `rejected`.
     #[serde(skip_serializing_if = "Option::is_none")]

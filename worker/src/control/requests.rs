@@ -36,7 +36,7 @@ pub(super) async fn answer(desk: Arc<Desk>) {
         let desk_here = Arc::clone(&desk);
         desk.tasks.spawn(async move {
             if let Some(answer) = desk_here.answer(&message.payload).await {
-                desk_here.broker.say(reply, answer).await;
+                desk_here.broker.publish(reply, answer).await;
             }
             drop(place);
         });
@@ -63,10 +63,10 @@ impl Desk {
         loop {
             // Unknown is as good as none: the cancel is kept.
             let record = self.pipeline.recorded(key).await;
-            let first = *first.get_or_insert(record.as_ref().map(|record| record.sequence));
+            let first = *first.get_or_insert(record.as_ref().map(|record| record.place));
             match &record {
                 Some(record) if is_cancelled(record) => return CancelOutcome::Cancelled,
-                Some(record) if first != Some(record.sequence) => return CancelOutcome::Finished,
+                Some(record) if first != Some(record.place) => return CancelOutcome::Finished,
                 Some(_) if started.elapsed() >= PATIENCE => return CancelOutcome::Finished,
                 None if started.elapsed() >= PATIENCE => return CancelOutcome::Recorded,
                 Some(_) | None => {}

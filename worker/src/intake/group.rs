@@ -138,7 +138,7 @@ impl<R: Fn() -> Room> Member<'_, R> {
         let _ = self.messages.unsubscribe_after(AT_ONCE).await;
         let fence = client.new_inbox();
         if let Ok(mut fence_back) = client.subscribe(fence.clone()).await {
-            self.parts.broker.say(fence, Bytes::new()).await;
+            self.parts.broker.publish(fence, Bytes::new()).await;
             let _ = tokio::time::timeout(LEAVING, fence_back.next()).await;
         }
         while let Some(message) = self.messages.next().now_or_never().flatten() {

@@ -23,8 +23,8 @@ use crate::approval::{AfterAnEnd, Opened};
 use crate::assignment::Assignment;
 use crate::blocks::Block;
 use crate::blocks::human::Approval;
-use crate::broker::Stored;
 use crate::broker::kv::{Change, Entry};
+use crate::broker::{Expected, Stored};
 use crate::execute::Execution;
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
@@ -135,7 +135,7 @@ impl Pipeline {
                 return self.answer(arrival, record.clone()).await;
             }
             request.since = request.since.or_else(|| record.as_ref().map(|_| arrival.delivery.published()));
-            request.replaces = record.map_or(0, |record| record.sequence);
+            request.replaces = record.map_or(Expected::NOTHING, |record| record.place);
             after_an_end = AfterAnEnd::AskAgain;
         };
         failpoint::reach(Point::RequestStored).await;
@@ -293,8 +293,8 @@ impl Pipeline {
                 return result;
             }
             match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
-                None => expected = 0,
-                Some(record) if record.is_retryable() && !record.answers(publication) => expected = record.sequence,
+                None => expected = Expected::NOTHING,
+                Some(record) if record.is_retryable() && !record.answers(publication) => expected = record.place,
                 Some(record) => return record.result,
             }
         }
@@ -411,7 +411,7 @@ fn request(arrival: &Arrival, pool: Option<String>, record: Option<&Record>) -> 
         requested_at,
         expires_at: requested_at.checked_add(assignment.timeout).unwrap_or(Timestamp::MAX),
         queued: delivery.received().elapsed(),
-        replaces: record.map_or(0, |record| record.sequence),
+        replaces: record.map_or(Expected::NOTHING, |record| record.place),
         since: (record.is_some() || delivery.is_replay()).then(|| delivery.published()),
         trace: arrival.trace.clone(),
         state: State::Open(published),

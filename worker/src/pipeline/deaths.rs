@@ -34,9 +34,9 @@ const READ_TRIES: u32 = 3;
 
 /// One delivery of a publication.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Which {
+pub(super) struct DeliveryId {
     pub(super) publication: Publication,
-    /// Counts from 1.
+    /// How often it has been delivered, from 1.
     pub(super) delivered: i64,
 }
 
@@ -78,8 +78,9 @@ impl Deaths {
     }
 
     /// For each delivery, the deaths before it.
-    pub(super) async fn before(&self, deliveries: &[Which]) -> Vec<u32> {
-        let keys: Vec<String> = deliveries.iter().flat_map(Which::earlier).map(|earlier| subject(&earlier)).collect();
+    pub(super) async fn before(&self, deliveries: &[DeliveryId]) -> Vec<u32> {
+        let keys: Vec<String> =
+            deliveries.iter().flat_map(DeliveryId::earlier).map(|earlier| subject(&earlier)).collect();
         if keys.is_empty() {
             return vec![0; deliveries.len()];
         }
@@ -92,7 +93,7 @@ impl Deaths {
         }
         match notes {
             Ok(notes) => {
-                let note = |which: &Which| notes.get(&subject(which)).map(|message| message.payload.clone());
+                let note = |which: &DeliveryId| notes.get(&subject(which)).map(|message| message.payload.clone());
                 deliveries.iter().map(|which| count(which, note)).collect()
             }
             Err(error) => {
@@ -103,19 +104,19 @@ impl Deaths {
     }
 
     /// The block of a redelivery begins. Where this cannot be noted in time, its death would not count.
-    pub(super) async fn begins(&self, which: &Which) {
+    pub(super) async fn begins(&self, which: &DeliveryId) {
         if which.delivered > 1 && tokio::time::timeout(BEGIN_LIMIT, self.store(which, BEGUN)).await.is_err() {
             tracing::debug!("cannot note in time that a redelivery begins");
         }
     }
 
     /// It is about to be handed back: on its way to the broker before that, but not awaited.
-    pub(super) async fn handed_back(&self, which: &Which) {
-        self.broker.say(subject(which), Bytes::from_static(ENDED.as_bytes())).await;
+    pub(super) async fn handed_back(&self, which: &DeliveryId) {
+        self.broker.publish(subject(which), Bytes::from_static(ENDED.as_bytes())).await;
     }
 
     /// Its hold has lapsed and this worker lives on: noted as soon as the broker is there.
-    pub(super) fn lapsed(&self, which: Which) {
+    pub(super) fn lapsed(&self, which: DeliveryId) {
         let notes = self.clone();
         tokio::spawn(async move {
             for _ in 0..LAPSE_TRIES {
@@ -127,12 +128,12 @@ impl Deaths {
         });
     }
 
-    async fn store(&self, which: &Which, note: &'static str) -> Result<(), StoreError> {
+    async fn store(&self, which: &DeliveryId, note: &'static str) -> Result<(), StoreError> {
         self.broker.store(subject(which), HeaderMap::new(), Bytes::from_static(note.as_bytes())).await.map(drop)
     }
 }
 
-impl Which {
+impl DeliveryId {
     pub(super) fn of(delivery: &Delivery) -> Self {
         Self { publication: delivery.publication().clone(), delivered: delivery.delivered() }
     }
@@ -145,8 +146,8 @@ impl Which {
 }
 
 /// The deaths before a delivery, by what is noted of the earlier ones.
-fn count(which: &Which, note: impl Fn(&Which) -> Option<Bytes>) -> u32 {
-    let is_death = |earlier: &Which| match (earlier.delivered, note(earlier)) {
+fn count(which: &DeliveryId, note: impl Fn(&DeliveryId) -> Option<Bytes>) -> u32 {
+    let is_death = |earlier: &DeliveryId| match (earlier.delivered, note(earlier)) {
         (1, note) => note.is_none_or(|note| note != ENDED),
         (_, note) => note.is_some_and(|note| note == BEGUN),
     };
@@ -157,7 +158,7 @@ fn stream() -> String {
     format!("KV_{DELIVERY_BUCKET}")
 }
 
-fn subject(which: &Which) -> String {
+fn subject(which: &DeliveryId) -> String {
     format!("$KV.{DELIVERY_BUCKET}.{}.{}", contract::escape(&which.publication.to_header()), which.delivered)
 }
 
@@ -165,13 +166,13 @@ fn subject(which: &Which) -> String {
 mod tests {
     use super::*;
 
-    fn delivery(delivered: i64) -> Which {
-        Which { publication: Publication::parse("S,t0,7").expect("a publication"), delivered }
+    fn delivery(delivered: i64) -> DeliveryId {
+        DeliveryId { publication: Publication::parse("S,t0,7").expect("a publication"), delivered }
     }
 
     #[track_caller]
     fn expect(deaths: u32, delivered: i64, notes: &[(i64, &'static str)]) {
-        let note = |which: &Which| {
+        let note = |which: &DeliveryId| {
             let noted = notes.iter().find(|(delivered, _)| *delivered == which.delivered);
             noted.map(|(_, note)| Bytes::from_static(note.as_bytes()))
         };

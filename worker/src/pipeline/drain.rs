@@ -1,7 +1,12 @@
 //! The steps of a stop, which `shutdown` puts in order.
 
+use std::time::Duration;
+
 use super::Pipeline;
 use crate::health::Concern;
+
+/// How long the broker may take to be sent what was said.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Pipeline {
     /// The worker is not ready any more.
@@ -22,7 +27,7 @@ impl Pipeline {
         self.tasks.wait().await;
     }
 
-    /// How much is not.
+    /// How many deliveries are neither settled nor handed back.
     pub(crate) fn unsettled(&self) -> usize {
         self.tasks.len()
     }
@@ -35,6 +40,6 @@ impl Pipeline {
 
     /// Returns when the broker has been sent all that was said, within a limit.
     pub(crate) async fn flush(&self) {
-        self.broker.flush().await;
+        self.broker.flush_within(LAST_WORDS).await;
     }
 }

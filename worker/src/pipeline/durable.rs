@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::{Arrival, Pipeline};
 use crate::assignment::{Addressee, Assignment};
 use crate::backoff;
-use crate::broker::{StoreError, Stored};
+use crate::broker::{Expected, StoreError, Stored};
 use crate::contract::Stage;
 use crate::execute::Attempt;
 use crate::failpoint::{self, Point};
@@ -24,7 +24,7 @@ use crate::publication::Publication;
 use crate::report::StepResult;
 use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
-use crate::report::spool::Outcome;
+use crate::report::spool::SpooledOutcome;
 
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
@@ -37,7 +37,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// What stands in the record at the end.
-pub(super) enum Standing {
+pub(super) enum Recorded {
     /// This worker's outcome.
     Ours(Bytes),
     /// An outcome that somebody recorded before.
@@ -49,10 +49,10 @@ impl Pipeline {
     pub(super) async fn record(
         &self,
         arrival: &Arrival,
-        expected: u64,
+        expected: Expected,
         step: &mut StepResult,
         result: Bytes,
-    ) -> Standing {
+    ) -> Recorded {
         let Arrival { delivery, assignment, .. } = arrival;
         let key = &assignment.key;
         let (mut expected, mut result) = (expected, result);
@@ -69,7 +69,7 @@ impl Pipeline {
             };
             let outcome = || outcome(delivery, key, expected, &result);
             match self.spooled(outcome, self.until_definite(write)).await {
-                Some(Stored::At(_)) => return Standing::Ours(result),
+                Some(Stored::At(_)) => return Recorded::Ours(result),
                 Some(Stored::Refused) => {}
                 None => {
                     step.become_too_large(assignment, result.len());
@@ -79,10 +79,10 @@ impl Pipeline {
             }
             let stored = Box::pin(self.read_records(std::slice::from_ref(key))).await.into_values().next();
             match stored {
-                None => expected = 0,
-                Some(record) if record.result == result => return Standing::Ours(result),
-                Some(record) if may_replace(&record, delivery) => expected = record.sequence,
-                Some(record) => return Standing::Theirs(record),
+                None => expected = Expected::NOTHING,
+                Some(record) if record.result == result => return Recorded::Ours(result),
+                Some(record) if may_replace(&record, delivery) => expected = record.place,
+                Some(record) => return Recorded::Theirs(record),
             }
         }
     }
@@ -90,7 +90,7 @@ impl Pipeline {
     /// Awaits a write; where that takes long and there is a disk for it, the outcome lies there meanwhile.
     pub(super) async fn spooled<T>(
         &self,
-        outcome: impl Fn() -> Option<Outcome>,
+        outcome: impl Fn() -> Option<SpooledOutcome>,
         writing: impl Future<Output = T>,
     ) -> T {
         let Some(spool) = &self.settings.spool else { return writing.await };
@@ -124,7 +124,7 @@ impl Pipeline {
         }
     }
 
-    async fn record_outcome(&self, outcome: &Outcome) {
+    async fn record_outcome(&self, outcome: &SpooledOutcome) {
         let assignment_id = outcome.assignment_id.as_str();
         let result = Bytes::copy_from_slice(outcome.result.get().as_bytes());
         let identity = TenantId::parse(&outcome.tenant_id).zip(Publication::parse(&outcome.publication));
@@ -148,8 +148,8 @@ impl Pipeline {
     }
 
     /// Its worker may have ended before the letter was kept. Attempts before the last one are not known any more.
-    async fn keep_letter_of(&self, outcome: &Outcome, result: &Bytes, publication: &Publication) {
-        let record = Record::new(result.clone(), 0, None);
+    async fn keep_letter_of(&self, outcome: &SpooledOutcome, result: &Bytes, publication: &Publication) {
+        let record = Record::new(result.clone(), Expected::NOTHING, None);
         let Some((fault, published)) = record.dead_letter(self.settings.letters).zip(outcome.assignment.as_deref())
         else {
             return;
@@ -165,13 +165,18 @@ impl Pipeline {
 
     /// What only this worker has until it is published: nobody would deliver it again, so its dead letter, where one is
     /// due, is up to whoever reads this too.
-    pub(super) fn unrecorded(&self, delivery: &Delivery, key: &AssignmentKey, result: &Bytes) -> Option<Outcome> {
+    pub(super) fn unrecorded(
+        &self,
+        delivery: &Delivery,
+        key: &AssignmentKey,
+        result: &Bytes,
+    ) -> Option<SpooledOutcome> {
         if self.ledger.is_kept() {
             return None;
         }
-        let is_due = Record::new(result.clone(), 0, None).dead_letter(self.settings.letters).is_some();
+        let is_due = Record::new(result.clone(), Expected::NOTHING, None).dead_letter(self.settings.letters).is_some();
         let assignment = if is_due { raw(delivery.payload()) } else { None };
-        Some(Outcome { assignment, ..outcome(delivery, key, 0, result)? })
+        Some(SpooledOutcome { assignment, ..outcome(delivery, key, Expected::NOTHING, result)? })
     }
 
     pub(super) fn encode(&self, step: &mut StepResult, assignment: &Assignment) -> Bytes {
@@ -302,8 +307,8 @@ fn pause(attempt: u32) -> Duration {
 }
 
 /// As it is kept on the disk. What we encode ourselves is JSON, so there is always one.
-fn outcome(delivery: &Delivery, key: &AssignmentKey, expected: u64, result: &Bytes) -> Option<Outcome> {
-    Some(Outcome {
+fn outcome(delivery: &Delivery, key: &AssignmentKey, expected: Expected, result: &Bytes) -> Option<SpooledOutcome> {
+    Some(SpooledOutcome {
         tenant_id: key.tenant.as_str().to_owned(),
         assignment_id: key.assignment_id.to_string(),
         publication: delivery.publication().to_header(),

@@ -8,7 +8,8 @@ use bytes::Bytes;
 
 use super::Arrival;
 use super::cancel::Stop;
-use super::deaths::Which;
+use super::deaths::DeliveryId;
+use crate::broker::Expected;
 use crate::cancel::Tombstone;
 use crate::ids::AssignmentKey;
 use crate::intake::Hold;
@@ -21,7 +22,7 @@ pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
 
 #[derive(Debug)]
 struct Running {
-    which: Which,
+    which: DeliveryId,
     hold: Arc<Hold>,
     stop: Arc<Stop>,
     lapsed_looks: u32,
@@ -63,7 +64,7 @@ impl InFlight {
                 let flight =
                     Flight { in_flight: self.clone(), key: Some(vacant.key().clone()), stop: Arc::clone(&stop) };
                 vacant.insert(Running {
-                    which: Which::of(&arrival.delivery),
+                    which: DeliveryId::of(&arrival.delivery),
                     hold: arrival.delivery.hold(),
                     stop,
                     lapsed_looks: 0,
@@ -100,7 +101,7 @@ impl InFlight {
     }
 
     /// What is still here although its hold has lapsed this many looks ago; each once.
-    pub(super) fn lapsed(&self, looks: u32) -> Vec<Which> {
+    pub(super) fn lapsed(&self, looks: u32) -> Vec<DeliveryId> {
         let mut running = self.lock();
         let lapsed = running.values_mut().filter_map(|running| {
             running.lapsed_looks = if running.hold.is_lapsed() { running.lapsed_looks.saturating_add(1) } else { 0 };
@@ -132,7 +133,7 @@ impl Flight {
         };
         let outcome = outcome.filter(|_| !copies.is_empty()).map(|outcome| {
             let (publication, result) = *outcome;
-            Box::new(Record::new(result, 0, Some(publication)))
+            Box::new(Record::new(result, Expected::NOTHING, Some(publication)))
         });
         Landed { copies, outcome }
     }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Judged, Pipeline};
+use super::Pipeline;
+use super::judge::Judged;
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, Undecodable};
 use crate::contract::Stage;

@@ -39,9 +39,9 @@ pub struct Settings {
 pub struct Came<'a> {
     /// What was published.
     pub payload: &'a Bytes,
-    /// With which headers.
+    /// The headers that it was published with.
     pub headers: Option<&'a HeaderMap>,
-    /// Which one it is.
+    /// Which publication it is.
     pub publication: &'a Publication,
     /// How often it has been delivered.
     pub delivered: i64,

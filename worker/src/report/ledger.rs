@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 
 use async_nats::HeaderMap;
-use async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::broker::last::{LookUpError, header};
 use crate::broker::streams::{Mode, RESULT_STREAM};
-use crate::broker::{Broker, StoreError, Stored};
+use crate::broker::{Broker, Expected, StoreError, Stored};
 use crate::contract::{self, StoredError, StoredResult};
 use crate::fault::Letters;
 use crate::ids::AssignmentKey;
@@ -23,8 +22,8 @@ const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(60);
 pub struct Record {
     /// The ExecResult, byte for byte.
     pub result: Bytes,
-    /// Its sequence: the precondition for replacing it.
-    pub sequence: u64,
+    /// The precondition for replacing it.
+    pub place: Expected,
     /// Which publication it answers, where its header can be read.
     pub publication: Option<Publication>,
     /// The recorded error.
@@ -48,15 +47,15 @@ impl Record {
     }
 
     /// A result as it was recorded.
-    pub fn new(result: Bytes, sequence: u64, publication: Option<Publication>) -> Self {
+    pub fn new(result: Bytes, place: Expected, publication: Option<Publication>) -> Self {
         let stored: Option<StoredResult> = serde_json::from_slice(&result).ok();
-        Self { result, sequence, publication, fault: stored.and_then(|stored| stored.error) }
+        Self { result, place, publication, fault: stored.and_then(|stored| stored.error) }
     }
 
     fn read(message: &async_nats::Message) -> Option<Self> {
-        let sequence = header(message, "Nats-Sequence")?.parse().ok()?;
+        let place = Expected::last(header(message, "Nats-Sequence")?.parse().ok()?);
         let publication = header(message, contract::HEADER_ANSWERS).and_then(Publication::parse);
-        Some(Self::new(message.payload.clone(), sequence, publication))
+        Some(Self::new(message.payload.clone(), place, publication))
     }
 }
 
@@ -78,7 +77,7 @@ pub fn refused_subject(key: &AssignmentKey) -> String {
 }
 
 impl Ledger {
-    /// Over this connection.
+    /// The records of the broker that this connection leads to.
     pub const fn new(broker: Broker, mode: Mode) -> Self {
         Self { broker, mode }
     }
@@ -117,8 +116,7 @@ impl Ledger {
         Ok(!nothing_was_dropped && !keeps_older)
     }
 
-    /// Writes the outcome of an execution, once; `expected` is the subject's last sequence as it was looked up, 0 for
-    /// none.
+    /// Writes the outcome of an execution, once, in the place of what was looked up.
     ///
     /// # Errors
     /// Not known, or not possible now: write again.
@@ -126,7 +124,7 @@ impl Ledger {
         &self,
         key: &AssignmentKey,
         publication: &Publication,
-        expected: u64,
+        expected: Expected,
         result: Bytes,
     ) -> Result<Stored, StoreError> {
         if !self.is_kept() {
@@ -135,7 +133,7 @@ impl Ledger {
             return fits.then_some(Stored::At(0)).ok_or_else(too_large);
         }
         let mut headers = HeaderMap::new();
-        headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string());
+        expected.add_to(&mut headers);
         headers.insert(contract::HEADER_ANSWERS, publication.to_header());
         self.broker.store(subject(key), headers, result).await
     }

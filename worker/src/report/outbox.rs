@@ -33,7 +33,7 @@ pub struct Outbox(mpsc::Sender<Outgoing>);
 /// A verdict that was said.
 #[derive(Clone, Debug)]
 pub struct Said {
-    /// Its bytes.
+    /// The message, byte for byte.
     pub verdict: Bytes,
     /// The session at that time; a later one may have carried it.
     pub session: Session,
@@ -126,7 +126,7 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
     for outgoing in batch {
         say(broker, verdicts, outgoing, &session).await;
     }
-    broker.say(inbox, Bytes::new()).await;
+    broker.publish(inbox, Bytes::new()).await;
     let is_back = came_back(fence).await;
     // The client tells refusals by a task of its own, which has been woken before this one where they came first.
     tokio::task::yield_now().await;
@@ -148,16 +148,16 @@ async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing, session: 
         Message::Refusal { .. } => None,
     };
     if let Some(lost) = said.filter(is_lost) {
-        broker.say_in(trace, verdicts.clone(), lost.verdict.clone()).await;
+        broker.publish_in(trace, verdicts.clone(), lost.verdict.clone()).await;
     }
     match &outgoing.message {
-        Message::Result { result, id: None, .. } => broker.say_in(trace, contract::RESULT, result.clone()).await,
+        Message::Result { result, id: None, .. } => broker.publish_in(trace, contract::RESULT, result.clone()).await,
         Message::Result { result, id: Some(id), .. } => say_as(broker, id, trace, result.clone()).await,
         Message::Parked { announcement: Some(announcement), .. } => {
-            broker.say_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
+            broker.publish_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
         }
         Message::Parked { announcement: None, .. } => {}
-        Message::Refusal { verdict } => broker.say_in(trace, verdicts.clone(), verdict.clone()).await,
+        Message::Refusal { verdict } => broker.publish_in(trace, verdicts.clone(), verdict.clone()).await,
     }
 }
 

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
+use crate::broker::Expected;
+
 /// A directory of outcomes.
 #[derive(Clone, Debug)]
 pub struct Spool {
@@ -22,7 +24,7 @@ pub struct Spool {
 
 /// An outcome whose record has not been written yet.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Outcome {
+pub struct SpooledOutcome {
     /// Whose work it was.
     pub tenant_id: String,
     /// The Router's id of it.
@@ -31,8 +33,8 @@ pub struct Outcome {
     pub publication: String,
     /// When the broker stored that publication.
     pub published: Timestamp,
-    /// What the record's sequence must be for it to be written.
-    pub expected: u64,
+    /// What its record replaces.
+    pub expected: Expected,
     /// The ExecResult, byte for byte.
     pub result: Box<RawValue>,
     /// What was published, where its dead letter is due and nobody would deliver it again.
@@ -58,12 +60,12 @@ impl Spool {
     ///
     /// # Errors
     /// It could not be written.
-    pub fn keep(&self, outcome: &Outcome) -> io::Result<()> {
+    pub fn keep(&self, outcome: &SpooledOutcome) -> io::Result<()> {
         write_whole(&self.file_of(outcome), &serde_json::to_vec(outcome)?)
     }
 
     /// Forgets an outcome whose record stands.
-    pub fn forget(&self, outcome: &Outcome) {
+    pub fn forget(&self, outcome: &SpooledOutcome) {
         match std::fs::remove_file(self.file_of(outcome)) {
             // Another worker with the same directory was faster.
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -77,7 +79,7 @@ impl Spool {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn kept(&self) -> io::Result<Vec<Outcome>> {
+    pub fn kept(&self) -> io::Result<Vec<SpooledOutcome>> {
         let mut kept = Vec::new();
         for entry in std::fs::read_dir(&self.directory)? {
             let path = entry?.path();
@@ -92,7 +94,7 @@ impl Spool {
         Ok(kept)
     }
 
-    fn file_of(&self, outcome: &Outcome) -> PathBuf {
+    fn file_of(&self, outcome: &SpooledOutcome) -> PathBuf {
         let identity = [&outcome.tenant_id, &outcome.assignment_id, &outcome.publication].map(|part| part.as_bytes());
         self.directory.join(format!("{:x}.json", Sha256::digest(identity.join(&b'\0'))))
     }
@@ -120,13 +122,13 @@ fn write(path: &Path, content: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn outcome(assignment_id: &str) -> Outcome {
-        Outcome {
+    fn outcome(assignment_id: &str) -> SpooledOutcome {
+        SpooledOutcome {
             tenant_id: "acme".to_owned(),
             assignment_id: assignment_id.to_owned(),
             publication: "CAF_EXEC_ASSIGN,2026-11-23T09:00:00Z,7".to_owned(),
             published: "2026-11-23T09:00:01Z".parse().unwrap(),
-            expected: 0,
+            expected: Expected::NOTHING,
             result: RawValue::from_string(r#"{"status": "success"}"#.to_owned()).unwrap(),
             assignment: None,
         }

@@ -58,8 +58,8 @@ impl Sink for Chunks {
     fn take(&self, piece: Piece) -> BoxFuture<'_, ()> {
         async move {
             let chunk = encode(&piece, &self.key, self.trace_id.as_deref());
-            self.broker.say_in(self.trace.as_ref(), self.subject.clone(), chunk).await;
-            self.broker.sent().await;
+            self.broker.publish_in(self.trace.as_ref(), self.subject.clone(), chunk).await;
+            self.broker.flush().await;
         }
         .boxed()
     }

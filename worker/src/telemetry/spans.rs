@@ -28,7 +28,7 @@ fn is_on() -> bool {
 /// The public attributes of every span.
 #[derive(Clone, Copy, Debug)]
 pub struct SpanIds<'a> {
-    /// Whose work it is.
+    /// The tenant whose work it is.
     pub tenant_id: &'a str,
     /// As the Router wrote it.
     pub trace_id: Option<&'a str>,
@@ -36,7 +36,7 @@ pub struct SpanIds<'a> {
     pub run_id: Option<&'a str>,
     /// `job.type`.
     pub block_type: &'static str,
-    /// This worker.
+    /// The id of this worker.
     pub worker_id: &'a str,
 }
 

@@ -26,7 +26,7 @@ pub(super) fn patience(delivered: i64) -> Duration {
 }
 
 /// Looks until the worker has stopped.
-pub async fn share(pipeline: Arc<Pipeline>, streams: watch::Receiver<Ready>, stop: CancellationToken) {
+pub async fn rebalance(pipeline: Arc<Pipeline>, streams: watch::Receiver<Ready>, stop: CancellationToken) {
     while !stop.is_cancelled() {
         tokio::time::sleep(LOOK).await;
         if pipeline.schedule.impatient() == 0 {

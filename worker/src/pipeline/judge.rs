@@ -1,0 +1,48 @@
+//! Whether an assignment runs here.
+
+use super::Pipeline;
+use super::rejection::Rejection;
+use crate::admission::{self, Refusal};
+use crate::assignment::{Assignment, Undecodable};
+use crate::blocks::Block;
+use crate::execute::Engine;
+use crate::intake::Delivery;
+
+/// An assignment that is not refused.
+pub(super) enum Judged {
+    /// It runs here.
+    Runs(Assignment),
+    /// It runs on another class of workers.
+    PassesOn(Assignment),
+}
+
+impl Pipeline {
+    pub(super) fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
+        let assignment = Assignment::decode(delivery.payload()).map_err(Rejection::undecodable)?;
+        if let Some(invalid) = self.engine.refuses(&assignment) {
+            return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
+        }
+        if self.is_for_the_route(delivery, &assignment) {
+            return Ok(Judged::PassesOn(assignment));
+        }
+        match self.refusal(delivery, &assignment) {
+            None => Ok(Judged::Runs(assignment)),
+            Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
+        }
+    }
+
+    fn refusal(&self, delivery: &Delivery, assignment: &Assignment) -> Option<Refusal> {
+        let refusal = admission::refusal(assignment, &self.schedule, self.settings.max_memory_bytes >> 20);
+        refusal.or_else(|| self.cannot_be_kept(assignment)).or_else(|| delivery.is_surplus().then(admission::no_room))
+    }
+
+    /// What waits for a person is kept by the broker.
+    fn cannot_be_kept(&self, assignment: &Assignment) -> Option<Refusal> {
+        match (&*assignment.block, &self.engine) {
+            (Block::Human(_), Engine::Real(_)) if !self.has_jetstream() => {
+                Some(admission::no_jetstream(assignment.block.kind()))
+            }
+            _ => None,
+        }
+    }
+}
