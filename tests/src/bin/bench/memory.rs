@@ -8,7 +8,7 @@ use beamline_tests::wait::within;
 use beamline_tests::worker::{Setup, Worker};
 use serde_json::{Value, json};
 
-use crate::figures::resident;
+use crate::figures::{median, resident};
 use crate::table::{Row, Table, at_most};
 
 /// What an idle worker may hold.
@@ -23,6 +23,8 @@ const WAITING: usize = 8000;
 /// Approvals that wait. So many that what the allocator keeps of the burst in which they come (up to 40 MiB, however many
 /// they are) is a part of each and not most of it.
 const OPEN_APPROVALS: usize = 40_000;
+/// Workers of each figure, of which the median counts.
+const WORKERS: usize = 3;
 /// Until a worker has come to rest.
 const REST: Duration = Duration::from_secs(3);
 /// Until a worker has taken what is there.
@@ -44,8 +46,8 @@ pub(crate) async fn run(table: &mut Table) -> anyhow::Result<()> {
             target: Some(at_most(WAITING_KIB, "KiB", kib)),
         });
     };
-    push(WAITING, "tasks, payload apart", waiting().await?);
-    push(OPEN_APPROVALS, "approvals", approvals().await?);
+    push(WAITING, "tasks, payload apart", median_of(waiting).await?);
+    push(OPEN_APPROVALS, "approvals", median_of(approvals).await?);
     Ok(())
 }
 
@@ -54,6 +56,18 @@ async fn idle(setup: Setup) -> anyhow::Result<u64> {
     let worker = setup.start(&nats).await;
     tokio::time::sleep(REST).await;
     resident(worker.id())
+}
+
+/// What the allocator keeps of a burst differs from worker to worker.
+async fn median_of<F>(measure: impl Fn() -> F) -> anyhow::Result<f64>
+where
+    F: Future<Output = anyhow::Result<f64>>,
+{
+    let mut figures = Vec::with_capacity(WORKERS);
+    for _ in 0..WORKERS {
+        figures.push(measure().await?);
+    }
+    Ok(median(figures))
 }
 
 /// Bytes by which a worker whose slots are all taken grows for each task that waits in it.
