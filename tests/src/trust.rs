@@ -45,8 +45,15 @@ impl Accounts {
 
     /// A new user, as a `.creds` file, and the user's key.
     pub fn user(&self) -> (String, String) {
+        self.user_but_for(&[])
+    }
+
+    /// One that may not publish on these.
+    pub fn user_but_for(&self, denied: &[&str]) -> (String, String) {
         let user = KeyPair::new_user();
-        let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "pub": {}, "sub": {}});
+        let publish = if denied.is_empty() { json!({}) } else { json!({"deny": denied}) };
+        let claims =
+            json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "pub": publish, "sub": {}});
         let token = token(&self.account, &public(&user), "user", claims);
         let seed = user.seed().expect("a seed");
         let creds = format!(

@@ -21,6 +21,7 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Kind, Router, assignment};
+use beamline_tests::trust::Accounts;
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
@@ -635,6 +636,34 @@ async fn a_verdict_that_was_refused_long_before_its_result_goes_out_too() {
     limited.is_well_again().await;
     limited.router.result(&slow).await;
     assert_eq!(limited.router.story(&slow).verdicts.len(), 1);
+}
+
+/// What a server knows of a user stands in the user's credentials.
+#[tokio::test]
+async fn what_new_credentials_permit_is_done_without_a_restart() {
+    let (directory, accounts) = (tempfile::tempdir().expect("a directory"), Accounts::new());
+    let file = directory.path().join("nats.creds");
+    let (may_not, may) = (accounts.user_but_for(&["caf.exec.result.v1"]).0, accounts.user().0);
+    std::fs::write(&file, may_not).expect("a file");
+    let nats = NatsServer::with(&accounts.settings(&[]));
+    let worker = Worker::named("worker-1")
+        .flag(format!("--nats-url={}", nats.url()))
+        .flag(format!("--nats-creds={}", file.display()))
+        .flag(format!("--fs-roots={}", directory.path().display()))
+        .spawn();
+    worker.ready().await;
+    let router = ConnectOptions::new().credentials(&may).expect("credentials").connect(nats.url()).await.unwrap();
+    let mut results = router.subscribe("caf.exec.result.v1").await.unwrap();
+    let job = json!({"type": "fs.put", "path": directory.path().join("x"), "content": "x"});
+    router.publish("caf.exec.assign.v1", assignment("acme", "a1", job).to_string().into()).await.unwrap();
+    worker.unready("not permitted: publish on caf.exec.result.v1").await;
+
+    std::fs::write(file.with_extension("new"), may).expect("a file");
+    std::fs::rename(file.with_extension("new"), &file).expect("a file");
+    let result = tokio::time::timeout(SOON, results.next()).await.expect("in time").expect("a result");
+    let result: Value = serde_json::from_slice(&result.payload).unwrap();
+    assert_eq!((&result["assignment_id"], &result["status"]), (&json!("a1"), &json!("success")));
+    within(SOON * 3, "it is ready again", async || worker.get("/readyz").await.filter(|(code, _)| *code == 200)).await;
 }
 
 #[tokio::test]

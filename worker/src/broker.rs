@@ -157,6 +157,9 @@ impl Broker {
         let lookups = open(options(address, "look-ups"), address, health, &refusals, None).await;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(REQUEST_TIMEOUT);
+        if let Some(creds) = address.creds.clone() {
+            tokio::spawn(use_new_credentials(creds, [client.clone(), lookups.clone()], refusals.clone()));
+        }
         let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
         let broker = Self(Arc::new(Connections { client, lookups, asked, jetstream, connects, refusals }));
         if let Some(version) = broker.version().filter(Version::has_known_faults) {
@@ -401,6 +404,25 @@ async fn listen_again(client: Client, deaf: Arc<Notify>) {
         tokio::time::sleep(ASK_AGAIN).await;
         let _ = deaf.notified().now_or_never(); // every inbox is refused by itself
         let _ = client.force_reconnect().await;
+    }
+}
+
+/// What the broker refuses it may permit to other credentials, which only a new connection is asked for.
+async fn use_new_credentials(file: PathBuf, clients: [Client; 2], refusals: Refusals) {
+    let mut used = tokio::fs::read(&file).await.ok();
+    loop {
+        tokio::time::sleep(ASK_AGAIN).await;
+        if !refusals.stand() {
+            continue;
+        }
+        let Ok(new) = tokio::fs::read(&file).await else { continue };
+        if used.as_ref() != Some(&new) {
+            tracing::info!("connecting to NATS with new credentials: the old ones are not permitted all");
+            used = Some(new);
+            for client in &clients {
+                let _ = client.force_reconnect().await;
+            }
+        }
     }
 }
 

@@ -127,6 +127,11 @@ impl Refusals {
         numbers.map(|refusal| refusal.number).max().unwrap_or_default()
     }
 
+    /// Whether anything is refused at the moment.
+    pub(super) fn stand(&self) -> bool {
+        self.lock().standing().next().is_some()
+    }
+
     /// Whether what comes of work cannot be told.
     pub(super) fn keep_outcomes_here(&self) -> bool {
         self.lock().standing().any(Permission::is_needed_for_outcomes)
