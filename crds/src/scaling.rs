@@ -48,6 +48,10 @@ pub enum Mode {
     /// and puts it to rest there, and decides how many pods with GPUs there are.
     #[serde(rename = "HPA")]
     Hpa,
+    /// KEDA, through /scale, from the same and from zero; the operator makes a ScaledObject, and decides how many pods with
+    /// GPUs there are.
+    #[serde(rename = "KEDA")]
+    Keda,
 }
 
 /// How fast work shall be done.

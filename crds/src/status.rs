@@ -76,6 +76,11 @@ pub struct Queue {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_eta_seconds: Option<i64>,
 
+    /// What KEDA is told in its mode: assignments waiting and running that are this pool's part, and cancels, answers and
+    /// deadlines that are due. Absent while that is not known, and in other modes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demand: Option<i64>,
+
     /// Dead letters kept, of all pools that share the broker.
     pub dead_letters: i64,
 }

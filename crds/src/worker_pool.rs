@@ -79,9 +79,9 @@ use crate::{
         .message("gpu.sidecars.volumeMounts: every name must be that of an entry in worker.volumes")
 )]
 pub struct WorkerPoolSpec {
-    /// How many workers to run, in modes Manual and HPA. Also what `kubectl scale` and the `/scale` subresource write. Leave
-    /// it out in the modes Operator, where it has no effect, and HPA, or every apply takes back what was written there.
-    /// The API server fills in 1.
+    /// How many workers to run, in all modes but Operator. Also what `kubectl scale` and the `/scale` subresource write.
+    /// Leave it out in the modes Operator, where it has no effect, HPA and KEDA, or every apply takes back what was written
+    /// there. The API server fills in 1.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 10000))]
     pub replicas: i32,

@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz`, `/metrics`.
+//! `/livez`, `/readyz`, `/metrics`, and what KEDA asks for.
 //!
 //! Alive means that the process answers; ready means that it can do its work, and says what it waits for otherwise.
 
@@ -104,17 +104,19 @@ impl Readiness {
     }
 }
 
-/// Serves until told to stop.
+/// Serves until told to stop, with these routes for KEDA where it is served.
 pub async fn serve(
     listener: TcpListener,
     readiness: Readiness,
     metrics: Arc<Metrics>,
+    queues: Option<Router>,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     let routes = Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz).with_state(readiness))
-        .route("/metrics", get(series).with_state(metrics));
+        .route("/metrics", get(series).with_state(metrics))
+        .merge(queues.unwrap_or_default());
     axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 

@@ -5,8 +5,8 @@
 //!
 //! What a pool wants no more is removed, if it is its own. Owner references clean up after a pool that is gone.
 
+mod addon; // children whose types may not be installed
 mod annotate; // what is ours in pods
-mod monitor; // the child whose type may not be installed
 mod nudge; // pods that should look at their files again
 mod retire; // workers that go, and those that go on
 mod slim; // what is kept of an object
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
@@ -34,6 +34,7 @@ use crate::notice::Notice;
 use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
 
+use addon::Outcome;
 pub use retire::retire;
 pub use slim::{Slim, slim};
 
@@ -45,6 +46,8 @@ pub struct Applied {
     pub gpu: Option<Arc<Deployment>>,
     /// Who writes how many there are.
     pub autoscaler: Option<Arc<HorizontalPodAutoscaler>>,
+    /// The same, where it is KEDA.
+    pub scaled_object: Option<Arc<DynamicObject>>,
     /// What could not be made or told, though the pool works without it.
     pub notices: Vec<Notice>,
 }
@@ -53,8 +56,17 @@ pub struct Applied {
 pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desired: &Desired) -> Result<Applied, Error> {
     let pool = &ObjectRef::new(&valid.name).within(&valid.namespace);
     // No `..` on purpose: a new child must not compile until it has a place in this order.
-    let Desired { service_account, config_map, service, network_policy, pod_monitor, autoscaler, general, gpu } =
-        desired;
+    let Desired {
+        service_account,
+        config_map,
+        service,
+        network_policy,
+        pod_monitor,
+        autoscaler,
+        scaled_object,
+        general,
+        gpu,
+    } = desired;
     // Pods start as soon as the Deployment exists: their account and configuration come first, and so do the wall around
     // them and the budget that protects them.
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
@@ -83,8 +95,14 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
         }
     };
     let deaf = nudge::nudge(ctx, &config_map, &observed.pods).await?;
-    let monitor = monitor::apply(ctx, valid, pool, pod_monitor.as_ref()).await?;
-    Ok(Applied { general, gpu, autoscaler, notices: deaf.into_iter().chain(monitor).collect() })
+    // After the autoscaler, which is gone by now if it was one: KEDA takes over nothing that another scales.
+    let keda = match observed.surroundings.numbers {
+        Some(_) => addon::apply(ctx, valid, pool, &addon::SCALED_OBJECT, scaled_object.as_ref()).await?,
+        None => Outcome::default(),
+    };
+    let monitor = addon::apply(ctx, valid, pool, &addon::POD_MONITOR, pod_monitor.as_ref()).await?;
+    let notices = deaf.into_iter().chain(keda.notice).chain(monitor.notice).collect();
+    Ok(Applied { general, gpu, autoscaler, scaled_object: keda.found, notices })
 }
 
 async fn workload(

@@ -31,7 +31,7 @@ pub struct Config {
     pub log_level: EnvFilter,
 
     /// Where traces go: the base URL of an OTLP collector over HTTP, such as http://collector:4318. Default: nowhere.
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector)]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = base_url)]
     pub otlp_endpoint: Option<Url>,
 
     /// Image of the workers of a pool that names none.
@@ -83,6 +83,11 @@ pub struct Config {
     #[arg(long, env = "BEAMLINE_EXTERNAL_METRICS_CERTIFICATE", value_enum, default_value_t = CertificateBy::Operator)]
     pub external_metrics_certificate: CertificateBy,
 
+    /// Where KEDA reaches the admin endpoint, which then answers on /queues for ScaledObjects of mode KEDA, such as
+    /// http://beamline-queues.beamline-system.svc:8080. Default: there are none.
+    #[arg(long, env = "BEAMLINE_KEDA_URL", value_parser = base_url)]
+    pub keda_url: Option<Url>,
+
     /// Does nothing but ask this address of an operator, such as http://beamline:8080/readyz, for up to 30 s. Exits
     /// with 0 as soon as it answers with 200.
     #[arg(long)]
@@ -122,7 +127,7 @@ fn log_filter(text: &str) -> Result<EnvFilter, String> {
     }
 }
 
-fn collector(text: &str) -> Result<Url, String> {
+fn base_url(text: &str) -> Result<Url, String> {
     let is_usable = |url: &Url| {
         matches!(url.scheme(), "http" | "https")
             && url.has_host()

@@ -98,7 +98,8 @@ pub async fn run(
     let memory = Arc::new(Memory::of(pools.clone()));
     let cluster = Box::pin(neighbours::this_cluster()).await;
     let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
-    let lookout = Arc::new(Lookout::new(client.clone(), config.kubernetes_service_host.clone()));
+    let lookout =
+        Arc::new(Lookout::new(client.clone(), config.kubernetes_service_host.clone(), config.keda_url.clone()));
     let gate = Gate::new(Arc::clone(&lookout), config.nats_allow.clone());
     let brokers = Brokers::new(client.clone(), gate);
     let (signals, readings) = Signals::new(brokers, pools.clone(), neighbours, Arc::clone(&memory));

@@ -10,6 +10,7 @@ pub mod names;
 mod network_policy;
 mod pod_monitor;
 mod pod;
+mod scaled_object;
 mod secrets;
 mod service;
 mod service_account;
@@ -25,6 +26,7 @@ use sha2::{Digest, Sha256};
 pub use config_map::policy_hash;
 
 pub use pod_monitor::pod_monitors;
+pub use scaled_object::scaled_objects;
 
 use crate::observe::Surroundings;
 use crate::pool::{Class, Mode, ValidPool};
@@ -45,6 +47,8 @@ pub struct Desired {
     pub pod_monitor: Option<DynamicObject>,
     /// Who writes how many there are.
     pub autoscaler: Option<HorizontalPodAutoscaler>,
+    /// The same, for KEDA.
+    pub scaled_object: Option<DynamicObject>,
     /// The pods without GPUs of their own.
     pub general: Workload,
     /// The pods with GPUs.
@@ -73,6 +77,11 @@ pub fn desired(pool: &ValidPool, replicas: Replicas, around: &Surroundings) -> D
         network_policy: pool.network_policy.then(|| network_policy::network_policy(pool, around)),
         pod_monitor: pool.pod_monitor.then(|| pod_monitor::pod_monitor(pool)),
         autoscaler: (pool.scaling.mode == Mode::Hpa).then(|| autoscaler::autoscaler(pool)),
+        scaled_object: around
+            .numbers
+            .as_ref()
+            .filter(|_| pool.scaling.mode == Mode::Keda)
+            .map(|url| scaled_object::scaled_object(pool, url)),
         general: workload(&pool.general, replicas.general),
         gpu: pool.gpu.as_ref().zip(replicas.gpu).map(|(class, replicas)| workload(class, replicas)),
     }

@@ -1,5 +1,6 @@
-//! `external.metrics.k8s.io`: how much waits in the queues of pools, for HorizontalPodAutoscalers. Every operator answers,
-//! from status alone, and gives no number where status is not kept up. Nobody but the API server may ask.
+//! How much waits in the queues of pools, for those who scale them. Every operator answers, from status alone, and gives no
+//! number where status is not kept up. HorizontalPodAutoscalers ask for `external.metrics.k8s.io`, where nobody but the API
+//! server is let in; KEDA asks for `/queues`.
 
 mod answers; // which number, or why there is none
 mod certificate; // what the operator shows, and who signs it
@@ -19,7 +20,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use jiff::Timestamp;
-use kube::runtime::reflector::Store;
+use kube::Client;
+use kube::runtime::reflector::{ObjectRef, Store};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
@@ -43,27 +45,54 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What answers are made of.
 #[derive(Clone)]
-struct Source {
+pub struct Source {
     pools: Store<Watched>,
     heart: Heart,
 }
 
-/// Serves until told to stop.
+impl Source {
+    /// Follows status until told to stop.
+    pub fn follow(config: &Config, clients: &Clients, stop: &CancellationToken) -> Self {
+        let heart = Heart::default();
+        let pools = heart.watch(clients.watches.clone(), config.watch_namespace.as_deref(), stop);
+        let lease = config.leader_election.then(|| lease_namespace(config, &clients.calls));
+        tokio::spawn(heart.clone().listen(clients.calls.clone(), lease, stop.clone()));
+        Self { pools, heart }
+    }
+}
+
+fn lease_namespace(config: &Config, client: &Client) -> String {
+    config.lease_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned())
+}
+
+/// The numbers of one queue, for whoever reaches this: they are no more of a secret than the metrics beside them.
+pub fn queues(source: Source) -> Router {
+    Router::new().route("/queues/{namespace}/{pool}", get(queue)).with_state(source)
+}
+
+async fn queue(
+    State(source): State<Source>,
+    Path((namespace, pool)): Path<(String, String)>,
+) -> Result<Json<Value>, Refusal> {
+    let now = Timestamp::now();
+    source.heart.beats(now).map_err(|why| Refusal::unavailable(&why))?;
+    let pool = source.pools.get(&ObjectRef::new(&pool).within(&namespace));
+    answers::queue(pool.as_deref(), now).map(Json)
+}
+
+/// Serves `external.metrics.k8s.io` until told to stop.
 pub async fn serve(
     listener: TcpListener,
     config: &Config,
-    Clients { calls: client, watches }: Clients,
+    client: Client,
+    source: Source,
     readiness: Readiness,
     stop: CancellationToken,
 ) {
-    let namespace = config.lease_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
-    let lease = config.leader_election.then(|| namespace.clone());
-    let heart = Heart::default();
-    let pools = heart.watch(watches, config.watch_namespace.as_deref(), &stop);
-    tokio::spawn(heart.clone().listen(client.clone(), lease, stop.clone()));
+    let namespace = lease_namespace(config, &client);
     let door = Arc::<Door>::default();
     tokio::spawn(Keeper::new(client, config, &namespace).keep(Arc::clone(&door), readiness, stop.clone()));
-    let routes = routes(Source { pools, heart });
+    let routes = routes(source);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let accepting = async {
         loop {

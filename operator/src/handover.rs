@@ -79,6 +79,8 @@ mod tests {
         assert_eq!(writes("HPA", ("Operator", 1), 1, 7), Some(7));
         assert_eq!(writes("HPA", ("Manual", 1), 1, 7), None);
         assert_eq!(writes("Manual", ("HPA", 1), 1, 7), None, "it was the number that counts already");
+        assert_eq!(writes("KEDA", ("Operator", 1), 1, 7), Some(7));
+        assert_eq!(writes("KEDA", ("HPA", 7), 7, 7), None);
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub mod memory; // what is known from the last time
 pub mod lock; // one way to take one
 pub mod failpoint; // where a fault campaign stops a test build
 
-pub mod external; // how much waits, for HorizontalPodAutoscalers
+pub mod external; // how much waits, for those who scale pools
 pub mod admin; // probes and metrics over HTTP
 pub mod check; // asking another operator's
 pub mod leader; // which of several operators acts

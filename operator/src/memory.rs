@@ -1,10 +1,11 @@
 //! What the operator remembers of a pool between reconciles. Losing it costs a few writes that change nothing.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPoolStatus;
+use kube::api::DynamicObject;
 use kube::runtime::reflector::{ObjectRef, Store};
 
 use crate::controller::Watched;
@@ -28,7 +29,7 @@ pub struct Memory {
 struct Notes {
     settled: HashMap<Child, Settled>,
     published: Option<Published>,
-    look: Option<Look>,
+    looks: HashMap<&'static str, Look>,
     scalers: HashMap<Kind, Scaler>,
     failures: u32,
 }
@@ -47,13 +48,15 @@ pub struct Published {
     pub status: WorkerPoolStatus,
 }
 
-/// What a look at the child without a watch found.
+/// What a look at a child without a watch found.
 #[derive(Clone, Debug)]
 pub struct Look {
     /// When.
     pub at: Instant,
     /// Fingerprint of what was wanted.
     pub wish: u64,
+    /// The child.
+    pub found: Option<Arc<DynamicObject>>,
     /// Why it could not be had.
     pub notice: Option<Notice>,
 }
@@ -92,14 +95,14 @@ impl Memory {
         }
     }
 
-    /// What the last look at the child without a watch found.
-    pub fn last_look(&self, pool: &ObjectRef<Watched>) -> Option<Look> {
-        self.notes().get(pool).and_then(|notes| notes.look.clone())
+    /// What the last look at the child of this kind, which has no watch, found.
+    pub fn last_look(&self, pool: &ObjectRef<Watched>, kind: &'static str) -> Option<Look> {
+        self.notes().get(pool).and_then(|notes| notes.looks.get(kind).cloned())
     }
 
     /// Notes what a look found.
-    pub fn look(&self, pool: &ObjectRef<Watched>, look: Look) {
-        self.note(pool, |notes| notes.look = Some(look));
+    pub fn look(&self, pool: &ObjectRef<Watched>, kind: &'static str, look: Look) {
+        self.note(pool, |notes| notes.looks.insert(kind, look));
     }
 
     /// How long it remembers: goes on evenly, whatever the clock does.

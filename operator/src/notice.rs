@@ -75,9 +75,26 @@ impl Notice {
         Self { reason: reason::EXTERNAL_METRICS_UNAVAILABLE, message: message.to_owned() }
     }
 
-    /// Whether an autoscaler knows nothing for it.
-    pub fn keeps_autoscalers_from_knowing(&self) -> bool {
-        matches!(self.reason, reason::EXTERNAL_METRICS_MISSING | reason::EXTERNAL_METRICS_UNAVAILABLE)
+    /// A ScaledObject is wanted, and there is no such type.
+    pub fn keda_missing() -> Self {
+        let message = "scaling.mode is KEDA, and the type scaledobjects.keda.sh is not installed; install KEDA, or set \
+                       scaling.mode to Operator";
+        Self { reason: reason::KEDA_MISSING, message: message.to_owned() }
+    }
+
+    /// A ScaledObject is wanted, and nobody has said where KEDA finds the numbers.
+    pub fn keda_off() -> Self {
+        let message = "scaling.mode is KEDA, and the operator does not serve it; set keda.enabled in the chart, or set \
+                       scaling.mode to Operator";
+        Self { reason: reason::KEDA_MISSING, message: message.to_owned() }
+    }
+
+    /// Whether an autoscaler decides nothing for it.
+    pub fn keeps_autoscalers_from_deciding(&self) -> bool {
+        matches!(
+            self.reason,
+            reason::EXTERNAL_METRICS_MISSING | reason::EXTERNAL_METRICS_UNAVAILABLE | reason::KEDA_MISSING
+        )
     }
 
     /// Whether pods cannot start for it.

@@ -27,9 +27,13 @@ pub const REPLICAS_IGNORED: &str = "ReplicasIgnored";
 pub const MODE_MANUAL: &str = "ModeManual";
 /// A HorizontalPodAutoscaler decides.
 pub const MODE_HPA: &str = "ModeHPA";
-/// It should, and says why it does not.
+/// KEDA decides.
+pub const MODE_KEDA: &str = "ModeKEDA";
+/// It should, and is not installed, or cannot find the operator.
+pub const KEDA_MISSING: &str = "KedaMissing";
+/// A HorizontalPodAutoscaler or KEDA should decide, and says why it does not.
 pub const AUTOSCALER_INACTIVE: &str = "AutoscalerInactive";
-/// It should, and nobody serves what it asks for.
+/// A HorizontalPodAutoscaler should, and nobody serves what it asks for.
 pub const EXTERNAL_METRICS_MISSING: &str = "ExternalMetricsMissing";
 /// It should, and whoever serves that does not answer.
 pub const EXTERNAL_METRICS_UNAVAILABLE: &str = "ExternalMetricsUnavailable";

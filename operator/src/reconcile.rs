@@ -19,7 +19,7 @@ use crate::observe::observe;
 use crate::pool::validate;
 use crate::scale::Decisions;
 use crate::signals::Reading;
-use crate::sizing;
+use crate::sizing::{self, Sizing};
 use crate::status;
 use crate::streams::route_subject;
 use crate::telemetry::spans;
@@ -45,6 +45,8 @@ pub struct Converged {
     pub draining: Option<String>,
     /// Whether workers may go though nothing but time passes.
     pub some_may_go: bool,
+    /// What KEDA is told in its mode.
+    pub demand: Option<i64>,
 }
 
 /// Makes a pool what it should be and says how that went.
@@ -66,10 +68,12 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
 
 impl Converged {
     fn look_again(&self) -> Duration {
-        match (self.some_may_go, self.notices.is_empty()) {
+        // What KEDA says of its ScaledObject has no watch either.
+        let looks_again = !self.notices.is_empty() || self.applied.scaled_object.is_some();
+        match (self.some_may_go, looks_again) {
             (true, _) => WATCH_THEM_GO,
-            (false, false) => LOOK_AGAIN,
-            (false, true) => RESYNC,
+            (false, true) => LOOK_AGAIN,
+            (false, false) => RESYNC,
         }
     }
 }
@@ -90,8 +94,9 @@ async fn converge(
     let notices = observed.surroundings.notices.into_iter().chain(unmarked).chain(applied.notices.clone()).collect();
     let draining = observed.gpu_stays.then(|| route_subject(&valid.nats));
     let some_may_go = sizing.some_may_go();
-    let decisions = sizing.decisions;
-    Ok(Converged { paused: valid.paused, decisions, applied, pods: observed.pods, notices, draining, some_may_go })
+    let Sizing { decisions, demand, .. } = sizing;
+    let (paused, pods) = (valid.paused, observed.pods);
+    Ok(Converged { paused, decisions, applied, pods, notices, draining, some_may_go, demand })
 }
 
 fn step<T>(name: &'static str, work: impl Future<Output = Result<T, Error>>) -> impl Future<Output = Result<T, Error>> {

@@ -60,17 +60,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.admin_endpoint)
         .await
         .with_context(|| format!("--admin-endpoint: cannot listen on {}", config.admin_endpoint))?;
-    let admin = tokio::spawn(admin::serve(listener, readiness.clone(), Arc::clone(&metrics), stop.clone()));
-    let external = match config.external_metrics_endpoint {
+    let is_asked = config.external_metrics_endpoint.is_some() || config.keda_url.is_some();
+    let source = is_asked.then(|| external::Source::follow(&config, &clients, &stop));
+    let queues = source.clone().filter(|_| config.keda_url.is_some()).map(external::queues);
+    let admin = admin::serve(listener, readiness.clone(), Arc::clone(&metrics), queues, stop.clone());
+    let admin = tokio::spawn(admin);
+    let external = match config.external_metrics_endpoint.zip(source) {
         None => None,
-        Some(endpoint) => {
+        Some((endpoint, source)) => {
             let listener = TcpListener::bind(endpoint)
                 .await
                 .with_context(|| format!("--external-metrics-endpoint: cannot listen on {endpoint}"))?;
             readiness.waits(Topic::ExternalMetrics, "there is no certificate yet");
-            let (config, clients, readiness) = (config.clone(), clients.clone(), readiness.clone());
+            let (config, client, readiness) = (config.clone(), clients.calls.clone(), readiness.clone());
             let stop = stop.clone();
-            Some(tokio::spawn(async move { external::serve(listener, &config, clients, readiness, stop).await }))
+            Some(tokio::spawn(async move { external::serve(listener, &config, client, source, readiness, stop).await }))
         }
     };
     let outcome = lead(clients, &config, readiness, metrics, &stop).await;

@@ -45,6 +45,16 @@ pub fn seen(
     Seen { work, workers }
 }
 
+/// What there is to do for those without GPUs of their own. Nothing only where nothing can be due.
+pub fn demand(pool: &ValidPool, reading: &Reading) -> Option<i64> {
+    let Work { pending, in_flight, due, .. } = share(reading, general(reading, has_gpu_slots(pool))?)?;
+    let depth = pending.saturating_add(in_flight);
+    match due {
+        Some(due) => Some(depth.saturating_add(due)),
+        None => (depth > 0).then_some(depth),
+    }
+}
+
 /// The pods of a class.
 pub fn of_class(pods: &[Arc<Pod>], class: Kind) -> impl Iterator<Item = &Pod> {
     let class = names::class_name(class);
@@ -205,6 +215,23 @@ mod tests {
         };
         assert_eq!(pending(r#"{"worker": {"pools": {"gpu": 1}}}"#), (7, 5));
         assert_eq!((pending("{}"), pending(r#"{"gpu": {}}"#)), ((5, 4), (5, 4)));
+    }
+
+    #[test]
+    fn what_is_to_do_is_nothing_only_where_nothing_can_be_due() {
+        let asked = |reading: Reading| demand(&valid("{}"), &reading);
+        let empty = || Reading { queue: Some(Queue::default()), due: Some(0), ..reading() };
+        assert_eq!((asked(reading()), asked(empty())), (Some(10), Some(0)));
+        assert_eq!(asked(Reading { due: Some(2), ..empty() }), Some(2), "an answer and a deadline");
+        assert_eq!(asked(Reading { due: None, ..reading() }), Some(9), "it is surely not less");
+        assert_eq!(asked(Reading { due: None, ..empty() }), None, "something may be due");
+        let lost = BrokerError::Missing { what: "consumer caf-workers".to_owned() };
+        assert_eq!(asked(Reading { readable: Some(Err(lost)), ..reading() }), None, "it was so once");
+        let shared = Readable::Shared(vec!["flows/other".to_owned()]);
+        assert_eq!(asked(Reading { readable: Some(Ok(shared)), ..reading() }), Some(6), "of a shared queue its part");
+        let route = Some(Route { pending: 2, in_flight: 0 });
+        let with_slots = valid(r#"{"worker": {"pools": {"gpu": 1}}}"#);
+        assert_eq!(demand(&with_slots, &Reading { route, ..empty() }), Some(2), "what waits for its GPU slots");
     }
 
     #[test]

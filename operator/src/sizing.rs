@@ -11,7 +11,7 @@ use crate::pool::{Class, Kind, Mode, ValidPool};
 use crate::reports::Crew;
 use crate::retire::{Plan, plan};
 use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written};
-use crate::seen::seen;
+use crate::seen::{demand, seen};
 use crate::signals::Reading;
 use crate::{handover, status};
 
@@ -23,6 +23,8 @@ pub struct Sizing {
     pub general: Plan,
     /// The way to as many with GPUs.
     pub gpu: Option<Plan>,
+    /// What KEDA is told in its mode; `None` while that is not known, and in other modes.
+    pub demand: Option<i64>,
 }
 
 impl Sizing {
@@ -62,23 +64,25 @@ pub async fn size(
     let decisions = match valid.scaling.mode {
         Mode::Manual => scene.by_hand(pool).await?,
         Mode::Hpa => scene.by_autoscaler(pool).await?,
+        Mode::Keda => scene.by_keda(pool).await?,
         Mode::Operator => {
             Decisions { mode: Mode::Operator, general: scaled(&valid.general), gpu: valid.gpu.as_ref().map(scaled) }
         }
     };
     let was_operator = scene.decided_before() == Some(Mode::Operator);
     let way = |kind, decision: &Decision| match (valid.scaling.mode, kind) {
-        (Mode::Operator, _) | (Mode::Hpa, Kind::Gpu) => without_cutting(kind, decision, observed, reading),
+        (Mode::Operator, _) | (Mode::Hpa | Mode::Keda, Kind::Gpu) => without_cutting(kind, decision, observed, reading),
         // Whoever was told to go has heard it from this operator, and is asked for now.
-        (Mode::Manual | Mode::Hpa, _) if was_operator => {
+        (Mode::Manual | Mode::Hpa | Mode::Keda, _) if was_operator => {
             let stay = plan(kind, decision.desired, decision.desired, &observed.pods, crew(kind, reading));
             Plan { replicas: decision.desired, ..stay }
         }
-        (Mode::Manual | Mode::Hpa, _) => Plan::at_once(decision.desired),
+        (Mode::Manual | Mode::Hpa | Mode::Keda, _) => Plan::at_once(decision.desired),
     };
     let general = way(Kind::General, &decisions.general);
     let gpu = decisions.gpu.as_ref().map(|gpu| way(Kind::Gpu, gpu));
-    Ok(Sizing { decisions, general, gpu })
+    let demand = if valid.scaling.mode == Mode::Keda { demand(valid, reading) } else { None };
+    Ok(Sizing { decisions, general, gpu, demand })
 }
 
 impl Scene<'_> {
@@ -113,6 +117,19 @@ impl Scene<'_> {
         Ok(Decisions { mode: Mode::Hpa, general: self.frozen(general, Kind::General), gpu })
     }
 
+    /// What KEDA has written through `/scale`, from zero and to it too. What the work teaches is learned all the same.
+    async fn by_keda(&self, pool: &WorkerPool) -> Result<Decisions, Error> {
+        let gpu = self.pool.gpu.as_ref().map(|class| self.scaled(class));
+        if let Some(runs) = self.handed_over(pool) {
+            return handover::write(self.ctx, pool, runs, gpu).await;
+        }
+        let written = pool.spec.replicas;
+        let class = &self.pool.general;
+        let ours = self.decided(class, &Rules::of(self.pool, class), Some(written));
+        let general = Decision { desired: written, why: Why::of(Need::Autoscaler(written)), is_waiting: false, ..ours };
+        Ok(Decisions { mode: Mode::Keda, general: self.frozen(general, Kind::General), gpu })
+    }
+
     /// Writes the step; where the pool has changed meanwhile, nobody goes until it is looked at again.
     async fn stepped(&self, pool: &WorkerPool, step: Decision) -> Result<Decision, Error> {
         if handover::step(self.ctx, pool, step.desired).await? {
@@ -124,8 +141,9 @@ impl Scene<'_> {
     }
 
     fn scaled(&self, class: &Class) -> Decision {
-        // In another mode it has decided on one worker at most.
-        let is_new = class.kind == Kind::General && self.decided_before() == Some(Mode::Hpa);
+        // An autoscaler has decided on more than the first worker.
+        let by_autoscaler = matches!(self.decided_before(), Some(Mode::Hpa | Mode::Keda));
+        let is_new = class.kind == Kind::General && by_autoscaler;
         let runs = running(self.observed, class.kind).filter(|_| is_new);
         self.decided(class, &Rules::of(self.pool, class), runs)
     }

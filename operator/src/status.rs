@@ -59,13 +59,15 @@ pub fn compute(
         Some(Ok(Readable::NoQueue)) => None,
         _ => reading.queue.clone().or_else(|| before.queue.clone()),
     };
+    // Unlike other numbers it does not stay: whoever acts on it must not act on an old one.
+    let demand = outcome.ok().and_then(|converged| converged.demand);
     WorkerPoolStatus {
         observed_generation: pool.metadata.generation,
         replicas: counts.replicas,
         ready_replicas: counts.ready,
         desired_replicas: counts.desired,
         selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
-        queue,
+        queue: queue.map(|queue| Queue { demand, ..queue }),
         scaling: counts.scaling,
         gpu: counts.gpu,
         conditions: conditions::conditions(pool, before, outcome, reading, now),
@@ -179,7 +181,7 @@ pub fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
         scale::Learned { rate: number(rate_per_replica).filter(|rate| *rate > 0.0), start: number(pod_start_seconds) };
     let was_ours = match class {
         Kind::General => mode == Some(Mode::Operator),
-        Kind::Gpu => matches!(mode, Some(Mode::Operator | Mode::Hpa)),
+        Kind::Gpu => matches!(mode, Some(Mode::Operator | Mode::Hpa | Mode::Keda)),
     };
     // Who decided in another mode says nothing about what is needed: what runs does.
     Scaler::after(desired.filter(|_| was_ours), learned)
@@ -260,7 +262,8 @@ fn without_dead_letters(status: &WorkerPoolStatus) -> WorkerPoolStatus {
 
 /// Work appearing or the last of it going is news, not a moving number.
 fn started_or_ended(before: Option<&Queue>, after: Option<&Queue>) -> bool {
-    before.is_none_or(|queue| queue.depth == 0) != after.is_none_or(|queue| queue.depth == 0)
+    let has_work = |queue: &Queue| queue.depth > 0 || queue.demand > Some(0);
+    before.is_some_and(has_work) != after.is_some_and(has_work)
 }
 
 async fn write(ctx: &Context, pool: &WorkerPool, status: &WorkerPoolStatus) -> Result<(), Error> {

@@ -98,6 +98,13 @@ impl Setup {
         self
     }
 
+    /// KEDA finds it on this machine.
+    #[must_use]
+    pub fn for_keda(self) -> Self {
+        let url = format!("--keda-url=http://{}", self.admin);
+        self.flag(url)
+    }
+
     /// A variable.
     #[must_use]
     pub fn env(mut self, variable: &str, value: &str) -> Self {

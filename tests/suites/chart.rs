@@ -13,7 +13,7 @@ use serde_json::Value;
 const HELMS: [&str; 2] = ["helm", "helm3"];
 
 /// Everything that a user may switch, and what it must be for each mode of the operator.
-const MODES: [(&str, &[&str]); 5] = [
+const MODES: [(&str, &[&str]); 6] = [
     ("as it comes", &[]),
     (
         "all that is optional",
@@ -44,6 +44,7 @@ const MODES: [(&str, &[&str]); 5] = [
             "priorityClassName=system-cluster-critical",
         ],
     ),
+    ("mode KEDA", &["keda.enabled=true"]),
     ("Secrets of two namespaces", &["rbac.secretNamespaces={shop,billing}"]),
     ("one namespace", &["watchNamespace=shop"]),
     (
@@ -171,6 +172,7 @@ fn a_value_that_cannot_be_is_refused_by_its_name() {
         ("tolerations.key=a", "tolerations"),
         ("serviceAccount.create=false", "serviceAccount.name is needed"),
         ("externalMetrics.certManager=yes", "certManager"),
+        ("keda.enabled=perhaps", "enabled"),
         ("externalMetrics.certManager.issuerRef.kind=Mine", "kind"),
     ];
     for program in HELMS {
@@ -265,6 +267,24 @@ fn cert_manager_makes_the_certificate_where_it_is_to_and_the_operator_has_no_rig
     let operator = named(&objects, "Deployment").next().expect("the operator");
     let arguments = list(&operator["spec"]["template"]["spec"]["containers"][0]["args"]);
     assert!(arguments.contains(&"--external-metrics-certificate=other".into()), "{arguments:?}");
+}
+
+#[test]
+fn only_for_keda_are_there_a_service_and_rights_for_it() {
+    let scaled_objects = |objects: &[Value]| rules(objects).iter().any(|rule| rule["resources"][0] == "scaledobjects");
+    let plain = rendered(&[]);
+    assert!(
+        !scaled_objects(&plain) && !named(&plain, "Service").any(|one| one["metadata"]["name"] == "beamline-queues")
+    );
+    let objects = rendered(&["keda.enabled=true"]);
+    assert!(scaled_objects(&objects));
+    let service = named(&objects, "Service").find(|one| one["metadata"]["name"] == "beamline-queues");
+    assert_eq!(service.expect("a Service")["spec"]["ports"][0]["port"], 8080);
+    let operator = named(&objects, "Deployment").next().expect("the operator");
+    let arguments = list(&operator["spec"]["template"]["spec"]["containers"][0]["args"]);
+    assert!(arguments.contains(&"--keda-url=http://beamline-queues.beamline-system.svc:8080".into()), "{arguments:?}");
+    let (content, said) = helm("helm", "template", &["keda.enabled=true", "externalMetrics.enabled=true"]);
+    assert!(!content && said.contains("leave externalMetrics.enabled false"), "{said}");
 }
 
 #[test]

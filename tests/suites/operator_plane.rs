@@ -14,6 +14,8 @@
 mod autoscaler; // mode HPA, and what it asks the operator
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
+#[path = "operator_plane/keda.rs"]
+mod keda; // mode KEDA, without KEDA and with it
 #[path = "operator_plane/level.rs"]
 mod level; // the Pod Security level of pods
 #[path = "operator_plane/panics.rs"]

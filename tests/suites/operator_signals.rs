@@ -70,7 +70,7 @@ impl Listener {
         let (pools, cache) = reflector::store::<Watched>();
         let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
         let kubernetes = kubernetes(secret).await;
-        let lookout = Arc::new(Lookout::new(kubernetes.clone(), Some("192.0.2.1".to_owned())));
+        let lookout = Arc::new(Lookout::new(kubernetes.clone(), Some("192.0.2.1".to_owned()), None));
         let brokers = Brokers::new(
             kubernetes,
             Gate::new(lookout, allowed.iter().map(|net| net.parse().expect("a network")).collect()),

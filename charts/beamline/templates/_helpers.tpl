@@ -28,6 +28,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s-external-metrics" (include "beamline.fullname" . | trunc 46 | trimSuffix "-") }}
 {{- end }}
 
+{{- define "beamline.queues" -}}
+{{- printf "%s-queues" (include "beamline.fullname" .) }}
+{{- end }}
+
 {{- define "beamline.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "beamline.fullname" .) .Values.serviceAccount.name }}

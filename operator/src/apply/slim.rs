@@ -6,6 +6,7 @@ use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::DynamicObject;
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
@@ -52,6 +53,15 @@ impl Slim for HorizontalPodAutoscaler {
         self.spec = None;
         if let Some(status) = &mut self.status {
             status.current_metrics = None;
+        }
+    }
+}
+
+impl Slim for DynamicObject {
+    /// The conditions of one are read.
+    fn drop_unread(&mut self) {
+        if let Some(data) = self.data.as_object_mut() {
+            data.retain(|key, _| key == "status");
         }
     }
 }

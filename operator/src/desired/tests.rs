@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{Container, PodSpec, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use serde_json::{Value, json};
+use url::Url;
 
 use super::*;
 use crate::pool::tests::valid;
@@ -54,8 +55,17 @@ fn file(spec: &str, name: &str) -> Value {
 
 #[test]
 fn all_children_are_named_after_the_pool_and_go_with_it() {
-    let Desired { service_account, config_map, service, network_policy, pod_monitor, autoscaler, general, gpu } =
-        wanted(r#"{"gpu": {}, "observability": {"podMonitor": true}, "scaling": {"mode": "HPA"}}"#);
+    let Desired {
+        service_account,
+        config_map,
+        service,
+        network_policy,
+        pod_monitor,
+        autoscaler,
+        scaled_object: _,
+        general,
+        gpu,
+    } = wanted(r#"{"gpu": {}, "observability": {"podMonitor": true}, "scaling": {"mode": "HPA"}}"#);
     let mut all = vec![service_account.metadata, config_map.metadata, service.metadata];
     all.extend(network_policy.map(|wall| wall.metadata));
     all.extend(pod_monitor.map(|monitor| monitor.metadata));
@@ -101,6 +111,42 @@ fn an_autoscaler_is_there_in_its_mode_only_and_never_asks_for_none() {
     assert_eq!(external["metric"]["selector"]["matchLabels"], json!({"workerpool": "default"}));
     assert_eq!(external["target"], json!({"type": "AverageValue", "averageValue": "7"}));
     assert_eq!(spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"], 30);
+}
+
+#[test]
+fn a_scaled_object_is_there_in_its_mode_only_and_asks_the_operator() {
+    let numbers = Url::parse("http://beamline-queues.beamline-system.svc:8080").ok();
+    let around = Surroundings { numbers, ..Surroundings::default() };
+    let object = |scaling: &str| {
+        let pool = valid(&format!(r#"{{"scaling": {scaling}}}"#));
+        desired(&pool, Replicas { general: 2, gpu: None }, &around).scaled_object
+    };
+    for other in ["{}", r#"{"mode": "Manual"}"#, r#"{"mode": "HPA"}"#] {
+        assert_eq!(object(other), None, "{other}");
+    }
+    assert_eq!(wanted(r#"{"scaling": {"mode": "KEDA"}}"#).scaled_object, None, "nobody can be asked");
+    let all = r#"{"mode": "KEDA", "minReplicas": 0, "maxReplicas": 9, "target": {"queueDepthPerReplica": 7},
+        "scaleDown": {"stabilizationSeconds": 30, "idleSecondsToZero": 45}}"#;
+    let object = object(all).expect("a ScaledObject");
+    assert_eq!(object.types.map(|types| types.kind).as_deref(), Some("ScaledObject"));
+    assert_eq!(object.metadata.name.as_deref(), Some("default"));
+    assert_eq!(object.metadata.owner_references.expect("an owner")[0].uid, "1234");
+    let behaviour = json!({"scaleDown": {"stabilizationWindowSeconds": 30}});
+    let expected = json!({
+        "scaleTargetRef": {"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool", "name": "default"},
+        "minReplicaCount": 0,
+        "maxReplicaCount": 9,
+        "pollingInterval": 5,
+        "cooldownPeriod": 45,
+        "initialCooldownPeriod": 45,
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behaviour}},
+        "triggers": [{"type": "metrics-api", "metricType": "AverageValue", "metadata": {
+            "url": "http://beamline-queues.beamline-system.svc:8080/queues/flows/default",
+            "valueLocation": "demand",
+            "targetValue": "7",
+        }}],
+    });
+    assert_eq!(object.data["spec"], expected);
 }
 
 #[test]

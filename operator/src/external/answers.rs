@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use beamline_crds::{Queue, WorkerPool};
+use beamline_crds::{Mode, Queue, WorkerPool};
 use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 
@@ -101,14 +101,37 @@ pub(super) fn values(metric: &str, selector: &str, pools: &[Arc<Watched>], now: 
     Ok(json!({"kind": "ExternalMetricValueList", "apiVersion": GROUP_VERSION, "metadata": {}, "items": items}))
 }
 
+/// All numbers of this pool's queue; in mode KEDA also what KEDA scales by.
+pub(super) fn queue(pool: Option<&Watched>, now: Timestamp) -> Result<Value, Refusal> {
+    let pool = pool.ok_or_else(|| Refusal::not_found("there is no such WorkerPool"))?;
+    let queue = readable(pool).map_err(|why| Refusal::unavailable(&why))?;
+    if is_keda(pool) && queue.demand.is_none() {
+        return Err(Refusal::unavailable("it is not known how much there is to do"));
+    }
+    Ok(json!({
+        "depth": queue.depth,
+        "pending": queue.pending,
+        "inFlight": queue.in_flight,
+        "oldestAgeSeconds": oldest_age(queue, now),
+        "demand": queue.demand,
+    }))
+}
+
+fn is_keda(pool: &Watched) -> bool {
+    let scaling = pool.0.as_ref().ok().and_then(|pool| pool.spec.scaling.as_ref());
+    scaling.is_some_and(|scaling| scaling.mode == Some(Mode::Keda))
+}
+
+fn oldest_age(queue: &Queue, now: Timestamp) -> i64 {
+    queue.oldest_since.as_ref().map_or(0, |since| now.duration_since(since.0).as_secs().max(0))
+}
+
 fn number_of(metric: &str) -> Option<fn(&Queue, Timestamp) -> i64> {
     match metric {
         DEPTH => Some(|queue, _| queue.depth),
         PENDING => Some(|queue, _| queue.pending),
         IN_FLIGHT => Some(|queue, _| queue.in_flight),
-        OLDEST_AGE => Some(|queue, now| {
-            queue.oldest_since.as_ref().map_or(0, |since| now.duration_since(since.0).as_secs().max(0))
-        }),
+        OLDEST_AGE => Some(oldest_age),
         _ => None,
     }
 }
@@ -227,6 +250,40 @@ mod tests {
         assert_eq!(code(status("Unknown", Value::Null)), Err(503));
         assert_eq!(code(status("True", Value::Null)), Err(503), "core mode has no queue");
         assert_eq!(code(Value::Null), Err(503), "nobody has looked yet");
+    }
+
+    #[test]
+    fn keda_is_told_what_there_is_to_do_zero_included_and_no_number_where_that_is_not_known() {
+        let pool = |mode: &str, status: Value| -> Watched {
+            let pool = json!({
+                "apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool", "metadata": {"name": "orders"},
+                "spec": {"nats": {"url": "nats://nats.test"}, "scaling": {"mode": mode}}, "status": status,
+            });
+            serde_json::from_value(pool).expect("a WorkerPool")
+        };
+        let numbers = |depth: i64, demand: Value| {
+            status("True", json!({"depth": depth, "pending": depth, "inFlight": 0, "deadLetters": 0, "demand": demand}))
+        };
+        let asked = |pool: &Watched| queue(Some(pool), NOW.parse().expect("a time")).map_err(|refusal| refusal.code);
+        let demand = |pool: &Watched| asked(pool).map(|queue| queue["demand"].clone());
+        assert_eq!(demand(&pool("KEDA", numbers(0, json!(0)))), Ok(json!(0)));
+        assert_eq!(demand(&pool("KEDA", numbers(0, json!(1)))), Ok(json!(1)), "a deadline is due");
+        assert_eq!(demand(&pool("KEDA", numbers(0, Value::Null))), Err(503), "something may be due");
+        assert_eq!(
+            demand(&pool(
+                "KEDA",
+                status(
+                    "False",
+                    json!({"depth": 3, "pending": 3, "inFlight": 0,
+            "deadLetters": 0, "demand": 3})
+                )
+            )),
+            Err(503),
+            "it was so once"
+        );
+        let all = json!({"depth": 484, "pending": 420, "inFlight": 64, "oldestAgeSeconds": 12, "demand": null});
+        assert_eq!(asked(&pool("Manual", busy())), Ok(all), "a ScaledObject of somebody's own");
+        assert_eq!(queue(None, NOW.parse().expect("a time")).map_err(|refusal| refusal.code), Err(404));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
+use url::Url;
 
 use super::references::{self, Kind, Reference};
 use crate::desired::metrics;
@@ -31,6 +32,8 @@ pub struct Surroundings {
     pub api_server: BTreeSet<IpAddr>,
     /// Ports of the databases that the pool names.
     pub database_ports: BTreeSet<u16>,
+    /// Where KEDA finds the operator's admin endpoint, if it may be asked for numbers there.
+    pub numbers: Option<Url>,
     /// What speaks against the pool's advantage.
     pub notices: Vec<Notice>,
 }
@@ -39,6 +42,7 @@ pub struct Surroundings {
 pub struct Lookout {
     client: Client,
     kubernetes_service_host: Option<String>,
+    numbers: Option<Url>,
     api_server: Remembered<(), BTreeSet<IpAddr>>,
     databases: Remembered<(String, SecretKeyRef), Result<Option<u16>, SecretError>>,
     claims: Remembered<(String, String), Claim>,
@@ -58,11 +62,12 @@ enum Claim {
 }
 
 impl Lookout {
-    /// Nothing is known yet but where the API server's Service is.
-    pub fn new(client: Client, kubernetes_service_host: Option<String>) -> Self {
+    /// Nothing is known yet but where the API server's Service is, and where the operator's own numbers are.
+    pub fn new(client: Client, kubernetes_service_host: Option<String>, numbers: Option<Url>) -> Self {
         Self {
             client,
             kubernetes_service_host,
+            numbers,
             api_server: Remembered::new(API_SERVER_MEMORY),
             databases: Remembered::new(MEMORY),
             claims: Remembered::new(MEMORY),
@@ -73,7 +78,7 @@ impl Lookout {
 
     /// What is around this pool and its pods now.
     pub async fn around(&self, pool: &ValidPool, pods: &[Arc<Pod>]) -> Surroundings {
-        let mut found = Surroundings::default();
+        let mut found = Surroundings { numbers: self.numbers.clone(), ..Surroundings::default() };
         if pool.network_policy {
             found.api_server = self.api_server().await;
         }
@@ -91,8 +96,10 @@ impl Lookout {
                 }
             }
         }
-        if pool.scaling.mode == Mode::Hpa {
-            found.notices.extend(self.external_metrics().await);
+        match pool.scaling.mode {
+            Mode::Hpa => found.notices.extend(self.external_metrics().await),
+            Mode::Keda if self.numbers.is_none() => found.notices.push(Notice::keda_off()),
+            Mode::Keda | Mode::Operator | Mode::Manual => {}
         }
         for reference in references::of_waiting(pods) {
             found.notices.extend(self.missing(&pool.namespace, reference).await);

@@ -30,7 +30,7 @@ impl Why {
 pub enum Need {
     /// A person.
     Spec(&'static str, i32),
-    /// A HorizontalPodAutoscaler.
+    /// A HorizontalPodAutoscaler, or KEDA.
     Autoscaler(i32),
     /// Nothing is decided while workers take no work.
     Paused(i32),

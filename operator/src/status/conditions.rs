@@ -3,6 +3,7 @@
 use beamline_crds::{LimitedBy, Mode, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use serde_json::Value;
 
 use super::cause;
 use super::class::ClassState;
@@ -139,6 +140,7 @@ fn activity(pool: &WorkerPool, before: &WorkerPoolStatus, outcome: Result<&Conve
         (_, Need::Paused(_)) => Verdict::no(reason::PAUSED, "spec.paused is true: workers stay as many as they are"),
         (Mode::Manual, _) => Verdict::no(reason::MODE_MANUAL, "scaling.mode is Manual: spec.replicas decides"),
         (Mode::Hpa, _) => autoscaling(converged),
+        (Mode::Keda, _) => by_keda(converged),
         (Mode::Operator, Need::Unreadable(_)) => {
             Verdict::no(reason::QUEUE_UNREADABLE, "the queue cannot be read: workers stay as many as they are")
         }
@@ -160,7 +162,7 @@ fn activity(pool: &WorkerPool, before: &WorkerPoolStatus, outcome: Result<&Conve
 
 /// Whether the autoscaler decides, as it says itself.
 fn autoscaling(converged: &Converged) -> Verdict {
-    if let Some(notice) = converged.notices.iter().find(|notice| notice.keeps_autoscalers_from_knowing()) {
+    if let Some(notice) = converged.notices.iter().find(|notice| notice.keeps_autoscalers_from_deciding()) {
         return Verdict::no(notice.reason, notice.message.clone());
     }
     if matches!(converged.decisions.general.why.need, Need::Unreadable(_)) {
@@ -185,6 +187,37 @@ fn autoscaling(converged: &Converged) -> Verdict {
             "scaling.mode is HPA: the HorizontalPodAutoscaler decides, and the operator on the step between 0 and 1",
         ),
     }
+}
+
+/// Whether KEDA decides, as it says itself of its ScaledObject.
+fn by_keda(converged: &Converged) -> Verdict {
+    if let Some(notice) = converged.notices.iter().find(|notice| notice.keeps_autoscalers_from_deciding()) {
+        return Verdict::no(notice.reason, notice.message.clone());
+    }
+    if converged.demand.is_none() {
+        let message =
+            "it cannot be read how much there is to do: KEDA is told no number, and workers stay as many as they are";
+        return Verdict::no(reason::QUEUE_UNREADABLE, message);
+    }
+    let object = converged.applied.scaled_object.as_ref();
+    let conditions = object.and_then(|object| object.data.pointer("/status/conditions")?.as_array());
+    let inactive = conditions.into_iter().flatten().find(|condition| {
+        let says = (text(condition, "type"), text(condition, "status"));
+        matches!(says, ("Ready" | "HPAActive", "False") | ("Paused", "True"))
+    });
+    match inactive {
+        Some(condition) => {
+            let message = format!("the ScaledObject says: {}", text(condition, "message"));
+            Verdict::no(reason::AUTOSCALER_INACTIVE, message)
+        }
+        None => {
+            Verdict::yes(reason::MODE_KEDA, "scaling.mode is KEDA: its ScaledObject decides, from zero and to it too")
+        }
+    }
+}
+
+fn text<'a>(condition: &'a Value, key: &str) -> &'a str {
+    condition.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// What an error hides is as it was.

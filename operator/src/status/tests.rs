@@ -6,6 +6,7 @@ use beamline_crds::{LimitedBy, Mode};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::api::DynamicObject;
 use serde_json::json;
 
 use super::*;
@@ -38,11 +39,18 @@ fn workers(desired: i32, ready: i32) -> Converged {
     Converged {
         paused: false,
         decisions: Decisions { mode: Mode::Manual, general, gpu: None },
-        applied: Applied { general: deployment(desired, ready), gpu: None, autoscaler: None, notices: Vec::new() },
+        applied: Applied {
+            general: deployment(desired, ready),
+            gpu: None,
+            autoscaler: None,
+            scaled_object: None,
+            notices: Vec::new(),
+        },
         pods: Vec::new(),
         notices: Vec::new(),
         draining: None,
         some_may_go: false,
+        demand: None,
     }
 }
 
@@ -298,16 +306,64 @@ fn what_pods_wait_for_in_vain_is_plainer_than_what_they_say() {
     says(&old_ones_serve, &healthy(), "Progressing", ("True", "ReferenceMissing", message));
 }
 
+/// A pool that KEDA scales, which says this of its ScaledObject.
+fn by_keda(demand: Option<i64>, says: serde_json::Value) -> Converged {
+    let mut converged = workers(2, 2);
+    converged.decisions.mode = Mode::Keda;
+    converged.decisions.general = fixed(2, Need::Autoscaler(2), None);
+    let object =
+        DynamicObject { types: None, metadata: Default::default(), data: json!({"status": {"conditions": says}}) };
+    converged.applied.scaled_object = Some(Arc::new(object));
+    Converged { demand, ..converged }
+}
+
+#[test]
+fn keda_decides_unless_it_says_that_it_does_not() {
+    let condition = |type_: &str, status: &str| json!([{"type": type_, "status": status, "message": "so it is"}]);
+    let decides = "scaling.mode is KEDA: its ScaledObject decides, from zero and to it too";
+    for fine in [json!(null), condition("Ready", "True"), condition("Active", "False"), condition("Paused", "False")] {
+        says(&by_keda(Some(0), fine), &healthy(), "ScalingActive", ("True", "ModeKEDA", decides));
+    }
+    for (type_, status) in [("Ready", "False"), ("HPAActive", "False"), ("Paused", "True")] {
+        let inactive = ("False", "AutoscalerInactive", "the ScaledObject says: so it is");
+        says(&by_keda(Some(0), condition(type_, status)), &healthy(), "ScalingActive", inactive);
+    }
+    let status = first(&by_keda(None, json!(null)), &healthy());
+    assert_eq!(find(&status, "ScalingActive").reason, "QueueUnreadable");
+    for missing in [Notice::keda_missing(), Notice::keda_off()] {
+        let converged = Converged { notices: vec![missing], ..by_keda(Some(0), json!(null)) };
+        let status = first(&converged, &healthy());
+        for (type_, is) in [("ScalingActive", "False"), ("Degraded", "True")] {
+            let condition = find(&status, type_);
+            assert_eq!((condition.status.as_str(), condition.reason.as_str()), (is, "KedaMissing"), "{type_}");
+        }
+    }
+}
+
+#[test]
+fn what_keda_is_told_is_never_an_old_number() {
+    let before = first(&by_keda(Some(7), json!(null)), &healthy());
+    let demand = |status: &WorkerPoolStatus| status.queue.as_ref().and_then(|queue| queue.demand);
+    assert_eq!(demand(&before), Some(7));
+    let error = Error::Invalid(InvalidPool::NotStored);
+    let after = compute(&stored("{}"), &before, Err(&error), &healthy(), at(1));
+    assert_eq!(demand(&after), None, "nobody has looked at what it is now");
+}
+
+#[test]
+fn a_deadline_that_is_due_is_news_to_keda() {
+    let empty = first(&by_keda(Some(0), json!(null)), &healthy());
+    let due_now = first(&by_keda(Some(1), json!(null)), &healthy());
+    assert_eq!(due(&empty, &due_now, Some(Duration::ZERO)), Due::Now);
+    let more = first(&by_keda(Some(2), json!(null)), &healthy());
+    assert_ne!(due(&due_now, &more, Some(Duration::ZERO)), Due::Now, "a number that moves");
+}
+
 #[test]
 fn workers_with_gpus_that_nobody_asks_for_finish_first_and_say_so() {
     let subject = "caf.exec.route.gpu.v1".to_owned();
     let leaving = Converged {
-        applied: Applied {
-            general: deployment(1, 1),
-            gpu: Some(deployment(2, 0)),
-            autoscaler: None,
-            notices: Vec::new(),
-        },
+        applied: Applied { general: deployment(1, 1), gpu: Some(deployment(2, 0)), ..workers(1, 1).applied },
         draining: Some(subject.clone()),
         ..workers(1, 1)
     };

@@ -133,13 +133,13 @@ fn number(plane: &ControlPlane, metric: &str) -> Result<String, String> {
 }
 
 /// What `/scale` says, and the Deployment.
-async fn replicas(api: &Api, pool: &Pool) -> (i64, i64) {
+pub(super) async fn replicas(api: &Api, pool: &Pool) -> (i64, i64) {
     let of =
         async |path: &str| api.get(path).await.and_then(|object| object["spec"]["replicas"].as_i64()).unwrap_or(-1);
     (of(&pool.path()).await, of(&deployment(pool)).await)
 }
 
-async fn scaled(api: &Api, pool: &Pool, to: i64) {
+pub(super) async fn scaled(api: &Api, pool: &Pool, to: i64) {
     let what = format!("{to} workers are asked for");
     within(PATIENCE, &what, async || (replicas(api, pool).await == (to, to)).then_some(())).await;
 }
@@ -164,38 +164,38 @@ fn condition(status: &Value, kind: &str) -> (String, String) {
 }
 
 /// A queue whose assignments nobody takes: pods are fake.
-struct Queue {
+pub(super) struct Queue {
     jetstream: jetstream::Context,
     subject: String,
 }
 
 impl Queue {
-    async fn of(nats: &NatsServer, pool: &Pool) -> Self {
+    pub(super) async fn of(nats: &NatsServer, pool: &Pool) -> Self {
         let client = async_nats::connect(nats.url()).await.expect("a connection");
         Self { jetstream: jetstream::new(client), subject: format!("work.{}", pool.name) }
     }
 
-    async fn fill(&self, count: usize) {
+    pub(super) async fn fill(&self, count: usize) {
         for _ in 0..count {
             let publish = self.jetstream.publish(self.subject.clone(), "{}".into()).await.expect("it is sent");
             publish.await.expect("it is kept");
         }
     }
 
-    async fn empty(&self) {
+    pub(super) async fn empty(&self) {
         let stream = self.jetstream.get_stream(intake_stream(&self.subject)).await.expect("a stream");
         stream.purge().await.expect("it is emptied");
     }
 }
 
 /// The fewest workers that were ever asked for while it looked.
-struct Lowest {
+pub(super) struct Lowest {
     looking: tokio::task::JoinHandle<()>,
     lowest: Arc<AtomicI64>,
 }
 
 impl Lowest {
-    fn watch(api: &Api, pool: &Pool) -> Self {
+    pub(super) fn watch(api: &Api, pool: &Pool) -> Self {
         let (api, pool) = (api.clone(), pool.clone());
         let lowest = Arc::new(AtomicI64::new(i64::MAX));
         let seen = Arc::clone(&lowest);
@@ -209,7 +209,7 @@ impl Lowest {
         Self { looking, lowest }
     }
 
-    fn seen(self) -> i64 {
+    pub(super) fn seen(self) -> i64 {
         self.looking.abort();
         self.lowest.load(Ordering::Relaxed)
     }

@@ -265,7 +265,7 @@ fn rest() -> Vec<Row> {
         (json!({"paused": "yes"}), "spec.paused"),
         (json!({"pausd": true}), "unknown field \"spec.pausd\""),
         (json!({"scaling": {"mode": "Magic"}}), "spec.scaling.mode"),
-        (json!({"scaling": {"mode": "KEDA"}}), "supported values: \"Operator\", \"Manual\", \"HPA\""),
+        (json!({"scaling": {"mode": "Keda"}}), "supported values: \"Operator\", \"Manual\", \"HPA\", \"KEDA\""),
         (
             json!({"scaling": {"minReplicas": 3, "maxReplicas": 2}}),
             "scaling.minReplicas: is more than scaling.maxReplicas",
@@ -282,6 +282,10 @@ fn rest() -> Vec<Row> {
         (json!({"scaling": {"scaleDown": {"idleSecondsToZero": -1}}}), "spec.scaling.scaleDown.idleSecondsToZero"),
         (
             json!({"scaling": {"mode": "Operator"}, "nats": {"delivery": "Core"}}),
+            "scaling.mode: must be Manual with nats.delivery",
+        ),
+        (
+            json!({"scaling": {"mode": "KEDA"}, "nats": {"delivery": "Core"}}),
             "scaling.mode: must be Manual with nats.delivery",
         ),
         (json!({"networkPolicy": "Maybe"}), "spec.networkPolicy"),

@@ -11,14 +11,22 @@ use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
 use super::autoscaler::serving;
+use super::keda::SCALED_OBJECTS;
 use super::{PATIENCE, start_plane};
 
 /// Values of the chart, and the flags that it gives the operator for them.
-const MODES: [(&str, &[&str], &[&str]); 4] = [
+const MODES: [(&str, &[&str], &[&str]); 5] = [
     ("whole", &[], &[]),
     ("narrow", &["watchNamespace=narrow"], &["--watch-namespace=narrow"]),
     ("secretive", &["rbac.secretNamespaces={secretive}"], &[]),
     ("measured", &["externalMetrics.enabled=true"], &[]),
+    ("eventful", &["keda.enabled=true"], &["--keda-url=http://eventful-queues.eventful.svc:8080"]),
+];
+
+/// Modes of a pool, and what is made in them.
+const AUTOSCALERS: [(&str, &str); 2] = [
+    ("HPA", "/apis/autoscaling/v2/namespaces/NS/horizontalpodautoscalers"),
+    ("KEDA", "/apis/keda.sh/v1alpha1/namespaces/NS/scaledobjects"),
 ];
 
 /// Not on the plane that the others share: this operator looks after the whole cluster.
@@ -26,6 +34,7 @@ const MODES: [(&str, &[&str], &[&str]); 4] = [
 async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
     let plane = start_plane();
     let api = plane.api().await;
+    plane.kubectl(&["create", "-f", "-"], Some(SCALED_OBJECTS));
     for (name, values, flags) in MODES {
         let release = plane.install(name, values);
         let operator = if values.contains(&"externalMetrics.enabled=true") {
@@ -35,7 +44,8 @@ async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
         };
         let operator = flags.iter().fold(operator, |operator, flag| operator.flag(*flag));
         let operator = operator.start().await;
-        do_everything(&api, name).await;
+        let has_keda = values.contains(&"keda.enabled=true");
+        do_everything(&api, name, if has_keda { &AUTOSCALERS } else { &AUTOSCALERS[..1] }).await;
         let granted = granted(&api, &release).await;
         let asked = plane.asked_by(&release.user);
         drop(operator);
@@ -50,7 +60,7 @@ async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
 }
 
 /// A life in which the operator meets everything that it has a right for.
-async fn do_everything(api: &Api, namespace: &str) {
+async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)]) {
     let nats = NatsServer::start();
     let core = |kind: &str, name: &str| format!("/api/v1/namespaces/{namespace}/{kind}/{name}");
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "crm"},
@@ -105,11 +115,13 @@ async fn do_everything(api: &Api, namespace: &str) {
     let written = async || (api.get(&pool.path()).await?["spec"]["replicas"] == 3).then_some(());
     within(PATIENCE, "what runs is written", written).await;
     // An autoscaler comes and goes with its mode.
-    let autoscalers = format!("/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers");
-    for (mode, count) in [("HPA", 1), ("Manual", 0)] {
-        pool.change(api, json!({"scaling": {"mode": mode}})).await;
-        let there = async || (api.list(&autoscalers).await.len() == count).then_some(());
-        within(PATIENCE, "the autoscaler comes and goes", there).await;
+    for (mode, path) in autoscalers {
+        let path = path.replace("NS", namespace);
+        for (mode, count) in [(*mode, 1), ("Manual", 0)] {
+            pool.change(api, json!({"scaling": {"mode": mode}})).await;
+            let there = async || (api.list(&path).await.len() == count).then_some(());
+            within(PATIENCE, "the autoscaler comes and goes", there).await;
+        }
     }
     api.delete(&pool.path()).await;
 }

@@ -1,0 +1,133 @@
+//! Mode KEDA: what the operator does without KEDA, what it makes for it, and what it tells it.
+
+use beamline_tests::api::Api;
+use beamline_tests::nats::NatsServer;
+use beamline_tests::operator::Operator;
+use beamline_tests::plane::ControlPlane;
+use beamline_tests::pool::Pool;
+use beamline_tests::wait::within;
+use serde_json::{Value, json};
+
+use super::autoscaler::{Lowest, Queue, replicas, scaled};
+use super::{PATIENCE, calm, condition, is_write};
+
+/// KEDA's own.
+pub(super) const SCALED_OBJECTS: &str = include_str!("scaledobjects.yaml");
+const TYPE: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/scaledobjects.keda.sh";
+const SCALED_OBJECT: &str = "/apis/keda.sh/v1alpha1/namespaces/driven/scaledobjects/orders";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scaled_object_comes_with_kedas_type_and_goes_with_the_mode() {
+    let plane = ControlPlane::start();
+    let api = plane.api().await;
+    let nats = NatsServer::start();
+    let release = plane.install("driven", &["keda.enabled=true"]);
+    let operator = || Operator::by(&release.kubeconfig).flag("--lease-namespace=driven").for_keda();
+    let leader = operator().start().await;
+    let pool = Pool::new("driven", "orders", &nats);
+    let scaling = json!({"mode": "KEDA", "maxReplicas": 5, "target": {"queueDepthPerReplica": 10},
+        "scaleDown": {"stabilizationSeconds": 1, "idleSecondsToZero": 3}});
+    pool.create(&api, json!({"replicas": 2, "scaling": scaling})).await;
+
+    // Without KEDA.
+    says(&api, &pool, "ScalingActive", "False", "KedaMissing").await;
+    says(&api, &pool, "Degraded", "True", "KedaMissing").await;
+    assert_eq!(replicas(&api, &pool).await, (2, 2), "what /scale says counts all the same");
+
+    // It is installed.
+    plane.kubectl(&["create", "-f", "-"], Some(SCALED_OBJECTS));
+    let made = within(PATIENCE, "there is a ScaledObject", async || api.get(SCALED_OBJECT).await).await;
+    assert_eq!(made["spec"]["scaleTargetRef"]["kind"], "WorkerPool");
+    assert_eq!(made["spec"]["triggers"][0]["metadata"]["valueLocation"], "demand");
+    for field in ["minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod", "initialCooldownPeriod"] {
+        assert!(made["spec"][field].is_i64(), "KEDA's type knows no {field}");
+    }
+    says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
+    says(&api, &pool, "Degraded", "False", "AsAsked").await;
+    let status = api.get(&pool.path()).await.expect("the pool")["status"].clone();
+    assert_eq!(status["scaling"]["mode"], "KEDA");
+
+    // What KEDA writes into it is no reason to write it again; what it says there is said of the pool.
+    let kedas = json!({"metadata": {"labels": {"scaledobject.keda.sh/name": "orders"}}});
+    api.merge(SCALED_OBJECT, &kedas).await;
+    let failed = json!([{"type": "Ready", "status": "False", "message": "Triggers are not working"}]);
+    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": failed}})).await;
+    says(&api, &pool, "ScalingActive", "False", "AutoscalerInactive").await;
+    let writes = || plane.asked_by(&release.user).iter().filter(|event| is_write(event)).count();
+    calm(writes).await;
+    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": []}})).await;
+    says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
+    let of_keda = |event: &Value| is_write(event) && event["objectRef"]["resource"] == "scaledobjects";
+    let applied = |plane: &ControlPlane| plane.asked_by(&release.user).into_iter().filter(of_keda).count();
+    let before = applied(&plane);
+    api.merge(SCALED_OBJECT, &json!({"spec": {"maxReplicaCount": 99}})).await;
+    let repaired = async || (api.get(SCALED_OBJECT).await?["spec"]["maxReplicaCount"] == 5).then_some(());
+    within(PATIENCE, "it is repaired", repaired).await;
+    assert_eq!(applied(&plane), before + 1, "it was written for nothing");
+
+    // What KEDA is told, by whoever leads and by whoever does not.
+    let standby = operator().start().await;
+    let queue = Queue::of(&nats, &pool).await;
+    let told = async |operator: &Operator| {
+        let (code, text) = operator.get("/queues/driven/orders").await?;
+        let said: Value = serde_json::from_str(&text).expect("JSON");
+        Some((code, said["demand"].as_i64()))
+    };
+    for (waiting, more) in [(0, 0), (35, 35)] {
+        queue.fill(more).await;
+        for operator in [&leader, &standby] {
+            let is_so = async || (told(operator).await == Some((200, Some(waiting)))).then_some(());
+            within(PATIENCE, &format!("{waiting} are to be done"), is_so).await;
+        }
+    }
+    nats.pause();
+    for operator in [&leader, &standby] {
+        let refused = async || (told(operator).await == Some((503, None))).then_some(());
+        within(PATIENCE, "there is no number", refused).await;
+    }
+    says(&api, &pool, "ScalingActive", "False", "QueueUnreadable").await;
+    assert_eq!(replicas(&api, &pool).await, (2, 2));
+    nats.resume();
+    assert_eq!(leader.get("/queues/driven/other").await.map(|(code, _)| code), Some(404));
+
+    // KEDA goes: what runs stays. Another mode: so it does, and the ScaledObject goes.
+    api.delete(TYPE).await;
+    says(&api, &pool, "ScalingActive", "False", "KedaMissing").await;
+    plane.kubectl(&["create", "-f", "-"], Some(SCALED_OBJECTS));
+    within(PATIENCE, "there is a ScaledObject again", async || api.get(SCALED_OBJECT).await).await;
+    api.merge(&format!("{}/scale", pool.path()), &json!({"spec": {"replicas": 4}})).await;
+    scaled(&api, &pool, 4).await;
+    let lowest = Lowest::watch(&api, &pool);
+    pool.change(&api, json!({"scaling": {"mode": "Operator", "minReplicas": 4}})).await;
+    within(PATIENCE, "it is gone", async || api.get(SCALED_OBJECT).await.is_none().then_some(())).await;
+    pool.change(&api, json!({"scaling": {"mode": "KEDA", "minReplicas": 0}})).await;
+    within(PATIENCE, "it is back", async || api.get(SCALED_OBJECT).await).await;
+    scaled(&api, &pool, 4).await;
+    assert_eq!(lowest.seen(), 4, "a change of modes took workers away");
+    api.delete(&pool.path()).await;
+    within(PATIENCE, "it goes with its pool", async || api.get(SCALED_OBJECT).await.is_none().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_that_does_not_serve_keda_says_what_to_set() {
+    let plane = super::plane();
+    let api = plane.api().await;
+    let nats = NatsServer::start();
+    let release = plane.install("undriven", &["watchNamespace=undriven"]);
+    let operator = Operator::of(&release.kubeconfig, "undriven").start().await;
+    let pool = Pool::new("undriven", "orders", &nats);
+    pool.create(&api, json!({"replicas": 2, "scaling": {"mode": "KEDA"}})).await;
+    says(&api, &pool, "ScalingActive", "False", "KedaMissing").await;
+    let said = condition(&api, &pool, "ScalingActive").await;
+    assert!(said["message"].as_str().expect("words").contains("set keda.enabled in the chart"), "{said}");
+    assert_eq!(replicas(&api, &pool).await, (2, 2));
+    assert_eq!(operator.get("/queues/undriven/orders").await.map(|(code, _)| code), Some(404));
+}
+
+async fn says(api: &Api, pool: &Pool, kind: &str, status: &str, reason: &str) {
+    let is_so = async || {
+        let said = condition(api, pool, kind).await;
+        (said["status"] == status && said["reason"] == reason).then_some(())
+    };
+    within(PATIENCE, &format!("{kind} is {status}, {reason}"), is_so).await;
+}
