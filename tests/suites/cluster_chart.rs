@@ -271,6 +271,42 @@ async fn the_built_in_roles_know_pools_and_their_scale() {
     assert!(!may("admin", "patch workerpools --subresource=status"), "a user may write a status");
 }
 
+// External metrics.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn external_metrics_are_answered_by_whichever_operator_and_with_a_new_certificate_too() {
+    const SECRET: &str = "secret/beamline-external-metrics";
+    let _release = Release::with(&["externalMetrics.enabled=true", "replicas=2"]).await;
+    let namespace = Namespace::create("beamline-external");
+    namespace.start_nats();
+    let mut pool: Value = serde_json::from_str(&pool("orders", json!({"url": "nats://nats:4222"}))).expect("JSON");
+    pool["spec"]["scaling"] = json!({"mode": "HPA", "maxReplicas": 2});
+    namespace.apply(&pool.to_string());
+    let depth = || {
+        let path = "/apis/external.metrics.k8s.io/v1beta1/namespaces/beamline-external/beamline_queue_depth";
+        let answer = try_program("kubectl", &["get", "--raw", &format!("{path}?labelSelector=workerpool%3Dorders")]);
+        let answer: Value = serde_json::from_str(&answer?).expect("JSON");
+        Ok::<_, String>(answer["items"][0]["value"].clone())
+    };
+    let is_answered = async || depth().ok().filter(|depth| depth == "0");
+    within(PATIENCE, "an empty queue has a number", is_answered).await;
+    let is_active = |pool: &Value| condition(pool, "ScalingActive")["reason"] == "ModeHPA";
+    namespace.until("workerpool/orders", "the autoscaler has the number", is_active).await;
+    // The API server goes to either; the one that leads not is asked as often.
+    for _ in 0..20 {
+        assert_eq!(depth(), Ok("0".into()));
+    }
+
+    let believed =
+        || kubectl(&["get", "apiservice", "v1beta1.external.metrics.k8s.io", "--output=jsonpath={.spec.caBundle}"]);
+    let before = believed();
+    let lost = r#"[{"op": "remove", "path": "/data"}]"#;
+    kubectl(&["patch", SECRET, "--namespace=beamline-system", "--type=json", &format!("--patch={lost}")]);
+    within(PATIENCE, "another authority is believed", async || (believed() != before).then_some(())).await;
+    within(PATIENCE, "there is a number again", is_answered).await;
+    namespace.until("workerpool/orders", "the autoscaler has it", is_active).await;
+}
+
 // Alerts and the dashboard.
 
 /// The labels and their values that a series has.
