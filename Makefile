@@ -46,6 +46,9 @@ test-faults: ## Workers and the broker killed under load, and workers killed bet
 test-operator: ## The operator killed around its writes, with an API server in trouble, at rest: a minute or two
 	@tests/run.sh operator
 
+test-keda: ## The operator with the real KEDA: from zero to many and back. KEDA is built first, some minutes
+	@tests/run.sh keda
+
 fuzz: ## Random input for all that judges what comes from outside: TIME seconds (60) for each target
 	@TIME=$${TIME:-60} tests/run.sh fuzz
 
@@ -70,4 +73,4 @@ bench: ## Figures of the worker beside their targets: gate, memory, and no-ops b
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator bench-scale-sim

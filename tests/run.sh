@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo bench bench-operator bench-scale-sim
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale-sim
 #   campaign-kill campaign-crash campaign-rollout campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -107,6 +107,14 @@ operator_plane() {
   PATH=$tools:$PATH RUST_TEST_THREADS=8 cargo test --workspace --test operator_plane -- "$@"
 }
 
+# Not a part of `make test`: KEDA takes minutes to build.
+keda() {
+  local tools
+  cargo build --workspace --bins
+  tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm keda)
+  PATH=$tools:$PATH cargo test --workspace --test operator_plane -- --ignored --nocapture real_keda
+}
+
 bench-operator() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
@@ -130,9 +138,9 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | fuzz | worker | faults | operator | cluster | demo | bench | bench-operator | bench-scale-sim) ;;
+    check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench | bench-operator | bench-scale-sim) ;;
     campaign-kill | campaign-crash | campaign-rollout | campaign-operator) ;;
-    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, bench," \
+    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
       "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-operator" ;;
   esac
   say "== $step"

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds the programs that the cluster and the tests run, from the modules pinned in tools/, into the user's cache.
-# usage: tools.sh [--path] [TOOL…]   (all tools by default; --path also prints their directories for PATH)
+# usage: tools.sh [--path] [TOOL…]   (all tools but KEDA by default; --path also prints their directories for PATH)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 all=(nats-server etcd kubernetes coredns kwok helm helm3 kubeconform promtool)
+# These are built where somebody asks for them by name.
+others=(keda)
 
 main() {
   local print_path='' path='' tool dir
@@ -64,7 +66,11 @@ recipe() {
       module=github.com/prometheus/prometheus duration="2 minutes" tags=remove_all_sd
       programs=("promtool=$module/cmd/promtool")
       ;;
-    *) die "there is no tool $1: choose from ${all[*]}" ;;
+    keda)
+      module=github.com/kedacore/keda/v2 duration="12 minutes" finish=write_keda_types
+      programs=("keda-operator=$module/cmd/operator" "keda-adapter=$module/cmd/adapter")
+      ;;
+    *) die "there is no tool $1: choose from ${all[*]} ${others[*]}" ;;
   esac
   version=$(pinned "$1" "$module")
   ldflags="-s -w$(version_stamps "$1")"
@@ -156,6 +162,11 @@ write_stages() {
   local stages
   stages=$(module_directory kwok sigs.k8s.io/kwok)/kustomize/stage
   awk 'FNR == 1 { print "---" } 1' "$stages"/node/fast/node-*.yaml "$stages"/pod/fast/pod-*.yaml >"$1/stages.yaml"
+}
+
+# The types that KEDA brings.
+write_keda_types() {
+  cat "$(module_directory keda github.com/kedacore/keda/v2)"/config/crd/bases/*.yaml >"$1/crds.yaml"
 }
 
 # module_directory TOOL MODULE: where the source of the pinned version lies.

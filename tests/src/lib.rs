@@ -26,6 +26,7 @@ pub mod cluster; // a namespace of a real Kubernetes
 pub mod plane; // a Kubernetes without nodes, of a test's own
 pub mod api; // what it says
 pub mod pool; // WorkerPools in it
+pub mod keda; // who scales them
 pub mod apifault; // an API server that is in trouble
 pub mod operator; // the other program under test
 pub mod tool; // pinned programs

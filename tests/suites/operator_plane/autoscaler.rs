@@ -145,7 +145,7 @@ pub(super) async fn scaled(api: &Api, pool: &Pool, to: i64) {
 }
 
 /// Who has written how many there are.
-async fn writers(api: &Api, pool: &Pool) -> Vec<String> {
+pub(super) async fn writers(api: &Api, pool: &Pool) -> Vec<String> {
     let deployment = api.get(&deployment(pool)).await.expect("a Deployment");
     let entries = deployment["metadata"]["managedFields"].as_array().cloned().unwrap_or_default();
     let wrote = |entry: &&Value| entry["fieldsV1"]["f:spec"]["f:replicas"].is_object();
@@ -180,6 +180,11 @@ impl Queue {
             let publish = self.jetstream.publish(self.subject.clone(), "{}".into()).await.expect("it is sent");
             publish.await.expect("it is kept");
         }
+    }
+
+    /// Says something to which the broker gives no answer.
+    pub(super) async fn tell(&self, subject: &'static str) {
+        let _ = self.jetstream.publish(subject, "{}".into()).await.expect("it is sent");
     }
 
     pub(super) async fn empty(&self) {

@@ -1,6 +1,9 @@
 //! Mode KEDA: what the operator does without KEDA, what it makes for it, and what it tells it.
 
+use std::time::Instant;
+
 use beamline_tests::api::Api;
+use beamline_tests::keda::Keda;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::plane::ControlPlane;
@@ -8,12 +11,14 @@ use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
-use super::autoscaler::{Lowest, Queue, replicas, scaled};
-use super::{PATIENCE, calm, condition, is_write};
+use super::autoscaler::{Lowest, Queue, replicas, scaled, writers};
+use super::{PATIENCE, condition, is_write};
 
 /// KEDA's own.
 pub(super) const SCALED_OBJECTS: &str = include_str!("scaledobjects.yaml");
 const TYPE: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/scaledobjects.keda.sh";
+/// KEDA makes it.
+const AUTOSCALER: &str = "/apis/autoscaling/v2/namespaces/driven/horizontalpodautoscalers/keda-hpa-orders";
 const SCALED_OBJECT: &str = "/apis/keda.sh/v1alpha1/namespaces/driven/scaledobjects/orders";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -47,23 +52,22 @@ async fn a_scaled_object_comes_with_kedas_type_and_goes_with_the_mode() {
     let status = api.get(&pool.path()).await.expect("the pool")["status"].clone();
     assert_eq!(status["scaling"]["mode"], "KEDA");
 
+    let is_ours = |event: &Value| is_write(event) && event["objectRef"]["resource"] == "scaledobjects";
+    let written = || plane.asked_by(&release.user).into_iter().filter(is_ours).count();
+    let before = written();
     // What KEDA writes into it is no reason to write it again; what it says there is said of the pool.
     let kedas = json!({"metadata": {"labels": {"scaledobject.keda.sh/name": "orders"}}});
     api.merge(SCALED_OBJECT, &kedas).await;
     let failed = json!([{"type": "Ready", "status": "False", "message": "Triggers are not working"}]);
     api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": failed}})).await;
     says(&api, &pool, "ScalingActive", "False", "AutoscalerInactive").await;
-    let writes = || plane.asked_by(&release.user).iter().filter(|event| is_write(event)).count();
-    calm(writes).await;
     api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": []}})).await;
     says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
-    let of_keda = |event: &Value| is_write(event) && event["objectRef"]["resource"] == "scaledobjects";
-    let applied = |plane: &ControlPlane| plane.asked_by(&release.user).into_iter().filter(of_keda).count();
-    let before = applied(&plane);
+    assert_eq!(written(), before, "it was written for nothing");
     api.merge(SCALED_OBJECT, &json!({"spec": {"maxReplicaCount": 99}})).await;
     let repaired = async || (api.get(SCALED_OBJECT).await?["spec"]["maxReplicaCount"] == 5).then_some(());
     within(PATIENCE, "it is repaired", repaired).await;
-    assert_eq!(applied(&plane), before + 1, "it was written for nothing");
+    assert_eq!(written(), before + 1);
 
     // What KEDA is told, by whoever leads and by whoever does not.
     let standby = operator().start().await;
@@ -130,4 +134,79 @@ async fn says(api: &Api, pool: &Pool, kind: &str, status: &str, reason: &str) {
         (said["status"] == status && said["reason"] == reason).then_some(())
     };
     within(PATIENCE, &format!("{kind} is {status}, {reason}"), is_so).await;
+}
+
+/// KEDA's own operator, metrics server and types, and Kubernetes' own autoscaler.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "make test-keda: KEDA takes minutes to build"]
+async fn the_real_keda_takes_a_pool_from_zero_to_many_and_back() {
+    let plane = ControlPlane::start();
+    let api = plane.api().await;
+    let nats = NatsServer::start();
+    let own_copy = SCALED_OBJECTS.split_once("---\n").expect("a comment, and KEDA's own").1;
+    assert!(Keda::types().contains(own_copy), "scaledobjects.yaml is of another version than KEDA");
+    let release = plane.install("driven", &["keda.enabled=true"]);
+    let _operator = Operator::by(&release.kubeconfig).flag("--lease-namespace=driven").for_keda().start().await;
+    let keda = Keda::start(&plane, &api).await;
+    let pool = Pool::new("driven", "orders", &nats);
+    let scaling = json!({"mode": "KEDA", "maxReplicas": 5, "target": {"queueDepthPerReplica": 10},
+        "scaleDown": {"stabilizationSeconds": 1, "idleSecondsToZero": 3}});
+    pool.create(&api, json!({"replicas": 0, "scaling": scaling})).await;
+    says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
+    within(PATIENCE, "KEDA has made an autoscaler", async || api.get(AUTOSCALER).await).await;
+    let ready = async || {
+        let object = api.get(SCALED_OBJECT).await?;
+        let conditions = object["status"]["conditions"].as_array()?;
+        conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "True").then_some(())
+    };
+    within(PATIENCE, "KEDA takes the ScaledObject", ready).await;
+    assert_eq!(replicas(&api, &pool).await, (0, 0), "an empty queue is an empty queue");
+
+    let queue = Queue::of(&nats, &pool).await;
+    let took = async |to: i64| {
+        let since = Instant::now();
+        scaled(&api, &pool, to).await;
+        since.elapsed()
+    };
+    queue.fill(35).await;
+    eprintln!("keda: from 0 to 4 workers in {:.1?}", took(4).await);
+    assert_eq!(writers(&api, &pool).await, ["beamline-operator"], "one writes the Deployment's replicas");
+    queue.fill(100).await;
+    eprintln!("keda: to the most, 5 workers, in {:.1?}", took(5).await);
+
+    // What cannot be read has no number, and takes nobody away.
+    nats.pause();
+    says(&api, &pool, "ScalingActive", "False", "QueueUnreadable").await;
+    let failed = async || {
+        let object = api.get(SCALED_OBJECT).await?;
+        let conditions = object["status"]["conditions"].as_array()?;
+        conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "False").then_some(())
+    };
+    within(PATIENCE, "KEDA has no number", failed).await;
+    assert_eq!(replicas(&api, &pool).await, (5, 5));
+    nats.resume();
+    says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
+
+    queue.empty().await;
+    eprintln!("keda: to 0 workers in {:.1?}", took(0).await);
+    // A cancel, an answer or a deadline wakes a pool that has nothing in its queue.
+    queue.tell("caf.exec.cancel.v1").await;
+    eprintln!("keda: to 1 worker for a message in the control stream in {:.1?}", took(1).await);
+
+    // Who leaves the mode finds what it had, and KEDA takes its autoscaler along.
+    queue.fill(35).await;
+    scaled(&api, &pool, 4).await;
+    let lowest = Lowest::watch(&api, &pool);
+    pool.change(&api, json!({"scaling": {"mode": "Manual"}})).await;
+    for path in [SCALED_OBJECT, AUTOSCALER] {
+        within(PATIENCE, path, async || api.get(path).await.is_none().then_some(())).await;
+    }
+    pool.change(&api, json!({"scaling": {"mode": "KEDA"}})).await;
+    within(PATIENCE, "KEDA has made an autoscaler again", async || api.get(AUTOSCALER).await).await;
+    within(PATIENCE, "KEDA takes the ScaledObject", ready).await;
+    pool.change(&api, json!({"scaling": {"mode": "HPA"}})).await;
+    within(PATIENCE, "it is gone", async || api.get(AUTOSCALER).await.is_none().then_some(())).await;
+    assert_eq!(lowest.seen(), 4, "a change of modes took workers away");
+    api.delete(&pool.path()).await;
+    drop(keda);
 }
