@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::net::IpAddr;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
@@ -14,7 +14,9 @@ use async_nats::rustls::pki_types::pem::PemObject;
 use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use async_nats::rustls::{ClientConfig, RootCertStore};
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
+use kube::runtime::reflector::Store;
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::approvals::Approvals;
@@ -22,6 +24,7 @@ use crate::pool::{Nats, SecretKeyRef};
 use crate::reason;
 use crate::reports::Reports;
 use crate::secrets::{self, SecretError};
+use crate::signals::queue;
 
 pub use gate::Gate;
 
@@ -29,6 +32,8 @@ pub use gate::Gate;
 pub const INBOX: &str = "_INBOX_OPERATOR";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often it is asked what nobody waits for.
+const REST_AGE: Duration = Duration::from_secs(2);
 
 /// Why the broker cannot be used, in words that fit into a condition.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -175,6 +180,16 @@ pub struct Broker {
     jetstream: Context,
     reports: Reports,
     approvals: Option<Approvals>,
+    rest: Mutex<Option<(Result<Rest, BrokerError>, Instant)>>,
+}
+
+/// What is the same for all pools of a broker, and what nobody waits for.
+#[derive(Clone, Copy)]
+pub struct Rest {
+    /// Dead letters kept.
+    pub dead_letters: i64,
+    /// Cancels and answers that no worker has dealt with yet; `None` where there is no way to tell.
+    pub control: Option<i64>,
 }
 
 impl Broker {
@@ -193,6 +208,20 @@ impl Broker {
         self.approvals.as_ref()?.due(pool, Timestamp::now())
     }
 
+    /// Asked for now and then, by whichever pool comes first.
+    pub async fn rest(&self) -> Result<Rest, BrokerError> {
+        let mut known = self.rest.lock().await;
+        if let Some((rest, since)) = known.as_ref()
+            && since.elapsed() < REST_AGE
+        {
+            return rest.clone();
+        }
+        let rest = queue::rest(self.jetstream()?).await;
+        // An error too: else each of the pools that wait here would wait for its own.
+        *known = Some((rest.clone(), Instant::now()));
+        rest
+    }
+
     /// JetStream, where the connection is up. A request on one that is down would only wait for its timeout.
     pub fn jetstream(&self) -> Result<&Context, BrokerError> {
         match self.client.connection_state() {
@@ -208,6 +237,7 @@ impl Broker {
 pub struct Brokers {
     kubernetes: Client,
     gate: Arc<Gate>,
+    pods: Store<Pod>,
     shared: Mutex<HashMap<Access, Weak<OnceCell<Broker>>>>,
 }
 
@@ -225,9 +255,9 @@ struct Access {
 pub type Shared = Arc<OnceCell<Broker>>;
 
 impl Brokers {
-    /// No connection yet.
-    pub fn new(kubernetes: Client, gate: Gate) -> Self {
-        Self { kubernetes, gate: Arc::new(gate), shared: Mutex::default() }
+    /// No connection yet. Of the workers, these pods are heard.
+    pub fn new(kubernetes: Client, gate: Gate, pods: Store<Pod>) -> Self {
+        Self { kubernetes, gate: Arc::new(gate), pods, shared: Mutex::default() }
     }
 
     /// The connection of this pool: an existing one if another pool already has it.
@@ -236,7 +266,7 @@ impl Brokers {
     pub async fn connection(&self, namespace: &str, nats: &Nats) -> Result<Shared, BrokerError> {
         let access = self.access(namespace, nats).await?;
         let shared = self.share(&access).await;
-        shared.get_or_try_init(|| connect(&access, &self.gate)).await?;
+        shared.get_or_try_init(|| connect(&access, &self.gate, &self.pods)).await?;
         Ok(shared)
     }
 
@@ -277,7 +307,7 @@ pub(crate) fn qualified(url: &str, namespace: &str) -> String {
     format!("{scheme}://{host}.{namespace}.svc{port}")
 }
 
-async fn connect(access: &Access, gate: &Arc<Gate>) -> Result<Broker, BrokerError> {
+async fn connect(access: &Access, gate: &Arc<Gate>, pods: &Store<Pod>) -> Result<Broker, BrokerError> {
     gate.pass(&access.url).await?;
     let mut options = async_nats::ConnectOptions::new()
         .name("beamline-operator")
@@ -308,7 +338,8 @@ async fn connect(access: &Access, gate: &Arc<Gate>) -> Result<Broker, BrokerErro
     let mut jetstream = jetstream::new(client.clone());
     jetstream.set_timeout(REQUEST_TIMEOUT);
     let approvals = client.server_info().jetstream.then(|| Approvals::follow(jetstream.clone()));
-    Ok(Broker { url: access.url.clone(), reports: Reports::listen(client.clone()), client, jetstream, approvals })
+    let reports = Reports::listen(client.clone(), pods.clone());
+    Ok(Broker { url: access.url.clone(), reports, client, jetstream, approvals, rest: Mutex::default() })
 }
 
 /// A name may lead somewhere else by the time that the client connects again, which it does by itself.

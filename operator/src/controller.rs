@@ -101,7 +101,7 @@ pub async fn run(
     let lookout =
         Arc::new(Lookout::new(client.clone(), config.kubernetes_service_host.clone(), config.keda_url.clone()));
     let gate = Gate::new(Arc::clone(&lookout), config.nats_allow.clone());
-    let brokers = Brokers::new(client.clone(), gate);
+    let brokers = Brokers::new(client.clone(), gate, pods.clone());
     let (signals, readings) = Signals::new(brokers, pools.clone(), neighbours, Arc::clone(&memory));
     let caches =
         Caches { service_accounts, config_maps, services, network_policies, budgets, autoscalers, deployments, pods };

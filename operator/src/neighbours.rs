@@ -103,7 +103,7 @@ impl Neighbours {
     pub fn gpu_slots(&self, demand: &Demand) -> GpuSlots {
         let intake = intake_stream(&demand.nats.subject);
         let mut slots = GpuSlots::None;
-        for other in self.others(demand) {
+        for other in self.others(demand, |_| true) {
             let Ok(pool) = &other.0 else {
                 slots = GpuSlots::Perhaps;
                 continue;
@@ -157,26 +157,23 @@ impl Neighbours {
 
     fn at(&self, demand: &Demand, subject: &str, group: &str) -> Vec<String> {
         let url = qualified(&demand.nats.url, &demand.namespace);
-        let mut found: Vec<String> = self
-            .others(demand)
-            .iter()
-            .filter_map(|other| {
-                let pool = other.0.as_ref().ok()?;
-                let namespace = pool.metadata.namespace.as_deref()?;
-                let is_there = meeting_point(&pool.spec.nats) == (subject, group)
-                    && qualified(&pool.spec.nats.url, namespace) == url;
-                is_there.then(|| format!("{namespace}/{}", pool.metadata.name.as_deref().unwrap_or_default()))
+        let is_there = |other: &Watched| {
+            other.0.as_ref().is_ok_and(|pool| {
+                let namespace = pool.metadata.namespace.as_deref().unwrap_or_default();
+                meeting_point(&pool.spec.nats) == (subject, group) && qualified(&pool.spec.nats.url, namespace) == url
             })
-            .collect();
+        };
+        let mut found: Vec<String> = self.others(demand, is_there).iter().map(|other| name(other)).collect();
         found.sort();
         found
     }
 
-    fn others(&self, demand: &Demand) -> Vec<Arc<Watched>> {
+    fn others(&self, demand: &Demand, is_meant: impl Fn(&Watched) -> bool) -> Vec<Arc<Watched>> {
         self.pools.state_filter(|pool| {
             let metadata = kube::Resource::meta(pool);
-            (metadata.namespace.as_deref(), metadata.name.as_deref())
-                != (Some(demand.namespace.as_str()), Some(demand.name.as_str()))
+            let is_another = (metadata.namespace.as_deref(), metadata.name.as_deref())
+                != (Some(demand.namespace.as_str()), Some(demand.name.as_str()));
+            is_another && is_meant(pool)
         })
     }
 
@@ -190,6 +187,13 @@ impl Neighbours {
         let is_watched = self.namespace.is_none() || self.namespace.as_deref() == namespace;
         is_watched && metadata.get(CLUSTER) == Some(&self.cluster)
     }
+}
+
+/// As namespace/name.
+fn name(pool: &Watched) -> String {
+    let metadata = kube::Resource::meta(pool);
+    let [namespace, name] = [&metadata.namespace, &metadata.name].map(|name| name.as_deref().unwrap_or_default());
+    format!("{namespace}/{name}")
 }
 
 /// One that cannot be read is taken to manage what it managed.

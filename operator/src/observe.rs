@@ -187,22 +187,21 @@ pub(crate) fn foreign(object: &impl Resource, pool: &ValidPool) -> Option<String
 }
 
 fn workers(pods: &Store<Pod>, pool: &ValidPool) -> Vec<Arc<Pod>> {
-    pods.state_filter(|pod| pod.metadata.namespace.as_ref() == Some(&pool.namespace) && is_worker(pod, &pool.name))
+    let is_theirs = |pod: &Pod| pod.metadata.namespace.as_ref() == Some(&pool.namespace);
+    pods.state_filter(|pod| is_theirs(pod) && worker_class(pod, &pool.name).is_some())
 }
 
-/// Anybody may give a pod our labels: it is ours if a ReplicaSet of one of the pool's Deployments controls it.
-fn is_worker(pod: &Pod, pool: &str) -> bool {
+/// The class of a worker of this pool; `None` of any other pod. Anybody may give a pod our labels: it is ours if a
+/// ReplicaSet of one of the pool's Deployments controls it.
+pub(crate) fn worker_class(pod: &Pod, pool: &str) -> Option<Kind> {
     let label = |name: &str| pod.labels().get(name).map(String::as_str);
-    let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true));
-    let Some(controller) = controller.filter(|owner| owner.kind == "ReplicaSet") else { return false };
+    let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true))?;
     let class = [Kind::General, Kind::Gpu]
         .into_iter()
-        .find(|class| label(names::CLASS_LABEL) == Some(names::class_name(*class)));
-    let is_of = |class| {
-        let set = controller.name.strip_prefix(&names::workload(pool, class)).and_then(|rest| rest.strip_prefix('-'));
-        set.is_some_and(|generation| label("pod-template-hash") == Some(generation))
-    };
-    label(names::POOL_LABEL) == Some(pool) && class.is_some_and(is_of)
+        .find(|class| label(names::CLASS_LABEL) == Some(names::class_name(*class)))?;
+    let set = controller.name.strip_prefix(&names::workload(pool, class)).and_then(|rest| rest.strip_prefix('-'))?;
+    let is_of_ours = controller.kind == "ReplicaSet" && label("pod-template-hash") == Some(set);
+    (is_of_ours && label(names::POOL_LABEL) == Some(pool)).then_some(class)
 }
 
 #[cfg(test)]
@@ -253,7 +252,7 @@ mod tests {
                 json!({names::POOL_LABEL: "orders", names::CLASS_LABEL: class, "pod-template-hash": generation});
             let owner = json!([{"apiVersion": "apps/v1", "kind": owner, "name": set, "uid": "1", "controller": true}]);
             let pod = json!({"metadata": {"labels": labels, "ownerReferences": owner}});
-            is_worker(&serde_json::from_value(pod).expect("a Pod"), "orders")
+            worker_class(&serde_json::from_value(pod).expect("a Pod"), "orders").is_some()
         };
         assert!(pod("general", "5c9", "ReplicaSet", "orders-5c9") && pod("gpu", "5c9", "ReplicaSet", "orders-gpu-5c9"));
         for (class, generation, owner, set) in [
@@ -266,6 +265,6 @@ mod tests {
         }
         let labels = names::class_labels("orders", Kind::General);
         let bare = Pod { metadata: ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }, ..Pod::default() };
-        assert!(!is_worker(&bare, "orders"));
+        assert_eq!(worker_class(&bare, "orders"), None);
     }
 }

@@ -1,5 +1,8 @@
 //! What workers say of themselves: heard once for each connection to a broker, kept for each worker, and believed for
 //! seconds only.
+//!
+//! Whoever may report may say anything: who is no pod of the pool that it names is not heard, so that no more is kept than
+//! there are pods.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -7,10 +10,13 @@ use std::time::{Duration, Instant};
 
 use async_nats::Client;
 use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::reflector::{ObjectRef, Store};
 use serde::Deserialize;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::lock::lock;
+use crate::observe::worker_class;
 use crate::pool::Kind;
 use crate::scale::Done;
 
@@ -24,6 +30,10 @@ const FRESH: Duration = Duration::from_secs(4);
 const STOPPED: Duration = Duration::from_secs(3);
 /// Who was not heard for so long is forgotten.
 const FORGOTTEN: Duration = Duration::from_secs(600);
+/// How often they are looked for.
+const SWEEP: Duration = Duration::from_secs(60);
+/// No report has more bytes.
+const LONGEST: usize = 4096;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// As much of a report as is needed.
@@ -88,10 +98,17 @@ struct Heard {
 
 type Group = (String, Kind);
 
+/// The workers of a class of a pool, by name, and what all have done.
+#[derive(Default)]
+struct Team {
+    workers: HashMap<String, Heard>,
+    done: Done,
+}
+
 #[derive(Default)]
 struct Known {
-    workers: HashMap<String, Heard>,
-    done: HashMap<Group, Done>,
+    teams: HashMap<Group, Team>,
+    swept: Option<Instant>,
 }
 
 /// What was heard on one connection. It listens until it is dropped.
@@ -102,21 +119,21 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// Listens from now on.
-    pub fn listen(client: Client) -> Self {
+    /// Listens to these pods from now on.
+    pub fn listen(client: Client, pods: Store<Pod>) -> Self {
         let known = Arc::<Mutex<Known>>::default();
-        let listener = tokio::spawn(hear(client.clone(), Arc::clone(&known)));
+        let listener = tokio::spawn(hear(client.clone(), pods, Arc::clone(&known)));
         Self { known, client, _listener: AbortOnDropHandle::new(listener) }
     }
 
     /// The workers of this class of the pool `<namespace>/<name>`.
     pub fn crew(&self, pool: &str, class: Kind) -> Crew {
         let known = lock(&self.known);
-        let is_theirs = |heard: &&Heard| heard.at.elapsed() < FRESH && group(&heard.report) == Some((pool, class));
-        let mut workers: Vec<Worker> = known.workers.values().filter(is_theirs).map(Heard::worker).collect();
+        let Some(team) = known.teams.get(&(pool.to_owned(), class)) else { return Crew::default() };
+        let is_fresh = |heard: &&Heard| heard.at.elapsed() < FRESH;
+        let mut workers: Vec<Worker> = team.workers.values().filter(is_fresh).map(Heard::worker).collect();
         workers.sort_by(|one, other| one.name.cmp(&other.name));
-        let done = known.done.get(&(pool.to_owned(), class)).copied().unwrap_or_default();
-        Crew { workers, done }
+        Crew { workers, done: team.done }
     }
 
     /// Tells a worker to take work, or not to; its reports show whether it has heard.
@@ -129,13 +146,12 @@ impl Reports {
     }
 }
 
-async fn hear(client: Client, known: Arc<Mutex<Known>>) {
+async fn hear(client: Client, pods: Store<Pod>, known: Arc<Mutex<Known>>) {
     loop {
         match client.subscribe(REPORTS).await {
             Ok(mut reports) => {
-                while let Some(report) = reports.next().await {
-                    // Whoever may report may also say anything: what is no report is not heard.
-                    if let Ok(report) = serde_json::from_slice::<Report>(&report.payload) {
+                while let Some(message) = reports.next().await {
+                    if let Some(report) = read(&message.payload).filter(|report| is_of_a_pod(report, &pods)) {
                         lock(&known).note(report, Instant::now());
                     }
                 }
@@ -146,13 +162,29 @@ async fn hear(client: Client, known: Arc<Mutex<Known>>) {
     }
 }
 
+fn read(payload: &[u8]) -> Option<Report> {
+    if payload.len() > LONGEST {
+        return None;
+    }
+    serde_json::from_slice(payload).ok()
+}
+
+/// Whether a worker has the name of one of the pods that its pool has in its class.
+fn is_of_a_pod(report: &Report, pods: &Store<Pod>) -> bool {
+    let Some((pool, class)) = group(report) else { return false };
+    let Some((namespace, pool)) = pool.split_once('/') else { return false };
+    let pod = pods.get(&ObjectRef::new(&report.worker).within(namespace));
+    pod.is_some_and(|pod| worker_class(&pod, pool) == Some(class))
+}
+
 impl Known {
     fn note(&mut self, report: Report, now: Instant) {
+        self.sweep(now);
         let Some((pool, class)) = group(&report) else { return };
-        let done = self.done.entry((pool.to_owned(), class)).or_default();
-        let before = self.workers.get(&report.worker);
+        let Team { workers, done } = self.teams.entry((pool.to_owned(), class)).or_default();
+        let before = workers.get(&report.worker);
         if let Some(before) = before.filter(|before| before.report.started_at == report.started_at) {
-            done.finished += report.finished.saturating_sub(before.report.finished);
+            done.finished = done.finished.saturating_add(report.finished.saturating_sub(before.report.finished));
             done.work += report.work_ms.saturating_sub(before.report.work_ms) as f64 / 1000.0;
         }
         let ran = f64::from(report.running);
@@ -160,8 +192,19 @@ impl Known {
         done.ran += ran;
         let is_told = is_told_to_stop(&report);
         let stopped_since = is_told.then(|| before.and_then(|before| before.stopped_since).unwrap_or(now));
-        self.workers.retain(|_, heard| now.duration_since(heard.at) < FORGOTTEN);
-        self.workers.insert(report.worker.clone(), Heard { report, at: now, stopped_since });
+        workers.insert(report.worker.clone(), Heard { report, at: now, stopped_since });
+    }
+
+    /// Forgets those who are silent, and with the last of a team what it has done.
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_some_and(|swept| now.duration_since(swept) < SWEEP) {
+            return;
+        }
+        self.swept = Some(now);
+        self.teams.retain(|_, team| {
+            team.workers.retain(|_, heard| now.duration_since(heard.at) < FORGOTTEN);
+            !team.workers.is_empty()
+        });
     }
 }
 
@@ -199,7 +242,11 @@ fn group(report: &Report) -> Option<(&str, Kind)> {
 
 #[cfg(test)]
 mod tests {
+    use kube::runtime::{reflector, watcher};
+    use serde_json::json;
+
     use super::*;
+    use crate::desired::names;
 
     fn report(finished: u64, running: u32, pulling: bool) -> Report {
         let slots = Slots { cpu: 8, gpu: 0, io: 16 };
@@ -220,7 +267,11 @@ mod tests {
     }
 
     fn done(known: &Known) -> Done {
-        known.done.values().copied().next().unwrap_or_default()
+        known.teams.values().map(|team| team.done).next().unwrap_or_default()
+    }
+
+    fn worker(known: &Known) -> Worker {
+        known.teams[&("flows/default".to_owned(), Kind::General)].workers["default-1"].worker()
     }
 
     #[test]
@@ -239,7 +290,6 @@ mod tests {
     #[test]
     fn a_worker_has_stopped_when_its_last_pulls_must_have_ended() {
         let (mut known, now) = (Known::default(), Instant::now());
-        let worker = |known: &Known| known.workers["default-1"].worker();
         known.note(report(0, 3, true), now);
         assert_eq!((worker(&known).held, worker(&known).is_told_to_stop), (4, false));
         let Some(before) = now.checked_sub(STOPPED) else { return };
@@ -254,6 +304,57 @@ mod tests {
     fn a_pause_is_no_order_to_stop() {
         let mut known = Known::default();
         known.note(Report { paused: true, ..report(0, 0, false) }, Instant::now());
-        assert!(!known.workers["default-1"].worker().is_told_to_stop);
+        assert!(!worker(&known).is_told_to_stop);
+    }
+
+    #[test]
+    fn only_pods_of_the_pool_are_heard() {
+        let (pods, mut cache) = reflector::store();
+        let pod = |name: &str, class: &str, hash: &str| {
+            let labels = json!({names::POOL_LABEL: "default", names::CLASS_LABEL: class, "pod-template-hash": hash});
+            let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "default-5c9", "uid": "1", "controller": true});
+            let metadata = json!({"name": name, "namespace": "flows", "labels": labels, "ownerReferences": [owner]});
+            serde_json::from_value::<Pod>(json!({"metadata": metadata})).expect("a Pod")
+        };
+        for pod in [pod("default-1", "general", "5c9"), pod("like-one", "general", "mine")] {
+            cache.apply_watcher_event(&watcher::Event::Apply(pod));
+        }
+        let heard = |report: Report| is_of_a_pod(&report, &pods);
+        let ours = || report(0, 0, true);
+        assert!(heard(ours()));
+        let other = |pool: &str| Report { pool: Some(pool.to_owned()), ..ours() };
+        assert!(!heard(Report { worker: "invented".to_owned(), ..ours() }));
+        assert!(!heard(Report { worker: "like-one".to_owned(), ..ours() }));
+        assert!(!heard(Report { class: "gpu".to_owned(), ..ours() }));
+        assert!(!heard(other("flows/other")) && !heard(other("elsewhere/default")) && !heard(other("default")));
+    }
+
+    #[test]
+    fn a_report_is_short_and_numbers_that_cannot_be_end_nothing() {
+        let known_by = |note: &str| {
+            let slots = json!({"cpu": 1, "gpu": 0, "io": 1});
+            json!({"worker": "default-1", "pool": "flows/default", "class": "general", "slots": slots, "busy": slots,
+                "running": 1, "waiting": 0, "pulling": true, "finished": u64::MAX, "work_ms": u64::MAX, "started_at": 1,
+                "note": note})
+            .to_string()
+        };
+        let most = read(known_by("").as_bytes()).expect("a report");
+        assert!(read(known_by(&"x".repeat(LONGEST)).as_bytes()).is_none());
+        let (mut known, now) = (Known::default(), Instant::now());
+        for finished in [0, u64::MAX, 0, u64::MAX] {
+            known.note(Report { finished, ..most.clone() }, now);
+        }
+        assert_eq!(done(&known).finished, u64::MAX);
+    }
+
+    #[test]
+    fn who_is_silent_for_long_is_forgotten_and_with_the_last_one_the_team() {
+        let (mut known, now) = (Known::default(), Instant::now());
+        known.note(report(0, 0, true), now);
+        let other = Report { pool: Some("flows/other".to_owned()), ..report(0, 0, true) };
+        known.note(other.clone(), now + FORGOTTEN / 2);
+        known.note(other, now + FORGOTTEN);
+        let left: Vec<_> = known.teams.keys().map(|(pool, _)| pool.as_str()).collect();
+        assert_eq!(left, ["flows/other"]);
     }
 }

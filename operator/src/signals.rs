@@ -1,5 +1,5 @@
 //! What the broker and the workers say about each pool: one small task for each, which looks twice a second and asks for
-//! a reconcile only when the answer changed.
+//! a reconcile only when the answer changed. Where nothing waits, one question tells.
 //!
 //! It also keeps the streams, since the same connection does both. An unreadable queue is not an empty one: the last
 //! numbers stay, marked as old.
@@ -19,13 +19,12 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{Broker, BrokerError, Brokers, Shared};
+use crate::broker::{Broker, BrokerError, Brokers, Rest, Shared};
 use crate::controller::Watched;
 use crate::lock::lock;
 use crate::memory::Memory;
 use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Kind, Nats, ValidPool};
-use crate::rates::Window;
 use crate::reports::Crew;
 use crate::scale::{Decisions, Flow};
 use crate::streams::{self, Demand, Refusals, Remark};
@@ -33,8 +32,6 @@ use crate::telemetry::spans;
 
 /// How often a healthy broker is asked how much waits: more workers are asked for within a second.
 const POLL: Duration = Duration::from_millis(500);
-/// How often it is asked what nobody waits for.
-const REST_AGE: Duration = Duration::from_secs(2);
 /// How often a broker that does not answer is tried.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long a connection is used before its Secrets are read again.
@@ -121,6 +118,7 @@ pub struct Signals {
     memory: Arc<Memory>,
     followed: Mutex<HashMap<ObjectRef<Watched>, Followed>>,
     changed: UnboundedSender<ObjectRef<Watched>>,
+    since: Instant,
 }
 
 impl Signals {
@@ -132,7 +130,8 @@ impl Signals {
         memory: Arc<Memory>,
     ) -> (Arc<Self>, UnboundedReceiver<ObjectRef<Watched>>) {
         let (changed, changes) = unbounded();
-        (Arc::new(Self { brokers, pools, neighbours, memory, followed: Mutex::default(), changed }), changes)
+        let (followed, since) = (Mutex::default(), Instant::now());
+        (Arc::new(Self { brokers, pools, neighbours, memory, followed, changed, since }), changes)
     }
 
     /// What was last heard about a pool.
@@ -231,8 +230,15 @@ impl Signals {
                 }
             };
             // A changed demand is looked at at once; the sender lives as long as this pool is followed.
-            let _ = tokio::time::timeout(pause, demand.changed()).await;
+            let _ = tokio::time::timeout_at(self.after(pause), demand.changed()).await;
         }
+    }
+
+    /// The moment in which all pools ask that have paused for as long, or a little less: what is asked together travels
+    /// together, and costs each of them a fraction.
+    fn after(&self, pause: Duration) -> Instant {
+        let polls = (self.since.elapsed() + pause).as_millis() / POLL.as_millis();
+        self.since + POLL.saturating_mul(u32::try_from(polls).unwrap_or(u32::MAX))
     }
 
     async fn ask(&self, demand: &Demand, line: &mut Line) -> Result<Answer, BrokerError> {
@@ -256,19 +262,17 @@ impl Signals {
                 spans::within(span, BrokerError::reason, ensure).await
             }
         };
-        let queue = match demand.nats.delivery {
-            Delivery::Core => Ok(None),
-            Delivery::JetStream => {
-                let rest = line.rest(demand).map(|rest| rest.dead_letters);
-                queue::read(jetstream, &demand.nats, &mut line.window, rest).await.map(Some)
-            }
+        let (queue, control) = match demand.nats.delivery {
+            Delivery::Core => (Ok(None), None),
+            Delivery::JetStream => match broker.rest().await {
+                Ok(Rest { dead_letters, control }) => {
+                    let queue = queue::read(jetstream, &demand.nats, &mut line.past, dead_letters).await;
+                    (queue.map(Some), control)
+                }
+                Err(error) => (Err(error), None),
+            },
         };
         line.found(demand, streams.as_ref().ok().filter(|_| queue.is_ok()));
-        if let (None, Ok(Some((queue, ..)))) = (line.rest(demand), &queue) {
-            let control = queue::control(jetstream).await;
-            line.rest = Some((Rest { dead_letters: queue.dead_letters, control }, demand.nats.clone(), Instant::now()));
-        }
-        let control = line.rest(demand).and_then(|rest| rest.control);
         let due = control.zip(broker.due_approvals(&demand.pool())).map(|(control, due)| control.saturating_add(due));
         let (general, gpu) = crews(broker, demand);
         let readable = match queue {
@@ -368,21 +372,13 @@ fn crews(broker: &Broker, demand: &Demand) -> (Crew, Crew) {
     (crew(Kind::General), crew(Kind::Gpu))
 }
 
-/// What is asked for less often than the queue.
-#[derive(Clone, Copy)]
-struct Rest {
-    dead_letters: i64,
-    control: Option<i64>,
-}
-
 /// What the task of a pool keeps from one question to the next.
 #[derive(Default)]
 struct Line {
     current: Option<(Shared, Nats, Instant)>,
     /// The same connection, for whoever has something to tell.
     shared: Arc<Mutex<Option<Shared>>>,
-    window: Window,
-    rest: Option<(Rest, Nats, Instant)>,
+    past: queue::Past,
     in_order: Option<(Demand, Vec<Remark>, Instant)>,
     refusals: Refusals,
 }
@@ -395,6 +391,7 @@ impl Line {
         {
             return Ok(Arc::clone(shared));
         }
+        self.past.is_over();
         let shared = brokers.connection(&demand.namespace, &demand.nats).await?;
         self.current = Some((Arc::clone(&shared), demand.nats.clone(), Instant::now()));
         *lock(&self.shared) = Some(Arc::clone(&shared));
@@ -405,11 +402,6 @@ impl Line {
     fn hang_up(&mut self) {
         self.current = None;
         *lock(&self.shared) = None;
-    }
-
-    fn rest(&self, demand: &Demand) -> Option<Rest> {
-        let (rest, nats, since) = self.rest.as_ref()?;
-        (*nats == demand.nats && since.elapsed() < REST_AGE).then_some(*rest)
     }
 
     /// What was remarked lately, when nothing was wrong and the same was asked.

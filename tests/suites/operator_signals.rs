@@ -28,6 +28,7 @@ use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
+use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{reflector, watcher};
 use serde_json::{Value, json};
@@ -58,6 +59,7 @@ struct Listener {
     signals: Arc<Signals>,
     changes: UnboundedReceiver<ObjectRef<Watched>>,
     cache: reflector::store::Writer<Watched>,
+    pods: reflector::store::Writer<Pod>,
 }
 
 impl Listener {
@@ -71,13 +73,12 @@ impl Listener {
         let neighbours = Neighbours::new(pools.clone(), "here".to_owned(), None);
         let kubernetes = kubernetes(secret).await;
         let lookout = Arc::new(Lookout::new(kubernetes.clone(), Some("192.0.2.1".to_owned()), None));
-        let brokers = Brokers::new(
-            kubernetes,
-            Gate::new(lookout, allowed.iter().map(|net| net.parse().expect("a network")).collect()),
-        );
+        let gate = Gate::new(lookout, allowed.iter().map(|net| net.parse().expect("a network")).collect());
+        let (known_pods, pods) = reflector::store();
+        let brokers = Brokers::new(kubernetes, gate, known_pods);
         let memory = Arc::new(Memory::of(pools.clone()));
         let (signals, changes) = Signals::new(brokers, pools, neighbours, memory);
-        let mut listener = Self { signals, changes, cache };
+        let mut listener = Self { signals, changes, cache, pods };
         listener.also("default", spec);
         listener
     }
@@ -98,6 +99,16 @@ impl Listener {
         let valid = Self::valid(&stored);
         self.cache.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(stored).expect("a WorkerPool")));
         self.signals.follow(&valid, &as_written(&valid));
+    }
+
+    /// A pod of the pool `default`.
+    fn has_pod(&mut self, name: &str) {
+        let labels =
+            json!({"beamline.dev/pool": "default", "beamline.dev/class": "general", "pod-template-hash": "5c9"});
+        let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "default-5c9", "uid": "1", "controller": true});
+        let metadata = json!({"name": name, "namespace": "flows", "labels": labels, "ownerReferences": [owner]});
+        let pod = serde_json::from_value(json!({"metadata": metadata})).expect("a Pod");
+        self.pods.apply_watcher_event(&watcher::Event::Apply(pod));
     }
 
     fn valid(stored: &Value) -> ValidPool {
@@ -241,8 +252,25 @@ async fn gpus_are_needed_while_work_waits_for_them_and_nobody_else_takes_it() {
 #[tokio::test]
 async fn a_worker_is_heard_and_told_and_has_stopped_when_its_last_pull_has_ended() {
     let nats = NatsServer::start();
-    let operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    let mut operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    operator.has_pod("worker-1");
     operator.hears("it is connected", |it| it.readable == Some(Ok(Readable::Own))).await;
+    // Neither of them is a pod of the pool.
+    let stranger = Worker::named("stranger").flag(format!("--nats-url={}", nats.url()));
+    let stranger = stranger.flag("--nats-create-streams=false").flag("--pool=flows/default").spawn();
+    let client = async_nats::connect(nats.url()).await.expect("a connection");
+    let invented = |number: usize| {
+        let slots = json!({"cpu": 1, "gpu": 0, "io": 1});
+        json!({"version": "1", "worker": format!("invented-{number}"), "pool": "flows/default", "class": "general",
+            "slots": slots, "busy": slots, "running": 1, "waiting": 1, "pulling": true, "finished": 0, "work_ms": 0,
+            "started_at": 1})
+        .to_string()
+    };
+    for number in 0..1000 {
+        let subject = format!("caf.worker.report.v1.invented-{number}");
+        client.publish(subject, invented(number).into()).await.expect("sent");
+    }
+    client.flush().await.expect("sent");
     let mut worker = Worker::named("worker-1")
         .flag(format!("--nats-url={}", nats.url()))
         .flag("--nats-create-streams=false")
@@ -260,6 +288,8 @@ async fn a_worker_is_heard_and_told_and_has_stopped_when_its_last_pull_has_ended
     operator.signals.tell(&pool, &["worker-1".to_owned()], false).await;
     operator.hears("it was told", heard(true, false)).await;
     operator.hears("it has stopped", heard(true, true)).await;
+    // It would take what comes.
+    drop(stranger);
 
     let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
     publish(&jetstream, "caf.exec.assign.v1", 1).await;

@@ -12,7 +12,6 @@ use beamline_operator::broker::{BrokerError, INBOX};
 use beamline_operator::controller::Watched;
 use beamline_operator::neighbours::Neighbours;
 use beamline_operator::pool::{Nats, validate};
-use beamline_operator::rates::Window;
 use beamline_operator::reports::Reports;
 use beamline_operator::scale::as_written;
 use beamline_operator::signals::queue;
@@ -166,11 +165,14 @@ async fn the_operator_needs_no_more_than_the_page_says() {
     let operator = Program::connect(&nats, "operator").await;
     set_up(&nats, &operator).await;
     let nats_of = demand(&stored(&nats, "first", json!({}))).nats;
-    let (queue, _, route) =
-        queue::read(&operator.jetstream(), &nats_of, &mut Window::default(), None).await.expect("numbers");
+    let rest = queue::rest(&operator.jetstream()).await.expect("numbers of all pools");
+    assert_eq!((rest.dead_letters, rest.control), (0, Some(0)));
+    let numbers = queue::read(&operator.jetstream(), &nats_of, &mut queue::Past::default(), rest.dead_letters).await;
+    let (queue, _, route) = numbers.expect("numbers");
     assert_eq!((queue.depth, route.map(|route| route.pending)), (0, Some(0)));
     let approvals = Approvals::follow(operator.jetstream());
-    let reports = Reports::listen(operator.client.clone());
+    let (pods, _cache) = reflector::store();
+    let reports = Reports::listen(operator.client.clone(), pods);
     within(SOON, "approvals are known", async || approvals.due("flows/first", jiff::Timestamp::now())).await;
     reports.tell("worker-1", false).await;
     operator.client.flush().await.expect("the server answers");
