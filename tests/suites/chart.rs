@@ -35,6 +35,10 @@ const MODES: [(&str, &[&str]); 6] = [
             "env[0].name=OTEL_TRACES_SAMPLER",
             "env[0].value=always_off",
             "externalMetrics.enabled=true",
+            "natsAllow={127.0.0.0/8,fe80::/10}",
+            "networkPolicy.enabled=true",
+            "networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.team=monitoring",
+            "networkPolicy.egress[0].ports[0].port=8222",
             "podLabels.team=flows",
             "podAnnotations.team=flows",
             "nodeSelector.disk=fast",
@@ -46,7 +50,7 @@ const MODES: [(&str, &[&str]); 6] = [
     ),
     ("mode KEDA", &["keda.enabled=true"]),
     ("Secrets of two namespaces", &["rbac.secretNamespaces={shop,billing}"]),
-    ("one namespace", &["watchNamespace=shop"]),
+    ("one namespace", &["watchNamespace=shop", "networkPolicy.enabled=true"]),
     (
         "nothing that is cluster-wide",
         &[
@@ -161,6 +165,13 @@ fn a_value_that_cannot_be_is_refused_by_its_name() {
         ("imagePullSecrets={registry}", "imagePullSecrets"),
         ("watchNamespace=Shop", "watchNamespace"),
         ("log.format=xml", "format"),
+        ("natsAllow={10.0.0.1}", "natsAllow"),
+        ("natsAllow=10.0.0.0/8", "natsAllow"),
+        ("networkPolicy.enable=true", "enable"),
+        ("networkPolicy.natsPorts={nats}", "natsPorts"),
+        ("networkPolicy.natsPorts={0}", "natsPorts"),
+        ("networkPolicy.apiServerPorts={}", "apiServerPorts"),
+        ("networkPolicy.metricsFrom={monitoring}", "metricsFrom"),
         ("crds.install=true", "install"),
         ("crds.enabled=perhaps", "enabled"),
         ("rbac.secretNamespaces={a_b}", "secretNamespaces"),
@@ -363,6 +374,70 @@ fn measured(value: &Value) -> Value {
         Value::Object(fields) => fields.iter().map(|(name, field)| (name.clone(), measured(field))).collect(),
         plain => plain.clone(),
     }
+}
+
+#[test]
+fn a_wall_around_the_operator_lets_through_what_it_needs_and_no_more() {
+    assert_eq!(named(&rendered(&[]), "NetworkPolicy").count(), 0);
+    let wall = |values: &[&str]| {
+        let objects = rendered(&[&["networkPolicy.enabled=true"], values].concat());
+        let operator = named(&objects, "Deployment").next().expect("the operator")["spec"].clone();
+        let spec = named(&objects, "NetworkPolicy").next().expect("the wall")["spec"].clone();
+        assert_eq!(spec["podSelector"], operator["selector"]);
+        assert_eq!(list(&spec["policyTypes"]), ["Ingress", "Egress"]);
+        let named: Vec<_> = list(&operator["template"]["spec"]["containers"][0]["ports"]).to_vec();
+        let is_known = |port: &Value| port.is_number() || named.iter().any(|one| one["name"] == *port);
+        for rule in list(&spec["ingress"]).iter().chain(list(&spec["egress"])) {
+            assert!(list(&rule["ports"]).iter().all(|one| is_known(&one["port"])) && !list(&rule["ports"]).is_empty());
+        }
+        spec
+    };
+    let ports = |rules: &Value| -> Vec<String> {
+        let of = |rule: &Value| list(&rule["ports"]).iter().map(|one| one["port"].to_string()).collect::<Vec<_>>();
+        list(rules).iter().map(|rule| of(rule).join(" ")).collect()
+    };
+    let plain = wall(&[]);
+    assert_eq!(ports(&plain["ingress"]), [r#""metrics""#]);
+    assert_eq!(plain["ingress"][0]["from"], Value::Null, "anybody, as without it");
+    assert_eq!(ports(&plain["egress"]), ["53 53", "443 6443", "4222"]);
+    let protocols: Vec<_> = list(&plain["egress"][0]["ports"]).iter().map(|one| &one["protocol"]).collect();
+    assert_eq!(protocols, ["UDP", "TCP"]);
+    for rule in &list(&plain["egress"])[1..] {
+        let excepted: Vec<_> = list(&rule["to"]).iter().flat_map(|one| list(&one["ipBlock"]["except"])).collect();
+        assert_eq!(excepted, ["169.254.0.0/16", "fe80::/10"], "cloud metadata is in reach: {rule}");
+    }
+
+    let all = wall(&[
+        "networkPolicy.natsPorts={4222,4223}",
+        "networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus",
+        "networkPolicy.egress[0].ports[0].port=8222",
+        "natsAllow={169.254.7.0/24}",
+        "externalMetrics.enabled=true",
+        "traces.otlpEndpoint=https://collector.monitoring.svc",
+    ]);
+    assert_eq!(ports(&all["ingress"]), [r#""metrics""#, r#""external""#]);
+    assert_eq!(ports(&all["egress"]), ["53 53", "443 6443", "4222 4223", "443", "8222"]);
+    assert!(list(&all["egress"][2]["to"]).iter().any(|one| one["ipBlock"]["cidr"] == "169.254.7.0/24"));
+    let objects = rendered(&[]);
+    let test = &named(&objects, "Pod").next().expect("the test")["metadata"]["labels"];
+    let from = list(&all["ingress"][0]["from"]);
+    let may = |labels: &Value| labels.as_object().expect("labels").iter().all(|(label, value)| test[label] == *value);
+    assert!(from.len() == 2 && may(&from[1]["podSelector"]["matchLabels"]), "helm test is shut out: {from:?}");
+    for (endpoint, port) in [("http://collector:4318", "4318"), ("http://[fd00::1]:4318", "4318"), ("http://c", "80")] {
+        let egress = wall(&[&format!("traces.otlpEndpoint={endpoint}")])["egress"].clone();
+        assert_eq!(ports(&egress).last().map(String::as_str), Some(port), "{endpoint}");
+    }
+}
+
+#[test]
+fn the_flag_for_brokers_is_given_where_there_are_some() {
+    let arguments = |values: &[&str]| {
+        let objects = rendered(values);
+        let operator = named(&objects, "Deployment").next().expect("the operator");
+        list(&operator["spec"]["template"]["spec"]["containers"][0]["args"]).to_vec()
+    };
+    assert!(arguments(&["natsAllow={127.0.0.0/8,fe80::/10}"]).contains(&"--nats-allow=127.0.0.0/8,fe80::/10".into()));
+    assert!(!arguments(&[]).iter().any(|one| one.as_str().is_some_and(|one| one.starts_with("--nats-allow"))));
 }
 
 #[test]

@@ -48,6 +48,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
+{{- define "beamline.testLabels" -}}
+{{ include "beamline.selectorLabels" . | replace "component: operator" "component: test" }}
+{{- end }}
+
+{{- /* All but cloud metadata and what else belongs to a node alone. */}}
+{{- define "beamline.anybody" -}}
+- ipBlock: {cidr: 0.0.0.0/0, except: [169.254.0.0/16]}
+- ipBlock: {cidr: "::/0", except: ["fe80::/10"]}
+{{- end }}
+
+{{- /* The port of a URL. */}}
+{{- define "beamline.portOf" -}}
+{{- $url := urlParse . }}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) }}
+{{- end }}
+
 {{- define "beamline.subjects" -}}
 - kind: ServiceAccount
   name: {{ include "beamline.serviceAccountName" . }}
