@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseParams};
+use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -56,28 +58,45 @@ impl Candidate {
         has_come.then_some(Leadership { holds, renewal })
     }
 
-    /// Waits until nobody holds the lease, or who does has not renewed it for its whole time by our own clock.
+    /// Waits until nobody holds the lease. Who has not renewed it for its whole time by our own clock, whatever time it
+    /// says by theirs, loses it.
     async fn vacancy(&self) {
         let mut seen = (None, Instant::now());
         loop {
             match self.leases.get_opt(names::OPERATOR).await {
-                Ok(lease) => {
-                    let spec = lease.and_then(|lease| lease.spec);
-                    if spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).is_none_or(str::is_empty) {
-                        return;
-                    }
-                    if seen.0 != spec {
-                        seen = (spec, Instant::now());
+                Ok(Some(lease)) if is_held(&lease) => {
+                    if seen.0.as_ref() != Some(&lease) {
+                        seen = (Some(lease), Instant::now());
                     }
                 }
+                Ok(_) => return,
                 Err(error) => tracing::warn!("the lease cannot be read: {}", explain(&error)),
             }
-            if seen.1.elapsed() >= LEASE {
-                return;
+            if let (Some(lease), since) = &seen
+                && since.elapsed() >= LEASE
+            {
+                self.take_away(lease).await;
             }
             tokio::time::sleep(LOOK).await;
         }
     }
+
+    /// Unless it has been renewed meanwhile.
+    async fn take_away(&self, lease: &Lease) {
+        let nobody = json!({
+            "metadata": {"resourceVersion": lease.metadata.resource_version},
+            "spec": {"holderIdentity": null, "acquireTime": null, "renewTime": null, "leaseDurationSeconds": null},
+        });
+        let taken = self.leases.patch(names::OPERATOR, &PatchParams::default(), &Patch::Merge(nobody)).await;
+        if let Err(error) = taken {
+            tracing::warn!("the lease is not taken away: {}", explain(&error));
+        }
+    }
+}
+
+fn is_held(lease: &Lease) -> bool {
+    let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
+    holder.is_some_and(|holder| !holder.is_empty())
 }
 
 impl Leadership {

@@ -129,6 +129,38 @@ async fn o13_a_leader_that_was_stopped_for_longer_than_its_lease_ends_when_it_go
     pool.converged(&api, PATIENCE).await;
 }
 
+/// A holder whose clock is wrong by this, either way.
+const SKEW: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
+/// Longer than any lease.
+const RENEWED_FOR: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o25_a_wrong_clock_of_the_holder_neither_costs_it_the_lease_nor_keeps_it_when_it_is_dead() {
+    let (release, api) = (plane().install("skew", &["watchNamespace=skew"]), plane().api().await);
+    let lease = "/apis/coordination.k8s.io/v1/namespaces/skew/leases/beamline-operator";
+    let renew = async |skew: jiff::SignedDuration| {
+        let now = format!("{:.6}", jiff::Timestamp::now() + skew);
+        let spec =
+            json!({"holderIdentity": "another", "leaseDurationSeconds": 10, "acquireTime": now, "renewTime": now});
+        let object = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": {"name": "beamline-operator"}, "spec": spec});
+        api.apply(lease, &object).await;
+    };
+    renew(-SKEW).await;
+    let operator = Operator::of(&release.kubeconfig, "skew").start().await;
+    let began = Instant::now();
+    while began.elapsed() < RENEWED_FOR {
+        renew(-SKEW).await;
+        assert_eq!(operator.metric(LEADER).await, 0.0, "a living holder has lost its lease");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    renew(SKEW).await;
+    let died = Instant::now();
+    leads(&operator, PATIENCE).await;
+    let needed = died.elapsed().as_secs_f64();
+    assert!(needed <= HANDOVER, "{needed} s");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn o13_two_operators_that_both_act_write_the_same_and_come_to_rest() {
     let (plane, nats) = (plane(), NatsServer::start());
