@@ -1,8 +1,9 @@
 //! `/livez`, `/readyz`, `/metrics`, and what KEDA asks for.
 //!
-//! Alive means that the process answers; ready means that it can do its work, and says what it waits for otherwise.
+//! Alive means that the process answers and that every look at a pool ends; ready means that it can do its work, and says
+//! what it waits for otherwise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,9 +12,11 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
+use kube::runtime::reflector::ObjectRef;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::controller::Watched;
 use crate::lock::lock;
 use crate::metrics::Metrics;
 
@@ -104,26 +107,79 @@ impl Readiness {
     }
 }
 
+/// The looks at pools that are under way. Alive while none of them takes too long: each call has a limit, so that only a
+/// bug does, and what helps against that is a restart.
+#[derive(Clone)]
+pub struct Liveness {
+    limit: Duration,
+    under_way: Arc<Mutex<HashMap<ObjectRef<Watched>, Instant>>>,
+}
+
+impl Liveness {
+    /// A look takes this long at most.
+    pub fn within(limit: Duration) -> Self {
+        Self { limit, under_way: Arc::default() }
+    }
+
+    /// A look at this pool is under way until this is dropped. There is one at a time for each pool.
+    #[must_use]
+    pub fn looks_at(&self, pool: &ObjectRef<Watched>) -> Look {
+        lock(&self.under_way).insert(pool.clone(), Instant::now());
+        Look { pool: pool.clone(), under_way: Arc::clone(&self.under_way) }
+    }
+
+    fn report(&self) -> Result<(), String> {
+        let under_way = lock(&self.under_way);
+        let Some((pool, since)) = under_way.iter().min_by_key(|(_, since)| **since) else { return Ok(()) };
+        let age = since.elapsed();
+        if age < self.limit {
+            return Ok(());
+        }
+        let namespace = pool.namespace.as_deref().unwrap_or_default();
+        Err(format!("stalled: a look at pool {namespace}/{} has not ended for {} s\n", pool.name, age.as_secs()))
+    }
+}
+
+/// A look at a pool.
+pub struct Look {
+    pool: ObjectRef<Watched>,
+    under_way: Arc<Mutex<HashMap<ObjectRef<Watched>, Instant>>>,
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        lock(&self.under_way).remove(&self.pool);
+    }
+}
+
 /// Serves until told to stop, with these routes for KEDA where it is served.
 pub async fn serve(
     listener: TcpListener,
-    readiness: Readiness,
+    (liveness, readiness): (Liveness, Readiness),
     metrics: Arc<Metrics>,
     queues: Option<Router>,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     let routes = Router::new()
-        .route("/livez", get(async || "ok\n"))
+        .route("/livez", get(livez).with_state(liveness))
         .route("/readyz", get(readyz).with_state(readiness))
         .route("/metrics", get(series).with_state(metrics))
         .merge(queues.unwrap_or_default());
     axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
+async fn livez(State(liveness): State<Liveness>) -> (StatusCode, String) {
+    answer(liveness.report())
+}
+
 async fn readyz(State(readiness): State<Readiness>) -> (StatusCode, String) {
-    match readiness.report() {
+    answer(readiness.report())
+}
+
+fn answer(report: Result<(), String>) -> (StatusCode, String) {
+    match report {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-        Err(waiting) => (StatusCode::SERVICE_UNAVAILABLE, waiting),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
     }
 }
 
@@ -154,5 +210,20 @@ mod tests {
         assert_eq!(readiness.report(), Err("watch of pods: connection refused\n".to_owned()));
         readiness.waits_for(Duration::ZERO, Topic::Pods, "connection refused");
         assert_eq!(readiness.report(), Ok(()));
+    }
+
+    #[test]
+    fn a_look_that_does_not_end_is_named() {
+        let pool = ObjectRef::new("orders").within("shop");
+        let patient = Liveness::within(Duration::from_hours(1));
+        let _look = patient.looks_at(&pool);
+        assert_eq!(patient.report(), Ok(()));
+        let impatient = Liveness::within(Duration::ZERO);
+        assert_eq!(impatient.report(), Ok(()), "nothing is under way");
+        let look = impatient.looks_at(&pool);
+        let stalled = "stalled: a look at pool shop/orders has not ended for 0 s\n";
+        assert_eq!(impatient.report(), Err(stalled.to_owned()));
+        drop(look);
+        assert_eq!(impatient.report(), Ok(()));
     }
 }

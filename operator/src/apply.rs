@@ -14,11 +14,13 @@ mod slim; // what is kept of an object
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Instant;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::core::Status;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
@@ -29,7 +31,7 @@ use crate::controller::{Context, Watched};
 use crate::desired::{Desired, Workload, names};
 use crate::error::Error;
 use crate::failpoint;
-use crate::memory::Settled;
+use crate::memory::{Child, Settled, Since};
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
@@ -101,7 +103,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
         None => Outcome::default(),
     };
     let monitor = addon::apply(ctx, valid, pool, &addon::POD_MONITOR, pod_monitor.as_ref()).await?;
-    let notices = deaf.into_iter().chain(keda.notice).chain(monitor.notice).collect();
+    let notices = deaf.into_iter().chain(keda.notice).chain(monitor.notice).chain(ctx.memory.contests(pool)).collect();
     Ok(Applied { general, gpu, autoscaler, scaled_object: keda.found, notices })
 }
 
@@ -157,10 +159,13 @@ where
 {
     let fingerprint = fingerprint(wish);
     let name = (K::KIND, wish.name_any());
-    if let Some(live) = live
-        && ctx.memory.is_settled(pool, &name, &settled(live.as_ref(), fingerprint))
-    {
-        return Ok(Arc::clone(live));
+    if let Some(live) = live {
+        match ctx.memory.since(pool, &name, &settled(live.as_ref(), fingerprint)) {
+            Since::Same => return Ok(Arc::clone(live)),
+            Since::Changed if ctx.memory.leaves(pool, &name) => return Ok(Arc::clone(live)),
+            Since::Changed => set_back(ctx, pool, &name, wish).await,
+            Since::Anew => {}
+        }
     }
     let applied = patch(ctx, wish, live.and_then(|live| live.uid())).await.map_err(|source| Error::Apply {
         kind: K::KIND.to_owned(),
@@ -169,6 +174,37 @@ where
     })?;
     ctx.memory.settle(pool, name, settled(&applied, fingerprint));
     Ok(Arc::new(applied))
+}
+
+/// What somebody has changed is about to be written again. Who does that for the fifth time is asked for.
+async fn set_back<K>(ctx: &Context, pool: &ObjectRef<Watched>, name: &Child, wish: &K)
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    if !ctx.memory.sets_back(pool, name) {
+        return;
+    }
+    let api = Api::<K>::namespaced(ctx.client.clone(), &wish.namespace().unwrap_or_default());
+    // Without force the API server says whose each field is, and does nothing.
+    let params = PatchParams { dry_run: true, ..PatchParams::apply(names::OPERATOR) };
+    if let Err(kube::Error::Api(status)) = api.patch(&name.1, &params, &Patch::Apply(wish)).await
+        && let Some(who) = rivals(&status)
+    {
+        ctx.memory.blames(pool, name, who);
+    }
+}
+
+/// The fields that others have taken, and their managers.
+fn rivals(status: &Status) -> Option<String> {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    let rivals: Vec<_> = causes
+        .filter(|cause| cause.reason == "FieldManagerConflict")
+        .filter_map(|cause| {
+            let manager = cause.message.split('"').nth(1)?;
+            Some(format!("{} by `{manager}`", cause.field.trim_start_matches('.')))
+        })
+        .collect();
+    (!rivals.is_empty()).then(|| rivals.join(", "))
 }
 
 async fn patch<K>(ctx: &Context, wish: &K, uid: Option<String>) -> kube::Result<K>
@@ -195,7 +231,9 @@ fn settled(object: &impl Resource, wish: u64) -> Settled {
     let entries = object.managed_fields().iter();
     let fields: Vec<_> =
         entries.map(|entry| (&entry.operation, entry.fields_v1.as_ref().map(|fields| &fields.0))).collect();
-    Settled { uid: object.uid().unwrap_or_default(), wish, fields: fingerprint(&fields) }
+    let version = object.resource_version().and_then(|version| version.parse().ok());
+    let (uid, fields) = (object.uid().unwrap_or_default(), fingerprint(&fields));
+    Settled { uid, version, wish, fields, at: Instant::now() }
 }
 
 fn fingerprint(value: &impl Serialize) -> u64 {
@@ -203,4 +241,26 @@ fn fingerprint(value: &impl Serialize) -> u64 {
     // Maps are ordered here, so that the same value has the same text.
     serde_json::to_string(value).unwrap_or_default().hash(&mut hasher);
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_conflict_names_fields_and_who_has_them() {
+        let cause = |field: &str| {
+            json!({"reason": "FieldManagerConflict", "field": field,
+            "message": r#"conflict with "kubectl-edit" using apps/v1"#})
+        };
+        let other = json!({"reason": "FieldValueInvalid", "field": ".spec", "message": "no"});
+        let status = json!({"status": "Failure", "code": 409,
+            "details": {"causes": [cause(".spec.replicas"), other, cause(".metadata.labels.a")]}});
+        let rivals = |status: Value| rivals(&serde_json::from_value(status).expect("a Status"));
+        let both = "spec.replicas by `kubectl-edit`, metadata.labels.a by `kubectl-edit`";
+        assert_eq!(rivals(status).as_deref(), Some(both));
+        assert_eq!(rivals(json!({"status": "Failure", "code": 500})), None);
+    }
 }

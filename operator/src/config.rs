@@ -1,6 +1,7 @@
 //! What whoever runs the operator may tune. Flags and variables are named in this file only.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use axum::http::Uri;
 use clap::error::{ContextKind, ContextValue};
@@ -63,6 +64,10 @@ pub struct Config {
     /// Pools reconciled at once.
     #[arg(long, env = "BEAMLINE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub concurrency: u16,
+
+    /// How long a look at one pool may take before /livez fails, so that Kubernetes starts the operator again.
+    #[arg(long, env = "BEAMLINE_STALL_AFTER", default_value = "10m", value_parser = humantime::parse_duration)]
+    pub stall_after: Duration,
 
     /// Where external.metrics.k8s.io is served to the API server, which HorizontalPodAutoscalers of mode HPA ask. Default:
     /// nowhere.

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::admin::{Readiness, Topic};
+use crate::admin::{Liveness, Readiness, Topic};
 use crate::apply::{self, Slim};
 use crate::broker::{Brokers, Gate};
 use crate::config::Config;
@@ -68,6 +68,8 @@ pub struct Context {
     pub events: Events,
     /// The operator's own series.
     pub metrics: Arc<Metrics>,
+    /// Looks at pools that are under way.
+    pub liveness: Liveness,
     /// Image of the workers of a pool that names none.
     pub worker_image: String,
 }
@@ -76,7 +78,7 @@ pub struct Context {
 pub async fn run(
     clients: Clients,
     config: &Config,
-    readiness: Readiness,
+    (liveness, readiness): (Liveness, Readiness),
     metrics: Arc<Metrics>,
     stop: CancellationToken,
 ) {
@@ -114,6 +116,7 @@ pub async fn run(
         memory,
         events,
         metrics,
+        liveness,
         worker_image: config.worker_image.clone(),
     });
     // Our own writes of the status are no reason to look again.
@@ -242,6 +245,7 @@ fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {
 async fn guarded(pool: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
     let started = Instant::now();
     let reference = pool.to_object_ref(());
+    let _look = ctx.liveness.looks_at(&reference);
     let span = spans::reconcile(reference.namespace.as_deref().unwrap_or_default(), &reference.name);
     let unwound =
         AssertUnwindSafe(reconcile(Arc::clone(&pool), Arc::clone(&ctx))).catch_unwind().instrument(span.clone()).await;

@@ -27,6 +27,12 @@ impl Events {
         for (reason, note) in scaling(before, after) {
             self.write(EventType::Normal, reason, &note, &about).await;
         }
+        if let Some(now) = status::degraded(after).filter(|now| now.status == "True") {
+            let was = status::degraded(before);
+            if was.is_none_or(|was| (&was.status, &was.reason) != (&now.status, &now.reason)) {
+                self.write(EventType::Warning, &now.reason, &now.message, &about).await;
+            }
+        }
         let Some(now) = status::ready(after) else { return };
         let was = status::ready(before);
         if was.is_some_and(|was| (&was.status, &was.reason) == (&now.status, &now.reason)) {

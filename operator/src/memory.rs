@@ -17,6 +17,14 @@ use crate::scale::Scaler;
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Half of the time that may pass between the end of an outage and the moment when all is as it should be.
 const LAST_RETRY: Duration = Duration::from_secs(15);
+/// How far a watch may be behind our own writes.
+const WATCH_LAG: Duration = Duration::from_secs(30);
+/// So many changes of somebody else are set back at once, each as it comes.
+const AT_ONCE: u32 = 5;
+/// Further ones this often: that a look comes as often is seen to by what is said of it.
+const TRUCE: Duration = Duration::from_secs(15);
+/// Changes that lie further apart have nothing to do with each other.
+const CONTEST: Duration = Duration::from_secs(60);
 
 /// Notes about all pools.
 pub struct Memory {
@@ -28,6 +36,7 @@ pub struct Memory {
 #[derive(Default)]
 struct Notes {
     settled: HashMap<Child, Settled>,
+    contests: HashMap<Child, Contest>,
     published: Option<Published>,
     looks: HashMap<&'static str, Look>,
     scalers: HashMap<Kind, Scaler>,
@@ -61,15 +70,59 @@ pub struct Look {
     pub notice: Option<Notice>,
 }
 
-/// A child as our last write left it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A child as our last write left it, or as it is now.
+#[derive(Clone, Debug)]
 pub struct Settled {
-    /// Which object it was.
+    /// Which object it is.
     pub uid: String,
-    /// Fingerprint of what we asked for.
+    /// Which version of it; `None` where versions have no order.
+    pub version: Option<u64>,
+    /// Fingerprint of what we ask for.
     pub wish: u64,
     /// Fingerprint of the fields that are ours in it.
     pub fields: u64,
+    /// When it was so.
+    pub at: Instant,
+}
+
+/// A child as it is now, beside our last write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// Nothing of ours has changed; or this is older than our write, and the watch will show that.
+    Same,
+    /// Somebody has changed what is ours.
+    Changed,
+    /// It is another object, or something else is asked for, or no write is known.
+    Anew,
+}
+
+impl Settled {
+    fn since(&self, left: &Self) -> Since {
+        if (&self.uid, self.wish) != (&left.uid, left.wish) {
+            return Since::Anew;
+        }
+        let is_older = self.version.zip(left.version).is_some_and(|(now, left)| now < left);
+        let may_be_behind = self.at.duration_since(left.at) < WATCH_LAG;
+        if self.fields == left.fields || (is_older && may_be_behind) { Since::Same } else { Since::Changed }
+    }
+}
+
+/// Somebody changes again and again what is ours in a child.
+#[derive(Clone, Debug)]
+struct Contest {
+    times: u32,
+    at: Instant,
+    who: Option<String>,
+}
+
+impl Contest {
+    fn goes_on(&self) -> bool {
+        self.at.elapsed() < CONTEST
+    }
+
+    const fn is_fierce(&self) -> bool {
+        self.times >= AT_ONCE
+    }
 }
 
 impl Memory {
@@ -78,9 +131,45 @@ impl Memory {
         Self { pools, notes: Mutex::default(), since: Instant::now() }
     }
 
-    /// Whether this is how our last write left the child.
-    pub fn is_settled(&self, pool: &ObjectRef<Watched>, child: &Child, now: &Settled) -> bool {
-        self.notes().get(pool).and_then(|notes| notes.settled.get(child)).is_some_and(|settled| settled == now)
+    /// What has become of a child since our last write.
+    pub fn since(&self, pool: &ObjectRef<Watched>, child: &Child, now: &Settled) -> Since {
+        let notes = self.notes();
+        let left = notes.get(pool).and_then(|notes| notes.settled.get(child));
+        left.map_or(Since::Anew, |left| now.since(left))
+    }
+
+    /// Whether what somebody has changed is left so for now: who does it again and again is not answered each time.
+    pub fn leaves(&self, pool: &ObjectRef<Watched>, child: &Child) -> bool {
+        let notes = self.notes();
+        let contest = notes.get(pool).and_then(|notes| notes.contests.get(child));
+        contest.is_some_and(|contest| contest.is_fierce() && contest.at.elapsed() < TRUCE)
+    }
+
+    /// Notes that what somebody has changed is set back; whether it is worth asking who that is.
+    pub fn sets_back(&self, pool: &ObjectRef<Watched>, child: &Child) -> bool {
+        self.note(pool, |notes| {
+            notes.contests.retain(|_, contest| contest.goes_on());
+            let fresh = Contest { times: 0, at: Instant::now(), who: None };
+            let contest = notes.contests.entry(child.clone()).or_insert(fresh);
+            (contest.times, contest.at) = (contest.times.saturating_add(1), Instant::now());
+            contest.is_fierce()
+        })
+    }
+
+    /// Notes who that is, and what of it.
+    pub fn blames(&self, pool: &ObjectRef<Watched>, child: &Child, who: String) {
+        self.note(pool, |notes| notes.contests.get_mut(child).map(|contest| contest.who = Some(who)));
+    }
+
+    /// What is to be said of those who change again and again what is ours.
+    pub fn contests(&self, pool: &ObjectRef<Watched>) -> Vec<Notice> {
+        let notes = self.notes();
+        let contests = notes.get(pool).into_iter().flat_map(|notes| &notes.contests);
+        let fierce = contests.filter(|(_, contest)| contest.is_fierce() && contest.goes_on());
+        let mut said: Vec<_> =
+            fierce.map(|((kind, name), contest)| Notice::contested(kind, name, contest.who.as_deref())).collect();
+        said.sort_by(|one, other| one.message.cmp(&other.message));
+        said
     }
 
     /// Notes how a write left a child.
@@ -92,6 +181,7 @@ impl Memory {
     pub fn unsettle(&self, pool: &ObjectRef<Watched>, child: &Child) {
         if let Some(notes) = self.notes().get_mut(pool) {
             notes.settled.remove(child);
+            notes.contests.remove(child);
         }
     }
 
@@ -203,6 +293,42 @@ mod tests {
         assert_eq!(delays, [1, 2, 4, 8, 15, 15, 15]);
         memory.succeeded(&pool);
         assert_eq!(memory.backoff(&pool), FIRST_RETRY);
+    }
+
+    fn settled(version: u64, wish: u64, fields: u64) -> Settled {
+        Settled { uid: "1".to_owned(), version: Some(version), wish, fields, at: Instant::now() }
+    }
+
+    #[test]
+    fn a_child_from_before_our_write_is_not_taken_for_a_changed_one() {
+        let (memory, _cache) = memory();
+        let (pool, child) = (ObjectRef::new("default").within("flows"), ("Deployment", "default".to_owned()));
+        let since = |now: &Settled| memory.since(&pool, &child, now);
+        assert_eq!(since(&settled(7, 1, 1)), Since::Anew);
+        memory.settle(&pool, child.clone(), settled(7, 1, 1));
+        assert_eq!(since(&settled(9, 1, 1)), Since::Same, "somebody has changed what is theirs");
+        assert_eq!(since(&settled(8, 1, 2)), Since::Changed);
+        assert_eq!(since(&settled(6, 1, 2)), Since::Same, "the watch is behind");
+        assert_eq!(since(&Settled { version: None, ..settled(6, 1, 2) }), Since::Changed);
+        assert_eq!(since(&Settled { at: Instant::now() + WATCH_LAG, ..settled(6, 1, 2) }), Since::Changed);
+        assert_eq!(since(&settled(8, 2, 1)), Since::Anew);
+        assert_eq!(since(&Settled { uid: "2".to_owned(), ..settled(8, 1, 1) }), Since::Anew);
+    }
+
+    #[test]
+    fn who_changes_ours_again_and_again_is_named_and_not_answered_each_time() {
+        let (memory, _cache) = memory();
+        let (pool, child) = (ObjectRef::new("default").within("flows"), ("Deployment", "default".to_owned()));
+        for _ in 1..AT_ONCE {
+            assert!(!memory.leaves(&pool, &child) && !memory.sets_back(&pool, &child));
+        }
+        assert_eq!(memory.contests(&pool), []);
+        assert!(memory.sets_back(&pool, &child) && memory.leaves(&pool, &child));
+        memory.blames(&pool, &child, "spec.replicas by `kubectl`".to_owned());
+        let said = memory.contests(&pool);
+        assert!(said.len() == 1 && said[0].message.contains("spec.replicas by `kubectl`"), "{said:?}");
+        memory.unsettle(&pool, &child);
+        assert_eq!(memory.contests(&pool), [], "it is gone");
     }
 
     #[test]

@@ -89,6 +89,16 @@ impl Notice {
         Self { reason: reason::KEDA_MISSING, message: message.to_owned() }
     }
 
+    /// Somebody else changes again and again what is ours in an object of the pool: what, and who, where that is known.
+    pub fn contested(kind: &str, name: &str, who: Option<&str>) -> Self {
+        let who = who.map_or_else(|| "somebody changes it".to_owned(), |who| format!("others set {who}"));
+        let message = format!(
+            "{kind} `{name}`: {who} again and again; the operator sets it back every 15 to 20 s meanwhile: make them \
+             leave it alone, or change the pool instead"
+        );
+        Self { reason: reason::FIELD_CONTESTED, message }
+    }
+
     /// Whether an autoscaler decides nothing for it.
     pub fn keeps_autoscalers_from_deciding(&self) -> bool {
         matches!(

@@ -78,6 +78,8 @@ pub const SUBJECT_TAKEN: &str = "SubjectTaken";
 pub const AS_ASKED: &str = "AsAsked";
 /// Several pods want a claim that pods of one node can mount.
 pub const CLAIM_NOT_SHARED: &str = "ClaimNotShared";
+/// Somebody changes again and again what is the operator's.
+pub const FIELD_CONTESTED: &str = "FieldContested";
 /// Pods cannot be annotated.
 pub const PODS_NOT_ANNOTATED: &str = "PodsNotAnnotated";
 /// There is no such type as PodMonitor.

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{self, Readiness, Topic};
+use crate::admin::{self, Liveness, Readiness, Topic};
 use crate::config::Config;
 use crate::controller;
 use crate::external;
@@ -56,15 +56,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(stop_on_signal(stop.clone())?);
     let clients = Clients::connect().await.context("no way to reach Kubernetes")?;
     let metrics = Arc::new(Metrics::register()?);
-    let readiness = Readiness::default();
+    let (liveness, readiness) = (Liveness::within(config.stall_after), Readiness::default());
     let listener = TcpListener::bind(config.admin_endpoint)
         .await
         .with_context(|| format!("--admin-endpoint: cannot listen on {}", config.admin_endpoint))?;
     let is_asked = config.external_metrics_endpoint.is_some() || config.keda_url.is_some();
     let source = is_asked.then(|| external::Source::follow(&config, &clients, &stop));
     let queues = source.clone().filter(|_| config.keda_url.is_some()).map(external::queues);
-    let admin = admin::serve(listener, readiness.clone(), Arc::clone(&metrics), queues, stop.clone());
-    let admin = tokio::spawn(admin);
+    let probes = (liveness.clone(), readiness.clone());
+    let admin = tokio::spawn(admin::serve(listener, probes, Arc::clone(&metrics), queues, stop.clone()));
     let external = match config.external_metrics_endpoint.zip(source) {
         None => None,
         Some((endpoint, source)) => {
@@ -77,7 +77,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             Some(tokio::spawn(async move { external::serve(listener, &config, client, source, readiness, stop).await }))
         }
     };
-    let outcome = lead(clients, &config, readiness, metrics, &stop).await;
+    let outcome = lead(clients, &config, (liveness, readiness), metrics, &stop).await;
     stop.cancel();
     // Who has asked gets an answer; who holds a connection and never asks holds up nothing.
     if let Ok(served) = tokio::time::timeout(FAREWELL, admin).await {
@@ -93,22 +93,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 async fn lead(
     clients: Clients,
     config: &Config,
-    readiness: Readiness,
+    probes: (Liveness, Readiness),
     metrics: Arc<Metrics>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     if !config.leader_election {
         metrics.leads(true);
-        act(clients, config, readiness, metrics, stop).await;
+        act(clients, config, probes, metrics, stop).await;
         return Ok(());
     }
     let namespace = config.lease_namespace.clone().unwrap_or_else(|| clients.calls.default_namespace().to_owned());
-    let Some(mut leadership) = win(&clients.calls, &namespace, &readiness, stop).await else { return Ok(()) };
+    let Some(mut leadership) = win(&clients.calls, &namespace, &probes.1, stop).await else { return Ok(()) };
     tracing::info!("leading");
     metrics.leads(true);
     let term = stop.child_token();
     let outcome = tokio::select! {
-        () = act(clients, config, readiness, Arc::clone(&metrics), &term) => Ok(()),
+        () = act(clients, config, probes, Arc::clone(&metrics), &term) => Ok(()),
         // Ending is the safest way to stop all that is under way; Kubernetes starts a standby.
         () = leadership.lost() => Err(anyhow::anyhow!("another operator leads")),
     };
@@ -141,9 +141,15 @@ async fn win(client: &Client, namespace: &str, readiness: &Readiness, stop: &Can
     }
 }
 
-async fn act(clients: Clients, config: &Config, readiness: Readiness, metrics: Arc<Metrics>, stop: &CancellationToken) {
+async fn act(
+    clients: Clients,
+    config: &Config,
+    probes: (Liveness, Readiness),
+    metrics: Arc<Metrics>,
+    stop: &CancellationToken,
+) {
     // Large: boxed once here, not in every future around it.
-    let controller = Box::pin(controller::run(clients, config, readiness, metrics, stop.clone()));
+    let controller = Box::pin(controller::run(clients, config, probes, metrics, stop.clone()));
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(SHUTDOWN).await;

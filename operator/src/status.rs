@@ -24,7 +24,7 @@ use crate::scale::{self, Decisions, Scaler};
 use crate::signals::{Readable, Reading};
 
 use class::ClassState;
-pub use conditions::ready;
+pub use conditions::{degraded, ready};
 
 /// How far a watch may be behind our own writes.
 const WATCH_LAG: Duration = Duration::from_secs(5);

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use axum::body::Body;
-use futures::{StreamExt, TryStreamExt, stream};
+use axum::body::{Body, Bytes};
+use futures::{Stream, StreamExt, stream};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -51,6 +51,15 @@ impl Fault {
         [Self::Answer429, Self::Answer500, Self::Answer503, Self::Answer409, Self::CutBefore, Self::CutAfter];
 }
 
+/// What may happen to a watch in place of one of its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// The connection is cut.
+    Cut,
+    /// The API server has forgotten where the watch was.
+    Gone,
+}
+
 /// One call through the proxy.
 #[derive(Clone, Debug)]
 pub struct Call {
@@ -83,6 +92,8 @@ struct Trouble {
     percent: u32,
     /// Method and part of the path of the one call that is struck, and how.
     strike: Option<(&'static str, &'static str, Fault)>,
+    /// Events that watches still tell before one of them breaks, and how.
+    breaks: Option<(usize, Break)>,
 }
 
 impl ApiFault {
@@ -106,17 +117,27 @@ impl ApiFault {
 
     /// From now on these happen to some of the calls, and every watch is cut soon; nothing happens if there are none.
     pub fn set(&self, faults: &[Fault]) {
-        self.be(Trouble { faults: faults.to_vec(), percent: PERCENT, strike: None });
+        self.be(Trouble { faults: faults.to_vec(), percent: PERCENT, ..Trouble::default() });
     }
 
     /// From now on this happens to every call, and every watch is cut soon.
     pub fn outage(&self, fault: Fault) {
-        self.be(Trouble { faults: vec![fault], percent: 100, strike: None });
+        self.be(Trouble { faults: vec![fault], percent: 100, ..Trouble::default() });
     }
 
     /// This happens to the next call of this method whose path has this part, and to no other.
     pub fn strike(&self, method: &'static str, path: &'static str, fault: Fault) {
         self.be(Trouble { strike: Some((method, path, fault)), ..Trouble::default() });
+    }
+
+    /// After so many more events on all watches, the one whose turn it is breaks before it tells the next one.
+    pub fn break_watch(&self, after: usize, how: Break) {
+        self.be(Trouble { breaks: Some((after, how)), ..Trouble::default() });
+    }
+
+    /// Whether the watch that was to break has not yet.
+    pub fn still_breaks(&self) -> bool {
+        self.shared.trouble.lock().expect("nobody panics in there").breaks.is_some()
     }
 
     fn be(&self, trouble: Trouble) {
@@ -143,6 +164,24 @@ impl Shared {
         let mut calls = self.calls.lock().expect("nobody panics in there");
         calls.push(Call { at: Instant::now(), what, fault });
         fault
+    }
+
+    /// What a watch tells in place of this line.
+    fn tells(&self, line: Bytes) -> Result<Bytes, Cut> {
+        let mut trouble = self.trouble.lock().expect("nobody panics in there");
+        match &mut trouble.breaks {
+            Some((left, _)) if *left > 0 => *left -= 1,
+            Some((_, how)) => {
+                let how = *how;
+                trouble.breaks = None;
+                return match how {
+                    Break::Cut => Err(Cut),
+                    Break::Gone => Ok(gone()),
+                };
+            }
+            None => {}
+        }
+        Ok(line)
     }
 
     fn has_trouble(&self) -> bool {
@@ -220,11 +259,36 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
     }
     Ok(answer.map(|body| match cuts {
         Some(cut) => {
-            let frames = Body::new(body).into_data_stream().map_err(|_| Cut).take_until(cut);
-            Body::from_stream(frames.chain(stream::once(async { Err(Cut) })))
+            let told = lines(Body::new(body)).map(move |line| shared.tells(line?)).take_until(cut);
+            Body::from_stream(told.chain(stream::once(async { Err(Cut) })))
         }
         None => Body::new(body),
     }))
+}
+
+/// A watch tells an event a line.
+fn lines(body: Body) -> impl Stream<Item = Result<Bytes, Cut>> {
+    let frames = Box::pin(body.into_data_stream());
+    stream::try_unfold((frames, Vec::new()), async |(mut frames, mut rest)| {
+        loop {
+            if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line = rest.drain(..=end).collect::<Vec<u8>>();
+                return Ok(Some((Bytes::from(line), (frames, rest))));
+            }
+            match frames.next().await {
+                Some(frame) => rest.extend_from_slice(&frame.map_err(|_| Cut)?),
+                None => return Ok(None),
+            }
+        }
+    })
+}
+
+fn gone() -> Bytes {
+    let status = json!({
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": 410, "reason": "Expired",
+        "message": "the tests say that it is too old", "metadata": {},
+    });
+    format!("{}\n", json!({"type": "ERROR", "object": status})).into()
 }
 
 /// Resolves when a watch that begins now is to be cut: at some moment of the trouble.

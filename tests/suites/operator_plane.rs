@@ -16,6 +16,8 @@ mod autoscaler; // mode HPA, and what it asks the operator
 mod crash; // killed before and after each write
 #[path = "operator_plane/keda.rs"]
 mod keda; // mode KEDA, without KEDA and with it
+#[path = "operator_plane/lacks.rs"]
+mod lacks; // what it may not do
 #[path = "operator_plane/level.rs"]
 mod level; // the Pod Security level of pods
 #[path = "operator_plane/panics.rs"]

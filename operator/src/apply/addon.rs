@@ -13,7 +13,7 @@ use crate::controller::{Context, RESYNC, Watched};
 use crate::desired::{names, pod_monitors, scaled_objects};
 use crate::error::Error;
 use crate::failpoint;
-use crate::memory::Look;
+use crate::memory::{Look, Since};
 use crate::notice::Notice;
 use crate::observe::foreign;
 use crate::pool::ValidPool;
@@ -99,7 +99,7 @@ async fn converge(
         (Some(wish), live, None) => {
             let (child, wished) = ((kind, name.to_owned()), fingerprint(wish));
             if let Some(live) = live
-                && ctx.memory.is_settled(reference, &child, &settled(live.as_ref(), wished))
+                && ctx.memory.since(reference, &child, &settled(live.as_ref(), wished)) == Since::Same
             {
                 return Ok(Outcome { found: Some(live), notice: None });
             }

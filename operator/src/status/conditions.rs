@@ -45,6 +45,11 @@ pub fn ready(status: &WorkerPoolStatus) -> Option<&Condition> {
     find(status, "Ready")
 }
 
+/// The condition of what works and should not stay as it is.
+pub fn degraded(status: &WorkerPoolStatus) -> Option<&Condition> {
+    find(status, "Degraded")
+}
+
 pub(super) fn conditions(
     pool: &WorkerPool,
     before: &WorkerPoolStatus,

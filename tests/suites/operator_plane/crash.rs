@@ -98,7 +98,7 @@ async fn an_operator_that_dies_around_any_of_its_writes_ends_where_it_would_have
         .map(|(number, (scenario, reference, point))| async move {
             let stage = Stage::set(scenario, &number.to_string(), api, kubeconfig).await;
             let name = format!("{}: killed {point}", scenario.name);
-            (name, stage.killed(&point, &reference).await)
+            (name, stage.killed(&[&point], &reference).await)
         })
         .buffer_unordered(AT_ONCE)
         .collect()
@@ -122,6 +122,48 @@ async fn an_operator_that_dies_around_any_of_its_writes_ends_where_it_would_have
     let not_met = count.get("not met").copied().unwrap_or(0);
     // Whether an event or a nudge is due depends on which of two changes is seen first.
     assert!(not_met * 4 <= results.len(), "{count:?}: too many points were not met");
+}
+
+/// Pairs of deaths of a short run.
+const FEW_PAIRS: usize = 6;
+/// Those that a recovery meets again: it writes whatever it does not remember.
+const TWICE: [&str; 3] = ["create-gpu", "add-gpu", "drop-gpu"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o02_an_operator_that_dies_again_while_it_recovers_ends_where_it_would_have_ended() {
+    let plane = plane();
+    let kubeconfig = &plane.install("crash-twice", &[]).kubeconfig;
+    let api = &plane.api().await;
+    let mut pairs = Vec::new();
+    for scenario in SCENARIOS.into_iter().filter(|scenario| TWICE.contains(&scenario.name)) {
+        let reference = Arc::new(Stage::set(scenario, "twice", api, kubeconfig).await.undisturbed().await);
+        let points: BTreeSet<_> = reference.points.iter().filter(|point| point.contains("apply")).cloned().collect();
+        for first in &points {
+            for second in &points {
+                pairs.push((scenario, Arc::clone(&reference), [first.clone(), second.clone()]));
+            }
+        }
+    }
+    let all = pairs.len();
+    fastrand::shuffle(&mut pairs);
+    pairs.truncate(if is_campaign() { all } else { FEW_PAIRS });
+    let count = pairs.len();
+    let different: Vec<String> = stream::iter(pairs.into_iter().enumerate())
+        .map(|(number, (scenario, reference, [first, second]))| async move {
+            let stage = Stage::set(scenario, &format!("twice-{number}"), api, kubeconfig).await;
+            let name = format!("{}: killed {first}, and again {second}", scenario.name);
+            match stage.killed(&[&first, &second], &reference).await {
+                Ok(()) => None,
+                Err(Failure::NotMet) => Some(format!("{name}: it did not come there")),
+                Err(Failure::Differs(how)) => Some(format!("{name}: {how}")),
+            }
+        })
+        .buffer_unordered(AT_ONCE / 2)
+        .filter_map(async |different| different)
+        .collect()
+        .await;
+    eprintln!("crash: {count} of {all} pairs, {} different", different.len());
+    assert!(different.is_empty(), "{different:#?}");
 }
 
 const BEFORE: &str = "before all";
@@ -193,9 +235,11 @@ impl Stage {
         Reference { before, after, points: self.points.heard() }
     }
 
-    async fn killed(mut self, point: &str, reference: &Reference) -> Result<(), Failure> {
+    /// At the first of these points, and at the others while it recovers.
+    async fn killed(mut self, points: &[&str], reference: &Reference) -> Result<(), Failure> {
         self.becomes(&reference.before).await.map_err(|how| Failure::Differs(format!("before: {how}")))?;
-        match point {
+        let [point, later @ ..] = points else { return Err(Failure::NotMet) };
+        match *point {
             BEFORE => {
                 self.operator.kill();
                 self.act().await;
@@ -207,10 +251,14 @@ impl Stage {
             _ => {
                 self.points.arm(Some(point));
                 self.act().await;
-                let held = tokio::time::timeout(PATIENCE / 4, self.points.caught()).await;
-                let _held = held.map_err(|_| Failure::NotMet)?;
-                self.operator.kill();
+                self.dies_there().await?;
             }
+        }
+        for point in later {
+            self.points.arm(Some(point));
+            let again = operator(&self.kubeconfig, &self.pool.namespace).env(VARIABLE, &self.points.socket());
+            self.operator = again.spawn();
+            self.dies_there().await?;
         }
         let again = operator(&self.kubeconfig, &self.pool.namespace).start().await;
         let end = self.becomes(&reference.after).await;
@@ -219,6 +267,13 @@ impl Stage {
             let last = lines.iter().skip(lines.len().saturating_sub(8)).cloned().collect::<Vec<_>>().join("\n");
             Failure::Differs(format!("{how}\nthe operator's last words:\n{last}"))
         })
+    }
+
+    async fn dies_there(&mut self) -> Result<(), Failure> {
+        let held = tokio::time::timeout(PATIENCE / 4, self.points.caught()).await;
+        let _held = held.map_err(|_| Failure::NotMet)?;
+        self.operator.kill();
+        Ok(())
     }
 
     /// What there is, once it has not changed for a while.

@@ -1,4 +1,4 @@
-//! A bug in the operator is one pool's trouble, and passes with its cause.
+//! A bug in the operator is one pool's trouble, and passes with its cause, or with a restart.
 
 use std::time::Duration;
 
@@ -58,6 +58,28 @@ async fn o24_a_panic_is_one_pools_and_it_is_looked_after_again() {
         .await;
     }
     assert!(operator.is_running(), "the operator has ended");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_is_alive_while_every_look_at_a_pool_ends() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut points = Points::listen(directory.path());
+    let release = plane.install("stalls", &["watchNamespace=stalls"]);
+    let api = plane.api().await;
+    let operator = Operator::of(&release.kubeconfig, "stalls").env(failpoint::VARIABLE, &points.socket());
+    let operator = operator.flag("--stall-after=5s").start().await;
+    let lives = async |code: u16| operator.get("/livez").await.filter(|(found, _)| *found == code);
+    within(PATIENCE, "it is alive", async || lives(200).await).await;
+    points.arm(Some("before apply Deployment orders"));
+    let pool = Pool::new("stalls", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    let held = points.caught().await;
+    let (_, said) = within(PATIENCE, "it is not alive", async || lives(503).await).await;
+    assert!(said.starts_with("stalled: a look at pool stalls/orders has not ended for "), "{said}");
+    drop(held);
+    within(PATIENCE, "it is alive again", async || lives(200).await).await;
+    pool.converged(&api, PATIENCE).await;
 }
 
 fn readable(pool: &Value) -> Value {

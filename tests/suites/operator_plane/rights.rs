@@ -59,9 +59,8 @@ async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
     }
 }
 
-/// A life in which the operator meets everything that it has a right for.
-async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)]) {
-    let nats = NatsServer::start();
+/// What a pool that asks for everything refers to.
+pub(super) async fn surround(api: &Api, namespace: &str) {
     let core = |kind: &str, name: &str| format!("/api/v1/namespaces/{namespace}/{kind}/{name}");
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "crm"},
         "stringData": {"url": "postgres://crm.test:5432/crm"}});
@@ -75,9 +74,11 @@ async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)])
                  "storageClassName": "",
                  "claimRef": {"namespace": namespace, "name": "data"}}});
     api.apply(&format!("/api/v1/persistentvolumes/{namespace}"), &volume).await;
+}
 
-    let pool = Pool::new(namespace, "orders", &nats);
-    let everything = json!({
+/// A pool that asks for everything.
+pub(super) fn everything() -> Value {
+    json!({
         "replicas": 2,
         "gpu": {"replicas": 1},
         "observability": {"podMonitor": true},
@@ -87,8 +88,15 @@ async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)])
             ]},
             "sql": {"connections": [{"name": "crm", "urlSecretRef": {"name": "crm", "key": "url"}}]},
         },
-    });
-    pool.create(api, everything).await;
+    })
+}
+
+/// A life in which the operator meets everything that it has a right for.
+async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)]) {
+    let nats = NatsServer::start();
+    surround(api, namespace).await;
+    let pool = Pool::new(namespace, "orders", &nats);
+    pool.create(api, everything()).await;
     pool.converged(api, PATIENCE).await;
     // The policy changes, so pods are told; and what is said of the pool is said twice, which one event counts.
     for paused in [true, false, true, false] {
@@ -128,14 +136,14 @@ async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)])
 
 /// One thing that may be done, or was.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Right {
-    verb: String,
-    group: String,
-    resource: String,
+pub(super) struct Right {
+    pub(super) verb: String,
+    pub(super) group: String,
+    pub(super) resource: String,
     /// Any, where there is none.
-    namespace: Option<String>,
+    pub(super) namespace: Option<String>,
     /// Any, where there is none.
-    name: Option<String>,
+    pub(super) name: Option<String>,
 }
 
 impl Right {
@@ -148,10 +156,29 @@ impl Right {
     }
 }
 
-/// Everything that the chart's roles say, one by one. A Role, and what a RoleBinding gives of a ClusterRole, hold in their
-/// namespace.
+/// A role that the operator has.
+pub(super) struct Role {
+    pub(super) path: String,
+    pub(super) rules: Value,
+    /// Where it holds; everywhere, where there is none.
+    namespace: Option<String>,
+}
+
+impl Role {
+    /// All that it says, one by one.
+    pub(super) fn rights(&self) -> Vec<Right> {
+        let rules = self.rules.as_array().into_iter().flatten();
+        rules.flat_map(|rule| expand(rule, self.namespace.as_deref())).collect()
+    }
+}
+
 async fn granted(api: &Api, release: &Release) -> BTreeSet<Right> {
-    let mut rights = BTreeSet::new();
+    roles(api, release).await.iter().flat_map(Role::rights).collect()
+}
+
+/// The chart's. A Role, and what a RoleBinding gives of a ClusterRole, hold in their namespace.
+pub(super) async fn roles(api: &Api, release: &Release) -> Vec<Role> {
+    let mut roles = Vec::new();
     let group = "/apis/rbac.authorization.k8s.io/v1";
     for (kind, is_narrow) in [("clusterrolebindings", false), ("rolebindings", true)] {
         for binding in api.list(&format!("{group}/{kind}")).await {
@@ -170,13 +197,11 @@ async fn granted(api: &Api, release: &Release) -> BTreeSet<Right> {
                 _ => format!("{group}/clusterroles/{role}"),
             };
             let role = api.get(&path).await.unwrap_or_else(|| panic!("there is no {path}"));
-            let namespace = namespace.filter(|_| is_narrow);
-            for rule in role["rules"].as_array().into_iter().flatten() {
-                rights.extend(expand(rule, namespace));
-            }
+            let namespace = namespace.filter(|_| is_narrow).map(str::to_owned);
+            roles.push(Role { path, rules: role["rules"].clone(), namespace });
         }
     }
-    rights
+    roles
 }
 
 fn expand(rule: &Value, namespace: Option<&str>) -> Vec<Right> {

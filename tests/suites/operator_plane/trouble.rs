@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use beamline_tests::apifault::{ApiFault, Fault};
+use beamline_tests::apifault::{ApiFault, Break, Fault};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::{Operator, Setup};
 use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
 use futures::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{PATIENCE, is_campaign, plane};
 
@@ -155,6 +155,50 @@ async fn o06_after_an_outage_all_pools_converge_within_half_a_minute() {
     join_all(asked_for_three).await;
     join_all(pools.iter().map(|pool| pool.converged(&api, PATIENCE))).await;
     assert!(operator.is_running(), "the operator has ended");
+}
+
+/// Events of one change of a pool, on all watches; and how many of them a short run loses.
+const EVENTS: usize = 24;
+const FEW: usize = 8;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o04_o05_a_watch_that_breaks_before_any_of_its_events_keeps_nothing_from_being_done() {
+    let (proxy, operator) = behind_a_proxy("breaks").await;
+    let (api, nats) = (plane().api().await, NatsServer::start());
+    let mut operator = operator.flag("--leader-election=false").start().await;
+    let pool = Pool::new("breaks", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    let breaks = [Break::Cut, Break::Gone];
+    let mut cases: Vec<_> = (0..EVENTS).flat_map(|event| breaks.map(|how| (event, how))).collect();
+    fastrand::shuffle(&mut cases);
+    cases.truncate(if is_campaign() { cases.len() } else { FEW });
+    let (count, mut met) = (cases.len(), 0);
+    for (round, (event, how)) in cases.into_iter().enumerate() {
+        proxy.break_watch(event, how);
+        let image = format!("worker:{round}");
+        let (gpu, replicas) = ((round % 2 == 0).then(|| json!({"replicas": 1})), round % 3 + 1);
+        pool.change(&api, json!({"replicas": replicas, "gpu": gpu, "worker": {"image": image}})).await;
+        eprintln!("{how:?} in place of event {event}");
+        let path = "/apis/apps/v1/namespaces/breaks/deployments";
+        within(PATIENCE, "what is asked for is there", async || {
+            let found = api.list(path).await;
+            let has_come = |deployment: &Value| {
+                let containers = &deployment["spec"]["template"]["spec"]["containers"];
+                containers
+                    .as_array()
+                    .is_some_and(|all| all.iter().any(|container| container["image"] == image.as_str()))
+            };
+            (found.len() == 1 + usize::from(gpu.is_some()) && found.iter().all(has_come)).then_some(())
+        })
+        .await;
+        pool.converged(&api, PATIENCE).await;
+        met += usize::from(!proxy.still_breaks());
+        proxy.set(&[]);
+    }
+    eprintln!("breaks: {met} of {count} watches were broken");
+    assert!(met * 2 >= count, "{met} of {count} watches were broken");
+    assert!(operator.is_running());
 }
 
 #[tokio::test(flavor = "multi_thread")]
