@@ -578,7 +578,9 @@ const CAUSES: [Cause; 22] = [
 /// What the page calls it. A new cause does not compile until it has its row, here and there.
 const fn outcome(cause: Cause) -> &'static str {
     match cause {
-        Cause::InvalidInput => "not JSON, not an object, nested too deep, unknown block type or method",
+        Cause::InvalidInput => {
+            "not JSON, not an object, nested too deep, NATS headers that cannot be read, unknown block type or method"
+        }
         Cause::MissingField => "a required field is missing or empty",
         Cause::InvalidFormat => "a field has the wrong type, is out of range or cannot be parsed",
         Cause::NoSuchPool => "no slots of the pool that it asks for",

@@ -265,7 +265,6 @@ async fn a_worker_may_do_nothing_else() {
         "$JS.API.DIRECT.GET.KV_other",
         "$JS.API.STREAM.MSG.GET.KV_caf-deliveries",
         "$JS.API.STREAM.MSG.GET.CAF_EXEC_DLQ",
-        "$JS.API.STREAM.MSG.GET.CAF_EXEC_ASSIGN",
         "$JS.API.STREAM.MSG.GET.KV_other",
         "$JS.API.STREAM.MSG.DELETE.CAF_EXEC_RESULT",
         "$JS.API.STREAM.INFO.OTHER",

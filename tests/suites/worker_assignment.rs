@@ -17,7 +17,7 @@ use beamline_tests::worker::Worker;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
 // Rules, codes, pointers.
@@ -236,6 +236,46 @@ async fn what_is_no_assignment_becomes_a_dead_letter_that_keeps_its_bytes() {
 /// The third part of a dead letter's id is the place of its publication in the stream.
 fn sequence_of(letter: &Value) -> u64 {
     letter["dlq_id"].as_str().and_then(|id| id.split(',').nth(2)?.parse().ok()).expect("a dlq_id has a sequence")
+}
+
+/// Publishes with headers as they are: no client would send these.
+async fn publish_with_headers(rig: &Rig, subject: &str, headers: &[u8], payload: &Value) {
+    let mut server = TcpStream::connect(("127.0.0.1", rig.nats.port())).await.unwrap();
+    let payload = payload.to_string();
+    let (headers_len, whole) = (headers.len(), headers.len() + payload.len());
+    let head = format!("CONNECT {{\"verbose\":false,\"headers\":true}}\r\nHPUB {subject} {headers_len} {whole}\r\n");
+    let parts = [head.as_bytes(), headers, payload.as_bytes(), b"\r\nPING\r\n"];
+    server.write_all(&parts.concat()).await.unwrap();
+    let mut answers = String::new();
+    while !answers.contains("PONG") {
+        let mut some = [0; 4096];
+        let read = server.read(&mut some).await.unwrap();
+        assert!(read > 0 && !answers.contains("-ERR"), "{answers}");
+        answers += &String::from_utf8_lossy(&some[..read]);
+    }
+}
+
+#[tokio::test]
+async fn headers_that_nobody_can_read_are_refused_and_cost_one_connection_each() {
+    let rig = Rig::start(&[]).await;
+    let broken: [&[u8]; 3] = [b"NATS/1.0\r\nX-Name: Jos\xe9\r\n\r\n", b"NATS/1.0\r\nno colon\r\n\r\n", b"nonsense"];
+    for (number, headers) in broken.into_iter().enumerate() {
+        let payload = assignment("acme", &format!("broken-{number}"), rig.call("/ok"));
+        publish_with_headers(&rig, ASSIGN, headers, &payload).await;
+        let verdict = rig.router.verdict(&payload).await;
+        assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(1001)), "{verdict}");
+        let letter = rig.router.letter(&payload).await;
+        assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("decode"), &payload), "{letter}");
+    }
+    let cancel = json!({ "version": "1", "tenant_id": "acme", "assignment_id": "unwanted" });
+    publish_with_headers(&rig, "caf.exec.cancel.v1", broken[0], &cancel).await;
+    let control = rig.router.stream("CAF_EXEC_CONTROL").await;
+    until("the cancel is dropped", async || control.get_info().await.is_ok_and(|it| it.state.messages == 0)).await;
+    let payload = assignment("acme", "after", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+    rig.router.settled(SOON).await;
+    assert_eq!(rig.peer.hits("/").len(), 1, "nothing that was refused ran");
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
 pub mod permissions; // what it does not let this worker do
 pub mod streams; // what the worker needs there, and how it must be set
+mod unreadable; // what the client loses its connection over
 pub mod version; // how old a server may be
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures::FutureExt;
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
@@ -141,6 +143,13 @@ pub enum StoreError {
         /// What happened.
         reason: String,
     },
+}
+
+impl Session {
+    /// Whether both are with the same run of the same server: it has not been started anew in between.
+    pub fn is_with_the_server_of(&self, other: &Self) -> bool {
+        self.server == other.server
+    }
 }
 
 impl Broker {
@@ -332,9 +341,11 @@ fn options(address: &Address, purpose: &str) -> ConnectOptions {
     if let Some((cert, key)) = &address.tls_identity {
         options = options.add_client_certificate(cert.clone(), key.clone());
     }
-    if let Some((user, password)) = credentials_in_url(address) {
-        options = options.user_and_password(user, password);
-    }
+    options = match credentials_in_url(address) {
+        Some((user, Some(password))) => options.user_and_password(user, password),
+        Some((token, None)) => options.token(token),
+        None => options,
+    };
     options
         .name(format!("{} {purpose}", address.name))
         .custom_inbox_prefix(INBOX)
@@ -344,9 +355,10 @@ fn options(address: &Address, purpose: &str) -> ConnectOptions {
         .reconnect_delay_callback(reconnect_delay)
 }
 
-/// The client itself ignores the credentials of an address.
-fn credentials_in_url(address: &Address) -> Option<(String, String)> {
-    address.servers.iter().find_map(|server| Some((server.username()?.to_owned(), server.password()?.to_owned())))
+/// The client itself ignores the credentials of an address: a user and a password, or a token alone.
+fn credentials_in_url(address: &Address) -> Option<(String, Option<String>)> {
+    let decoded = |part: &str| percent_decode_str(part).decode_utf8_lossy().into_owned();
+    address.servers.iter().find_map(|server| Some((decoded(server.username()?), server.password().map(decoded))))
 }
 
 fn reconnect_delay(attempt: usize) -> Duration {

@@ -20,9 +20,9 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::Broker;
 use crate::broker::last::header;
 use crate::broker::streams::{ACK_WAIT, Ready, Source};
+use crate::broker::{Broker, Session};
 use crate::contract;
 use crate::gate::Gate;
 use crate::health::{Concern, Health};
@@ -73,6 +73,7 @@ pub struct Delivery {
     received: Instant,
     waiting: Option<Waiting>,
     is_surplus: bool,
+    has_unreadable_headers: bool,
     bytes: Counted,
 }
 
@@ -136,6 +137,11 @@ impl Delivery {
     /// Whether it came, unasked for, to a worker without room.
     pub fn is_surplus(&self) -> bool {
         self.is_surplus
+    }
+
+    /// Whether it was published with headers that nobody can read: then it comes without any.
+    pub fn has_unreadable_headers(&self) -> bool {
+        self.has_unreadable_headers
     }
 
     /// Its hold, for whoever hears of a renewal.
@@ -296,8 +302,13 @@ impl Puller {
     ) -> Result<(), Vanished> {
         let mut connects = self.broker.connects();
         let mut stopped: Option<Instant> = None;
+        let mut session = self.broker.session();
         loop {
             connects.mark_unchanged();
+            let unreadable = self.unreadable(&mut session).await;
+            if !unreadable.is_empty() && out.send(unreadable).await.is_err() {
+                return Ok(());
+            }
             let mut pulls = self.subscribe().await.map_err(|_| Vanished)?;
             loop {
                 match stopped {
@@ -334,6 +345,17 @@ impl Puller {
                 }
             }
         }
+    }
+
+    /// What the connection may have been lost over, where its server was there all the time.
+    async fn unreadable(&self, session: &mut Session) -> Vec<Delivery> {
+        let last = std::mem::replace(session, self.broker.session());
+        if *session == last || !session.is_with_the_server_of(&last) {
+            return Vec::new();
+        }
+        let found = self.broker.unreadable(&self.from.stream, &self.from.consumer).await;
+        let deliveries = found.into_iter().filter_map(|message| self.delivery(message, pulse::gaps()));
+        deliveries.map(|delivery| Delivery { has_unreadable_headers: true, ..delivery }).collect()
     }
 
     async fn subscribe(&self) -> Result<Pulls, async_nats::SubscribeError> {
@@ -407,6 +429,7 @@ impl Puller {
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.flow)),
             is_surplus: false,
+            has_unreadable_headers: false,
             bytes: self.load.hold_bytes(payload.len()),
             payload,
             headers,

@@ -96,9 +96,12 @@ impl Refusals {
     /// Whether it is something that this worker needs: then it stands from now on.
     pub(super) fn note(&self, permission: Permission) -> bool {
         let (Permission::Publish(subject) | Permission::Subscribe(subject)) = &permission;
-        // Where requesters want their answers is their affair, and whoever may not look for a GPU route works without.
+        // Where requesters want their answers is their affair; whoever may not look for a GPU route, or for what cannot be
+        // read, works without.
         let ours = ["$", "caf.", INBOX, &self.intake].iter().any(|start| subject.starts_with(start));
-        let may_be_missing = subject.starts_with("$JS.API.CONSUMER.INFO.") && subject.ends_with("-gpu");
+        let is_route = subject.starts_with("$JS.API.CONSUMER.INFO.") && subject.ends_with("-gpu");
+        let is_unreadable = subject.strip_prefix("$JS.API.STREAM.MSG.GET.").is_some_and(|of| !of.starts_with("KV_"));
+        let may_be_missing = is_route || is_unreadable;
         let mut heard = self.lock();
         if heard.refused.len() >= MAX_REFUSED && !heard.refused.contains_key(&permission) {
             heard.refused.retain(|_, refusal| refusal.stands);

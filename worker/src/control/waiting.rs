@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::{Consumer, pull};
+use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
@@ -49,6 +50,9 @@ pub(super) async fn take(desk: Arc<Desk>) {
                 if changed.is_err() {
                     return;
                 }
+                for message in desk.broker.unreadable(CONTROL_STREAM, CONTROL_CONSUMER).await {
+                    desk.drop_unreadable(message).await;
+                }
             }
         }
     }
@@ -90,14 +94,31 @@ impl Desk {
             _ => Err(Invalid::input("", "came on a subject that this worker does not know")),
         };
         if let Err(invalid) = kept {
-            self.pipeline.note_dropped_control_message();
-            if let Some(count) = self.dropped.count() {
-                let (subject, field) = (message.subject.as_str(), invalid.pointer);
-                tracing::warn!(count, subject, field, reason = invalid.reason, "dropped control messages");
-            }
+            self.note_dropped(message.subject.as_str(), &invalid);
         }
         if let Err(error) = message.ack().await {
             tracing::debug!(%error, "cannot settle a control message");
+        }
+    }
+
+    /// Whoever pulls it loses the connection: it would come for ever.
+    async fn drop_unreadable(&self, message: async_nats::Message) {
+        self.note_dropped(message.subject.as_str(), &Invalid::input("", "has NATS headers that cannot be read"));
+        if let Some(reply) = message.reply {
+            self.broker.publish(reply, Bytes::new()).await;
+        }
+    }
+
+    fn note_dropped(&self, subject: &str, invalid: &Invalid) {
+        self.pipeline.note_dropped_control_message();
+        if let Some(count) = self.dropped.count() {
+            tracing::warn!(
+                count,
+                subject,
+                field = invalid.pointer,
+                reason = invalid.reason,
+                "dropped control messages"
+            );
         }
     }
 

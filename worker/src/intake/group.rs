@@ -201,6 +201,7 @@ impl<R: Fn() -> Room> Member<'_, R> {
             received: since,
             waiting: (!is_surplus).then(|| Waiting::new(self.parts.load.flow(self.source))),
             is_surplus,
+            has_unreadable_headers: false,
             bytes,
         }
     }

@@ -6,6 +6,7 @@ use crate::admission::{self, Refusal};
 use crate::assignment::{Assignment, Undecodable};
 use crate::blocks::Block;
 use crate::execute::Engine;
+use crate::fault::Invalid;
 use crate::intake::Delivery;
 
 /// An assignment that is not refused.
@@ -18,7 +19,15 @@ pub(super) enum Judged {
 
 impl Pipeline {
     pub(super) fn judge(&self, delivery: &Delivery) -> Result<Judged, Rejection> {
-        let assignment = Assignment::decode(delivery.payload()).map_err(Rejection::undecodable)?;
+        let decoded = Assignment::decode(delivery.payload());
+        if delivery.has_unreadable_headers() {
+            let addressee =
+                decoded.map_or_else(|undecodable| undecodable.addressee, |assignment| assignment.addressee());
+            let invalid =
+                Invalid::input("", "has NATS headers that cannot be read: they are UTF-8, one `Name: value` a line");
+            return Err(Rejection::undecodable(Undecodable { addressee, invalid }));
+        }
+        let assignment = decoded.map_err(Rejection::undecodable)?;
         if let Some(invalid) = self.engine.refuses(&assignment) {
             return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
         }
