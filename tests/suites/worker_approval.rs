@@ -132,7 +132,7 @@ async fn a_person_who_was_asked_decides_and_nothing_is_held_meanwhile() {
     );
     kept_its_promise(&rig.router).await;
     until("the worker has forgotten it", async || open_approvals(&rig.worker).await == 0.0).await;
-    assert_eq!(rig.worker.metric(r#"worker_tasks_total{status="success",type="human.approval"}"#).await, 1.0);
+    assert_eq!(rig.worker.metric(r#"worker_tasks_total{type="human.approval",status="success"}"#).await, 1.0);
     assert_eq!(rig.worker.says("Step execution completed").await["fields"]["block_type"], "human.approval");
     assert_eq!(rig.router.story(&payload).results.len(), 1);
 }
@@ -241,7 +241,7 @@ async fn w38_a_deadline_passes_once_whoever_watches_it() {
         let story = rig.router.story(payload);
         assert_eq!((story.results.len(), story.letters.len()), (1, 0), "the late answer changed nothing");
     }
-    let series = r#"worker_tasks_total{status="timeout",type="human.approval"}"#;
+    let series = r#"worker_tasks_total{type="human.approval",status="timeout"}"#;
     assert_eq!(rig.worker.metric(series).await + second.metric(series).await, 50.0, "each counted once");
 }
 
@@ -361,7 +361,7 @@ async fn a_cancel_ends_what_waits_and_what_has_not_arrived() {
     cancel(&rig.router, &away).await;
     let next = rig.another("worker-2").start(&rig.nats).await;
     is_cancelled(&rig.router.result(&away).await);
-    assert_eq!(next.metric(r#"worker_tasks_total{status="cancelled",type="human.approval"}"#).await, 1.0);
+    assert_eq!(next.metric(r#"worker_tasks_total{type="human.approval",status="cancelled"}"#).await, 1.0);
     kept_its_promise(&rig.router).await;
     let heard = [&told, &asked, &early].map(|payload| rig.router.story(payload));
     assert!(heard.iter().all(|story| story.letters.is_empty() && story.results.len() == 1), "{heard:?}");

@@ -508,6 +508,14 @@ async fn every_error_of_the_sandbox_says_that_it_is_one() {
         assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
         assert_eq!(result["error"]["details"]["sandbox"], true, "{result}");
     }
+    for (id, sandbox) in [("person", json!({"status": "timeout"})), ("person-late", json!({"delay_ms": 60_000}))] {
+        let job = json!({
+            "type": "human.approval", "prompt": "ok?", "approvers": ["ann"], "sandbox": sandbox, "timeout_ms": 100,
+        });
+        let result = run(&rig, id, job).await;
+        assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
+        assert_eq!(result["error"]["retryable"], false, "{result}");
+    }
     fails(&rig, "letter", asking(json!({"code": 2003})), 2003, false).await;
     let letter = rig.router.letter(("acme", "letter")).await;
     assert_eq!(letter["error"]["details"]["sandbox"], true, "{letter}");

@@ -208,7 +208,7 @@ async fn running_work_is_stopped_before_it_would_have_ended() {
     assert_eq!(outcome(&rig.router, "acme", "running").await, "cancelled");
     is_cancelled(&rig.router.result(&payload).await, 1);
     until("the slot is free", async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await == 0.0).await;
-    let series = r#"worker_tasks_total{status="cancelled",type="http.request"}"#;
+    let series = r#"worker_tasks_total{type="http.request",status="cancelled"}"#;
     assert_eq!(rig.worker.metric(series).await, 1.0);
     assert!(rig.router.all("CAF_EXEC_DLQ", ">").await.is_empty(), "no dead letter");
     kept_its_promise(&rig).await;

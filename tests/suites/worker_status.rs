@@ -106,6 +106,21 @@ async fn a_worker_waits_for_a_broker_that_is_not_there_yet() {
 }
 
 #[tokio::test]
+async fn a_broker_that_wants_to_know_who_asks_is_told_by_its_url() {
+    for (wanted, given) in [
+        (r#"user: worker, password: "p@ss:/%""#, "worker:p%40ss%3A%2F%25"),
+        (r#"user: worker, password: plain"#, "worker:plain"),
+        (r#"token: "t@ken""#, "t%40ken"),
+    ] {
+        let nats = NatsServer::with(&format!("authorization {{ {wanted} }}"));
+        let url = format!("nats://{given}@127.0.0.1:{}", nats.port());
+        let worker = Worker::named("known").flag(format!("--nats-url={url}")).spawn();
+        worker.ready().await;
+        assert!(!worker.lines().iter().any(|line| line.contains(given)), "{:#?}", worker.lines());
+    }
+}
+
+#[tokio::test]
 async fn a_worker_that_waits_for_its_broker_ends_when_it_is_told_to() {
     let mut nats = NatsServer::start();
     nats.kill();
@@ -163,6 +178,13 @@ async fn the_published_series_have_exactly_the_published_labels() {
     for (name, names) in expected {
         assert_eq!(labels(&series[name]), BTreeSet::from([names.to_vec()]), "{name}");
     }
+    let (_, text) = rig.worker.get("/metrics").await.unwrap();
+    for line in [
+        r#"worker_tasks_total{type="http.request",status="success"} 1"#,
+        r#"worker_task_latency_ms_bucket{type="http.request",le="+Inf"} 1"#,
+    ] {
+        assert!(text.lines().any(|other| other == line), "{line}: labels stand as published");
+    }
     let types = BTreeSet::from(["http.request", "fs.put", "fs.get", "sql.query", "human.approval"]);
     assert_eq!(values(&series["worker_tasks_total"], "type"), types);
     assert_eq!(values(&series["worker_resource_usage"], "type"), BTreeSet::from(["cpu_time_ms", "memory_mb"]));
@@ -219,7 +241,7 @@ async fn refusals_retries_and_dead_letters_are_counted() {
         (r#"worker_retries_total{type="http.request"}"#, 1.0),
         (r#"worker_dead_letters_total{stage="decode"}"#, 1.0),
         (r#"worker_dead_letters_total{stage="execute"}"#, 1.0),
-        (r#"worker_tasks_total{status="error",type="http.request"}"#, 1.0),
+        (r#"worker_tasks_total{type="http.request",status="error"}"#, 1.0),
         ("worker_redeliveries_total", 0.0),
     ] {
         assert_eq!(rig.worker.metric(series).await, value, "{series}");

@@ -64,6 +64,14 @@ impl BlockKind {
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == name)
     }
+
+    /// What it means that its time is up: people who did not answer would not answer the next time either.
+    pub const fn deadline_passed(self) -> Cause {
+        match self {
+            Self::Human => Cause::NotAnswered,
+            Self::Http | Self::FsPut | Self::FsGet | Self::Sql => Cause::DeadlinePassed,
+        }
+    }
 }
 
 /// One piece of work whose parameters have proved themselves.

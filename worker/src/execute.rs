@@ -195,7 +195,10 @@ fn words(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 fn too_late(assignment: &Assignment) -> Fault {
-    Fault::new(Cause::DeadlinePassed, format!("not done within {} ms", assignment.timeout.as_millis()))
+    Fault::new(
+        assignment.block.kind().deadline_passed(),
+        format!("not done within {} ms", assignment.timeout.as_millis()),
+    )
 }
 
 fn delay(assignment: &Assignment, fault: &Fault, attempt: u32) -> Option<Duration> {

@@ -26,6 +26,8 @@ const REJECTIONS: [Cause; 6] = [
     Cause::Overloaded,
 ];
 const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";
+/// The series of finished tasks.
+const TASKS: &str = "worker_tasks_total";
 const USAGE: &str = "CPU time that blocks have used since the start (cpu_time_ms), payloads, results and reservations held now (memory_mb)";
 const PASSED_ON: &str = "Assignments passed on to workers with GPU slots";
 const REPLAYED: &str = "Stored results published again instead of running twice";
@@ -218,7 +220,12 @@ impl Metrics {
 
     /// Everything in Prometheus' text format.
     pub fn encode(&self) -> String {
-        prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+        let mut families = self.registry.gather();
+        // Sorted by name; the public form says the type before the status.
+        for tasks in families.iter_mut().filter(|family| family.name() == TASKS) {
+            tasks.mut_metric().iter_mut().for_each(|series| series.mut_label().reverse());
+        }
+        prometheus::TextEncoder::new().encode_to_string(&families).unwrap_or_default()
     }
 }
 
@@ -292,8 +299,7 @@ fn count(number: usize) -> i64 {
 }
 
 fn tasks(registry: &Registry) -> ByKind<ByStatus<IntCounter>> {
-    let tasks =
-        counters(registry, "worker_tasks_total", "Tasks finished, by block type and status", &["type", "status"]);
+    let tasks = counters(registry, TASKS, "Tasks finished, by block type and status", &["type", "status"]);
     ByKind::new(|kind| ByStatus::new(|status| tasks.with_label_values(&[kind.as_str(), status.as_str()])))
 }
 
@@ -398,7 +404,7 @@ mod tests {
         let samples = scrape(&Metrics::new());
         for kind in BlockKind::ALL.map(BlockKind::as_str) {
             for status in Status::ALL.map(Status::as_str) {
-                assert_eq!(samples[&format!(r#"worker_tasks_total{{status="{status}",type="{kind}"}}"#)], 0.0);
+                assert_eq!(samples[&format!(r#"worker_tasks_total{{type="{kind}",status="{status}"}}"#)], 0.0);
             }
             assert_eq!(samples[&format!(r#"worker_task_latency_ms_count{{type="{kind}"}}"#)], 0.0);
             assert_eq!(samples[&format!(r#"worker_retries_total{{type="{kind}"}}"#)], 0.0);
@@ -441,9 +447,9 @@ mod tests {
         metrics.finished(BlockKind::Http, Status::Timeout, Duration::from_secs(30), Duration::ZERO);
 
         let samples = scrape(&metrics);
-        assert_eq!(samples[r#"worker_tasks_total{status="success",type="http.request"}"#], 1.0);
-        assert_eq!(samples[r#"worker_tasks_total{status="timeout",type="http.request"}"#], 1.0);
-        assert_eq!(samples[r#"worker_tasks_total{status="success",type="sql.query"}"#], 0.0);
+        assert_eq!(samples[r#"worker_tasks_total{type="http.request",status="success"}"#], 1.0);
+        assert_eq!(samples[r#"worker_tasks_total{type="http.request",status="timeout"}"#], 1.0);
+        assert_eq!(samples[r#"worker_tasks_total{type="sql.query",status="success"}"#], 0.0);
         let bucket = |le: &str| samples[&format!(r#"worker_task_latency_ms_bucket{{type="http.request",le="{le}"}}"#)];
         assert_eq!(["100", "200", "10000", "+Inf"].map(bucket), [0.0, 1.0, 1.0, 2.0]);
         assert_eq!(samples[r#"worker_task_latency_ms_sum{type="http.request"}"#], 30_150.0);

@@ -48,7 +48,10 @@ pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<O
             Some(sink) => streamed(attempt, sink.as_ref()).await,
             None => canned(block),
         },
-        Some(cause) => Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks"))),
+        Some(cause) => {
+            let cause = if cause == Cause::DeadlinePassed { block.kind().deadline_passed() } else { cause };
+            Err(Fault::new(cause, format!("the sandbox fails attempt {attempt}, as the job asks")))
+        }
     }
 }
 
