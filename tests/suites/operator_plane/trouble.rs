@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use beamline_tests::api::Api;
 use beamline_tests::apifault::{ApiFault, Break, Fault};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::{Operator, Setup};
@@ -53,8 +54,9 @@ async fn while_the_api_is_in_trouble_the_operator_asks_little_and_afterwards_it_
     proxy.set(&[]);
     let over = Instant::now();
     let calls = proxy.take_calls();
-    join_all(pools.iter().map(|pool| pool.converged(&api, RECOVERY))).await;
+    join_all(pools.iter().map(|pool| asked_for(&api, pool))).await;
     let recovered = over.elapsed();
+    join_all(pools.iter().map(|pool| pool.converged(&api, PATIENCE))).await;
     assert!(operator.is_running(), "the operator has ended");
 
     let mut faults = BTreeMap::<_, usize>::new();
@@ -62,11 +64,24 @@ async fn while_the_api_is_in_trouble_the_operator_asks_little_and_afterwards_it_
     assert!(Fault::ENDING.iter().all(|fault| faults.contains_key(fault)), "not every fault was met: {faults:?}");
     let rate = calls.len() as f64 / time.as_secs_f64() / POOLS as f64;
     eprintln!(
-        "trouble: {} calls in {time:?}, {rate:.1} a second for each pool, faults {faults:?}; converged {:.1} s after",
+        "trouble: {} calls in {time:?}, {rate:.1} a second for each pool, faults {faults:?}; all asked for {:.1} s after",
         calls.len(),
         recovered.as_secs_f64()
     );
     assert!(rate <= RATE, "{rate:.1} requests a second for each pool");
+}
+
+/// Waits until the Deployment is as the pool says: what the operator does is over by then, and the pods are others' work.
+async fn asked_for(api: &Api, pool: &Pool) {
+    let path = format!("/apis/apps/v1/namespaces/{}/deployments/{}", pool.namespace, pool.name);
+    within(RECOVERY, "its workers are asked for", async || {
+        let (pool, deployment) = (api.get(&pool.path()).await?, api.get(&path).await?);
+        let (wanted, found) = (&pool["spec"], &deployment["spec"]);
+        let image = &wanted["worker"]["image"];
+        let has_image = image.is_null() || found["template"]["spec"]["containers"][0]["image"] == *image;
+        (found["replicas"] == wanted["replicas"] && has_image).then_some(())
+    })
+    .await;
 }
 
 /// An operator in this namespace, through a proxy of its own.
@@ -144,15 +159,7 @@ async fn o06_after_an_outage_all_pools_converge_within_half_a_minute() {
     // So long that a client which waits twice as long after each try would wait for longer than is left afterwards.
     tokio::time::sleep(Duration::from_secs(45)).await;
     proxy.set(&[]);
-    // What the operator does is over by then; the pods are others' work.
-    let asked_for_three = pools.iter().map(|pool| {
-        let path = format!("/apis/apps/v1/namespaces/{}/deployments/{}", pool.namespace, pool.name);
-        let api = &api;
-        within(RECOVERY, "its workers are asked for", async move || {
-            api.get(&path).await.filter(|deployment| deployment["spec"]["replicas"] == 3).map(drop)
-        })
-    });
-    join_all(asked_for_three).await;
+    join_all(pools.iter().map(|pool| asked_for(&api, pool))).await;
     join_all(pools.iter().map(|pool| pool.converged(&api, PATIENCE))).await;
     assert!(operator.is_running(), "the operator has ended");
 }
