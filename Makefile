@@ -61,6 +61,9 @@ campaign-crash: ## Every kind of work meets every fault between any two of its s
 campaign-rollout: ## Workers replaced under load: N generations (20), SEED
 	@tests/run.sh campaign-rollout
 
+campaign-scale-in: ## Workers taken away under load by the operator, N (200) of them: nothing is cut or done twice
+	@tests/run.sh campaign-scale-in
+
 campaign-operator: ## The operator killed around every write, two minutes of trouble, five of rest
 	@tests/run.sh campaign-operator
 
@@ -73,4 +76,4 @@ bench: ## Figures of the worker beside their targets: gate, memory, and no-ops b
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-operator bench bench-operator bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-operator bench bench-operator bench-scale-sim

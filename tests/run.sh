@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
 # usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale-sim
-#   campaign-kill campaign-crash campaign-rollout campaign-operator
+#   campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -81,10 +81,15 @@ campaign-rollout() {
   campaign debug rollout --generations "${N:-20}"
 }
 
+campaign-scale-in() {
+  cargo build --workspace --bins
+  campaign debug scale-in --scale-ins "${N:-200}"
+}
+
 # campaign PROFILE ARGUMENT…: its last line is the answer, as JSON.
 campaign() {
   local tools
-  tools=$(tests/cluster/tools.sh --path nats-server)
+  tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
   PATH=$tools:$PATH "target/$1/campaign" "${@:2}" ${SEED:+--seed "$SEED"} \
     --commit "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 }
@@ -93,6 +98,7 @@ campaign() {
 operator() {
   cargo build --workspace --bins
   operator_plane
+  campaign debug scale-in --scale-ins 12
 }
 
 campaign-operator() {
@@ -139,9 +145,10 @@ require cc=gcc
 for step; do
   case $step in
     check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench | bench-operator | bench-scale-sim) ;;
-    campaign-kill | campaign-crash | campaign-rollout | campaign-operator) ;;
+    campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
-      "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-operator" ;;
+      "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-scale-in," \
+      "campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

@@ -156,6 +156,10 @@ pub struct GpuStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_scale_time: Option<Time>,
 
+    /// The gpu.replicas that was last seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec_replicas: Option<i32>,
+
     /// What the work taught about these pods.
     #[serde(default)]
     pub learned: Learned,

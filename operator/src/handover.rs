@@ -1,5 +1,6 @@
-//! From one who decides to another, without a dip: whoever leaves mode Operator finds in `spec.replicas` what runs. In mode
-//! HPA the operator also writes the steps there that an autoscaler cannot make.
+//! From one who decides to another, without a dip: whoever leaves mode Operator finds in `spec.replicas` what runs, and who
+//! decides on pods with GPUs from now on finds it in `gpu.replicas`. In mode HPA the operator also writes the steps that an
+//! autoscaler cannot make.
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use kube::api::{Patch, PatchParams};
@@ -18,6 +19,27 @@ pub fn due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Opti
     let last = before.scaling.as_ref()?;
     let leaves = last.mode == Mode::Operator && pool.scaling.mode != Mode::Operator;
     (leaves && last.spec_replicas == Some(written)).then_some(runs?).filter(|runs| *runs != written)
+}
+
+/// The same of pods with GPUs: the operator has decided on them in mode HPA, too.
+pub fn gpu_due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Option<i32>) -> Option<i32> {
+    let last = before.scaling.as_ref()?.mode;
+    let leaves = last != Mode::Manual && pool.scaling.mode == Mode::Manual;
+    let is_seen = before.gpu.as_ref()?.spec_replicas == Some(written);
+    (leaves && is_seen).then_some(runs?).filter(|runs| *runs != written)
+}
+
+/// Writes how many pods with GPUs run, unless the pool has changed meanwhile and is to be looked at again anyway.
+pub async fn write_gpu(ctx: &Context, pool: &WorkerPool, runs: i32) -> Result<(), Error> {
+    let (name, namespace) = (pool.name_any(), pool.namespace().unwrap_or_default());
+    let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), &namespace);
+    let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"gpu": {"replicas": runs}}});
+    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+    match failpoint::around("scale", "WorkerPool", &name, api.patch(&name, &params, &patch)).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        Err(source) => Err(Error::Apply { kind: "WorkerPool".to_owned(), name, source }),
+    }
 }
 
 /// Writes what runs as if by `kubectl scale`. As long as the watch does not show it, mode Operator has not ended.
@@ -81,6 +103,28 @@ mod tests {
         assert_eq!(writes("Manual", ("HPA", 1), 1, 7), None, "it was the number that counts already");
         assert_eq!(writes("KEDA", ("Operator", 1), 1, 7), Some(7));
         assert_eq!(writes("KEDA", ("HPA", 7), 7, 7), None);
+    }
+
+    #[track_caller]
+    fn writes_gpu(mode: &str, last: (&str, Option<i32>), written: i32) -> Option<i32> {
+        let mut before =
+            json!({"replicas": 0, "readyReplicas": 0, "desiredReplicas": 0, "selector": "", "conditions": []});
+        before["scaling"] = json!({"mode": last.0, "desired": 1, "reason": "", "specReplicas": 1});
+        before["gpu"] = json!({"replicas": 3, "readyReplicas": 3, "desiredReplicas": 3, "limitedBy": "None",
+            "specReplicas": last.1});
+        let before: WorkerPoolStatus = serde_json::from_value(before).expect("a status");
+        let pool = valid(&json!({"scaling": {"mode": mode}, "gpu": {"replicas": written}}).to_string());
+        gpu_due(&pool, written, &before, Some(3))
+    }
+
+    #[test]
+    fn pods_with_gpus_are_handed_over_to_a_person_only() {
+        assert_eq!(writes_gpu("Manual", ("Operator", Some(0)), 0), Some(3));
+        assert_eq!(writes_gpu("Manual", ("HPA", Some(0)), 0), Some(3));
+        assert_eq!(writes_gpu("HPA", ("Operator", Some(0)), 0), None, "the operator still decides");
+        assert_eq!(writes_gpu("Manual", ("Operator", Some(0)), 2), None, "both changed: the number counts");
+        assert_eq!(writes_gpu("Manual", ("Operator", Some(3)), 3), None, "it says so already");
+        assert_eq!(writes_gpu("Manual", ("Manual", Some(0)), 0), None);
     }
 
     #[test]

@@ -17,6 +17,15 @@ const WINDOW: Duration = Duration::from_secs(60);
 /// Where nothing moves for this long, they are none: what moves more slowly shows as 0.0 over a whole window too.
 const REST: Duration = Duration::from_secs(20);
 
+/// Messages that have left a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Those of the intake.
+    pub intake: i64,
+    /// Those of the GPU route; a redelivery is another one.
+    pub route: i64,
+}
+
 /// What a pool's stream has seen so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Totals {
@@ -24,6 +33,7 @@ pub struct Totals {
     era: (i128, Option<i128>),
     arrived: i64,
     ended: i64,
+    ended_on_route: i64,
 }
 
 impl Totals {
@@ -38,6 +48,7 @@ impl Totals {
             era: (intake.created.unix_timestamp_nanos(), route.map(|route| route.created.unix_timestamp_nanos())),
             arrived: came - routed,
             ended: came - kept - routed_and_ended,
+            ended_on_route: routed_and_ended,
         }
     }
 }
@@ -101,6 +112,12 @@ impl Window {
         Some(Rates { arrivals: of(before.arrived, after.arrived), completions: of(before.ended, after.ended) })
     }
 
+    /// What has ended, by the last sample; a stream that is made anew starts over.
+    pub fn ended(&self) -> Ended {
+        let last = self.samples.back();
+        last.map_or_else(Ended::default, |(_, last)| Ended { intake: last.ended, route: last.ended_on_route })
+    }
+
     /// What arrived within this time or a little more, as far as it was watched.
     pub fn arrived_within(&self, time: Duration) -> Flow {
         let Some((to, after)) = self.samples.back() else { return Flow::default() };
@@ -144,7 +161,7 @@ mod tests {
         }
 
         fn in_era(&mut self, era: i128, second: u64, arrived: i64, ended: i64) -> Option<(f64, f64)> {
-            let totals = Totals { era: (era, None), arrived, ended };
+            let totals = Totals { era: (era, None), arrived, ended, ended_on_route: 0 };
             let rates = self.1.add(self.0 + Duration::from_secs(second), totals);
             rates.map(|rates| (rates.arrivals, rates.completions))
         }

@@ -96,6 +96,8 @@ pub struct Work {
     pub recent: Flow,
     /// What arrived within half a minute or so.
     pub lately: Flow,
+    /// All assignments that have ended, as the broker counts them: workers have ended no more.
+    pub ended: i64,
 }
 
 /// What came within a time.
@@ -108,7 +110,8 @@ pub struct Flow {
 }
 
 impl Flow {
-    fn rate(self) -> f64 {
+    /// Messages in a second.
+    pub fn rate(self) -> f64 {
         if self.seconds > 0.0 { self.messages as f64 / self.seconds } else { 0.0 }
     }
 
@@ -154,6 +157,8 @@ pub struct Rules {
     pub limit: LimitedBy,
     /// Blocks that one worker runs at once, at least.
     pub slots: i32,
+    /// Blocks that one worker runs at once, at most.
+    pub all_slots: i32,
     /// Within this a backlog is finished.
     pub backlog: Duration,
     /// For so long fewer must have been enough.
@@ -173,8 +178,9 @@ impl Rules {
             _ => (max, LimitedBy::MaxReplicas),
         };
         let slots = class.slots.cpu.max(class.slots.io).max(class.slots.gpu);
+        let all_slots = class.slots.cpu.saturating_add(class.slots.io).saturating_add(class.slots.gpu);
         let bounds = Bounds { min: min.min(max), max, queue_depth_per_replica };
-        Self { paused: pool.paused, bounds, limit, slots, backlog, stabilization, idle_to_zero }
+        Self { paused: pool.paused, bounds, limit, slots, all_slots, backlog, stabilization, idle_to_zero }
     }
 
     /// The same for the step between none and one, where another decides on the rest.
@@ -268,8 +274,9 @@ impl Scaler {
 
     fn learn(&mut self, rules: &Rules, seen: &Seen, now: Duration) {
         let waits = seen.work.is_some_and(|work| work.pending > 0);
-        let look = Look { at: now, done: seen.workers.done, ready: seen.workers.ready, waits };
-        self.learned.rate = self.lessons.learn(look, rules.slots).or(self.learned.rate);
+        let ended = seen.work.map(|work| work.ended);
+        let look = Look { at: now, done: seen.workers.done, ready: seen.workers.ready, waits, ended };
+        self.learned.rate = self.lessons.learn(look, rules.slots..=rules.all_slots).or(self.learned.rate);
         self.learned.start = seen.workers.start.or(self.learned.start);
         let is_idle = seen.work.is_some_and(|work| {
             work.pending == 0 && work.in_flight == 0 && work.due == Some(0) && work.recent.messages == 0

@@ -18,6 +18,8 @@ use crate::signals::{Arrived, Readable, Reading};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A start that took longer was held up by something else.
 const LONGEST_START: Duration = Duration::from_secs(600);
+/// What came so lately may be on its way to a worker, or back, and in no report.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
 
 /// What there is to see of a class.
 pub fn seen(
@@ -67,6 +69,16 @@ pub fn is_ready(pod: &Pod) -> bool {
     ready(pod).is_some_and(|ready| ready.status == "True")
 }
 
+/// Whether workers hold work that none of them speaks of: then who says that it holds nothing may be wrong.
+pub fn is_hidden(reading: &Reading) -> bool {
+    let (Some(queue), Some(Ok(Readable::Own))) = (&reading.queue, &reading.readable) else { return false };
+    let in_flight = queue.in_flight.saturating_add(reading.route.map_or(0, |route| route.in_flight));
+    let workers = reading.general.workers.iter().chain(&reading.gpu.workers);
+    let held: i64 = workers.map(|worker| i64::from(worker.held)).sum();
+    let on_its_way = reading.arrived.recently.rate() * ON_ITS_WAY.as_secs_f64();
+    in_flight.saturating_sub(held) as f64 > on_its_way
+}
+
 /// Whether pods without GPUs of the operator's giving take what waits for GPU slots.
 fn has_gpu_slots(pool: &ValidPool) -> bool {
     pool.gpu.is_none() && pool.general.slots.gpu > 0
@@ -74,19 +86,21 @@ fn has_gpu_slots(pool: &ValidPool) -> bool {
 
 fn general(reading: &Reading, takes_route: bool) -> Option<Work> {
     let queue = reading.queue.as_ref()?;
-    let Arrived { recently, lately } = reading.arrived;
-    let (mut pending, mut in_flight) = (queue.pending, queue.in_flight);
+    let Arrived { recently, lately, ended } = reading.arrived;
+    let (mut pending, mut in_flight, mut all_ended) = (queue.pending, queue.in_flight, ended.intake);
     if let Some(route) = reading.route.filter(|_| takes_route) {
         (pending, in_flight) = (pending.saturating_add(route.pending), in_flight.saturating_add(route.in_flight));
+        all_ended = all_ended.saturating_add(ended.route);
     }
-    Some(Work { pending, in_flight, due: reading.due, recent: recently, lately })
+    Some(Work { pending, in_flight, due: reading.due, recent: recently, lately, ended: all_ended })
 }
 
 /// Nobody counts what arrives on the route. Cancels and answers need no GPU.
 fn gpu(reading: &Reading) -> Option<Work> {
     let route = reading.route?;
     let (pending, in_flight) = (route.pending, route.in_flight);
-    Some(Work { pending, in_flight, due: Some(0), recent: Flow::default(), lately: Flow::default() })
+    let ended = reading.arrived.ended.route;
+    Some(Work { pending, in_flight, due: Some(0), recent: Flow::default(), lately: Flow::default(), ended })
 }
 
 /// Of a queue that pools share, each does an equal part.
@@ -98,9 +112,10 @@ fn share(reading: &Reading, work: Work) -> Option<Work> {
     };
     let part = |all: i64| all / pools + i64::from(all % pools > 0);
     let flow = |flow: Flow| Flow { messages: part(flow.messages), ..flow };
-    let Work { pending, in_flight, due, recent, lately } = work;
+    let Work { pending, in_flight, due, recent, lately, ended } = work;
     let (pending, in_flight) = (part(pending), part(in_flight));
-    Some(Work { pending, in_flight, due, recent: flow(recent), lately: flow(lately) })
+    // As much may have ended by this pool's workers.
+    Some(Work { pending, in_flight, due, recent: flow(recent), lately: flow(lately), ended })
 }
 
 fn count(pods: &[&Pod], is_counted: impl Fn(&Pod) -> bool) -> i32 {
@@ -195,6 +210,36 @@ mod tests {
             None,
             "no consumer on the route"
         );
+    }
+
+    #[test]
+    fn work_that_no_worker_speaks_of_is_hidden() {
+        let holds = |held| Worker { name: "a".to_owned(), held, is_told_to_stop: true, has_stopped: true };
+        let hidden = |held: u32, route: i64, arrived: i64| {
+            let recently = Flow { messages: arrived, seconds: 5.0 };
+            is_hidden(&Reading {
+                general: Crew { workers: vec![holds(held)], ..Crew::default() },
+                gpu: Crew { workers: vec![holds(0)], ..Crew::default() },
+                route: Some(Route { pending: 0, in_flight: route }),
+                arrived: Arrived { recently, ..Arrived::default() },
+                ..reading()
+            })
+        };
+        assert!(!hidden(4, 0, 0) && !hidden(5, 0, 0));
+        assert!(hidden(3, 0, 0));
+        assert!(hidden(4, 1, 0), "the one with GPUs has it");
+        assert!(!hidden(3, 0, 10), "it may be on its way");
+        let shared = Readable::Shared(vec!["flows/other".to_owned()]);
+        assert!(!is_hidden(&Reading { readable: Some(Ok(shared)), ..reading() }), "another pool's workers have it");
+    }
+
+    #[test]
+    fn a_jump_of_the_clock_takes_no_work_and_no_capacity_away() {
+        let pods = [pod("a", "True", "2026-11-26T12:00:02Z"), pod("b", "True", "2026-11-26T12:00:03Z")];
+        let all = |now| seen(&valid("{}"), Kind::General, &reading(), Some(2), &pods, Some(2.0), at(now));
+        for now in ["2026-11-25T12:00:00Z", "2026-11-27T12:00:00Z", "1970-01-01T00:00:00Z"] {
+            assert_eq!(all(now), all("2026-11-26T12:00:10Z"));
+        }
     }
 
     #[test]

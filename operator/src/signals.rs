@@ -25,6 +25,7 @@ use crate::lock::lock;
 use crate::memory::Memory;
 use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Kind, Nats, ValidPool};
+use crate::rates::Ended;
 use crate::reports::Crew;
 use crate::scale::{Decisions, Flow};
 use crate::streams::{self, Demand, Refusals, Remark};
@@ -40,6 +41,9 @@ const SECRETS_AGE: Duration = Duration::from_secs(60);
 /// How long a broker may take to answer all that is asked at once: one that answers forever is left, too.
 const ASKED: Duration = Duration::from_secs(60);
 
+/// Who was told to go on so lately may be at work already, and what it said before is no news.
+const GOES_ON: Duration = Duration::from_secs(5);
+
 /// How often streams that were in order are looked at again.
 const STREAMS_AGE: Duration = Duration::from_secs(10);
 
@@ -48,7 +52,7 @@ const STREAMS_AGE: Duration = Duration::from_secs(10);
 pub struct Reading {
     /// The queue when it was last readable.
     pub queue: Option<Queue>,
-    /// What came into it lately.
+    /// What came into it lately, and what has left it.
     pub arrived: Arrived,
     /// The GPU route when it was last readable.
     pub route: Option<Route>,
@@ -75,13 +79,15 @@ pub enum Readable {
     NoQueue,
 }
 
-/// What came into a queue.
+/// What came into a queue, and what has left it: it changes with every look.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Arrived {
     /// Within seconds.
     pub recently: Flow,
     /// Within half a minute.
     pub lately: Flow,
+    /// All that has ended.
+    pub ended: Ended,
 }
 
 /// The work that waits for GPU slots.
@@ -108,6 +114,19 @@ struct Followed {
     demand: watch::Sender<Demand>,
     reading: Arc<Mutex<Reading>>,
     line: Arc<Mutex<Option<Shared>>>,
+    /// When workers were told to go on.
+    gone_on: HashMap<String, Instant>,
+}
+
+impl Followed {
+    fn reading(&self) -> Reading {
+        let mut reading = lock(&self.reading).clone();
+        for worker in reading.general.workers.iter_mut().chain(&mut reading.gpu.workers) {
+            let since = self.gone_on.get(&worker.name);
+            worker.has_stopped &= since.is_none_or(|since| since.elapsed() >= GOES_ON);
+        }
+        reading
+    }
 }
 
 /// The tasks of all pools, and what they last heard.
@@ -137,7 +156,7 @@ impl Signals {
     /// What was last heard about a pool.
     pub fn reading(&self, pool: &ObjectRef<Watched>) -> Reading {
         let followed = lock(&self.followed);
-        followed.get(pool).map(|followed| lock(&followed.reading).clone()).unwrap_or_default()
+        followed.get(pool).map(Followed::reading).unwrap_or_default()
     }
 
     /// Whether a pool that asks for no GPU slots had some, and work is left for them that nobody else takes.
@@ -174,14 +193,19 @@ impl Signals {
         let reading = Arc::<Mutex<Reading>>::default();
         let line = Arc::<Mutex<Option<Shared>>>::default();
         tokio::spawn(Arc::clone(self).guarded(reference.clone(), receiver, Arc::clone(&reading), Arc::clone(&line)));
-        all.insert(reference, Followed { demand: sender, reading, line });
+        all.insert(reference, Followed { demand: sender, reading, line, gone_on: HashMap::new() });
     }
 
     /// Tells workers of this pool to take work, or not to.
     pub async fn tell(&self, pool: &ObjectRef<Watched>, workers: &[String], pull: bool) {
         let shared = {
-            let followed = lock(&self.followed);
-            followed.get(pool).and_then(|followed| lock(&followed.line).clone())
+            let mut followed = lock(&self.followed);
+            let Some(followed) = followed.get_mut(pool) else { return };
+            followed.gone_on.retain(|_, since| since.elapsed() < GOES_ON);
+            if pull {
+                followed.gone_on.extend(workers.iter().map(|worker| (worker.clone(), Instant::now())));
+            }
+            lock(&followed.line).clone()
         };
         let Some(broker) = shared.as_ref().and_then(|shared| shared.get()) else { return };
         for worker in workers {

@@ -8,10 +8,10 @@ use crate::controller::{Context, Watched};
 use crate::error::Error;
 use crate::observe::Observed;
 use crate::pool::{Class, Kind, Mode, ValidPool};
-use crate::reports::Crew;
-use crate::retire::{Plan, plan};
-use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written};
-use crate::seen::{demand, seen};
+use crate::reports::{Crew, Worker};
+use crate::retire::{Plan, plan, stay};
+use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written, fixed};
+use crate::seen::{demand, is_hidden, seen};
 use crate::signals::Reading;
 use crate::{handover, status};
 
@@ -62,20 +62,23 @@ pub async fn size(
     let scene = Scene { pool: valid, ctx, observed, reading, before };
     let scaled = |class: &Class| scene.scaled(class);
     let decisions = match valid.scaling.mode {
-        Mode::Manual => scene.by_hand(pool).await?,
+        Mode::Manual => Box::pin(scene.by_hand(pool)).await?,
         Mode::Hpa => scene.by_autoscaler(pool).await?,
         Mode::Keda => scene.by_keda(pool).await?,
         Mode::Operator => {
             Decisions { mode: Mode::Operator, general: scaled(&valid.general), gpu: valid.gpu.as_ref().map(scaled) }
         }
     };
-    let was_operator = scene.decided_before() == Some(Mode::Operator);
+    let was_ours = |kind| match scene.decided_before() {
+        Some(Mode::Operator) => true,
+        Some(Mode::Hpa | Mode::Keda) => kind == Kind::Gpu,
+        Some(Mode::Manual) | None => false,
+    };
     let way = |kind, decision: &Decision| match (valid.scaling.mode, kind) {
         (Mode::Operator, _) | (Mode::Hpa | Mode::Keda, Kind::Gpu) => without_cutting(kind, decision, observed, reading),
         // Whoever was told to go has heard it from this operator, and is asked for now.
-        (Mode::Manual | Mode::Hpa | Mode::Keda, _) if was_operator => {
-            let stay = plan(kind, decision.desired, decision.desired, &observed.pods, crew(kind, reading));
-            Plan { replicas: decision.desired, ..stay }
+        (Mode::Manual | Mode::Hpa | Mode::Keda, _) if was_ours(kind) => {
+            stay(kind, decision.desired, &observed.pods, crew(kind, reading))
         }
         (Mode::Manual | Mode::Hpa | Mode::Keda, _) => Plan::at_once(decision.desired),
     };
@@ -89,11 +92,26 @@ impl Scene<'_> {
     async fn by_hand(&self, pool: &WorkerPool) -> Result<Decisions, Error> {
         let Decisions { mode, general, gpu } = as_written(self.pool);
         let gpu = gpu.map(|gpu| self.frozen(gpu, Kind::Gpu));
+        let gpu_handed_over = self.gpu_handed_over(pool).await?;
+        let gpu = gpu_handed_over.clone().or(gpu);
         if let Some(runs) = self.handed_over(pool) {
             return handover::write(self.ctx, pool, runs, gpu).await;
         }
-        self.ctx.memory.forget_scalers(&reference(self.pool));
+        // As long as the watch does not show what was written, the mode before has not ended.
+        let mode = self.decided_before().filter(|_| gpu_handed_over.is_some()).unwrap_or(mode);
+        if mode == Mode::Manual {
+            self.ctx.memory.forget_scalers(&reference(self.pool));
+        }
         Ok(Decisions { mode, general: self.frozen(general, Kind::General), gpu })
+    }
+
+    /// As many pods with GPUs as run, where that had to be written for whoever decides from now on.
+    async fn gpu_handed_over(&self, pool: &WorkerPool) -> Result<Option<Decision>, Error> {
+        let Some(class) = &self.pool.gpu else { return Ok(None) };
+        let runs = running(self.observed, Kind::Gpu);
+        let Some(runs) = handover::gpu_due(self.pool, class.replicas, self.before, runs) else { return Ok(None) };
+        handover::write_gpu(self.ctx, pool, runs).await?;
+        Ok(Some(fixed(runs, Need::Spec("gpu.replicas", runs), None)))
     }
 
     /// What an autoscaler has written through `/scale`, but for the step between none and one worker.
@@ -186,8 +204,25 @@ fn without_cutting(kind: Kind, decision: &Decision, observed: &Observed, reading
     match (running(observed, kind), &decision.why.need) {
         (None, _) => Plan::at_once(decision.desired),
         (Some(running), Need::Paused(_) | Need::Unreadable(_)) => Plan::at_once(running.max(decision.desired)),
-        (Some(running), _) => plan(kind, running, decision.desired, &observed.pods, crew(kind, reading)),
+        (Some(running), _) => {
+            let crew = crew(kind, reading);
+            let crew = if is_hidden(reading) { &doubted(crew) } else { crew };
+            plan(
+                kind,
+                made(observed, kind).unwrap_or(running),
+                decision.desired,
+                &observed.pods,
+                crew,
+                Timestamp::now(),
+            )
+        }
     }
+}
+
+/// Whoever says that it holds nothing may hold what nobody speaks of.
+fn doubted(crew: &Crew) -> Crew {
+    let workers = crew.workers.iter().cloned().map(|worker| Worker { has_stopped: false, ..worker });
+    Crew { workers: workers.collect(), ..crew.clone() }
 }
 
 const fn crew(kind: Kind, reading: &Reading) -> &Crew {
@@ -199,6 +234,15 @@ const fn crew(kind: Kind, reading: &Reading) -> &Crew {
 
 fn running(observed: &Observed, kind: Kind) -> Option<i32> {
     observed.workload(kind).deployment.as_ref().and_then(|deployment| deployment.spec.as_ref()?.replicas)
+}
+
+/// As many pods as there are or will be: a Deployment that must not make more asks for them all the same.
+fn made(observed: &Observed, kind: Kind) -> Option<i32> {
+    let deployment = observed.workload(kind).deployment.as_ref()?;
+    let asked = deployment.spec.as_ref()?.replicas?;
+    let Some(status) = &deployment.status else { return Some(asked) };
+    let fails = status.conditions.iter().flatten().any(|one| one.type_ == "ReplicaFailure" && one.status == "True");
+    Some(if fails { asked.min(status.replicas.unwrap_or(0)) } else { asked })
 }
 
 fn reference(pool: &ValidPool) -> ObjectRef<Watched> {

@@ -112,6 +112,7 @@ impl Counts {
                     .gpu
                     .as_ref()
                     .and_then(|last| last_scaled((last.desired_replicas, &last.last_scale_time), state.desired, now)),
+                spec_replicas: pool.spec.gpu.as_ref().map(|gpu| gpu.replicas.unwrap_or(0)),
                 learned: converged.decisions.gpu.as_ref().map(|gpu| learned(&gpu.learned)).unwrap_or_default(),
                 pending,
                 in_flight,

@@ -12,6 +12,8 @@
 
 #[path = "operator_plane/autoscaler.rs"]
 mod autoscaler; // mode HPA, and what it asks the operator
+#[path = "operator_plane/cast.rs"]
+mod cast; // workers that are played
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
 #[path = "operator_plane/keda.rs"]
@@ -20,6 +22,10 @@ mod keda; // mode KEDA, without KEDA and with it
 mod lacks; // what it may not do
 #[path = "operator_plane/level.rs"]
 mod level; // the Pod Security level of pods
+#[path = "operator_plane/matrix.rs"]
+mod matrix; // signals that are missing, old or wrong
+#[path = "operator_plane/modes.rs"]
+mod modes; // who decides changes, or may have fewer
 #[path = "operator_plane/panics.rs"]
 mod panics; // bugs
 #[path = "operator_plane/process.rs"]

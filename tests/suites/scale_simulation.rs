@@ -27,6 +27,7 @@ fn rules() -> Rules {
         bounds: Bounds { min: 0, max: 400, queue_depth_per_replica: 100 },
         limit: LimitedBy::MaxReplicas,
         slots: SLOTS,
+        all_slots: SLOTS,
         backlog: Duration::from_secs(BACKLOG as u64),
         stabilization: Duration::from_secs(STABILIZATION as u64),
         idle_to_zero: Duration::from_secs(IDLE as u64),
@@ -191,6 +192,7 @@ fn simulate(load: &Load, chance: &mut Chance, mut each: impl FnMut(usize, i32)) 
             due: Some(0),
             recent: Flow { messages: recent, seconds: 5.0 },
             lately: Flow { messages: lately, seconds: 30.0 },
+            ended: ended_so_far as i64,
         };
         let workers = Workers {
             asked: Some(desired),

@@ -29,6 +29,9 @@ async fn carry_out(
     plan: &Plan,
     refused: &OnceLock<Notice>,
 ) -> Result<(), Error> {
+    if *plan != Plan::at_once(plan.replicas) {
+        tracing::debug!(%pool, ?plan, "workers go or go on");
+    }
     ctx.signals.tell(pool, &plan.go_on, true).await;
     ctx.signals.tell(pool, &plan.stop, false).await;
     let marks = plan.mark.iter().map(|name| (name, Some(FIRST)));

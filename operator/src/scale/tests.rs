@@ -232,8 +232,14 @@ fn work() -> impl Strategy<Value = Option<Work>> {
         flow(5.0),
         flow(30.0),
     );
-    let some =
-        some.prop_map(|(pending, in_flight, due, recent, lately)| Work { pending, in_flight, due, recent, lately });
+    let some = (some, 0..1_000_000_i64).prop_map(|((pending, in_flight, due, recent, lately), ended)| Work {
+        pending,
+        in_flight,
+        due,
+        recent,
+        lately,
+        ended,
+    });
     proptest::option::weighted(0.8, prop_oneof![some, Just(Work { due: Some(0), ..Work::default() })])
 }
 

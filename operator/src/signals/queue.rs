@@ -96,7 +96,11 @@ pub async fn read(
     let queue = Queue { depth, pending, in_flight, oldest_since, dead_letters, ..Queue::default() };
     let window = &mut past.window;
     let rates = window.add(Instant::now(), totals);
-    let arrived = Arrived { recently: window.arrived_within(RECENTLY), lately: window.arrived_within(LATELY) };
+    let arrived = Arrived {
+        recently: window.arrived_within(RECENTLY),
+        lately: window.arrived_within(LATELY),
+        ended: window.ended(),
+    };
     Ok((with_rates(queue, rates), arrived, route))
 }
 

@@ -116,11 +116,17 @@ async fn do_everything(api: &Api, namespace: &str, autoscalers: &[(&str, &str)])
     within(PATIENCE, "the monitor is gone", async || api.get(&monitor).await.is_none().then_some(())).await;
     pool.converged(api, PATIENCE).await;
     // Who leaves mode Operator finds written what runs.
-    pool.change(api, json!({"scaling": {"mode": "Operator", "minReplicas": 3}})).await;
-    let desired = async || (api.get(&pool.path()).await?["status"]["desiredReplicas"] == 3).then_some(());
-    within(PATIENCE, "the operator asks for three", desired).await;
+    pool.change(api, json!({"scaling": {"mode": "Operator", "minReplicas": 3}, "gpu": {"minReplicas": 2}})).await;
+    let desired = async || {
+        let status = api.get(&pool.path()).await?["status"].take();
+        (status["desiredReplicas"] == 3 && status["gpu"]["desiredReplicas"] == 2).then_some(())
+    };
+    within(PATIENCE, "the operator asks for three, and for two with GPUs", desired).await;
     pool.change(api, json!({"scaling": {"mode": "Manual"}})).await;
-    let written = async || (api.get(&pool.path()).await?["spec"]["replicas"] == 3).then_some(());
+    let written = async || {
+        let spec = api.get(&pool.path()).await?["spec"].take();
+        (spec["replicas"] == 3 && spec["gpu"]["replicas"] == 2).then_some(())
+    };
     within(PATIENCE, "what runs is written", written).await;
     // An autoscaler comes and goes with its mode.
     for (mode, path) in autoscalers {

@@ -48,6 +48,8 @@ pub(crate) enum Mix {
     Everything,
     /// Calls that succeed at once or after some time: a peer counts how often each was executed.
     Calls,
+    /// Calls that all take their time, up to two seconds.
+    Slow,
 }
 
 /// Where blocks find what they need.
@@ -95,6 +97,9 @@ impl World {
             let payload = match size.mix {
                 Mix::Everything => self.assignment(number),
                 Mix::Calls => assignment(tenant(number), &id(number), self.call(&format!("/slow/{}", number % 100), 3)),
+                Mix::Slow => {
+                    assignment(tenant(number), &id(number), self.call(&format!("/slow/{}", number * 37 % 2000), 3))
+                }
             };
             let again = (rng.u64(..100) < size.duplicates).then(|| self.again(number, size.latest, &mut rng));
             let place = Arc::clone(&places).acquire_owned().await?;

@@ -11,8 +11,10 @@
 mod kill; // workers and the broker are killed, paused and cut off
 mod crash; // one fault exactly between two steps, everywhere
 mod rollout; // workers are replaced
+mod scale_in; // the operator takes workers away
 mod scene; // what they are played on
 mod nemesis; // who does that, and when
+mod bodies; // workers in pods
 mod crew; // workers, each behind a network that breaks
 mod load; // the Router
 mod sink; // whom blocks call
@@ -51,6 +53,8 @@ enum Campaign {
     Crash(crash::Plan),
     /// Workers are replaced under load, one generation after the other (W-05).
     Rollout(rollout::Plan),
+    /// The operator takes workers away under load, again and again (O-19).
+    ScaleIn(scale_in::Plan),
 }
 
 #[tokio::main]
@@ -61,6 +65,7 @@ async fn main() -> ExitCode {
         Campaign::Kill(plan) => kill::run(plan, &origin).await,
         Campaign::Crash(plan) => crash::run(plan, &origin).await,
         Campaign::Rollout(plan) => rollout::run(plan, &origin).await,
+        Campaign::ScaleIn(plan) => scale_in::run(plan, &origin).await,
     };
     match ended {
         Ok(true) => ExitCode::SUCCESS,
