@@ -61,8 +61,13 @@ async fn the_consumer_is_missing() {
     let row = Row::set("missing", Class::General).await;
     let manage = |manage: bool| json!({"nats": {"streams": {"manage": manage}}});
     row.pool.change(&row.api, manage(false)).await;
-    row.stream().await.delete_consumer("caf-workers").await.expect("it is deleted");
-    row.is_unreadable().await;
+    let stream = row.stream().await;
+    // Until the operator has heard that it is not to manage it, it makes it again.
+    within(PATIENCE, "the queue is unreadable", async || {
+        let _ = stream.delete_consumer("caf-workers").await;
+        row.queue().await.filter(|readable| readable == "False")
+    })
+    .await;
     row.nobody_goes("the consumer is missing").await;
     row.pool.change(&row.api, manage(true)).await;
     row.is_readable().await;
@@ -228,11 +233,14 @@ impl Row {
     }
 
     async fn queue_is(&self, readable: &str) {
-        within(PATIENCE, &format!("QueueReadable is {readable}"), async || {
-            let condition = super::condition(&self.api, &self.pool, "QueueReadable").await;
-            (condition["status"] == readable).then_some(())
-        })
-        .await;
+        let what = format!("QueueReadable is {readable}");
+        within(PATIENCE, &what, async || self.queue().await.filter(|queue| queue == readable)).await;
+    }
+
+    /// The status of `QueueReadable`.
+    async fn queue(&self) -> Option<String> {
+        let condition = super::condition(&self.api, &self.pool, "QueueReadable").await;
+        condition["status"].as_str().map(str::to_owned)
     }
 
     async fn nobody_goes(&self, why: &str) {
