@@ -623,6 +623,27 @@ async fn verdicts_that_may_not_be_published_go_out_before_their_results_once_the
     limited.is_well_again().await;
 }
 
+/// The broker would take it, and the verdict before it not.
+#[tokio::test]
+async fn no_result_goes_out_before_a_verdict_that_may_not_be_published() {
+    let limited = Limited::start(&all_but_publishing_on("caf.exec.assign.v1.ack"), &[]).await;
+    limited.worker.ready().await;
+    let accepted = limited.put("accepted");
+    limited.router.submit(&accepted).await;
+    until("its record stands", async || limited.router.record(&accepted).await.is_some()).await;
+    let refused = || forbidden(&limited.nats).len();
+    let before = refused();
+    until("its verdict is tried again", async || refused() >= before + 2).await;
+    let story = limited.router.story(&accepted);
+    assert_eq!((story.verdicts.len(), story.results.len()), (0, 0), "{story:?}");
+
+    limited.nats.reload_with(&all_but(""));
+    limited.router.result(&accepted).await;
+    let story = limited.router.story(&accepted);
+    assert_eq!((story.verdicts.len(), story.results.len()), (1, 1), "{story:?}");
+    limited.router.settled(SOON).await;
+}
+
 /// The refusal is forgotten, but not that it took a verdict with it.
 #[tokio::test]
 async fn a_verdict_that_was_refused_long_before_its_result_goes_out_too() {

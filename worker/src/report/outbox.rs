@@ -119,13 +119,39 @@ enum Sent {
 }
 
 async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
+    let session = broker.session();
+    let is_lost = |said: &&Said| said.session != session || broker.last_refusal(&[verdicts]) > said.refusal;
+    let lost: Vec<_> = batch.iter().filter_map(|one| Some((one, one.message.said().filter(is_lost)?))).collect();
+    if !lost.is_empty() {
+        let again = async {
+            for (outgoing, said) in lost {
+                broker.publish_in(outgoing.trace.as_ref(), verdicts.clone(), said.verdict.clone()).await;
+            }
+        };
+        // The broker may take a result and refuse the verdict before it.
+        match fenced(broker, verdicts, again).await {
+            Sent::Certainly => {}
+            other => return other,
+        }
+    }
+    let all = async {
+        for outgoing in batch {
+            say(broker, verdicts, outgoing).await;
+        }
+    };
+    match fenced(broker, verdicts, all).await {
+        Sent::Certainly if broker.session() != session => Sent::Perhaps,
+        sent => sent,
+    }
+}
+
+/// Publishes, and says what became of it.
+async fn fenced(broker: &Broker, verdicts: &Subject, publishing: impl Future<Output = ()>) -> Sent {
     let subjects = [verdicts.as_str(), contract::RESULT, contract::APPROVAL_REQUEST];
     let (session, refusal) = (broker.session(), broker.last_refusal(&subjects));
     let inbox = broker.client().new_inbox();
     let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return Sent::Perhaps };
-    for outgoing in batch {
-        say(broker, verdicts, outgoing, &session).await;
-    }
+    publishing.await;
     broker.publish(inbox, Bytes::new()).await;
     let is_back = came_back(fence).await;
     // The client tells refusals by a task of its own, which has been woken before this one where they came first.
@@ -139,17 +165,19 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
     }
 }
 
-async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing, session: &Session) {
-    let trace = outgoing.trace.as_ref();
-    let is_lost = |said: &&Said| said.session != *session || broker.last_refusal(&[verdicts]) > said.refusal;
-    let said = match &outgoing.message {
-        Message::Result { said, .. } => said.as_ref(),
-        Message::Parked { said, .. } => Some(said),
-        Message::Refusal { .. } => None,
-    };
-    if let Some(lost) = said.filter(is_lost) {
-        broker.publish_in(trace, verdicts.clone(), lost.verdict.clone()).await;
+impl Message {
+    /// The verdict that came before it.
+    fn said(&self) -> Option<&Said> {
+        match self {
+            Self::Result { said, .. } => said.as_ref(),
+            Self::Parked { said, .. } => Some(said),
+            Self::Refusal { .. } => None,
+        }
     }
+}
+
+async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing) {
+    let trace = outgoing.trace.as_ref();
     match &outgoing.message {
         Message::Result { result, id: None, .. } => broker.publish_in(trace, contract::RESULT, result.clone()).await,
         Message::Result { result, id: Some(id), .. } => say_as(broker, id, trace, result.clone()).await,
