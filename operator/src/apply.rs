@@ -28,7 +28,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::controller::{Context, Watched};
-use crate::desired::{Desired, Workload, names};
+use crate::desired::{Desired, Workload, names, policy_hash};
 use crate::error::Error;
 use crate::failpoint;
 use crate::memory::{Child, Settled, Since};
@@ -72,6 +72,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
     // Pods start as soon as the Deployment exists: their account and configuration come first, and so do the wall around
     // them and the budget that protects them.
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
+    let policy = policy_hash(config_map);
     let config_map = child(ctx, pool, observed.config_map.as_ref(), config_map).await?;
     child(ctx, pool, observed.service.as_ref(), service).await?;
     match network_policy {
@@ -96,7 +97,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
             None
         }
     };
-    let deaf = nudge::nudge(ctx, &config_map, &observed.pods).await?;
+    let deaf = nudge::nudge(ctx, &policy, &config_map, &observed.pods).await?;
     // After the autoscaler, which is gone by now if it was one: KEDA takes over nothing that another scales.
     let keda = match observed.surroundings.numbers {
         Some(_) => addon::apply(ctx, valid, pool, &addon::SCALED_OBJECT, scaled_object.as_ref()).await?,

@@ -10,18 +10,23 @@ use kube::ResourceExt;
 
 use crate::apply::annotate::{AT_ONCE, annotate};
 use crate::controller::Context;
-use crate::desired::{self, names};
+use crate::desired::names;
 use crate::error::Error;
 use crate::notice::Notice;
 
-/// Makes the kubelets look at the ConfigMap again, for each pod that may have an older one.
-pub(super) async fn nudge(ctx: &Context, config_map: &ConfigMap, pods: &[Arc<Pod>]) -> Result<Option<Notice>, Error> {
-    let hash = desired::policy_hash(config_map);
+/// Makes the kubelets look at the ConfigMap again, for each pod that may have an older one. `hash` is of what it is to
+/// say: what it says is not kept here.
+pub(super) async fn nudge(
+    ctx: &Context,
+    hash: &str,
+    config_map: &ConfigMap,
+    pods: &[Arc<Pod>],
+) -> Result<Option<Notice>, Error> {
     let changed = last_change(config_map);
-    let outdated = pods.iter().filter(|pod| is_outdated(pod, changed, &hash));
+    let outdated = pods.iter().filter(|pod| is_outdated(pod, changed, hash));
     let refused = OnceLock::new();
     let all = stream::iter(outdated).map(Ok);
-    all.try_for_each_concurrent(AT_ONCE, |pod| tell(ctx, pod, &hash, &refused)).await?;
+    all.try_for_each_concurrent(AT_ONCE, |pod| tell(ctx, pod, hash, &refused)).await?;
     Ok(refused.into_inner())
 }
 

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use beamline_tests::cluster::{Namespace, kubectl, pretend_gpus};
+use beamline_tests::cluster::{Namespace, PATIENCE, kubectl, pretend_gpus};
 use beamline_tests::router::{Router, assignment};
+use beamline_tests::wait::within;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
@@ -25,6 +26,7 @@ async fn a_pause_is_in_force_within_ten_seconds_and_replaces_no_pod() {
     let router = Router::connect(&forward.nats_url()).await;
     let mut reports = router.client().subscribe("caf.worker.report.v1.*").await.expect("a subscription");
 
+    let mut told = policy_hashes(&namespace);
     for paused in [true, false] {
         namespace.kubectl(&[
             "patch",
@@ -45,6 +47,10 @@ async fn a_pause_is_in_force_within_ten_seconds_and_replaces_no_pod() {
                 obeyed.insert(report["worker"].to_string());
             }
         }
+        told = within(PATIENCE, "the kubelet is told of both", async || {
+            Some(policy_hashes(&namespace)).filter(|now| now.is_disjoint(&told))
+        })
+        .await;
         let reason = if paused { "Paused" } else { "WorkersReady" };
         let says_so = |pool: &Value| condition(pool, "Ready")["reason"] == reason && is(pool, "Ready", "True");
         namespace.until("workerpool/orders", reason, says_so).await;
@@ -56,6 +62,12 @@ async fn a_pause_is_in_force_within_ten_seconds_and_replaces_no_pod() {
     router.result(("acme", "paused-false")).await;
     let pods = namespace.list("pods", PODS);
     assert_eq!(names(&pods), before, "pods were replaced");
+}
+
+/// What makes the kubelet bring a changed policy at once.
+fn policy_hashes(namespace: &Namespace) -> std::collections::BTreeSet<String> {
+    let pods = namespace.list("pods", PODS);
+    pods.iter().map(|pod| pod["metadata"]["annotations"]["beamline.dev/policy-hash"].to_string()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
