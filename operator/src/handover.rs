@@ -18,28 +18,27 @@ use crate::scale::{Decision, Decisions, Need, fixed};
 pub fn due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Option<i32>) -> Option<i32> {
     let last = before.scaling.as_ref()?;
     let leaves = last.mode == Mode::Operator && pool.scaling.mode != Mode::Operator;
-    (leaves && last.spec_replicas == Some(written)).then_some(runs?).filter(|runs| *runs != written)
+    left(leaves, last.spec_replicas, written, runs)
 }
 
 /// The same of pods with GPUs: the operator has decided on them in mode HPA, too.
 pub fn gpu_due(pool: &ValidPool, written: i32, before: &WorkerPoolStatus, runs: Option<i32>) -> Option<i32> {
     let last = before.scaling.as_ref()?.mode;
     let leaves = last != Mode::Manual && pool.scaling.mode == Mode::Manual;
-    let is_seen = before.gpu.as_ref()?.spec_replicas == Some(written);
-    (leaves && is_seen).then_some(runs?).filter(|runs| *runs != written)
+    left(leaves, before.gpu.as_ref()?.spec_replicas, written, runs)
+}
+
+fn left(leaves: bool, seen: Option<i32>, written: i32, runs: Option<i32>) -> Option<i32> {
+    (leaves && seen == Some(written)).then_some(runs?).filter(|runs| *runs != written)
 }
 
 /// Writes how many pods with GPUs run, unless the pool has changed meanwhile and is to be looked at again anyway.
 pub async fn write_gpu(ctx: &Context, pool: &WorkerPool, runs: i32) -> Result<(), Error> {
-    let (name, namespace) = (pool.name_any(), pool.namespace().unwrap_or_default());
-    let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), &namespace);
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"gpu": {"replicas": runs}}});
+    let (api, name) = (pools(ctx, pool), pool.name_any());
     let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
-    match failpoint::around("scale", "WorkerPool", &name, api.patch(&name, &params, &patch)).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-        Err(source) => Err(Error::Apply { kind: "WorkerPool".to_owned(), name, source }),
-    }
+    let written = failpoint::around("scale", "WorkerPool", &name, api.patch(&name, &params, &patch)).await;
+    unless_changed(written.map(drop).map_err(|source| not_written(name, source))).map(drop)
 }
 
 /// Writes what runs as if by `kubectl scale`. As long as the watch does not show it, mode Operator has not ended.
@@ -57,7 +56,12 @@ pub const fn is_step(written: i32, decided: i32) -> bool {
 /// Writes that step, unless the pool has changed meanwhile and is to be looked at again: whether it did.
 pub async fn step(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<bool, Error> {
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"replicas": replicas}});
-    match scale(ctx, pool, patch).await {
+    unless_changed(scale(ctx, pool, patch).await)
+}
+
+/// Whether it was written, and not to a pool that had changed.
+fn unless_changed(written: Result<(), Error>) -> Result<bool, Error> {
+    match written {
         Ok(()) => Ok(true),
         Err(Error::Apply { source: kube::Error::Api(status), .. }) if status.code == 409 => Ok(false),
         Err(error) => Err(error),
@@ -65,12 +69,18 @@ pub async fn step(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<boo
 }
 
 async fn scale(ctx: &Context, pool: &WorkerPool, patch: Value) -> Result<(), Error> {
-    let (name, namespace) = (pool.name_any(), pool.namespace().unwrap_or_default());
-    let api = Api::<WorkerPool>::namespaced(ctx.client.clone(), &namespace);
+    let (api, name) = (pools(ctx, pool), pool.name_any());
     let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch_scale(&name, &params, &patch)).await;
-    written.map_err(|source| Error::Apply { kind: "WorkerPool".to_owned(), name, source })?;
-    Ok(())
+    written.map(drop).map_err(|source| not_written(name, source))
+}
+
+fn pools(ctx: &Context, pool: &WorkerPool) -> Api<WorkerPool> {
+    Api::namespaced(ctx.client.clone(), &pool.namespace().unwrap_or_default())
+}
+
+fn not_written(name: String, source: kube::Error) -> Error {
+    Error::Apply { kind: "WorkerPool".to_owned(), name, source }
 }
 
 #[cfg(test)]

@@ -156,13 +156,17 @@ fn is_marked(pod: &Pod) -> bool {
     pod.annotations().get(DELETION_COST).is_some_and(|cost| cost == FIRST)
 }
 
+fn phase(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref())
+}
+
 fn is_running(pod: &Pod) -> bool {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+    phase(pod) == Some("Running")
 }
 
 /// Whether it counts no more.
 fn has_ended(pod: &Pod) -> bool {
-    matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+    matches!(phase(pod), Some("Succeeded" | "Failed"))
 }
 
 /// Whether a worker may begin in it at any moment, or has just begun.
@@ -180,8 +184,8 @@ fn has_begun(pod: &Pod) -> bool {
 /// Whether one of its containers waits for such a reason.
 fn waits(pod: &Pod, is_such: impl Fn(&str) -> bool) -> bool {
     let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
-    let reasons = containers.iter().filter_map(|container| container.state.as_ref()?.waiting.as_ref());
-    reasons.into_iter().any(|waiting| is_such(waiting.reason.as_deref().unwrap_or(BEGINNING[0])))
+    let mut waiting = containers.iter().filter_map(|container| container.state.as_ref()?.waiting.as_ref());
+    waiting.any(|waiting| is_such(waiting.reason.as_deref().unwrap_or(BEGINNING[0])))
 }
 
 #[cfg(test)]

@@ -129,7 +129,7 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
             }
         };
         // The broker may take a result and refuse the verdict before it.
-        match fenced(broker, verdicts, again).await {
+        match fenced(broker, verdicts, &session, again).await {
             Sent::Certainly => {}
             other => return other,
         }
@@ -139,16 +139,13 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
             say(broker, verdicts, outgoing).await;
         }
     };
-    match fenced(broker, verdicts, all).await {
-        Sent::Certainly if broker.session() != session => Sent::Perhaps,
-        sent => sent,
-    }
+    fenced(broker, verdicts, &session, all).await
 }
 
-/// Publishes, and says what became of it.
-async fn fenced(broker: &Broker, verdicts: &Subject, publishing: impl Future<Output = ()>) -> Sent {
+/// Publishes, and says what became of it; certain it is only where all of it was said in that session.
+async fn fenced(broker: &Broker, verdicts: &Subject, session: &Session, publishing: impl Future<Output = ()>) -> Sent {
     let subjects = [verdicts.as_str(), contract::RESULT, contract::APPROVAL_REQUEST];
-    let (session, refusal) = (broker.session(), broker.last_refusal(&subjects));
+    let refusal = broker.last_refusal(&subjects);
     let inbox = broker.client().new_inbox();
     let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return Sent::Perhaps };
     publishing.await;
@@ -158,7 +155,7 @@ async fn fenced(broker: &Broker, verdicts: &Subject, publishing: impl Future<Out
     tokio::task::yield_now().await;
     if broker.last_refusal(&subjects) > refusal {
         Sent::Refused
-    } else if is_back && broker.session() == session {
+    } else if is_back && broker.session() == *session {
         Sent::Certainly
     } else {
         Sent::Perhaps
