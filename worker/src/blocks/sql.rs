@@ -147,8 +147,7 @@ impl Sql {
 
     async fn on_server(&self, server: Server, query: &Query, scope: &Scope) -> Result<Output, Fault> {
         let server = Arc::new(server);
-        let reading =
-            statement::only(query.text(), server.engine).map_err(|(cause, reason)| Fault::new(cause, reason))?;
+        let reading = statement::only(query.text(), server.engine)?;
         loop {
             let permit = self.pool.enter(&scope.tenant, &server, before(scope.deadline)).await.ok_or_else(|| {
                 Fault::new(

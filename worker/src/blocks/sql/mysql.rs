@@ -92,7 +92,7 @@ impl Connection {
         let statement = self.conn.prep(reading.text).await.map_err(explain)?;
         let expected = usize::from(statement.num_params());
         let given = parameters.positional(expected).and_then(|given| given.iter().map(value).collect());
-        let given: Vec<Value> = given.map_err(|(cause, message)| Failure::usable(Fault::new(cause, message)))?;
+        let given: Vec<Value> = given.map_err(Failure::usable)?;
         let params = if given.is_empty() { Params::Empty } else { Params::Positional(given) };
         let mut rows = self.conn.exec_iter(statement, params).await.map_err(explain)?;
         let columns = rows.columns().unwrap_or_default();
@@ -183,8 +183,8 @@ fn begin(deadline: Instant, is_mariadb: bool) -> Vec<String> {
     ]
 }
 
-fn value(parameter: &Parameter) -> Result<Value, (Cause, String)> {
-    let out_of_range = || (Cause::ExecutionFailed, "a parameter is out of range".to_owned());
+fn value(parameter: &Parameter) -> Result<Value, Fault> {
+    let out_of_range = || Fault::new(Cause::ExecutionFailed, "a parameter is out of range");
     Ok(match parameter {
         Parameter::Null => Value::NULL,
         Parameter::Bool(value) => Value::Int((*value).into()),
@@ -209,12 +209,12 @@ fn explain(error: &Error, scope: &Scope) -> Failure {
         Error::Io(_) | Error::Driver(DriverError::ConnectionClosed) => {
             Failure::lost(Fault::new(Cause::Network, "the connection to the database broke"))
         }
-        _ => (Cause::ExecutionFailed, "the database server does not keep to the protocol".to_owned()).into(),
+        _ => Fault::new(Cause::ExecutionFailed, "the database server does not keep to the protocol").into(),
     }
 }
 
 fn too_large() -> Failure {
-    (Cause::OverCap, "a row has more bytes than a result may hold".to_owned()).into()
+    Fault::new(Cause::OverCap, "a row has more bytes than a result may hold").into()
 }
 
 /// The driver wraps its refusal of a packet into an error of the connection; the type inside is not public.

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::fault::{Cause, Invalid};
+use crate::fault::{Cause, Fault, Invalid};
 use crate::message;
 
 const AT: &str = "/job/parameters";
@@ -86,11 +86,11 @@ impl Parameters {
     }
 
     /// All values for a statement that takes so many and names none.
-    pub(super) fn positional(&self, expected: usize) -> Result<&[Parameter], (Cause, String)> {
+    pub(super) fn positional(&self, expected: usize) -> Result<&[Parameter], Fault> {
         match self {
             Self::Positional(values) if values.len() == expected => Ok(values),
             Self::Named(values) if !values.is_empty() => {
-                Err((Cause::ExecutionFailed, "this database takes parameters as an array, not by name".to_owned()))
+                Err(Fault::new(Cause::ExecutionFailed, "this database takes parameters as an array, not by name"))
             }
             _ if expected == 0 && self.len() == 0 => Ok(&[]),
             _ => Err(mismatch(expected, self.len())),
@@ -99,8 +99,8 @@ impl Parameters {
 }
 
 /// The statement takes another number of parameters than the job gives.
-pub(super) fn mismatch(expected: usize, given: usize) -> (Cause, String) {
-    (Cause::ExecutionFailed, format!("the query has {expected} parameters, {given} are given"))
+pub(super) fn mismatch(expected: usize, given: usize) -> Fault {
+    Fault::new(Cause::ExecutionFailed, format!("the query has {expected} parameters, {given} are given"))
 }
 
 fn bare(name: &str) -> &str {

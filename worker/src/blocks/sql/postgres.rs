@@ -111,7 +111,7 @@ impl Connection {
             statement = self.client.prepare(&text).await.map_err(explain)?;
         }
         let given = parameters.positional(statement.params().len());
-        let given = given.map_err(|(cause, message)| Failure::usable(Fault::new(cause, message)))?;
+        let given = given.map_err(Failure::usable)?;
         self.rows(&statement, given, scope).await
     }
 

@@ -8,16 +8,13 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::value::RawValue;
 
 use crate::blocks::output::{MAX_BYTES, encoded_len};
-use crate::fault::Cause;
+use crate::fault::{Cause, Fault};
 use crate::message;
 
 /// The most rows.
 const MAX_ROWS: usize = 10_000;
 /// What JavaScript's numbers hold without losing a digit; integers beyond become strings.
 const MAX_EXACT: u128 = 1 << 53;
-
-/// Why a row cannot be part of the answer.
-pub(super) type Refusal = (Cause, String);
 
 /// A value as an engine reads it.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,7 +58,7 @@ impl Rows {
     }
 
     /// Writes one row. `names` are asked for at the first one: before it, an engine may not know them for sure.
-    pub(super) fn push<'n, 'v, N, E: From<Refusal>>(
+    pub(super) fn push<'n, 'v, N, E: From<Fault>>(
         &mut self,
         names: impl FnOnce() -> N,
         cells: impl Iterator<Item = Result<Cell<'v>, E>>,
@@ -75,7 +72,7 @@ impl Rows {
             self.json.push(b',');
         }
         if self.count == MAX_ROWS {
-            return Err((Cause::OverCap, format!("the result has more than {MAX_ROWS} rows")).into());
+            return Err(Fault::new(Cause::OverCap, format!("the result has more than {MAX_ROWS} rows")).into());
         }
         self.count += 1;
         self.json.push(b'{');
@@ -91,14 +88,14 @@ impl Rows {
         Ok(self.reserve(0)?)
     }
 
-    pub(super) fn finish(mut self) -> Result<Box<RawValue>, Refusal> {
+    pub(super) fn finish(mut self) -> Result<Box<RawValue>, Fault> {
         self.json.extend_from_slice(format!("],\"row_count\":{}}}", self.count).as_bytes());
         self.reserve(0)?;
         let json = String::from_utf8(self.json).map_err(|error| broken(&error))?;
         RawValue::from_string(json).map_err(|error| broken(&error))
     }
 
-    fn value(&mut self, cell: &Cell<'_>) -> Result<(), Refusal> {
+    fn value(&mut self, cell: &Cell<'_>) -> Result<(), Fault> {
         match cell {
             Cell::Null => self.write(&()),
             Cell::Bool(value) => self.write(value),
@@ -129,11 +126,11 @@ impl Rows {
         }
     }
 
-    fn text(&mut self, text: &str) -> Result<(), Refusal> {
+    fn text(&mut self, text: &str) -> Result<(), Fault> {
         self.reserve(encoded_len(text.as_bytes(), Some(text))).and_then(|()| self.write(text))
     }
 
-    fn json(&mut self, text: &str) -> Result<(), Refusal> {
+    fn json(&mut self, text: &str) -> Result<(), Fault> {
         if message::is_too_deep(text) || serde_json::from_str::<&RawValue>(text).is_err() {
             return self.text(text);
         }
@@ -142,21 +139,21 @@ impl Rows {
         Ok(())
     }
 
-    fn write<T: serde::Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Refusal> {
+    fn write<T: serde::Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
         serde_json::to_writer(&mut self.json, value).map_err(|error| broken(&error))
     }
 
     /// Refuses what would not fit before the memory for it is used.
-    fn reserve(&self, more: usize) -> Result<(), Refusal> {
+    fn reserve(&self, more: usize) -> Result<(), Fault> {
         if self.json.len().saturating_add(more) <= self.limit {
             return Ok(());
         }
-        Err((Cause::OverCap, format!("the rows do not fit into a result of {} bytes", self.limit)))
+        Err(Fault::new(Cause::OverCap, format!("the rows do not fit into a result of {} bytes", self.limit)))
     }
 }
 
 /// A name that was there before gets a number, so that no value hides another.
-fn keys<'a>(names: impl Iterator<Item = &'a str>) -> Result<Vec<Vec<u8>>, Refusal> {
+fn keys<'a>(names: impl Iterator<Item = &'a str>) -> Result<Vec<Vec<u8>>, Fault> {
     let names: Vec<_> = names.collect();
     // A number must not make the name of another column either.
     let known: HashSet<_> = names.iter().copied().collect();
@@ -179,12 +176,12 @@ fn numbered<'a>(name: &'a str, count: &mut usize, known: &HashSet<&str>) -> Cow<
     }
 }
 
-fn key(name: &str) -> Result<Vec<u8>, Refusal> {
+fn key(name: &str) -> Result<Vec<u8>, Fault> {
     let mut key = serde_json::to_vec(name).map_err(|error| broken(&error))?;
     key.push(b':');
     Ok(key)
 }
 
-fn broken(error: &dyn std::error::Error) -> Refusal {
-    (Cause::Internal, format!("the rows cannot be encoded: {error}"))
+fn broken(error: &dyn std::error::Error) -> Fault {
+    Fault::new(Cause::Internal, format!("the rows cannot be encoded: {error}"))
 }

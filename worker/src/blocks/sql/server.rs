@@ -65,9 +65,9 @@ impl Failure {
 }
 
 /// What we find wrong ourselves while the server still has more to say.
-impl From<(Cause, String)> for Failure {
-    fn from((cause, message): (Cause, String)) -> Self {
-        Self { fault: Fault::new(cause, message), left: Left::Running }
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self { fault, left: Left::Running }
     }
 }
 

@@ -39,7 +39,7 @@ pub(super) struct Sqlite {
 /// A failed query: what SQLite said, or what we found ourselves.
 enum Failure {
     Sqlite(rusqlite::Error),
-    Ours(Cause, String),
+    Ours(Fault),
 }
 
 impl From<rusqlite::Error> for Failure {
@@ -48,9 +48,9 @@ impl From<rusqlite::Error> for Failure {
     }
 }
 
-impl From<(Cause, String)> for Failure {
-    fn from((cause, message): (Cause, String)) -> Self {
-        Self::Ours(cause, message)
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Ours(fault)
     }
 }
 
@@ -87,7 +87,7 @@ fn execute(
     scope: &Scope,
     stop: &Arc<Stop>,
 ) -> Result<Output, Fault> {
-    let text = statement::only(query.text()).map_err(|(cause, reason)| fault(cause, path, reason))?;
+    let text = statement::only(query.text()).map_err(|refused| fault(refused.cause, path, refused.message))?;
     let place = dirs.find(&scope.tenant, path, Absent::Refuse)?;
     let key = Key::of(&scope.tenant, &place)?;
     let permit = pool.enter(&scope.tenant).ok_or_else(|| {
@@ -125,7 +125,7 @@ fn open(place: &Place<'_>, key: &Key, stop: &Arc<Stop>) -> Result<Reader, Fault>
 fn answer(reader: &Reader, text: &str, parameters: &Parameters, scope: &Scope) -> Result<Output, Failure> {
     let mut statement = reader.prepare(text)?;
     if !statement.readonly() {
-        return Err(Failure::Ours(Cause::NotAllowed, "the statement would write".to_owned()));
+        return Err(Fault::new(Cause::NotAllowed, "the statement would write").into());
     }
     bind(&mut statement, parameters)?;
     let mut answer = Rows::new(scope.max_output_bytes);
@@ -164,8 +164,7 @@ fn bind(statement: &mut CachedStatement<'_>, parameters: &Parameters) -> Result<
 
 /// SQLite has no booleans, no JSON and no integers beyond 64 bits with a sign.
 fn value(parameter: &Parameter, index: usize) -> Result<Value, Failure> {
-    let out_of_range =
-        || Failure::Ours(Cause::ExecutionFailed, format!("parameter {index} is out of range for SQLite"));
+    let out_of_range = || Fault::new(Cause::ExecutionFailed, format!("parameter {index} is out of range for SQLite"));
     Ok(match parameter {
         Parameter::Null => Value::Null,
         Parameter::Bool(value) => Value::Integer((*value).into()),
@@ -176,14 +175,14 @@ fn value(parameter: &Parameter, index: usize) -> Result<Value, Failure> {
     })
 }
 
-fn missing(statement: &CachedStatement<'_>, index: usize) -> Failure {
+fn missing(statement: &CachedStatement<'_>, index: usize) -> Fault {
     let name = statement.parameter_name(index).unwrap_or("?");
-    Failure::Ours(Cause::ExecutionFailed, format!("the query's parameter {index} ({name}) is not given"))
+    Fault::new(Cause::ExecutionFailed, format!("the query's parameter {index} ({name}) is not given"))
 }
 
 fn explain(failure: Failure, reader: &Reader, stop: &Stop, place: &Place<'_>) -> Fault {
     match failure {
-        Failure::Ours(cause, message) => place.fault(cause, message),
+        Failure::Ours(fault) => place.fault(fault.cause, fault.message),
         Failure::Sqlite(_) if reader.has_refused() => {
             place.fault(Cause::NotAllowed, "the statement does more than read this database")
         }

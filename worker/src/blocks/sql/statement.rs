@@ -14,7 +14,7 @@ use sqlparser::tokenizer::{Location, Token, TokenWithSpan, Tokenizer, Whitespace
 
 use super::database::Engine;
 use super::forbidden;
-use crate::fault::Cause;
+use crate::fault::{Cause, Fault};
 
 /// Keywords, names and operators of one statement. Each can nest an expression one deeper, and the parser's tree is
 /// walked by recursion; literals, commas and parentheses are not counted, so lists may be long.
@@ -23,9 +23,6 @@ const MAX_STRUCTURE: usize = 3_000;
 const SMALL_STRUCTURE: usize = 100;
 /// Sixty-four kilobytes for each level: an unoptimised build uses more than twenty.
 const DEEP_STACK_BYTES: usize = MAX_STRUCTURE * 64 * 1024;
-
-/// What is wrong with a statement, and the code for it.
-pub(super) type Refusal = (Cause, String);
 
 /// A statement that only reads.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,7 +34,7 @@ pub(super) struct Reading<'a> {
 }
 
 /// Reads a query's only statement.
-pub(super) fn only(text: &str, engine: Engine) -> Result<Reading<'_>, Refusal> {
+pub(super) fn only(text: &str, engine: Engine) -> Result<Reading<'_>, Fault> {
     if engine == Engine::Mysql
         && let Some(comment) = ["/*!", "/*M!", "/*+"].iter().find(|it| text.contains(**it))
     {
@@ -58,7 +55,7 @@ fn dialect(engine: Engine) -> &'static dyn Dialect {
 }
 
 /// Whether a reading statement is a query; the tree of it is gone when this returns.
-fn is_query(tokens: &[TokenWithSpan], engine: Engine) -> Result<bool, Refusal> {
+fn is_query(tokens: &[TokenWithSpan], engine: Engine) -> Result<bool, Fault> {
     let statement = parse(tokens, dialect(engine))?;
     match statement.visit(&mut OnlyReading) {
         ControlFlow::Continue(()) => Ok(matches!(statement, Statement::Query(_))),
@@ -67,13 +64,13 @@ fn is_query(tokens: &[TokenWithSpan], engine: Engine) -> Result<bool, Refusal> {
 }
 
 /// Works on a thread with a deep stack.
-fn deep<T: Send>(work: impl FnOnce() -> Result<T, Refusal> + Send) -> Result<T, Refusal> {
+fn deep<T: Send>(work: impl FnOnce() -> Result<T, Fault> + Send) -> Result<T, Fault> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("sql-parse".to_owned()).stack_size(DEEP_STACK_BYTES);
         match thread.spawn_scoped(scope, work).map(std::thread::ScopedJoinHandle::join) {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(panic)) => std::panic::resume_unwind(panic),
-            Err(_) => Err((Cause::ResourceUnavailable, "there is no thread to read the statement".to_owned())),
+            Err(_) => Err(Fault::new(Cause::ResourceUnavailable, "there is no thread to read the statement")),
         }
     })
 }
@@ -101,10 +98,10 @@ fn offset(text: &str, location: Location) -> usize {
 
 /// Words are judged where the parser's tree could hide them: a function is called in expressions, as a table, in
 /// quotes. Returns how many there are of what can nest.
-fn check_words(tokens: &[TokenWithSpan], engine: Engine) -> Result<usize, Refusal> {
+fn check_words(tokens: &[TokenWithSpan], engine: Engine) -> Result<usize, Fault> {
     let tokens: Vec<_> = tokens.iter().map(|token| &token.token).filter(|token| !is_blank(token)).collect();
     if tokens.is_empty() {
-        return Err((Cause::ExecutionFailed, "the query holds no statement".to_owned()));
+        return Err(Fault::new(Cause::ExecutionFailed, "the query holds no statement"));
     }
     let is_list = |token: &Token| {
         matches!(token, Token::Comma | Token::LParen | Token::RParen | Token::Number(..))
@@ -139,7 +136,7 @@ fn shown(word: &Word) -> String {
     word.value.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
-fn parse(tokens: &[TokenWithSpan], dialect: &dyn Dialect) -> Result<Statement, Refusal> {
+fn parse(tokens: &[TokenWithSpan], dialect: &dyn Dialect) -> Result<Statement, Fault> {
     let mut parser = Parser::new(dialect).with_tokens_with_locations(tokens.to_vec());
     let statement = if parser.peek_keyword(Keyword::TABLE) {
         parser.parse_query().map(Statement::Query)
@@ -211,12 +208,12 @@ fn refuse(reason: &str) -> ControlFlow<String> {
     ControlFlow::Break(reason.to_owned())
 }
 
-fn not_allowed(reason: String) -> Refusal {
-    (Cause::NotAllowed, reason)
+fn not_allowed(reason: String) -> Fault {
+    Fault::new(Cause::NotAllowed, reason)
 }
 
 /// The parser's words quote a token of the query at most.
-fn unreadable(error: impl std::fmt::Display) -> Refusal {
+fn unreadable(error: impl std::fmt::Display) -> Fault {
     not_allowed(format!("a statement that this worker cannot read is not run: {error}"))
 }
 
@@ -225,7 +222,7 @@ mod tests {
     use super::*;
 
     fn code(text: &str, engine: Engine) -> u16 {
-        only(text, engine).map_or_else(|(cause, _)| cause.code(), |_| 0)
+        only(text, engine).map_or_else(|fault| fault.cause.code(), |_| 0)
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One statement, and how it begins. What it does is the authorizer's question, not ours.
 
-use crate::fault::Cause;
+use crate::fault::{Cause, Fault};
 
 /// How a statement that reads may begin.
 const READING: [&str; 4] = ["SELECT", "WITH", "VALUES", "EXPLAIN"];
@@ -8,14 +8,14 @@ const READING: [&str; 4] = ["SELECT", "WITH", "VALUES", "EXPLAIN"];
 /// The only statement of a query, without what stands around it.
 ///
 /// The check for a second one is not left to the driver: it would prepare them all, each in the last one's frame.
-pub(super) fn only(query: &str) -> Result<&str, (Cause, &'static str)> {
+pub(super) fn only(query: &str) -> Result<&str, Fault> {
     let query = without_blank(query);
     if query.is_empty() {
-        return Err((Cause::ExecutionFailed, "the query holds no statement"));
+        return Err(Fault::new(Cause::ExecutionFailed, "the query holds no statement"));
     }
     let word = query.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default();
     if !READING.iter().any(|reading| reading.eq_ignore_ascii_case(word)) {
-        return Err((Cause::NotAllowed, "only SELECT, WITH, VALUES and EXPLAIN are allowed"));
+        return Err(Fault::new(Cause::NotAllowed, "only SELECT, WITH, VALUES and EXPLAIN are allowed"));
     }
     let (statement, mut tail) = split(query);
     loop {
@@ -23,7 +23,7 @@ pub(super) fn only(query: &str) -> Result<&str, (Cause, &'static str)> {
         match tail.strip_prefix(';') {
             Some(rest) => tail = rest,
             None if tail.is_empty() => return Ok(statement),
-            None => return Err((Cause::NotAllowed, "only one statement is allowed")),
+            None => return Err(Fault::new(Cause::NotAllowed, "only one statement is allowed")),
         }
     }
 }
@@ -97,7 +97,7 @@ mod tests {
             ";SELECT 1",
         ];
         for query in queries {
-            assert_eq!(only(query).unwrap_err().0, Cause::NotAllowed, "{query}");
+            assert_eq!(only(query).unwrap_err().cause, Cause::NotAllowed, "{query}");
         }
         assert!(only(&"SELECT 1;".repeat(100_000)).is_err());
     }
@@ -107,6 +107,6 @@ mod tests {
         for query in ["DELETE FROM t", "PRAGMA x", "SELECTED", "EXPLAINS", "(SELECT 1)", "x'00'", "/*", "é"] {
             assert!(only(query).is_err(), "{query}");
         }
-        assert_eq!(only(" -- nothing").unwrap_err().0, Cause::ExecutionFailed);
+        assert_eq!(only(" -- nothing").unwrap_err().cause, Cause::ExecutionFailed);
     }
 }
