@@ -39,6 +39,6 @@ pub use rollout::Rollout;
 pub use scaling::{Mode, ScaleDown, Scaling, Target};
 pub use sql::{InlineConnections, Sql, SqlConnection};
 pub use status::{Decision, GpuStatus, Learned, LimitedBy, Queue, WorkerPoolStatus};
-pub use tenants::{NamedTenant, TenantTerms, Tenants};
+pub use tenants::{NamedTenant, OnExceeded, Quotas, TenantTerms, Tenants};
 pub use worker::{ImagePullPolicy, Limits, Pools, Resources, Worker};
 pub use worker_pool::{WorkerPool, WorkerPoolSpec};

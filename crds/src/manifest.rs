@@ -7,8 +7,10 @@ use serde_json::Value;
 
 use crate::WorkerPool;
 
-/// Client-side apply keeps the whole object in an annotation, which holds no more.
+/// Client-side apply keeps the whole object in an annotation, as JSON without a space; annotations hold no more.
 const LARGEST_ANNOTATION: usize = 262_144;
+/// What is left to those who annotate the type themselves, and to fields that are yet to come.
+const MARGIN: usize = 65_536;
 
 /// `make crds` rewrites the file and the chart's copy; without it a stale one fails the build.
 #[test]
@@ -22,7 +24,14 @@ fn committed_manifests_match_the_types() {
         let committed = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(committed == fresh, "stale CRD: run `make crds` and commit {}", path.display());
     }
-    assert!(fresh.len() < LARGEST_ANNOTATION, "the manifest has {} bytes", fresh.len());
+}
+
+#[test]
+fn client_side_apply_can_keep_the_manifest_in_an_annotation() {
+    // kubectl writes these as six characters each.
+    let text = manifest().to_string();
+    let written = text.len() + 5 * text.matches(['<', '>', '&']).count();
+    assert!(written + MARGIN < LARGEST_ANNOTATION, "the annotation would have {written} bytes");
 }
 
 #[test]

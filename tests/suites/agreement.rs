@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::time::Duration;
 
 use beamline_crds::WorkerPool;
 use beamline_operator::desired::{Desired, desired};
@@ -15,7 +16,7 @@ use beamline_worker::blocks::egress::Entry;
 use beamline_worker::broker::streams::{self as expected, Intake as Source};
 use beamline_worker::config::Config;
 use beamline_worker::ids::TenantId;
-use beamline_worker::policy::Policy;
+use beamline_worker::policy::{OnExceeded, Policy, Quotas};
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -124,19 +125,66 @@ fn starts(spec: Value) -> Config {
         .unwrap_or_else(|problems| panic!("a worker of this pool does not start:\n{problems}"))
 }
 
+/// What a worker reads in the file that the operator writes.
+#[track_caller]
+fn policy(spec: Value) -> Policy {
+    let pool = pool(spec);
+    let Desired { config_map, .. } = desired(&pool, scale::as_written(&pool).replicas(), &Surroundings::default());
+    Policy::parse(&config_map.data.expect("data")["policy.yaml"]).expect("a policy")
+}
+
 #[test]
 fn workers_read_the_policy_that_the_operator_writes() {
     let tenants = json!({
-        "defaults": {"weight": 2, "priority": 3, "maxSlotShare": 50},
-        "named": [{"id": "acme", "weight": bound("tenants.defaults.weight", "maximum"), "maxSlotShare": 100}],
+        "defaults": {
+            "weight": 2, "priority": 3, "maxSlotShare": 50, "onExceeded": "Defer",
+            "quotas": {"executions": 6000, "cpuTimeMs": 60_000, "window": "1m", "concurrent": 50, "memoryMb": 512},
+        },
+        "named": [
+            {"id": "acme", "weight": bound("tenants.defaults.weight", "maximum"), "maxSlotShare": 100,
+                "onExceeded": "Reject", "quotas": {"executions": 60_000, "window": "1h30m"}},
+        ],
     });
-    let pool = pool(json!({"nats": {"url": "nats://nats:4222"}, "paused": true, "tenants": tenants}));
-    let Desired { config_map, .. } = desired(&pool, scale::as_written(&pool).replicas(), &Surroundings::default());
-    let policy = Policy::parse(&config_map.data.expect("data")["policy.yaml"]).expect("a policy");
+    let policy = policy(json!({"nats": {"url": "nats://nats:4222"}, "paused": true, "tenants": tenants}));
     assert!(policy.paused);
     let terms = |tenant: &str| policy.terms(&TenantId::parse(tenant).expect("a tenant"));
-    assert_eq!((terms("acme").weight, terms("acme").priority, terms("acme").max_slot_share), (1000, 3, 100));
-    assert_eq!((terms("other").weight, terms("other").max_slot_share), (2, 50));
+    let (acme, other) = (terms("acme"), terms("other"));
+    assert_eq!((acme.weight, acme.priority, acme.max_slot_share), (1000, 3, 100));
+    assert_eq!((other.weight, other.max_slot_share), (2, 50));
+    assert_eq!((acme.on_exceeded, other.on_exceeded), (OnExceeded::Reject, OnExceeded::Defer));
+    let quotas = Quotas {
+        executions: Some(6000),
+        cpu_time: Some(Duration::from_secs(60)),
+        window: Duration::from_secs(60),
+        concurrent: Some(50),
+        memory_mb: Some(512),
+    };
+    assert_eq!(other.quotas, quotas);
+    assert_eq!(acme.quotas, Quotas { executions: Some(60_000), window: Duration::from_secs(5400), ..quotas });
+}
+
+#[test]
+fn workers_read_every_bound_that_the_api_server_lets_through() {
+    let windows = ["1s", "1000ms", "90m", "24h", "743h59m60s", "744h"];
+    for end in ["minimum", "maximum"] {
+        let most = bound("tenants.defaults.quotas.executions", end);
+        let counts = ["executions", "cpuTimeMs", "concurrent", "memoryMb"];
+        for field in counts {
+            assert_eq!(bound(&format!("tenants.defaults.quotas.{field}"), end), most, "{field}");
+        }
+        for window in windows {
+            let mut quotas = json!({ "window": window });
+            counts.into_iter().for_each(|field| quotas[field] = most.clone());
+            let longest = "é".repeat(128);
+            let tenants = json!({"defaults": {"quotas": quotas}, "named": [{"id": longest, "quotas": quotas}]});
+            let policy = policy(json!({"nats": {"url": "nats://nats:4222"}, "tenants": tenants}));
+            for tenant in ["any", &longest] {
+                let found = policy.terms(&TenantId::parse(tenant).expect("a tenant")).quotas;
+                let counts = [found.executions, found.concurrent, found.memory_mb];
+                assert!(counts.iter().all(|count| *count == most.as_u64()), "{window}: {found:?}");
+            }
+        }
+    }
 }
 
 #[test]

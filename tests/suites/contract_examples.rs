@@ -134,6 +134,12 @@ fn worker_report(fixture: &Fixture) {
         gpu: count(&format!("/{name}/gpu")),
         io: count(&format!("/{name}/io")),
     };
+    let tenant = |said: &'_ Value| contract::TenantReport {
+        id: "acme",
+        running: said["running"].as_u64().expect("a number") as usize,
+        queued: said["queued"].as_u64().expect("a number") as usize,
+        refused: said["refused"].as_u64().expect("a number"),
+    };
     let written = contract::WorkerReport {
         version: contract::VERSION,
         worker: said["worker"].as_str().expect("text"),
@@ -147,6 +153,7 @@ fn worker_report(fixture: &Fixture) {
         paused: said["paused"] == true,
         finished: number("/finished"),
         work_ms: number("/work_ms"),
+        tenants: said["tenants"].as_array().expect("a list").iter().map(tenant).collect(),
         started_at: said["started_at"].as_i64().expect("a time"),
         reported_at: said["reported_at"].as_i64().expect("a time"),
         build: env!("CARGO_PKG_VERSION"),

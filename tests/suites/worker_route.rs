@@ -379,6 +379,7 @@ async fn a_worker_says_what_it_does_every_second_and_when_that_changes() {
     rig.router.submit(&payload).await;
     let busy = reported(&mut reports, "it runs", |report| report["running"] == 1).await;
     assert_eq!(busy["busy"], json!({"cpu": 0, "gpu": 0, "io": 1}));
+    assert_eq!(busy["tenants"], json!([{"id": "acme", "running": 1, "queued": 0, "refused": 0}]));
     rig.peer.open("one");
     let done = reported(&mut reports, "it is done", |report| report["finished"] == 1 && report["running"] == 0).await;
     assert!(done["work_ms"].as_i64().is_some_and(|millis| millis > 0), "{done}");
@@ -604,6 +605,50 @@ async fn one_tenants_slow_peers_never_take_every_slot() {
     assert_eq!(rig.peer.hits("/gate/never").len(), 3, "75 % of four slots");
     let (code, health) = rig.worker.get("/_health").await.expect("it answers");
     assert_eq!(code, 200, "{health}");
+}
+
+#[tokio::test]
+async fn tenants_that_are_named_have_series_and_the_busiest_are_reported() {
+    let policy = Policy::new("tenants: {named: [{id: acme}, {id: quiet}]}");
+    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=4", "--cpu-pool-size=0"]).await;
+    let mut reports = reports(&rig, "worker-1").await;
+    for number in 0..5 {
+        rig.router.submit(&assignment("acme", &format!("acme-{number}"), rig.call("/gate/all"))).await;
+    }
+    rig.router.submit(&assignment("stranger", "one", rig.call("/gate/all"))).await;
+    rig.peer.arrived("/gate/all", 4).await;
+    let series = async |name: &str, tenant: &str| {
+        rig.worker.metric(&format!(r#"worker_tenant_{name}{{tenant="{tenant}"}}"#)).await
+    };
+    until("acme waits", async || series("tasks_queued", "acme").await == 2.0).await;
+    assert_eq!((series("tasks_running", "acme").await, series("tasks_running", "other").await), (3.0, 1.0));
+    let held = json!([
+        {"id": "acme", "running": 3, "queued": 2, "refused": 0},
+        {"id": "stranger", "running": 1, "queued": 0, "refused": 0},
+    ]);
+    reported(&mut reports, "what each holds", |report| report["tenants"] == held).await;
+    rig.peer.open("all");
+    until("all is done", async || {
+        series("executions_total", "acme").await == 5.0 && series("executions_total", "other").await == 1.0
+    })
+    .await;
+    until("none runs", async || series("tasks_running", "acme").await == 0.0).await;
+    assert_eq!((series("executions_total", "quiet").await, series("refused_total", "acme").await), (0.0, 0.0));
+    let lately = |report: &Value| report["tenants"].as_array().is_some_and(|tenants| tenants.len() == 2);
+    reported(&mut reports, "who was here of late", |report| report["running"] == 0 && lately(report)).await;
+
+    // However long their ids are, a report stays short.
+    for number in 0..20 {
+        let tenant = format!("{number}-{}", "\u{e9}\"".repeat(80));
+        let payload = assignment(&tenant, "one", rig.put("x", "x"));
+        rig.router.submit(&payload).await;
+        assert_eq!(rig.router.result(&payload).await["status"], "success");
+    }
+    let many = reported(&mut reports, "many tenants", |report| {
+        report["tenants"].as_array().is_some_and(|tenants| tenants.len() > 8)
+    })
+    .await;
+    assert!(many.to_string().len() < 4096, "{} bytes", many.to_string().len());
 }
 
 #[tokio::test]

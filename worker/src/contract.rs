@@ -21,7 +21,7 @@ pub use cancel::{Cancel, CancelAnswer, CancelError, CancelOutcome};
 pub use dead_letter::{AttemptRecord, DeadLetter, LetterError, Stage};
 pub use result::{Chunk, ChunkData, Details, ExecResult, Metadata, PublicError, Status, StoredError, StoredResult};
 pub use verdict::{Refused, Verdict};
-pub use worker::{ControlRefused, WorkerControl, WorkerReport};
+pub use worker::{ControlRefused, TenantReport, WorkerControl, WorkerReport};
 
 /// Where assignments come in, unless `--nats-subject` says else.
 pub const ASSIGN: &str = "caf.exec.assign.v1";

@@ -24,6 +24,11 @@ impl Gate {
         !self.is_paused() && *self.told_to_pull.borrow()
     }
 
+    /// What the policy says now.
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
+    }
+
     /// Whether the policy says so.
     pub fn is_paused(&self) -> bool {
         self.policy.borrow().paused

@@ -1,5 +1,9 @@
-//! What is counted. Label values are closed sets: tenants, ids, paths and URLs go to spans and logs, never to labels.
+//! What is counted. Label values are closed sets: ids, paths and URLs go to spans and logs, never to labels, and of tenants
+//! only those are labels that the pool names.
 
+mod tenants; // by tenant
+
+use std::collections::HashMap;
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -12,6 +16,8 @@ use crate::contract::Stage;
 use crate::contract::Status;
 use crate::fault::Cause;
 use crate::pool::{ByPool, Pool};
+use crate::schedule::Held;
+use tenants::TenantSeries;
 
 /// Public: alerts are written against these bounds.
 const LATENCY_BUCKETS_MS: [f64; 12] =
@@ -65,6 +71,7 @@ pub struct Metrics {
     answers_ignored: IntCounterVec,
     webhook_failures: IntCounter,
     control_dropped: IntCounter,
+    tenants: TenantSeries,
 }
 
 /// Why an answer to an approval does not count.
@@ -117,6 +124,7 @@ impl Metrics {
             answers_ignored: answers_ignored(&registry),
             webhook_failures: counter(&registry, "worker_approval_webhook_failures_total", WEBHOOK_FAILURES),
             control_dropped: counter(&registry, "worker_control_messages_dropped_total", CONTROL_DROPPED),
+            tenants: TenantSeries::new(&registry),
             registry,
         }
     }
@@ -211,6 +219,21 @@ impl Metrics {
     /// A cancel or an answer to an approval cannot be read.
     pub fn control_message_dropped(&self) {
         self.control_dropped.inc();
+    }
+
+    /// A task of the tenant with this label ended, and used so much.
+    pub fn tenant_executed(&self, tenant: &str, cpu_time: Duration) {
+        self.tenants.executed(tenant, cpu_time);
+    }
+
+    /// An assignment of the tenant with this label was refused for its budget.
+    pub fn tenant_refused(&self, tenant: &str) {
+        self.tenants.refused(tenant);
+    }
+
+    /// What is here of each tenant, by its label. Who is not among them any more has no series any more.
+    pub fn set_tenants(&self, held: &HashMap<&str, Held>) {
+        self.tenants.set(held);
     }
 
     /// For the one who drops log lines.
@@ -388,6 +411,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::policy::OTHER;
 
     /// The scrape read back: each series with its labels, and its value.
     fn scrape(metrics: &Metrics) -> BTreeMap<String, f64> {
@@ -433,11 +457,38 @@ mod tests {
             r#"worker_approval_answers_ignored_total{reason="unlisted"}"#,
             "worker_approval_webhook_failures_total",
             "worker_control_messages_dropped_total",
+            r#"worker_tenant_tasks_running{tenant="other"}"#,
+            r#"worker_tenant_tasks_queued{tenant="other"}"#,
+            r#"worker_tenant_executions_total{tenant="other"}"#,
+            r#"worker_tenant_refused_total{tenant="other"}"#,
+            r#"worker_tenant_cpu_seconds_total{tenant="other"}"#,
         ] {
             assert_eq!(samples.get(series), Some(&0.0), "{series}");
         }
         assert_eq!(samples[&format!(r#"worker_build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION"))], 1.0);
         assert!(samples.keys().any(|series| series.starts_with("process_")), "{samples:?}");
+    }
+
+    #[test]
+    fn only_tenants_that_are_named_have_series_of_their_own() {
+        let metrics = Metrics::new();
+        let held = |running, queued| Held { running, queued };
+        metrics.set_tenants(&HashMap::from([("acme", held(2, 30)), (OTHER, held(1, 0)), ("quiet", held(0, 0))]));
+        metrics.tenant_executed("acme", Duration::from_millis(250));
+        metrics.tenant_refused("acme");
+        metrics.tenant_refused(OTHER);
+        let samples = scrape(&metrics);
+        let of = |series: &str, tenant: &str| samples[&format!(r#"worker_tenant_{series}{{tenant="{tenant}"}}"#)];
+        assert_eq!((of("tasks_running", "acme"), of("tasks_queued", "acme")), (2.0, 30.0));
+        assert_eq!((of("executions_total", "acme"), of("cpu_seconds_total", "acme")), (1.0, 0.25));
+        assert_eq!((of("refused_total", "acme"), of("refused_total", "other")), (1.0, 1.0));
+        assert_eq!((of("tasks_running", "other"), of("executions_total", "quiet")), (1.0, 0.0));
+
+        metrics.set_tenants(&HashMap::from([("quiet", held(0, 1))]));
+        let samples = scrape(&metrics);
+        assert!(!samples.keys().any(|series| series.contains("acme")), "it is named no more: {samples:?}");
+        let other = |series: &str| samples[&format!(r#"worker_tenant_{series}{{tenant="other"}}"#)];
+        assert_eq!((other("tasks_running"), other("refused_total")), (0.0, 1.0));
     }
 
     #[test]

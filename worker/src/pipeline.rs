@@ -17,6 +17,7 @@ mod rebalance; // what waits here while another worker has room
 mod durable; // writes that must become definite
 mod room; // how much more may come
 mod activity; // what this worker does at the moment
+mod tenants; // and for whom
 mod drain; // the steps of a stop
 
 use std::sync::Arc;
@@ -66,6 +67,7 @@ use turn::Turn;
 pub(crate) use activity::Activity;
 pub use rebalance::rebalance;
 pub use room::observe;
+pub(crate) use tenants::TenantActivity;
 
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
 const LOOK_UPS: usize = 8;
@@ -144,6 +146,7 @@ pub struct Pipeline {
     quarantine: Quarantine,
     /// Who answers requests without having been asked.
     strangers: Throttle,
+    tallies: tenants::Tallies,
 }
 
 /// A delivery whose assignment may run here, and the Router has been told so.
@@ -197,6 +200,7 @@ impl Pipeline {
             in_flight: InFlight::default(),
             quarantine: Quarantine::default(),
             strangers: Throttle::new(TELL_AGAIN),
+            tallies: tenants::Tallies::default(),
         }
     }
 
@@ -450,6 +454,9 @@ impl Pipeline {
     fn note_outcome(&self, assignment: &Assignment, step: &StepResult) {
         let kind = assignment.block.kind();
         self.metrics.finished(kind, step.status, step.latency, step.cpu_time);
+        let tenant = &assignment.key.tenant;
+        self.metrics.tenant_executed(self.gate.policy().label(tenant), step.cpu_time);
+        self.tallies.executed(tenant);
         (0..step.retries_used()).for_each(|_| self.metrics.retried(kind));
         tracing::info!(
             assignment_id = %assignment.key.assignment_id,

@@ -22,6 +22,9 @@ const MAX_COUNT: i64 = 1_000_000_000_000;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(60);
 const LONGEST_WINDOW: Duration = Duration::from_secs(31 * 24 * 3600);
 
+/// What tenants are called that it does not name, where only few may have a name.
+pub const OTHER: &str = "other";
+
 /// What the file says. Every part has proved itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
@@ -97,6 +100,17 @@ impl Policy {
             None => WITHOUT_TENANTS,
             Some(tenants) => tenants.named.get(tenant).copied().unwrap_or(tenants.defaults),
         }
+    }
+
+    /// Tenants that it says something of.
+    pub fn named(&self) -> impl Iterator<Item = &TenantId> {
+        self.tenants.iter().flat_map(|tenants| tenants.named.keys())
+    }
+
+    /// How a tenant is called where only few may have a name.
+    pub fn label<'a>(&self, tenant: &'a TenantId) -> &'a str {
+        let is_named = self.tenants.as_ref().is_some_and(|tenants| tenants.named.contains_key(tenant));
+        if is_named { tenant.as_str() } else { OTHER }
     }
 
     /// Reads what the file says.
@@ -325,6 +339,15 @@ tenants:
         assert_eq!(acme.on_exceeded, OnExceeded::Defer);
         assert_eq!((acme.quotas.executions, acme.quotas.window), (Some(60_000), Duration::from_secs(120)));
         assert_eq!((acme.quotas.cpu_time, acme.quotas.concurrent), (Some(Duration::from_secs(60)), Some(50)));
+    }
+
+    #[test]
+    fn only_tenants_that_are_named_have_a_label_of_their_own() {
+        let policy = Policy::parse("tenants: {named: [{id: acme}]}").expect("a policy");
+        let (acme, globex) = (TenantId::parse("acme").expect("an id"), TenantId::parse("globex").expect("an id"));
+        assert_eq!((policy.label(&acme), policy.label(&globex)), ("acme", OTHER));
+        assert_eq!(policy.named().collect::<Vec<_>>(), [&acme]);
+        assert_eq!(Policy::default().label(&acme), OTHER);
     }
 
     #[test]

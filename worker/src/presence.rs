@@ -8,18 +8,22 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::Broker;
-use crate::contract::{self, ControlRefused, Refused, WorkerControl, WorkerReport};
+use crate::contract::{self, ControlRefused, Refused, TenantReport, WorkerControl, WorkerReport};
 use crate::fault::Invalid;
 use crate::health::{Concern, Health};
 use crate::identity::Identity;
 use crate::message;
-use crate::pipeline::{Activity, Pipeline};
+use crate::pipeline::{Activity, Pipeline, TenantActivity};
 use crate::pool::ByPool;
 
 /// Between two reports while nothing changes.
 const EVERY: Duration = Duration::from_secs(1);
 /// Between two looks for a change: no worker reports more often.
 const LOOK: Duration = Duration::from_millis(100);
+/// Tenants in a report at most.
+const TENANTS: usize = 20;
+/// A report has fewer bytes: it names fewer tenants where their ids are long.
+const LONGEST: usize = 4096;
 /// How long an answer waits for open pulls to end and for unstarted work to be handed back.
 const STOP_LIMIT: Duration = Duration::from_secs(3);
 
@@ -102,7 +106,8 @@ impl Presence {
 
     fn words(&self, state: &State) -> Bytes {
         let (activity, identity) = (self.pipeline.activity(), &self.identity);
-        contract::encode(&WorkerReport {
+        let tenants = self.pipeline.tenants();
+        let mut report = WorkerReport {
             version: contract::VERSION,
             worker: &identity.worker_id,
             pool: identity.pool.as_deref(),
@@ -115,10 +120,27 @@ impl Presence {
             paused: state.paused,
             finished: activity.finished,
             work_ms: contract::millis(activity.work),
+            tenants: tenants.iter().take(TENANTS).map(words_of).collect(),
             started_at: identity.started_at.as_millisecond(),
             reported_at: Timestamp::now().as_millisecond(),
             build: env!("CARGO_PKG_VERSION"),
-        })
+        };
+        shortened(&mut report)
+    }
+}
+
+fn words_of(activity: &TenantActivity) -> TenantReport<'_> {
+    let TenantActivity { tenant, held, refused } = activity;
+    TenantReport { id: tenant.as_str(), running: held.running, queued: held.queued, refused: *refused }
+}
+
+/// Leaves out the least busy tenants until it is short enough.
+fn shortened(report: &mut WorkerReport<'_>) -> Bytes {
+    loop {
+        let words = contract::encode(report);
+        if words.len() < LONGEST || report.tenants.pop().is_none() {
+            return words;
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod fair_queue; // whose turn it is
 mod slots; // one pool of them
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::policy::Policy;
 use crate::pool::{ByPool, Pool};
 use slots::{Door, Entry, Slots};
 
+pub use fair_queue::Held;
 pub use slots::{Closed, Slot};
 
 /// The pools of this worker.
@@ -71,6 +73,16 @@ impl Schedule {
     /// How many of them wait because their tenant holds as many slots as it may.
     pub fn held_back(&self, pool: Pool) -> usize {
         self.pool(pool).held_back()
+    }
+
+    /// What each tenant has here, over all pools.
+    pub fn tenants(&self) -> HashMap<TenantId, Held> {
+        let mut all = HashMap::new();
+        for (tenant, held) in Pool::ALL.into_iter().flat_map(|pool| self.pool(pool).tenants()) {
+            let sum: &mut Held = all.entry(tenant).or_default();
+            *sum = sum.plus(held);
+        }
+        all
     }
 
     /// How many have lost their patience.

@@ -212,6 +212,7 @@ fn only_what_workers_read_at_their_start_replaces_them() {
         r#"{"replicas": 9}"#,
         r#"{"paused": true}"#,
         r#"{"tenants": {"named": [{"id": "acme", "weight": 4}]}}"#,
+        r#"{"tenants": {"defaults": {"onExceeded": "Defer", "quotas": {"executions": 1, "window": "1m"}}}}"#,
         r#"{"gpu": {"replicas": 1}}"#,
         r#"{"rollout": {"maxSurge": 3}}"#,
     ] {
@@ -222,7 +223,11 @@ fn only_what_workers_read_at_their_start_replaces_them() {
 #[test]
 fn a_policy_tells_running_workers_to_pause_and_what_tenants_get() {
     assert_eq!(file("{}", "policy.yaml"), json!({"paused": false}));
-    let tenants = json!({"defaults": {"maxSlotShare": 50}, "named": [{"id": "acme", "weight": 4, "priority": 7}]});
+    let quotas = json!({"executions": 6000, "cpuTimeMs": 60000, "window": "1m", "concurrent": 50, "memoryMb": 512});
+    let tenants = json!({
+        "defaults": {"maxSlotShare": 50, "onExceeded": "Defer", "quotas": quotas},
+        "named": [{"id": "acme", "weight": 4, "priority": 7, "quotas": {"window": "1h"}}],
+    });
     let spec = json!({"paused": true, "tenants": tenants}).to_string();
     assert_eq!(file(&spec, "policy.yaml"), json!({"paused": true, "tenants": tenants}));
     let hash = |spec: &str| policy_hash(&wanted(spec).config_map);

@@ -11,7 +11,8 @@ const AT_ONCE: usize = 8;
 #[tokio::test(flavor = "multi_thread")]
 async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
     plane().install("refusals", &["watchNamespace=refusals"]);
-    let table = [names(), numbers(), nats(), worker(), volumes(), filesystem(), sidecars(), gpu(), rest()].concat();
+    let table =
+        [names(), numbers(), nats(), worker(), volumes(), filesystem(), sidecars(), gpu(), tenants(), rest()].concat();
     assert!(table.len() >= 60, "only {} rows", table.len());
     let wrong: Vec<String> = std::thread::scope(|scope| {
         let rows = table.chunks(table.len().div_ceil(AT_ONCE));
@@ -260,7 +261,6 @@ fn gpu() -> Vec<Row> {
 }
 
 fn rest() -> Vec<Row> {
-    let terms = |terms: Value| json!({"tenants": {"defaults": terms}});
     [
         (json!({"paused": "yes"}), "spec.paused"),
         (json!({"pausd": true}), "unknown field \"spec.pausd\""),
@@ -293,13 +293,54 @@ fn rest() -> Vec<Row> {
         (json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable cannot both"),
         (json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}}), "disruption: set maxUnavailable or"),
         (json!({"observability": {"otlpEndpoint": "collector:4318"}}), "spec.observability.otlpEndpoint"),
+    ]
+    .map(named)
+    .into()
+}
+
+fn tenants() -> Vec<Row> {
+    let terms = |terms: Value| json!({"tenants": {"defaults": terms}});
+    let quotas = |quotas: Value| json!({"tenants": {"defaults": {"quotas": quotas}}});
+    let window = |window: &str| json!({"tenants": {"defaults": {"quotas": {"executions": 1, "window": window}}}});
+    let named = |one: Value| json!({"tenants": {"named": [one]}});
+    let too_long_or_short = "quotas.window: must be between 1s and 744h (31 days), such as 1m";
+    [
         (terms(json!({"weight": 0})), "spec.tenants.defaults.weight"),
         (terms(json!({"priority": 10})), "spec.tenants.defaults.priority"),
         (terms(json!({"maxSlotShare": 101})), "spec.tenants.defaults.maxSlotShare"),
-        (json!({"tenants": {"named": [{"weight": 1}]}}), "spec.tenants.named[0].id"),
+        (terms(json!({"onExceeded": "Drop"})), "supported values: \"Reject\", \"Defer\""),
+        (quotas(json!({"executions": 0})), "spec.tenants.defaults.quotas.executions"),
+        (quotas(json!({"executions": -1})), "spec.tenants.defaults.quotas.executions"),
+        (quotas(json!({"executions": 1_000_000_000_001_i64})), "spec.tenants.defaults.quotas.executions"),
+        (quotas(json!({"cpuTimeMs": 0})), "spec.tenants.defaults.quotas.cpuTimeMs"),
+        (quotas(json!({"cpuTimeMs": "60s"})), "spec.tenants.defaults.quotas.cpuTimeMs"),
+        (quotas(json!({"concurrent": 0})), "spec.tenants.defaults.quotas.concurrent"),
+        (quotas(json!({"memoryMb": 0})), "spec.tenants.defaults.quotas.memoryMb"),
+        (quotas(json!({"execution": 5})), "unknown field \"spec.tenants.defaults.quotas.execution\""),
+        (window("soon"), "spec.tenants.defaults.quotas.window"),
+        (window("60"), "spec.tenants.defaults.quotas.window"),
+        (window("31d"), "spec.tenants.defaults.quotas.window"),
+        (window("0s"), too_long_or_short),
+        (window("999ms"), too_long_or_short),
+        (window("744h1s"), too_long_or_short),
+        (window("999999999h"), too_long_or_short),
+        (
+            quotas(json!({"window": "1h"})),
+            "tenants.defaults.quotas.window: bounds nothing; set executions or cpuTimeMs",
+        ),
+        (
+            named(json!({"id": "acme", "quotas": {"window": "1h", "concurrent": 4}})),
+            "tenants.named.quotas.window: bounds nothing; set executions or cpuTimeMs",
+        ),
+        (named(json!({"id": "acme", "quotas": {"executions": 0}})), "spec.tenants.named[0].quotas.executions"),
+        (named(json!({"weight": 1})), "spec.tenants.named[0].id"),
+        (named(json!({"id": ""})), "spec.tenants.named[0].id"),
+        (named(json!({"id": "a\u{1}b"})), "spec.tenants.named[0].id"),
+        (named(json!({"id": "a\n"})), "spec.tenants.named[0].id"),
+        (named(json!({"id": "é".repeat(129)})), "tenants.named.id: must have at most 256 bytes"),
         (json!({"tenants": {"named": [{"id": "acme"}, {"id": "acme"}]}}), "Duplicate value"),
     ]
-    .map(named)
+    .map(self::named)
     .into()
 }
 

@@ -33,12 +33,28 @@ pub struct WorkerReport<'a> {
     pub finished: u64,
     /// Milliseconds that these held their slots.
     pub work_ms: u64,
+    /// Tenants that have work here, had some of late, or were refused some: the busiest 20 at most.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tenants: Vec<TenantReport<'a>>,
     /// Unix time in milliseconds.
     pub started_at: i64,
     /// Unix time in milliseconds.
     pub reported_at: i64,
     /// The version of the program.
     pub build: &'static str,
+}
+
+/// What a tenant does in a worker.
+#[derive(Debug, Serialize)]
+pub struct TenantReport<'a> {
+    /// Which one.
+    pub id: &'a str,
+    /// Its blocks that run.
+    pub running: usize,
+    /// Its blocks that wait for a slot.
+    pub queued: usize,
+    /// Its assignments that were refused for a budget since the worker started.
+    pub refused: u64,
 }
 
 /// What a worker is told on [`WORKER_CONTROL`](super::WORKER_CONTROL).

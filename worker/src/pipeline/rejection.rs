@@ -17,6 +17,9 @@ use crate::report;
 use crate::report::ledger::refused_subject;
 use crate::trace_context::TraceContext;
 
+/// The code of a refusal because a tenant's budget is used up.
+const OVER_BUDGET: u16 = 2004;
+
 /// Why a delivery does not run.
 pub(super) struct Rejection {
     addressee: Addressee,
@@ -103,6 +106,12 @@ impl Pipeline {
             }
         }
         self.metrics.rejected(fault.cause);
+        if let RejectionEnd::Refused(AssignmentKey { tenant, .. }) = &ends
+            && fault.cause.code() == OVER_BUDGET
+        {
+            self.metrics.tenant_refused(self.gate.policy().label(tenant));
+            self.tallies.refused(tenant);
+        }
         tracing::info!(
             assignment_id = addressee.assignment_id,
             tenant_id = addressee.tenant_id,

@@ -20,6 +20,8 @@ const OVERLOADED: Duration = Duration::from_secs(30);
 
 /// Between two samples.
 const SAMPLE: Duration = Duration::from_millis(100);
+/// There may be many of them.
+const TENANTS_EVERY: Duration = Duration::from_secs(1);
 /// Samples after which a worker has lived on although a hold has lapsed, and says so: 3 s.
 const LIVED_ON: u32 = 30;
 
@@ -27,6 +29,7 @@ const LIVED_ON: u32 = 30;
 pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(SAMPLE);
     let mut last = Instant::now();
+    let mut tenants_seen = None;
     while !stop.is_cancelled() {
         ticks.tick().await;
         pipeline.load.sample(last.elapsed());
@@ -36,6 +39,10 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
             pipeline.metrics.set_queue_depth(pool, pipeline.schedule.waiting(pool));
             pipeline.metrics.set_slots(pool, pipeline.schedule.size(pool));
             pipeline.metrics.set_slots_busy(pool, pipeline.schedule.busy(pool));
+        }
+        if tenants_seen.is_none_or(|seen: Instant| seen.elapsed() >= TENANTS_EVERY) {
+            pipeline.observe_tenants();
+            tenants_seen = Some(Instant::now());
         }
         pipeline.metrics.set_tenants_file_broken(pipeline.gate.has_stale_policy());
         pipeline.metrics.set_memory_held(pipeline.load.bytes());

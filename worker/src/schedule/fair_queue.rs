@@ -43,6 +43,23 @@ pub struct Share {
     pub ceiling: usize,
 }
 
+/// What a tenant has in a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Slots that it holds.
+    pub running: usize,
+    /// Items that wait.
+    pub queued: usize,
+}
+
+impl Held {
+    /// The same tenant's in another queue too.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self { running: self.running + other.running, queued: self.queued + other.queued }
+    }
+}
+
 /// Where an item waits.
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -126,6 +143,12 @@ impl<T> FairQueue<T> {
     /// How many of them wait for their own tenant to give a slot back, and not for anybody else.
     pub fn held_back(&self) -> usize {
         self.held_back
+    }
+
+    /// Who waits or runs.
+    pub fn tenants(&self) -> Vec<(TenantId, Held)> {
+        let held = |holding: &Holding| Held { running: holding.running, queued: holding.waiting };
+        self.tenants.iter().map(|(tenant, holding)| (tenant.clone(), held(holding))).collect()
     }
 
     /// Whether nobody waits.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::fair_queue::{FairQueue, Place, Share, Started};
+use super::fair_queue::{FairQueue, Held, Place, Share, Started};
 use crate::ids::TenantId;
 use crate::policy::{Policy, Terms};
 
@@ -111,6 +111,10 @@ impl Slots {
 
     pub(super) fn held_back(&self) -> usize {
         self.lock().queue.held_back()
+    }
+
+    pub(super) fn tenants(&self) -> Vec<(TenantId, Held)> {
+        self.lock().queue.tenants()
     }
 
     pub(super) fn impatient(&self, now: Instant) -> usize {
