@@ -57,7 +57,9 @@ pub struct TenantTerms {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_exceeded: Option<OnExceeded>,
 
-    /// What it may use. What is left out is not bounded; of a named tenant, it is as in defaults.
+    /// What it may use: budgets of a window, executions and cpuTimeMs, and ceilings, concurrent and memoryMb, above which work
+    /// waits. What is left out is not bounded; of a named tenant, it is as in defaults. With nats.delivery Core on servers
+    /// without JetStream, each worker has all of it for itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quotas: Option<Quotas>,
 }
@@ -71,9 +73,7 @@ pub enum OnExceeded {
     Defer,
 }
 
-/// What a tenant may use: budgets of a window, executions and cpuTimeMs, and ceilings at any moment, concurrent and
-/// memoryMb. Work over a ceiling waits. With nats.delivery Core on servers without JetStream, all of it holds for each
-/// worker by itself.
+/// What a tenant may use.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
