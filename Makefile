@@ -64,6 +64,9 @@ campaign-rollout: ## Workers replaced under load: N generations (20), SEED
 campaign-scale-in: ## Workers taken away under load by the operator, N (200) of them: nothing is cut or done twice
 	@tests/run.sh campaign-scale-in
 
+campaign-budgets: ## Budgets of tenants in virtual time, under every fault: SEEDS (100000) from SEED
+	@tests/run.sh campaign-budgets
+
 campaign-operator: ## The operator killed around every write, two minutes of trouble, five of rest
 	@tests/run.sh campaign-operator
 
@@ -76,4 +79,4 @@ bench: ## Figures of the worker beside their targets: gate, memory, and no-ops b
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-operator bench bench-operator bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator bench bench-operator bench-scale-sim

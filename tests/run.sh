@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
 # usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale-sim
-#   campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-operator
+#   campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -86,6 +86,10 @@ campaign-scale-in() {
   campaign debug scale-in --scale-ins "${N:-200}"
 }
 
+campaign-budgets() {
+  SEEDS=${SEEDS:-100000} cargo test --quiet --workspace --test budget_simulation -- --nocapture no_window
+}
+
 # campaign PROFILE ARGUMENT…: its last line is the answer, as JSON.
 campaign() {
   local tools
@@ -145,10 +149,10 @@ require cc=gcc
 for step; do
   case $step in
     check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench | bench-operator | bench-scale-sim) ;;
-    campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-operator) ;;
+    campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-budgets | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
       "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-scale-in," \
-      "campaign-operator" ;;
+      "campaign-budgets, campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

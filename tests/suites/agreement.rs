@@ -42,7 +42,7 @@ fn pool(spec: Value) -> ValidPool {
 fn expect_the_same_streams(nats: Value) {
     let pool = pool(json!({"nats": nats}));
     let source = Source { subject: pool.nats.subject.clone(), queue_group: pool.nats.queue_group.clone() };
-    let [cancels, approvals, answers, deliveries] = expected::buckets();
+    let [cancels, approvals, answers, deliveries, quotas] = expected::buckets();
     assert_eq!(
         streams::streams(&pool.nats),
         [
@@ -54,6 +54,7 @@ fn expect_the_same_streams(nats: Value) {
             approvals,
             answers,
             deliveries,
+            quotas,
         ]
     );
     assert_eq!(streams::control_consumer(), expected::control_consumer());

@@ -238,7 +238,7 @@ fn is_written(fixture: &Fixture, written: &[u8], clock: &str) {
 
 fn verdict_accepted(fixture: &Fixture) {
     let example = fixture.value();
-    let written = report::accepted(&behind(&example), text(&example, "/worker_id"));
+    let written = report::accepted(&behind(&example), text(&example, "/worker_id"), 0);
     is_written(fixture, &written, "acknowledged_at");
 }
 
@@ -557,13 +557,14 @@ fn database(directory: &Path, rows: &Value) {
 }
 
 /// Every row of the code's table; a status for each of the two kinds of HTTP errors.
-const CAUSES: [Cause; 22] = [
+const CAUSES: [Cause; 23] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
     Cause::NoSuchPool,
     Cause::NeverFits,
     Cause::NoJetStream,
+    Cause::OverBudget,
     Cause::Overloaded,
     Cause::ExecutionFailed,
     Cause::ResourceUnavailable,
@@ -593,6 +594,7 @@ const fn outcome(cause: Cause) -> &'static str {
         Cause::NoSuchPool => "no slots of the pool that it asks for",
         Cause::NeverFits => "more `memory_mb` than the worker may ever hold",
         Cause::NoJetStream => "`human.approval` where the broker has no JetStream",
+        Cause::OverBudget => "its tenant has used up [its budget](tenancy.md#budgets)",
         Cause::Overloaded => "a worker in [core mode](#core-mode) that is full, or stops before it has done it",
         Cause::ExecutionFailed => "a missing file, an SQL error",
         Cause::ResourceUnavailable => "database busy, its connections used up, disk full",

@@ -294,7 +294,11 @@ async fn a_worker_may_do_nothing_else() {
 /// A worker with the credentials of one, under an operator.
 fn worker(rig_files: &tempfile::TempDir, nats: &NatsServer, name: &str, flags: &[&str]) -> Worker {
     let user = if flags.contains(&CORE) { "core" } else { "worker" };
+    let tenants = rig_files.path().join("tenants.yaml");
+    let budget = "tenants: {defaults: {quotas: {executions: 1000000, cpuTimeMs: 1000000000, window: 1h}}}";
+    std::fs::write(&tenants, budget).expect("a file");
     let setup = Worker::named(name)
+        .flag(format!("--tenants-file={}", tenants.display()))
         .flag(format!("--nats-url=nats://{user}:pw@127.0.0.1:{}", nats.port()))
         .flag("--nats-create-streams=false")
         .flag("--egress-allow=127.0.0.0/8")

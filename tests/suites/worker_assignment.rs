@@ -801,6 +801,7 @@ async fn missing_streams_are_made_as_the_contract_says() {
         bucket("caf-approvals", 0, &common),
         bucket("caf-answers", 24, &common),
         bucket("caf-deliveries", 24, &common),
+        bucket("caf-quota", 62 * 24, &common),
     ];
     let names: BTreeSet<String> = {
         use futures::TryStreamExt;

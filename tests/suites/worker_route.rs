@@ -1,7 +1,6 @@
 //! Where work goes that this worker has no slots for, and how a worker is told to take none.
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use async_nats::jetstream::Message;
@@ -9,13 +8,13 @@ use async_nats::jetstream::consumer::{AckPolicy, Consumer, pull};
 use async_nats::{HeaderMap, Subscriber};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
+use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Router, assignment, json as json_of};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::{Setup, Worker};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const ROUTE: &str = "caf.exec.route.gpu.v1";
 const STREAM: &str = "CAF_EXEC_ASSIGN";
@@ -473,38 +472,6 @@ async fn a_worker_that_drains_says_that_it_takes_no_work() {
 
 // What the policy file says.
 
-/// A policy file as Kubernetes mounts a ConfigMap: a new version is a new directory behind a swapped link.
-struct Policy {
-    directory: TempDir,
-    version: usize,
-}
-
-impl Policy {
-    fn new(text: &str) -> Self {
-        let mut policy = Self { directory: tempfile::tempdir().unwrap(), version: 0 };
-        policy.say(text);
-        std::os::unix::fs::symlink("..data/policy.yaml", policy.path()).unwrap();
-        policy
-    }
-
-    fn path(&self) -> PathBuf {
-        self.directory.path().join("policy.yaml")
-    }
-
-    fn flag(&self) -> String {
-        format!("--tenants-file={}", self.path().display())
-    }
-
-    fn say(&mut self, text: &str) {
-        self.version += 1;
-        let (version, root) = (format!("..{}", self.version), self.directory.path());
-        std::fs::create_dir(root.join(&version)).unwrap();
-        std::fs::write(root.join(&version).join("policy.yaml"), text).unwrap();
-        std::os::unix::fs::symlink(&version, root.join("..new")).unwrap();
-        std::fs::rename(root.join("..new"), root.join("..data")).unwrap();
-    }
-}
-
 /// Nobody asks the intake for work.
 async fn nobody_pulls(rig: &Rig) {
     until("nobody pulls", async || rig.router.consumer().await.is_some_and(|consumer| consumer.num_waiting == 0)).await;
@@ -563,8 +530,8 @@ async fn a_broken_policy_changes_nothing_and_is_noticed() {
 
 #[tokio::test]
 async fn a_worker_warns_at_each_load_of_bounds_that_it_does_not_enforce() {
-    const WARNING: &str = "quotas and onExceeded of tenants are not enforced yet: no tenant is bounded by them";
-    let mut policy = Policy::new("tenants: {named: [{id: acme, quotas: {executions: 5}}]}");
+    const WARNING: &str = "concurrent, memoryMb and onExceeded: Defer of tenants are not enforced yet";
+    let mut policy = Policy::new("tenants: {named: [{id: acme, quotas: {executions: 5, concurrent: 5}}]}");
     let rig = Rig::start(&[&policy.flag()]).await;
     assert_eq!(rig.worker.says(WARNING).await["level"], "WARN");
     let warnings = || rig.worker.lines().iter().filter(|line| line.contains(WARNING)).count();

@@ -1,15 +1,37 @@
-//! Whether this worker may run an assignment.
+//! Whether this worker may run an assignment, and whether its tenant may now.
+
+pub mod account; // what a tenant has used of its budget
+pub mod lease; // what this worker may use of it without asking
+
+use std::time::Duration;
+
+use jiff::Timestamp;
 
 use crate::assignment::Assignment;
 use crate::blocks::BlockKind;
 use crate::fault::Cause;
+use crate::ids::TenantId;
 use crate::pool::Pool;
 use crate::schedule::Schedule;
+use account::{Spent, Window};
+use lease::Charge;
+
+/// Whether a tenant's work may run now.
+#[derive(Debug)]
+pub enum Admission {
+    /// It may, for this unit of the tenant's budget where it has one and has not paid before.
+    Admit(Option<Charge>),
+    /// It is refused.
+    Refuse(Refusal),
+    /// It may not now, nor be refused: so long at least it has to wait.
+    Park(Duration),
+}
 
 /// Why an assignment may not wait for a slot here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// [`Cause::NoSuchPool`], [`Cause::NeverFits`], [`Cause::NoJetStream`] or [`Cause::Overloaded`].
+    /// [`Cause::NoSuchPool`], [`Cause::NeverFits`], [`Cause::NoJetStream`], [`Cause::OverBudget`] or
+    /// [`Cause::Overloaded`].
     pub cause: Cause,
     /// For a person.
     pub message: String,
@@ -30,6 +52,26 @@ pub fn no_room() -> Refusal {
     Refusal { cause: Cause::Overloaded, message: "this worker has no room left: send it again".to_owned() }
 }
 
+/// For what comes when its tenant has used up its budget.
+pub fn over_budget(tenant: &TenantId, spent: Spent, window: Window) -> Refusal {
+    let what = match spent {
+        Spent::Executions(limit) => format!("{limit} executions"),
+        Spent::CpuTime(limit) => format!("{} ms of CPU time", limit.as_millis()),
+    };
+    let length = length(window.length());
+    let end = Timestamp::from_millisecond(window.end()).unwrap_or(Timestamp::MAX);
+    let message = format!("tenant {} has used its {what} of this {length} window: it ends at {end}", tenant.as_str());
+    Refusal { cause: Cause::OverBudget, message }
+}
+
+/// `1m`, `90s`: in the largest unit that divides it.
+fn length(time: Duration) -> String {
+    const UNITS: [(u128, &str); 5] = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s"), (1, "ms")];
+    let millis = time.as_millis();
+    let unit = UNITS.into_iter().find(|(unit, _)| millis.is_multiple_of(*unit));
+    unit.map_or_else(String::new, |(unit, name)| format!("{}{name}", millis / unit))
+}
+
 /// For what has to be kept where nothing is.
 pub fn no_jetstream(kind: BlockKind) -> Refusal {
     let message = format!("{} needs JetStream, which this broker does not have", kind.as_str());
@@ -38,4 +80,25 @@ pub fn no_jetstream(kind: BlockKind) -> Refusal {
 
 fn no_such_pool(pool: Pool, kind: BlockKind) -> String {
     format!("this worker has no {} slots for {}", pool.as_str(), kind.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_which_budget_is_used_up_and_when_its_window_ends() {
+        let tenant = TenantId::parse("acme").expect("a tenant id");
+        let window = Window::at(1_700_000_041_000, Duration::from_secs(60));
+        let refusal = over_budget(&tenant, Spent::Executions(1000), window);
+        assert_eq!(
+            refusal.message,
+            "tenant acme has used its 1000 executions of this 1m window: it ends at 2023-11-14T22:15:00Z"
+        );
+        assert!(refusal.cause.is_retryable() && !refusal.cause.is_dead_letter() && !refusal.cause.is_retried_here());
+        let window = Window::at(1_700_000_041_000, Duration::from_secs(90));
+        let refusal = over_budget(&tenant, Spent::CpuTime(Duration::from_secs(60)), window);
+        let said = "tenant acme has used its 60000 ms of CPU time of this 90s window";
+        assert!(refusal.message.starts_with(said), "{}", refusal.message);
+    }
 }

@@ -22,6 +22,8 @@ pub enum Cause {
     NeverFits,
     /// It needs something kept, and this broker has no JetStream.
     NoJetStream,
+    /// The tenant has used up what it may use for now.
+    OverBudget,
     /// This worker is full, or stops, and nobody else is given its work.
     Overloaded,
     /// A missing file, an SQL error: the block ran and its work failed.
@@ -64,6 +66,7 @@ impl Cause {
             Self::ExecutionFailed => 2001,
             Self::NoSuchPool | Self::NeverFits | Self::NoJetStream | Self::ResourceUnavailable | Self::OverCap => 2002,
             Self::NotAllowed => 2003,
+            Self::OverBudget => 2004,
             Self::Network | Self::Tls => 3001,
             Self::ConnectTimeout => 3002,
             Self::HttpStatus(_) | Self::TooManyRedirects => 3003,
@@ -78,6 +81,7 @@ impl Cause {
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::NoSuchPool
+            | Self::OverBudget
             | Self::Overloaded
             | Self::ResourceUnavailable
             | Self::Network
@@ -103,7 +107,8 @@ impl Cause {
 
     /// Whether this worker tries the block again before it reports. A bug would only repeat itself.
     pub const fn is_retried_here(self) -> bool {
-        self.is_retryable() && !matches!(self, Self::Internal | Self::Overloaded | Self::DeadlinePassed)
+        self.is_retryable()
+            && !matches!(self, Self::Internal | Self::OverBudget | Self::Overloaded | Self::DeadlinePassed)
     }
 
     /// The status of the result that reports it.

@@ -84,6 +84,8 @@ pub enum Settlement {
     Done,
     /// Handed back, at once, for another worker.
     HandBack,
+    /// Handed back, to be delivered again after this.
+    PutOff(Duration),
 }
 
 impl Delivery {
@@ -179,8 +181,9 @@ impl Delivery {
         let kind = match settlement {
             Settlement::Done => AckKind::Ack,
             // The broker would apply it to whoever holds the delivery now.
-            Settlement::HandBack if self.is_lapsed() => return,
+            Settlement::HandBack | Settlement::PutOff(_) if self.is_lapsed() => return,
             Settlement::HandBack => AckKind::Nak(None),
+            Settlement::PutOff(wait) => AckKind::Nak(Some(wait)),
         };
         let Some(reply) = self.held.hold().reply().cloned() else { return };
         if let Err(error) = self.broker.client().publish(reply, kind.into()).await {

@@ -109,6 +109,7 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     };
     let Prepared { pipeline, keeper, broker } = prepared;
     vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
+    vital.spawn("settle budgets", Arc::clone(&pipeline).settle_budgets());
     if mode == Mode::JetStream {
         vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
         vital.spawn("rebalance", pipeline::rebalance(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
@@ -255,6 +256,7 @@ fn address(config: &Config) -> Address {
 fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Settings {
     pipeline::Settings {
         mode: config.nats_delivery,
+        pool: config.pool.as_ref().map_or_else(|| shared(intake), ToString::to_string),
         verdict_subject: intake.verdict_subject(),
         route_subject: intake.route_subject(),
         dead_letters: dead_letter::Settings { redact: config.dlq_redact },
@@ -263,6 +265,11 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Set
         letters: if config.dlq_exhausted { Letters::Exhausted } else { Letters::Final },
         spool: config.outbox.clone(),
     }
+}
+
+/// Names a pool that has no name: workers that share their work share the budgets too.
+fn shared(intake: &streams::Intake) -> String {
+    format!("{}/{}", intake.subject, intake.queue_group)
 }
 
 fn sources(config: &Config) -> Sources {

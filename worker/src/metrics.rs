@@ -23,12 +23,13 @@ use tenants::TenantSeries;
 const LATENCY_BUCKETS_MS: [f64; 12] =
     [5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 2500.0, 5000.0, 10_000.0];
 /// The codes that a refusal can carry, shown from the start.
-const REJECTIONS: [Cause; 6] = [
+const REJECTIONS: [Cause; 7] = [
     Cause::InvalidInput,
     Cause::MissingField,
     Cause::InvalidFormat,
     Cause::NoSuchPool,
     Cause::NotAllowed,
+    Cause::OverBudget,
     Cause::Overloaded,
 ];
 const LATENCY: &str = "Milliseconds from the start of a task to its end, retries included";

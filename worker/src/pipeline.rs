@@ -4,6 +4,7 @@
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
 mod judge; // whether it runs here
+mod charge; // whether its tenant may run it now
 mod rejection; // what does not run
 mod approvals; // what waits for a person
 mod route; // what runs on another class of workers
@@ -31,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
+use crate::admission::Admission;
+use crate::admission::lease::{Budgets, Charge, Kept};
 use crate::approval::Approvals;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
@@ -46,6 +49,7 @@ use crate::health::Health;
 use crate::identity::Identity;
 use crate::intake::{self, Delivery, Holds, Load, Settlement};
 use crate::metrics::Metrics;
+use crate::policy::Policy;
 use crate::publication::Publication;
 use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
@@ -62,6 +66,7 @@ use durable::{Recorded, may_replace};
 use in_flight::{Flight, InFlight, Landed};
 use judge::Judged;
 use quarantine::Quarantine;
+use rejection::Rejection;
 use turn::Turn;
 
 pub(crate) use activity::Activity;
@@ -75,6 +80,10 @@ const LOOK_UPS: usize = 8;
 /// Between two lines about answers of those who were not asked.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
+/// What is put off is delivered again after no less than this, and no more: what has to wait for longer does so again.
+const PUT_OFF_LEAST: Duration = Duration::from_millis(100);
+const PUT_OFF_MOST: Duration = Duration::from_secs(60);
+
 /// How long after its deadline a block that hangs keeps its delivery.
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -83,6 +92,8 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct Settings {
     /// How assignments come in.
     pub mode: Mode,
+    /// Names all workers that share the budgets of tenants.
+    pub pool: String,
     /// The subject that verdicts are published on.
     pub verdict_subject: String,
     /// Where work waits for workers with GPU slots.
@@ -144,6 +155,8 @@ pub struct Pipeline {
     in_flight: InFlight,
     deaths: Deaths,
     quarantine: Quarantine,
+    budgets: Budgets<Kept>,
+    policy: watch::Receiver<Arc<Policy>>,
     /// Who answers requests without having been asked.
     strangers: Throttle,
     tallies: tenants::Tallies,
@@ -154,6 +167,8 @@ pub struct Pipeline {
 struct Arrival {
     delivery: Delivery,
     assignment: Assignment,
+    /// The unit of its tenant's budget that it was admitted for.
+    charge: Option<Charge>,
     said: Said,
     /// The trace that it came with.
     trace: Option<TraceContext>,
@@ -184,6 +199,8 @@ impl Pipeline {
             dead_letters: DeadLetters::new(broker.clone(), streams.clone(), Arc::clone(&identity), dead_letters),
             deaths: Deaths::new(broker.clone()),
             load: Arc::new(Load::new(settings.max_memory_bytes)),
+            budgets: Budgets::new(Kept::new(broker.clone(), streams.clone(), health.clone()), &settings.pool),
+            policy: schedule.policy(),
             settings,
             identity,
             broker,
@@ -241,19 +258,36 @@ impl Pipeline {
         }
         let (session, refusal) = (self.broker.session(), self.broker.last_refusal(&[&self.settings.verdict_subject]));
         let mut arrivals = Vec::with_capacity(judged.len());
-        for (mut delivery, judgement) in self.repeat_refusals(judged).await {
+        let judged = self.repeat_refusals(judged).await;
+        // Empty where no tenant is bounded.
+        let mut admissions = self.admit(&judged).await.into_iter();
+        for (mut delivery, judgement) in judged {
+            let admission = admissions.next().unwrap_or(Admission::Admit(None));
             match judgement {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
+                    let charge = match admission {
+                        Admission::Admit(charge) => charge,
+                        Admission::Refuse(refusal) => {
+                            self.spawn(Self::reject, (delivery, Rejection::refused(&assignment, refusal)));
+                            continue;
+                        }
+                        Admission::Park(wait) => {
+                            self.spawn(Self::put_off, (delivery, wait));
+                            continue;
+                        }
+                    };
                     delivery.reserve(assignment.memory_mb.unwrap_or_default());
-                    let verdict = report::accepted(&assignment, &self.identity.worker_id);
+                    self.note_charge(&delivery, charge.as_ref()).await;
+                    let at = charge.as_ref().map_or_else(|| Timestamp::now().as_millisecond(), Charge::moment);
+                    let verdict = report::accepted(&assignment, &self.identity.worker_id, at);
                     let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
                     let subject = self.settings.verdict_subject.clone();
                     self.broker.publish_in(trace.as_ref(), subject, verdict.clone()).await;
                     failpoint::reach(Point::Accepted).await;
                     let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
                     let said = Said { verdict, session: session.clone(), refusal };
-                    arrivals.push(Arrival { delivery, assignment, said, trace, span });
+                    arrivals.push(Arrival { delivery, assignment, charge, said, trace, span });
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
@@ -263,12 +297,14 @@ impl Pipeline {
 
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
     async fn carry_out(self: Arc<Self>, accepted: Accepted) {
-        let Accepted { arrival, record, deaths, flight } = accepted;
+        let Accepted { mut arrival, record, deaths, flight } = accepted;
         failpoint::reach(Point::LookedUp).await;
         let expected = record.as_ref().map_or(Expected::NOTHING, |record| record.place);
         match (record, Suspicion::after(deaths)) {
             (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
+                // Nothing is executed for it.
+                arrival.charge.take().into_iter().for_each(Charge::give_back);
                 Box::pin(self.answer(arrival, *record)).await;
             }
             (_, Suspicion::Poison(deaths)) => {
@@ -331,7 +367,10 @@ impl Pipeline {
             [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
         }
         match ended {
-            Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
+            Ended::Executed(execution) => {
+                self.charge_cpu_time(&arrival.assignment.key.tenant, execution.cpu_time);
+                self.finish(arrival, expected, queued, execution).await;
+            }
             Ended::Abandoned => self.hand_back(arrival.delivery).await,
         }
     }
@@ -351,6 +390,14 @@ impl Pipeline {
             self.deaths.handed_back(&which).await;
         }
         delivery.settle(Settlement::HandBack).await;
+    }
+
+    /// Gives a delivery back that may not run before so much time has passed.
+    async fn put_off(self: Arc<Self>, (delivery, wait): (Delivery, Duration)) {
+        if delivery.delivered() == 1 {
+            self.deaths.handed_back(&DeliveryId::of(&delivery)).await;
+        }
+        delivery.settle(Settlement::PutOff(wait.clamp(PUT_OFF_LEAST, PUT_OFF_MOST))).await;
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
@@ -398,7 +445,7 @@ impl Pipeline {
 
     /// Settles the delivery once the broker has its result.
     async fn publish(&self, arrival: Box<Arrival>, result: Bytes) {
-        let Arrival { delivery, assignment, said, trace, span } = *arrival;
+        let Arrival { delivery, assignment, charge: _, said, trace, span } = *arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
         let id = self.result_id(delivery.publication());
         if id.is_some() {

@@ -39,6 +39,8 @@ pub struct Policy {
 struct Tenants {
     defaults: Terms,
     named: HashMap<TenantId, Terms>,
+    /// Whether any of these has a budget.
+    has_budgets: bool,
 }
 
 /// What one tenant gets.
@@ -66,7 +68,7 @@ pub enum OnExceeded {
     Defer,
 }
 
-/// What a tenant may use. Nothing is counted against these yet.
+/// What a tenant may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quotas {
     /// Executions in a window.
@@ -113,6 +115,11 @@ impl Policy {
         if is_named { tenant.as_str() } else { OTHER }
     }
 
+    /// Whether any tenant's executions or CPU time are bounded.
+    pub fn has_budgets(&self) -> bool {
+        self.tenants.as_ref().is_some_and(|tenants| tenants.has_budgets)
+    }
+
     /// Reads what the file says.
     ///
     /// # Errors
@@ -134,11 +141,12 @@ impl Policy {
 
     /// Says so where tenants are given bounds that nobody holds them to.
     fn warn_of_what_is_not_enforced(&self) {
-        let is_bounded =
-            |terms: &Terms| terms.on_exceeded != WITHOUT_TENANTS.on_exceeded || terms.quotas != WITHOUT_TENANTS.quotas;
-        let mut terms = self.tenants.iter().flat_map(|tenants| tenants.named.values().chain([&tenants.defaults]));
-        if terms.any(is_bounded) {
-            tracing::warn!("quotas and onExceeded of tenants are not enforced yet: no tenant is bounded by them");
+        let is_more = |terms: &Terms| {
+            let Quotas { executions: _, cpu_time: _, window: _, concurrent, memory_mb } = terms.quotas;
+            terms.on_exceeded == OnExceeded::Defer || concurrent.is_some() || memory_mb.is_some()
+        };
+        if self.tenants.iter().flat_map(Tenants::all).any(is_more) {
+            tracing::warn!("concurrent, memoryMb and onExceeded: Defer of tenants are not enforced yet");
         }
     }
 }
@@ -158,7 +166,13 @@ impl Tenants {
                 return Err(format!("{at}.id: is there twice"));
             }
         }
-        Ok(Self { defaults, named })
+        let has_budget = |terms: &Terms| terms.quotas.executions.is_some() || terms.quotas.cpu_time.is_some();
+        let has_budgets = has_budget(&defaults) || named.values().any(has_budget);
+        Ok(Self { defaults, named, has_budgets })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Terms> {
+        self.named.values().chain([&self.defaults])
     }
 }
 
@@ -360,6 +374,28 @@ tenants:
     }
 
     #[test]
+    fn a_tenant_may_have_any_name_that_an_assignment_can() {
+        let longest = "x".repeat(256);
+        for id in ["a.b*>= é", "$KV.caf-quota.>", "../..", &longest] {
+            let text = format!("tenants: {{named: [{{id: {id:?}, quotas: {{executions: 7}}}}]}}");
+            let policy = Policy::parse(&text).expect("a policy");
+            assert_eq!((terms(&policy, id).quotas.executions, policy.has_budgets()), (Some(7), true));
+        }
+        let error = Policy::parse(&format!("tenants: {{named: [{{id: {longest}x}}]}}")).expect_err("257 bytes");
+        assert!(error.starts_with("tenants.named[0].id: is no tenant id"), "{error}");
+    }
+
+    #[test]
+    fn only_executions_and_cpu_time_are_budgets() {
+        for (quotas, has_budgets) in
+            [("executions: 1", true), ("cpuTimeMs: 1", true), ("window: 1h, concurrent: 1", false)]
+        {
+            let text = format!("tenants: {{defaults: {{quotas: {{{quotas}}}}}}}");
+            assert_eq!(Policy::parse(&text).expect("a policy").has_budgets(), has_budgets, "{quotas}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, reason) in [
             ("paused: maybe", "paused: invalid type"),
@@ -374,6 +410,13 @@ tenants:
             ("tenants: {defaults: {onExceeded: Drop}}", "tenants.defaults.onExceeded: unknown variant"),
             ("tenants: {defaults: {quotas: {window: 1}}}", "tenants.defaults.quotas.window: invalid type"),
             ("tenants: {defaults: {quotas: {window: soon}}}", "tenants.defaults.quotas.window: is no time"),
+            ("tenants: {defaults: {quotas: {window: 0s}}}", "tenants.defaults.quotas.window: is no time"),
+            ("tenants: {defaults: {quotas: {window: 999ms}}}", "tenants.defaults.quotas.window: is no time"),
+            ("tenants: {defaults: {quotas: {window: 32days}}}", "tenants.defaults.quotas.window: is no time"),
+            ("tenants: {defaults: {quotas: {executions: 0}}}", "tenants.defaults.quotas.executions: is not between"),
+            ("tenants: {defaults: {quotas: {cpuTimeMs: 0}}}", "tenants.defaults.quotas.cpuTimeMs: is not between"),
+            ("tenants: {defaults: {quotas: {executions: 1e30}}}", "tenants.defaults.quotas.executions: invalid type"),
+            ("tenants: {named: [{id: \"a\\nb\"}]}", "tenants.named[0].id: is no tenant id"),
             ("tenants: {defaults: {quotas: {executions: -1}}}", "tenants.defaults.quotas.executions: is not between"),
             ("tenants: {named: [{weight: 2}]}", "tenants.named[0]: missing field `id`"),
             ("tenants: {named: [{id: ''}]}", "tenants.named[0].id: is no tenant id"),

@@ -107,8 +107,8 @@ impl StepResult {
     }
 }
 
-/// The verdict on an assignment that will run, or whose record answers it.
-pub fn accepted(assignment: &Assignment, worker_id: &str) -> Bytes {
+/// The verdict on an assignment that will run, or whose record answers it; `at` is Unix time in milliseconds.
+pub fn accepted(assignment: &Assignment, worker_id: &str, at: i64) -> Bytes {
     contract::encode(&Verdict {
         assignment_id: &assignment.key.assignment_id,
         status: "accepted",
@@ -118,7 +118,7 @@ pub fn accepted(assignment: &Assignment, worker_id: &str) -> Bytes {
         tenant_id: assignment.key.tenant.as_str(),
         worker_id,
         error: None,
-        acknowledged_at: Timestamp::now().as_millisecond(),
+        acknowledged_at: at,
     })
 }
 

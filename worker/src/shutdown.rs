@@ -60,6 +60,7 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
         pipeline.cut_off();
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
     }
+    pipeline.close_budgets().await;
     control.finish().await;
     pipeline.flush().await;
 }

@@ -28,6 +28,8 @@ pub const CONTROL_CONSUMER: &str = "caf-control";
 const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What is known about one assignment, beside its record.
 const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
+/// What a tenant has used of its budget is of no use after its window: two of the longest.
+const QUOTA_RETENTION: Duration = Duration::from_secs(62 * 24 * 3600);
 
 /// How long a worker holds a delivery before another gets it.
 pub(super) const ACK_WAIT: Duration = Duration::from_secs(10);
@@ -64,6 +66,7 @@ pub fn streams(nats: &Nats) -> Vec<Config> {
         bucket(nats, "caf-approvals", Duration::ZERO),
         bucket(nats, "caf-answers", NOTE_RETENTION),
         bucket(nats, "caf-deliveries", NOTE_RETENTION),
+        bucket(nats, "caf-quota", QUOTA_RETENTION),
     ];
     let intake = (nats.delivery == Delivery::JetStream).then(|| intake(nats));
     intake.into_iter().chain(shared).collect()

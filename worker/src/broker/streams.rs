@@ -23,8 +23,8 @@ use crate::health::{Concern, Health};
 
 pub use wanted::{
     ACK_WAIT, ANSWER_BUCKET, APPROVAL_BUCKET, ASSIGN_STREAM, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM,
-    DELIVERY_BUCKET, DLQ_STREAM, Intake, RESULT_STREAM, assignments, buckets, consumer, control, control_consumer,
-    dead_letters, results, route_consumer,
+    DELIVERY_BUCKET, DLQ_STREAM, Intake, QUOTA_BUCKET, RESULT_STREAM, assignments, buckets, consumer, control,
+    control_consumer, dead_letters, results, route_consumer,
 };
 
 /// Between two looks at streams that are missing or cannot be asked for.

@@ -30,6 +30,9 @@ pub const ANSWER_BUCKET: &str = "caf-answers";
 /// Notes of deliveries that have begun, or that ended without a death.
 pub const DELIVERY_BUCKET: &str = "caf-deliveries";
 
+/// What tenants have used of their budgets.
+pub const QUOTA_BUCKET: &str = "caf-quota";
+
 /// A hold on a delivery lasts this long from its last progress ack.
 pub const ACK_WAIT: Duration = Duration::from_secs(10);
 /// How many deliveries may be unsettled over all workers, where no operator sizes it to its pool.
@@ -43,6 +46,8 @@ const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 const CONTROL_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What is known about one assignment, beside its record.
 const NOTE_RETENTION: Duration = Duration::from_secs(24 * 3600);
+/// An account is of no use after its window: two of the longest.
+const QUOTA_RETENTION: Duration = Duration::from_secs(62 * 24 * 3600);
 
 /// Where this worker's assignments wait.
 #[derive(Clone, Debug)]
@@ -148,12 +153,13 @@ pub fn control() -> Config {
 }
 
 /// The streams of all buckets.
-pub fn buckets() -> [Config; 4] {
+pub fn buckets() -> [Config; 5] {
     [
         bucket(CANCEL_BUCKET, NOTE_RETENTION),
         bucket(APPROVAL_BUCKET, Duration::ZERO),
         bucket(ANSWER_BUCKET, NOTE_RETENTION),
         bucket(DELIVERY_BUCKET, NOTE_RETENTION),
+        bucket(QUOTA_BUCKET, QUOTA_RETENTION),
     ]
 }
 

@@ -1,0 +1,210 @@
+//! What an assignment costs its tenant: a unit of its budget for each execution, taken for all of a chunk at once.
+//!
+//! A unit is charged once for each publication, whatever becomes of its worker: before the first verdict goes out, a note
+//! of it goes the same way. A redelivery that has one has paid; one that has none is charged, but never refused for a
+//! budget, for it may have been accepted before: it waits.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::header::NATS_MESSAGE_TTL;
+use bytes::Bytes;
+use futures::future::join_all;
+
+use super::durable::may_replace;
+use super::judge::Judged;
+use super::rejection::Judgement;
+use super::{Arc, Pipeline};
+use crate::admission::account::Budget;
+use crate::admission::lease::{Charge, Short, Taken};
+use crate::admission::{Admission, over_budget};
+use crate::assignment::Assignment;
+use crate::broker::streams::DELIVERY_BUCKET;
+use crate::contract;
+use crate::ids::{AssignmentKey, TenantId};
+use crate::intake::Delivery;
+use crate::policy::OnExceeded;
+use crate::publication::Publication;
+use crate::report;
+
+/// Between two looks for what goes back into accounts, or has to be charged.
+const SETTLE: Duration = Duration::from_secs(1);
+/// How long the accounts may take when a worker stops.
+const CLOSE: Duration = Duration::from_secs(2);
+/// After this, work is delivered again whose tenant's account could not be asked.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// What a note says.
+const CHARGED: &[u8] = b"charged";
+/// How long a note is kept, in seconds: there is one for each execution.
+const NOTED: &str = "3600";
+
+/// The work of one tenant in a chunk: where it stands there.
+struct Share {
+    budget: Budget,
+    on_exceeded: OnExceeded,
+    at: Vec<usize>,
+}
+
+impl Pipeline {
+    /// Whether each may run now, as far as that is up to its tenant's budget; nothing where no tenant has one.
+    pub(super) async fn admit(&self, judged: &[Judgement]) -> Vec<Admission> {
+        if !self.policy.borrow().has_budgets() {
+            return Vec::new();
+        }
+        let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(None)).collect();
+        let shares = self.shares(judged, &self.charged_before(judged).await);
+        let taken = join_all(shares.iter().map(|(tenant, share)| {
+            self.budgets.take(tenant, share.budget, u64::try_from(share.at.len()).unwrap_or(u64::MAX))
+        }));
+        for ((tenant, share), Taken { mut grant, short }) in shares.iter().zip(taken.await) {
+            let mut late = Vec::new();
+            for at in &share.at {
+                match (grant.next(), admissions.get_mut(*at)) {
+                    (Some(charge), Some(admission)) => *admission = Admission::Admit(Some(charge)),
+                    _ => late.push(*at),
+                }
+            }
+            let Some(short) = short.filter(|_| !late.is_empty()) else { continue };
+            for (at, admission) in self.without_units(judged, &late, tenant, share.on_exceeded, short).await {
+                if let Some(place) = admissions.get_mut(at) {
+                    *place = admission;
+                }
+            }
+        }
+        admissions
+    }
+
+    /// What has to be paid for, by tenant.
+    fn shares<'j>(&self, judged: &'j [Judgement], paid: &HashSet<usize>) -> BTreeMap<&'j TenantId, Share> {
+        let policy = self.policy.borrow();
+        let mut shares = BTreeMap::<_, Share>::new();
+        for (at, judgement) in judged.iter().enumerate() {
+            let Some(tenant) = tenant(judgement).filter(|_| !paid.contains(&at)) else { continue };
+            if let Some(share) = shares.get_mut(tenant) {
+                share.at.push(at);
+                continue;
+            }
+            let terms = policy.terms(tenant);
+            if let Some(budget) = Budget::of(&terms.quotas) {
+                shares.insert(tenant, Share { budget, on_exceeded: terms.on_exceeded, at: vec![at] });
+            }
+        }
+        shares
+    }
+
+    /// Redeliveries that have been paid for.
+    async fn charged_before(&self, judged: &[Judgement]) -> HashSet<usize> {
+        let redeliveries: Vec<_> = judged
+            .iter()
+            .enumerate()
+            .filter(|(_, judgement)| {
+                judgement.0.delivered() > 1 && tenant(judgement).is_some_and(|tenant| self.is_bounded(tenant))
+            })
+            .map(|(at, (delivery, _))| (at, note(delivery.publication())))
+            .collect();
+        if redeliveries.is_empty() || !self.hands_back() {
+            return HashSet::new();
+        }
+        let subjects = || redeliveries.iter().map(|(_, subject)| subject.clone()).collect();
+        let bucket = format!("KV_{DELIVERY_BUCKET}");
+        let notes = self.until_read(|| self.broker.last(&bucket, subjects())).await;
+        redeliveries.iter().filter(|(_, subject)| notes.contains_key(subject)).map(|(at, _)| *at).collect()
+    }
+
+    /// What becomes of those whose tenant has no unit left for them.
+    async fn without_units(
+        &self,
+        judged: &[Judgement],
+        late: &[usize],
+        tenant: &TenantId,
+        on_exceeded: OnExceeded,
+        short: Short,
+    ) -> Vec<(usize, Admission)> {
+        let answered = self.no_executions(judged, late).await;
+        let mut admissions = Vec::with_capacity(late.len());
+        for at in late {
+            let Some((delivery, _)) = judged.get(*at).filter(|_| !answered.contains(at)) else { continue };
+            let may_wait = self.hands_back() && (delivery.delivered() > 1 || on_exceeded == OnExceeded::Defer);
+            admissions.push((
+                *at,
+                match short {
+                    Short::Spent(_, window) if may_wait => Admission::Park(window.rest(self.budgets.now())),
+                    Short::Spent(spent, window) => Admission::Refuse(over_budget(tenant, spent, window)),
+                    Short::Unreachable if self.hands_back() => Admission::Park(ASK_AGAIN),
+                    Short::Unreachable => Admission::Refuse(crate::admission::no_room()),
+                },
+            ));
+        }
+        admissions
+    }
+
+    /// Those that a record answers.
+    async fn no_executions(&self, judged: &[Judgement], late: &[usize]) -> HashSet<usize> {
+        let late = || late.iter().filter_map(|at| Some((*at, runs(judged.get(*at)?)?)));
+        let keys: Vec<AssignmentKey> = late().map(|(_, (_, assignment))| assignment.key.clone()).collect();
+        let records = self.read_records(&keys).await;
+        let is_answered = |(delivery, assignment): &(&Delivery, &Assignment)| {
+            let record = records.get(&report::ledger::subject(&assignment.key));
+            record.is_some_and(|record| !may_replace(record, delivery))
+        };
+        late().filter(|(_, one)| is_answered(one)).map(|(at, _)| at).collect()
+    }
+
+    /// On its way to the broker before the verdict, but not awaited. In core mode nothing is delivered again.
+    pub(super) async fn note_charge(&self, delivery: &Delivery, charge: Option<&Charge>) {
+        if charge.is_some() && self.hands_back() {
+            let mut headers = HeaderMap::new();
+            headers.insert(NATS_MESSAGE_TTL, NOTED);
+            let noted = self.broker.send(&note(delivery.publication()), headers, Bytes::from_static(CHARGED)).await;
+            if let Err(error) = noted {
+                tracing::debug!(%error, "cannot note that an execution is paid for");
+            }
+        }
+    }
+
+    /// Charges CPU time that a block has used, where its tenant's is bounded.
+    pub(super) fn charge_cpu_time(&self, tenant: &TenantId, time: Duration) {
+        let budget = {
+            let policy = self.policy.borrow();
+            policy.has_budgets().then(|| Budget::of(&policy.terms(tenant).quotas)).flatten()
+        };
+        if let Some(budget) = budget {
+            self.budgets.charge_cpu_time(tenant, budget, time);
+        }
+    }
+
+    /// Gives back what was leased and not used in time, and charges CPU time, for as long as the worker runs.
+    pub async fn settle_budgets(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(SETTLE).await;
+            self.budgets.settle().await;
+        }
+    }
+
+    /// Gives back all that was leased and not used.
+    pub(crate) async fn close_budgets(&self) {
+        let _ = tokio::time::timeout(CLOSE, self.budgets.close()).await;
+    }
+
+    fn is_bounded(&self, tenant: &TenantId) -> bool {
+        Budget::of(&self.policy.borrow().terms(tenant).quotas).is_some()
+    }
+}
+
+/// Of what runs here.
+fn tenant(judgement: &Judgement) -> Option<&TenantId> {
+    runs(judgement).map(|(_, assignment)| &assignment.key.tenant)
+}
+
+fn runs((delivery, judgement): &Judgement) -> Option<(&Delivery, &Assignment)> {
+    match judgement {
+        Ok(Judged::Runs(assignment)) => Some((delivery, assignment)),
+        Ok(Judged::PassesOn(_)) | Err(_) => None,
+    }
+}
+
+/// Where it is noted that a publication has been paid for.
+fn note(publication: &Publication) -> String {
+    format!("$KV.{DELIVERY_BUCKET}.{}.charged", contract::escape(&publication.to_header()))
+}
