@@ -14,11 +14,12 @@ mod slim; // what is kept of an object
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::{NamespaceResourceScope, Resource as _};
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::core::Status;
 use kube::runtime::reflector::ObjectRef;
@@ -52,6 +53,8 @@ pub struct Applied {
     pub scaled_object: Option<Arc<DynamicObject>>,
     /// What could not be made or told, though the pool works without it.
     pub notices: Vec<Notice>,
+    /// After so long pods are to be told once more of what has changed.
+    pub tells_again: Option<Duration>,
 }
 
 /// Makes the children what they should be.
@@ -74,6 +77,7 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
     child(ctx, pool, observed.service_account.as_ref(), service_account).await?;
     let policy = policy_hash(config_map);
     let config_map = child(ctx, pool, observed.config_map.as_ref(), config_map).await?;
+    let age = ctx.memory.since_write(pool, &(ConfigMap::KIND, config_map.name_any()));
     child(ctx, pool, observed.service.as_ref(), service).await?;
     match network_policy {
         Some(wall) => drop(child(ctx, pool, observed.network_policy.as_ref(), wall).await?),
@@ -97,15 +101,17 @@ pub async fn apply(ctx: &Context, valid: &ValidPool, observed: &Observed, desire
             None
         }
     };
-    let deaf = nudge::nudge(ctx, &policy, &config_map, &observed.pods).await?;
+    let told = nudge::nudge(ctx, &policy, (&config_map, age), &observed.pods).await?;
     // After the autoscaler, which is gone by now if it was one: KEDA takes over nothing that another scales.
     let keda = match observed.surroundings.numbers {
         Some(_) => addon::apply(ctx, valid, pool, &addon::SCALED_OBJECT, scaled_object.as_ref()).await?,
         None => Outcome::default(),
     };
     let monitor = addon::apply(ctx, valid, pool, &addon::POD_MONITOR, pod_monitor.as_ref()).await?;
-    let notices = deaf.into_iter().chain(keda.notice).chain(monitor.notice).chain(ctx.memory.contests(pool)).collect();
-    Ok(Applied { general, gpu, autoscaler, scaled_object: keda.found, notices })
+    let notices = [told.refused, keda.notice, monitor.notice].into_iter().flatten();
+    let notices = notices.chain(ctx.memory.contests(pool)).collect();
+    let tells_again = told.again.then_some(nudge::HEARD);
+    Ok(Applied { general, gpu, autoscaler, scaled_object: keda.found, notices, tells_again })
 }
 
 async fn workload(

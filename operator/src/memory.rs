@@ -177,6 +177,13 @@ impl Memory {
         self.note(pool, |notes| notes.settled.insert(child, settled));
     }
 
+    /// How long ago our last write of a child is; since ever, where none is known.
+    pub fn since_write(&self, pool: &ObjectRef<Watched>, child: &Child) -> Duration {
+        let notes = self.notes();
+        let left = notes.get(pool).and_then(|notes| notes.settled.get(child));
+        left.map_or(Duration::MAX, |left| left.at.elapsed())
+    }
+
     /// Forgets a child that was removed.
     pub fn unsettle(&self, pool: &ObjectRef<Watched>, child: &Child) {
         if let Some(notes) = self.notes().get_mut(pool) {

@@ -70,11 +70,12 @@ impl Converged {
     fn look_again(&self) -> Duration {
         // What KEDA says of its ScaledObject has no watch either.
         let looks_again = !self.notices.is_empty() || self.applied.scaled_object.is_some();
-        match (self.some_may_go, looks_again) {
+        let next = match (self.some_may_go, looks_again) {
             (true, _) => WATCH_THEM_GO,
             (false, true) => LOOK_AGAIN,
             (false, false) => RESYNC,
-        }
+        };
+        next.min(self.applied.tells_again.unwrap_or(RESYNC))
     }
 }
 

@@ -45,6 +45,7 @@ fn workers(desired: i32, ready: i32) -> Converged {
             autoscaler: None,
             scaled_object: None,
             notices: Vec::new(),
+            tells_again: None,
         },
         pods: Vec::new(),
         notices: Vec::new(),

@@ -1,5 +1,7 @@
 //! What the author of a pool is told by conditions and events, and that what runs is left alone meanwhile.
 
+use std::collections::BTreeMap;
+
 use beamline_tests::api::Api;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
@@ -7,6 +9,7 @@ use beamline_tests::plane::Release;
 use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
 use futures::future::join;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use super::{PATIENCE, calm, condition, is_write, plane};
@@ -135,6 +138,33 @@ async fn o04_what_happened_while_nobody_watched_is_made_good_by_whoever_comes() 
         (names == ["kept"]).then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_pod_is_told_of_a_changed_policy_at_once_and_once_more_when_its_kubelet_has_heard_of_it() {
+    let stage = Stage::set("nudged").await;
+    let pool = stage.pool("orders", json!({"replicas": 2})).await;
+    pool.converged(&stage.api, PATIENCE).await;
+    stage.calm().await;
+    pool.change(&stage.api, json!({"paused": true})).await;
+    // When each pod was told.
+    let told = || {
+        let mut told = BTreeMap::<String, Vec<Timestamp>>::new();
+        for event in plane().asked_by(&stage.release.user) {
+            if event["objectRef"]["resource"] == "pods" && is_write(&event) {
+                let at = event["requestReceivedTimestamp"].as_str().unwrap_or_default().parse().expect("a time");
+                told.entry(event["objectRef"]["name"].to_string()).or_default().push(at);
+            }
+        }
+        told
+    };
+    let twice = async || (told().len() == 2 && told().values().all(|times| times.len() >= 2)).then_some(());
+    within(PATIENCE, "both are told twice", twice).await;
+    stage.calm().await;
+    for (pod, times) in told() {
+        let between = times[times.len() - 1].duration_since(times[0]);
+        assert!(between >= SignedDuration::from_secs(2), "{pod}: {times:?}");
+    }
 }
 
 /// A namespace with an operator and a broker of its own.
