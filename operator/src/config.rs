@@ -69,6 +69,10 @@ pub struct Config {
     #[arg(long, env = "BEAMLINE_STALL_AFTER", default_value = "10m", value_parser = humantime::parse_duration)]
     pub stall_after: Duration,
 
+    /// How often all that is watched is listed anew, which finds what a watch has never told.
+    #[arg(long, env = "BEAMLINE_RELIST_AFTER", default_value = "10m", value_parser = a_while)]
+    pub relist_after: Duration,
+
     /// Where external.metrics.k8s.io is served to the API server, which HorizontalPodAutoscalers of mode HPA ask. Default:
     /// nowhere.
     #[arg(long, env = "BEAMLINE_EXTERNAL_METRICS_ENDPOINT")]
@@ -130,6 +134,12 @@ fn log_filter(text: &str) -> Result<EnvFilter, String> {
         (true, Ok(filter)) => Ok(filter),
         _ => Err("expected off, error, warn, info, debug or trace, or target=level, separated by commas".to_owned()),
     }
+}
+
+/// More often would be a list after the other.
+fn a_while(text: &str) -> Result<Duration, String> {
+    let while_ = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if while_ < Duration::from_secs(1) { Err("must be at least 1s".to_owned()) } else { Ok(while_) }
 }
 
 fn base_url(text: &str) -> Result<Url, String> {

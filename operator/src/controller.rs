@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPool;
 use futures::future::ready;
-use futures::{FutureExt, Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt, stream};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
@@ -83,7 +83,8 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let Clients { calls: client, watches } = clients;
-    let watching = Watching { client: watches, namespace: config.watch_namespace.clone(), readiness };
+    let (namespace, relist_after) = (config.watch_namespace.clone(), config.relist_after);
+    let watching = Watching { client: watches, namespace, relist_after, readiness };
     if stop.run_until_cancelled(watching.crd(&client)).await.is_none() {
         return;
     }
@@ -142,6 +143,7 @@ pub async fn run(
 struct Watching {
     client: Client,
     namespace: Option<String>,
+    relist_after: Duration,
     readiness: Readiness,
 }
 
@@ -175,7 +177,7 @@ impl Watching {
         let (cache, writer) = reflector::store();
         let readiness = self.readiness.clone();
         let mut is_listed = false;
-        let events = watcher(self.by::<K>(&self.client), config).backoff(Pauses::default()).modify(apply::slim);
+        let events = changes(self.by::<K>(&self.client), config, self.relist_after).modify(apply::slim);
         let events = events.inspect(move |event| match event {
             Ok(event) => {
                 is_listed |= matches!(event, watcher::Event::InitDone);
@@ -218,9 +220,26 @@ impl Watching {
     }
 }
 
+/// What there is, and what becomes of it. What a watch that goes well has not told would never be found: so all is listed
+/// anew now and then.
+pub(crate) fn changes<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    relist_after: Duration,
+) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
+where
+    K: Resource + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
+{
+    let anew = move || {
+        let events = watcher(api.clone(), config.clone()).backoff(Pauses::default());
+        events.take_until(tokio::time::sleep(relist_after))
+    };
+    stream::repeat_with(anew).flatten()
+}
+
 /// Those of client-go, which grow with each failure, and none that is too long.
 #[derive(Default)]
-pub(crate) struct Pauses(DefaultBackoff);
+struct Pauses(DefaultBackoff);
 
 impl Iterator for Pauses {
     type Item = Duration;

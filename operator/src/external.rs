@@ -54,7 +54,7 @@ impl Source {
     /// Follows status until told to stop.
     pub fn follow(config: &Config, clients: &Clients, stop: &CancellationToken) -> Self {
         let heart = Heart::default();
-        let pools = heart.watch(clients.watches.clone(), config.watch_namespace.as_deref(), stop);
+        let pools = heart.watch(clients.watches.clone(), config, stop);
         let lease = config.leader_election.then(|| lease_namespace(config, &clients.calls));
         tokio::spawn(heart.clone().listen(clients.calls.clone(), lease, stop.clone()));
         Self { pools, heart }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
+use futures::future::ready;
 use futures::{Stream, StreamExt, stream};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
@@ -58,6 +59,8 @@ pub enum Break {
     Cut,
     /// The API server has forgotten where the watch was.
     Gone,
+    /// Nothing breaks: the watch goes on, and the event is never told.
+    Lost,
 }
 
 /// One call through the proxy.
@@ -166,8 +169,8 @@ impl Shared {
         fault
     }
 
-    /// What a watch tells in place of this line.
-    fn tells(&self, line: Bytes) -> Result<Bytes, Cut> {
+    /// What a watch tells in place of this line, if anything.
+    fn tells(&self, line: Bytes) -> Option<Result<Bytes, Cut>> {
         let mut trouble = self.trouble.lock().expect("nobody panics in there");
         match &mut trouble.breaks {
             Some((left, _)) if *left > 0 => *left -= 1,
@@ -175,13 +178,14 @@ impl Shared {
                 let how = *how;
                 trouble.breaks = None;
                 return match how {
-                    Break::Cut => Err(Cut),
-                    Break::Gone => Ok(gone()),
+                    Break::Cut => Some(Err(Cut)),
+                    Break::Gone => Some(Ok(gone())),
+                    Break::Lost => None,
                 };
             }
             None => {}
         }
-        Ok(line)
+        Some(Ok(line))
     }
 
     fn has_trouble(&self) -> bool {
@@ -259,7 +263,13 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
     }
     Ok(answer.map(|body| match cuts {
         Some(cut) => {
-            let told = lines(Body::new(body)).map(move |line| shared.tells(line?)).take_until(cut);
+            let told = lines(Body::new(body)).filter_map(move |line| {
+                ready(match line {
+                    Ok(line) => shared.tells(line),
+                    Err(cut) => Some(Err(cut)),
+                })
+            });
+            let told = told.take_until(cut);
             Body::from_stream(told.chain(stream::once(async { Err(Cut) })))
         }
         None => Body::new(body),

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply;
-use crate::controller::{Pauses, WATCH_ERROR, Watched};
+use crate::config::Config;
+use crate::controller::{WATCH_ERROR, Watched, changes};
 use crate::desired::names;
 use crate::error::{explain, explain_watch};
 use crate::lock::lock;
@@ -68,13 +69,14 @@ impl Heart {
     }
 
     /// The pools, as they are told of while this lives.
-    pub(super) fn watch(&self, client: Client, namespace: Option<&str>, stop: &CancellationToken) -> Store<Watched> {
-        let api: Api<Watched> = match namespace {
+    pub(super) fn watch(&self, client: Client, config: &Config, stop: &CancellationToken) -> Store<Watched> {
+        let relist_after = config.relist_after;
+        let api: Api<Watched> = match &config.watch_namespace {
             Some(namespace) => Api::namespaced(client, namespace),
             None => Api::all(client),
         };
         let (pools, writer) = reflector::store();
-        let events = watcher(api, watcher::Config::default()).backoff(Pauses::default()).modify(apply::slim);
+        let events = changes(api, watcher::Config::default(), relist_after).modify(apply::slim);
         let heart = self.clone();
         let events = events.inspect(move |event| heart.heard(event)).reflect(writer).for_each(async |_| {});
         tokio::spawn(stop.clone().run_until_cancelled_owned(events));

@@ -15,13 +15,18 @@ use beamline_tests::pool::{Pool, pools};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
+use tokio::sync::OnceCell;
 
 use super::{PATIENCE, is_campaign, plane};
 
-/// Cases of a short run, of all scenarios together.
-const FEW: usize = 16;
-/// Cases side by side.
+/// Scenarios of a short run, by chance, and cases of each.
+const SOME: usize = 6;
+const FEW: usize = 3;
+/// More than any scenario has.
+const ALL: usize = 1000;
+/// Scenarios side by side, and cases of each.
 const AT_ONCE: usize = 6;
+const OF_EACH: usize = 2;
 /// An end that has not changed for so long is one.
 const CALM: Duration = Duration::from_secs(4);
 
@@ -50,13 +55,24 @@ fn with_gpu() -> Value {
     json!({"gpu": {"replicas": 1, "poolSize": 2}})
 }
 
-const SCENARIOS: [Scenario; 10] = [
+const SCENARIOS: [Scenario; 13] = [
     Scenario { name: "create", before: None, act: Act::Create(plain) },
     Scenario { name: "create-gpu", before: None, act: Act::Create(with_gpu) },
     Scenario { name: "image", before: Some(plain), act: Act::Change(|| json!({"worker": {"image": "worker:2"}})) },
     Scenario { name: "scale", before: Some(plain), act: Act::Change(|| json!({"replicas": 5})) },
     Scenario { name: "add-gpu", before: Some(plain), act: Act::Change(with_gpu) },
     Scenario { name: "drop-gpu", before: Some(with_gpu), act: Act::Change(|| json!({"gpu": null})) },
+    Scenario { name: "to-zero", before: Some(plain), act: Act::Change(|| json!({"replicas": 0})) },
+    Scenario {
+        name: "quota",
+        before: Some(|| json!({"gpu": {"replicas": 3, "maxTotal": 3}})),
+        act: Act::Change(|| json!({"gpu": {"maxTotal": 1}})),
+    },
+    Scenario {
+        name: "tenants",
+        before: Some(|| json!({"tenants": {"named": [{"id": "acme", "weight": 2}]}})),
+        act: Act::Change(|| json!({"tenants": {"named": [{"id": "globex", "weight": 3}]}})),
+    },
     Scenario { name: "pause", before: Some(plain), act: Act::Change(|| json!({"paused": true})) },
     Scenario {
         name: "surround",
@@ -75,33 +91,23 @@ async fn an_operator_that_dies_around_any_of_its_writes_ends_where_it_would_have
     let plane = plane();
     let kubeconfig = &plane.install("crash", &[]).kubeconfig;
     let api = &plane.api().await;
-    let references: Vec<_> =
-        stream::iter(SCENARIOS)
-            .map(|scenario| async move {
-                (scenario, Stage::set(scenario, "ref", api, kubeconfig).await.undisturbed().await)
-            })
-            .buffered(AT_ONCE)
-            .collect()
-            .await;
-    let mut cases = Vec::new();
-    for (scenario, reference) in references {
-        let reference = Arc::new(reference);
-        let points: BTreeSet<_> = reference.points.iter().cloned().collect();
-        // Nothing is written: it is killed before and after what the user does.
-        let points = if points.is_empty() { [BEFORE, AFTER].map(str::to_owned).into() } else { points };
-        cases.extend(points.into_iter().map(|point| (scenario, Arc::clone(&reference), point)));
-    }
-    let all = cases.len();
-    fastrand::shuffle(&mut cases);
-    cases.truncate(if is_campaign() { all } else { FEW });
-    let results: Vec<_> = stream::iter(cases.into_iter().enumerate())
-        .map(|(number, (scenario, reference, point))| async move {
-            let stage = Stage::set(scenario, &number.to_string(), api, kubeconfig).await;
-            let name = format!("{}: killed {point}", scenario.name);
-            (name, stage.killed(&[&point], &reference).await)
+    let (some, few) = if is_campaign() { (SCENARIOS.len(), ALL) } else { (SOME, FEW) };
+    let scenarios = fastrand::choose_multiple(SCENARIOS, some);
+    let results: Vec<_> = stream::iter(scenarios)
+        .map(|scenario| async move {
+            let reference = &reference(scenario, api, kubeconfig).await;
+            let points: BTreeSet<_> = reference.points.iter().map(String::as_str).collect();
+            // Nothing is written: it is killed before and after what the user does.
+            let points = if points.is_empty() { [BEFORE, AFTER].into() } else { points };
+            let points = fastrand::choose_multiple(points, few);
+            let cases = stream::iter(points.into_iter().enumerate()).map(|(number, point)| async move {
+                let stage = Stage::set(scenario, &number.to_string(), api, kubeconfig).await;
+                (format!("{}: killed {point}", scenario.name), stage.killed(&[point], reference).await)
+            });
+            cases.buffer_unordered(OF_EACH).collect::<Vec<_>>().await
         })
         .buffer_unordered(AT_ONCE)
-        .collect()
+        .concat()
         .await;
     let mut count = BTreeMap::<_, usize>::new();
     for (name, result) in &results {
@@ -117,15 +123,15 @@ async fn an_operator_that_dies_around_any_of_its_writes_ends_where_it_would_have
             }
         }
     }
-    eprintln!("crash: {} of {all} cases: {count:?}", results.len());
+    eprintln!("crash: {} cases of {some} scenarios: {count:?}", results.len());
     assert!(!count.contains_key("different"), "{count:?}");
     let not_met = count.get("not met").copied().unwrap_or(0);
     // Whether an event or a nudge is due depends on which of two changes is seen first.
     assert!(not_met * 4 <= results.len(), "{count:?}: too many points were not met");
 }
 
-/// Pairs of deaths of a short run.
-const FEW_PAIRS: usize = 6;
+/// Pairs of deaths of a short run, of each scenario.
+const FEW_PAIRS: usize = 2;
 /// Those that a recovery meets again: it writes whatever it does not remember.
 const TWICE: [&str; 3] = ["create-gpu", "add-gpu", "drop-gpu"];
 
@@ -134,35 +140,33 @@ async fn o02_an_operator_that_dies_again_while_it_recovers_ends_where_it_would_h
     let plane = plane();
     let kubeconfig = &plane.install("crash-twice", &[]).kubeconfig;
     let api = &plane.api().await;
-    let mut pairs = Vec::new();
-    for scenario in SCENARIOS.into_iter().filter(|scenario| TWICE.contains(&scenario.name)) {
-        let reference = Arc::new(Stage::set(scenario, "twice", api, kubeconfig).await.undisturbed().await);
-        let points: BTreeSet<_> = reference.points.iter().filter(|point| point.contains("apply")).cloned().collect();
-        for first in &points {
-            for second in &points {
-                pairs.push((scenario, Arc::clone(&reference), [first.clone(), second.clone()]));
-            }
-        }
-    }
-    let all = pairs.len();
-    fastrand::shuffle(&mut pairs);
-    pairs.truncate(if is_campaign() { all } else { FEW_PAIRS });
-    let count = pairs.len();
-    let different: Vec<String> = stream::iter(pairs.into_iter().enumerate())
-        .map(|(number, (scenario, reference, [first, second]))| async move {
-            let stage = Stage::set(scenario, &format!("twice-{number}"), api, kubeconfig).await;
-            let name = format!("{}: killed {first}, and again {second}", scenario.name);
-            match stage.killed(&[&first, &second], &reference).await {
-                Ok(()) => None,
-                Err(Failure::NotMet) => Some(format!("{name}: it did not come there")),
-                Err(Failure::Differs(how)) => Some(format!("{name}: {how}")),
-            }
+    let few = if is_campaign() { ALL } else { FEW_PAIRS };
+    let twice = SCENARIOS.into_iter().filter(|scenario| TWICE.contains(&scenario.name));
+    let results: Vec<_> = stream::iter(twice)
+        .map(|scenario| async move {
+            let reference = &reference(scenario, api, kubeconfig).await;
+            let points = reference.points.iter().filter(|point| point.contains("apply"));
+            let points: BTreeSet<_> = points.map(String::as_str).collect();
+            let pairs = points.iter().flat_map(|first| points.iter().map(|second| [*first, *second]));
+            let pairs = fastrand::choose_multiple(pairs, few);
+            let cases = stream::iter(pairs.into_iter().enumerate()).map(|(number, pair)| async move {
+                let stage = Stage::set(scenario, &format!("twice-{number}"), api, kubeconfig).await;
+                let [first, second] = pair;
+                let name = format!("{}: killed {first}, and again {second}", scenario.name);
+                match stage.killed(&pair, reference).await {
+                    Ok(()) => None,
+                    Err(Failure::NotMet) => Some(format!("{name}: it did not come there")),
+                    Err(Failure::Differs(how)) => Some(format!("{name}: {how}")),
+                }
+            });
+            cases.buffer_unordered(OF_EACH).collect::<Vec<_>>().await
         })
-        .buffer_unordered(AT_ONCE / 2)
-        .filter_map(async |different| different)
-        .collect()
+        .buffer_unordered(AT_ONCE)
+        .concat()
         .await;
-    eprintln!("crash: {count} of {all} pairs, {} different", different.len());
+    let count = results.len();
+    let different: Vec<_> = results.into_iter().flatten().collect();
+    eprintln!("crash: {count} pairs, {} different", different.len());
     assert!(different.is_empty(), "{different:#?}");
 }
 
@@ -174,6 +178,14 @@ enum Failure {
     NotMet,
     /// The end is another one.
     Differs(String),
+}
+
+/// How a scenario goes when nobody disturbs it: found out once, for all that ask.
+async fn reference(scenario: Scenario, api: &Api, kubeconfig: &Path) -> Arc<Reference> {
+    static KNOWN: [OnceCell<Arc<Reference>>; SCENARIOS.len()] = [const { OnceCell::const_new() }; SCENARIOS.len()];
+    let number = SCENARIOS.iter().position(|one| one.name == scenario.name).expect("it is one of them");
+    let undisturbed = async || Arc::new(Stage::set(scenario, "ref", api, kubeconfig).await.undisturbed().await);
+    Arc::clone(KNOWN[number].get_or_init(undisturbed).await)
 }
 
 /// How a scenario goes when nobody disturbs it.

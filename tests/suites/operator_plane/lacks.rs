@@ -1,11 +1,12 @@
-//! A right that is missing, one after the other: the API server's words stand where somebody looks, nothing is asked again
-//! and again, and what could not be done is done as soon as the right is there.
+//! A right that is missing, one after the other, from the start or from some moment on: the API server's words stand where
+//! somebody looks, nothing is asked again and again, and what could not be done is done as soon as the right is there.
 
 use std::time::Duration;
 
 use beamline_tests::api::Api;
 use beamline_tests::nats::NatsServer;
-use beamline_tests::operator::Operator;
+use beamline_tests::operator::{Operator, Setup};
+use beamline_tests::plane::Release;
 use beamline_tests::pool::Pool;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -19,69 +20,146 @@ const FEW: usize = 6;
 const AT_ONCE: usize = 3;
 /// So long is a pool given after each change to meet what is missing.
 const MET: Duration = Duration::from_secs(10);
-/// For how long requests are counted, and how many may come in a second.
+/// Within this somebody is told that a right is gone, once it was needed.
+const TOLD: Duration = Duration::from_secs(30);
+/// How often all is listed anew: a watch that has begun goes on without its right.
+const RELIST: &str = "--relist-after=15s";
+/// For how long requests are counted, and how many may come in a second for each pool.
 const WATCHED: Duration = Duration::from_secs(5);
 const RATE: usize = 5;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn o11_a_right_that_is_missing_is_told_costs_no_storm_and_is_used_when_it_is_there() {
+    let told = every_right("lacks", FEW, |_| true, async |case, right| lacks(case, right).await).await;
+    eprintln!("{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o11_a_right_that_is_taken_from_a_running_operator_is_told_and_costs_no_storm_and_is_used_when_it_is_back() {
+    // Who may not renew the Lease ends, and Kubernetes starts it again: that is the other test's.
+    let is_meant = |right: &Right| right.resource != "leases";
+    let told = every_right("loses-right", FEW / 2, is_meant, async |case, right| loses(case, right).await).await;
+    eprintln!("{told}");
+}
+
+/// A namespace of this name, and what serves it.
+struct Case<'a> {
+    api: &'a Api,
+    nats: &'a NatsServer,
+    name: String,
+}
+
+/// All rights, one after the other, or a few of them; how many.
+async fn every_right(
+    name: &str,
+    few: usize,
+    is_meant: impl Fn(&Right) -> bool,
+    goes: impl AsyncFn(&Case<'_>, Right) -> Result<(), String>,
+) -> String {
     let (plane, nats) = (plane(), NatsServer::start());
     let api = plane.api().await;
-    let release = plane.install("lacks", &["watchNamespace=lacks"]);
+    let release = plane.install(name, &[&format!("watchNamespace={name}")]);
     let mut rights: Vec<_> = roles(&api, &release).await.iter().flat_map(Role::rights).collect();
+    rights.retain(is_meant);
     let all = rights.len();
     fastrand::shuffle(&mut rights);
-    rights.truncate(if is_campaign() { all } else { FEW });
+    rights.truncate(if is_campaign() { all } else { few });
     let count = rights.len();
     let cases = stream::iter(rights.into_iter().enumerate());
     let wrong: Vec<String> = cases
         .map(|(number, right)| {
-            let (api, nats) = (&api, &nats);
+            let case = Case { api: &api, nats: &nats, name: format!("{name}-{number}") };
+            let goes = &goes;
             async move {
-                let name = format!("{} {}", right.verb, right.resource);
-                lacks(api, nats, number, right).await.err().map(|how| format!("{name}: {how}"))
+                let right_is = format!("{} {}", right.verb, right.resource);
+                goes(&case, right).await.err().map(|how| format!("{right_is}: {how}"))
             }
         })
         .buffer_unordered(AT_ONCE)
         .filter_map(async |wrong| wrong)
         .collect()
         .await;
-    eprintln!("missing: {count} of {all} rights, {} of them wrong", wrong.len());
     assert!(wrong.is_empty(), "{wrong:#?}");
+    format!("{name}: {count} of {all} rights")
 }
 
-async fn lacks(api: &Api, nats: &NatsServer, number: usize, right: Right) -> Result<(), String> {
-    let namespace = format!("lacks-{number}");
-    let release = plane().install(&namespace, &[&format!("watchNamespace={namespace}")]);
-    surround(api, &namespace).await;
-    let roles = roles(api, &release).await;
-    for role in &roles {
-        api.merge(&role.path, &json!({"rules": without(role, &right)})).await;
+async fn lacks(case: &Case<'_>, right: Right) -> Result<(), String> {
+    let stage = Stage::set(case).await;
+    stage.take(&right).await;
+    let operator = stage.operator().spawn();
+    stage.pool.create(case.api, everything()).await;
+    stage.meets(&operator, &right, MET).await?;
+    stage.recovers(operator, RATE).await
+}
+
+async fn loses(case: &Case<'_>, right: Right) -> Result<(), String> {
+    let stage = Stage::set(case).await;
+    let operator = stage.operator().flag(RELIST).start().await;
+    stage.pool.create(case.api, everything()).await;
+    stage.pool.converged(case.api, PATIENCE).await;
+    stage.take(&right).await;
+    // What is made once for each pool is made for another one.
+    Pool::new(&case.name, &format!("others-of-{}", case.name), case.nats).create(case.api, everything()).await;
+    stage.meets(&operator, &right, TOLD).await?;
+    stage.recovers(operator, 2 * RATE).await
+}
+
+/// An operator whose rights come and go, and a pool that asks for everything.
+struct Stage<'a> {
+    api: &'a Api,
+    release: Release,
+    roles: Vec<Role>,
+    pool: Pool,
+}
+
+impl<'a> Stage<'a> {
+    async fn set(case: &Case<'a>) -> Self {
+        let Case { api, nats, name } = case;
+        let release = plane().install(name, &[&format!("watchNamespace={name}")]);
+        surround(api, name).await;
+        let roles = roles(api, &release).await;
+        Self { api, release, roles, pool: Pool::new(name, &format!("orders-of-{name}"), nats) }
     }
-    let mut operator = Operator::of(&release.kubeconfig, &namespace).spawn();
-    let pool = Pool::new(&namespace, &format!("orders-{number}"), nats);
-    pool.create(api, everything()).await;
-    let mut changes = changes().into_iter();
-    while !is_met(api, &operator, &pool, &right).await {
-        let Some(change) = changes.next() else { return Err("nobody is told".to_owned()) };
-        pool.change(api, change).await;
+
+    fn operator(&self) -> Setup {
+        Operator::of(&self.release.kubeconfig, &self.release.namespace)
     }
-    tokio::time::sleep(WATCHED).await;
-    let asked = || plane().asked_by(&release.user).len();
-    let before = asked();
-    tokio::time::sleep(WATCHED).await;
-    let rate = (asked() - before) / usize::try_from(WATCHED.as_secs()).expect("few");
-    for role in &roles {
-        api.merge(&role.path, &json!({"rules": role.rules})).await;
+
+    async fn take(&self, right: &Right) {
+        for role in &self.roles {
+            self.api.merge(&role.path, &json!({"rules": without(role, right)})).await;
+        }
     }
-    if rate > RATE {
-        return Err(format!("{rate} requests a second"));
+
+    /// Changes the pool until the right is needed and somebody is told, each time within this.
+    async fn meets(&self, operator: &Operator, right: &Right, limit: Duration) -> Result<(), String> {
+        let mut changes = changes().into_iter();
+        while !is_met(self.api, operator, &self.pool, right, limit).await {
+            let Some(change) = changes.next() else { return Err("nobody is told".to_owned()) };
+            self.pool.change(self.api, change).await;
+        }
+        Ok(())
     }
-    operator.ready().await;
-    pool.change(api, json!({"replicas": 3, "paused": false, "scaling": {"mode": "Manual"}})).await;
-    pool.converged(api, PATIENCE).await;
-    let is_well = operator.is_running() && !operator.lines().iter().any(|line| line.contains("panicked"));
-    if is_well { Ok(()) } else { Err("the operator has panicked".to_owned()) }
+
+    /// Nothing is asked again and again, no more than so often in a second; and the right comes back.
+    async fn recovers(&self, mut operator: Operator, most: usize) -> Result<(), String> {
+        tokio::time::sleep(WATCHED).await;
+        let asked = || plane().asked_by(&self.release.user).len();
+        let before = asked();
+        tokio::time::sleep(WATCHED).await;
+        let rate = (asked() - before) / usize::try_from(WATCHED.as_secs()).expect("few");
+        for role in &self.roles {
+            self.api.merge(&role.path, &json!({"rules": role.rules})).await;
+        }
+        if rate > most {
+            return Err(format!("{rate} requests a second"));
+        }
+        operator.ready().await;
+        self.pool.change(self.api, json!({"replicas": 3, "paused": false, "scaling": {"mode": "Manual"}})).await;
+        self.pool.converged(self.api, PATIENCE).await;
+        let is_well = operator.is_running() && !operator.lines().iter().any(|line| line.contains("panicked"));
+        if is_well { Ok(()) } else { Err("the operator has panicked".to_owned()) }
+    }
 }
 
 /// All that a role says but this, rule by rule.
@@ -107,21 +185,13 @@ fn changes() -> Vec<Value> {
 }
 
 /// Whether somebody is told, before the pool is as it should be or has had its time.
-async fn is_met(api: &Api, operator: &Operator, pool: &Pool, right: &Right) -> bool {
-    let told = within_time(async || is_told(api, operator, pool, right).await.then_some(()));
-    told.await.is_some()
-}
-
-async fn within_time(check: impl AsyncFn() -> Option<()>) -> Option<()> {
-    let poll = async {
-        loop {
-            if check().await.is_some() {
-                return;
-            }
+async fn is_met(api: &Api, operator: &Operator, pool: &Pool, right: &Right, limit: Duration) -> bool {
+    let told = async {
+        while !is_told(api, operator, pool, right).await {
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
     };
-    tokio::time::timeout(MET, poll).await.ok()
+    tokio::time::timeout(limit, told).await.is_ok()
 }
 
 /// In a condition of the pool, by the operator's probe or in its log.

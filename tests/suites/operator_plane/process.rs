@@ -1,5 +1,6 @@
 //! How the program starts, waits, stops and fails, and which of several acts.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpStream;
 use std::path::Path;
@@ -190,6 +191,30 @@ async fn o13_two_operators_that_both_act_write_the_same_and_come_to_rest() {
     assert!(one.is_running() && other.is_running());
     for metric in [one.metric(LEADER).await, other.metric(LEADER).await] {
         assert_eq!(metric, 1.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o03_what_there_is_is_asked_for_as_it_is_now_and_never_as_some_cache_may_have_it() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("current", &["watchNamespace=current"]);
+    let api = plane.api().await;
+    let _operator = Operator::of(&release.kubeconfig, "current").flag("--relist-after=2s").start().await;
+    let pool = Pool::new("current", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    let lists = || {
+        let mut lists = BTreeMap::<String, Vec<String>>::new();
+        for event in plane.asked_by(&release.user).into_iter().filter(|event| event["verb"] == "list") {
+            let uri = event["requestURI"].as_str().unwrap_or_default().to_owned();
+            lists.entry(event["objectRef"]["resource"].to_string()).or_default().push(uri);
+        }
+        lists
+    };
+    let anew = async || (lists().len() >= 9 && lists().values().all(|uris| uris.len() >= 2)).then_some(());
+    within(PATIENCE, "all that is watched is listed anew", anew).await;
+    for uri in lists().into_values().flatten() {
+        assert!(!uri.contains("resourceVersion"), "{uri} may be answered from the past");
     }
 }
 

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use beamline_tests::api::Api;
+use beamline_tests::failpoint::{Points, VARIABLE};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::pool::Pool;
@@ -101,6 +102,58 @@ async fn protect(api: &Api, namespace: &str) {
 async fn says(api: &Api, pool: &Pool, kind: &str, reason: &str) {
     let says = async || (condition(api, pool, kind).await["reason"] == reason).then_some(());
     within(PATIENCE, &format!("{kind} says {reason}"), says).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o03_what_takes_the_place_of_a_child_behind_the_operators_back_is_neither_changed_nor_removed() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("replaced", &["watchNamespace=replaced"]);
+    let api = plane.api().await;
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut points = Points::listen(directory.path());
+    let operator = Operator::of(&release.kubeconfig, "replaced").flag("--leader-election=false");
+    let mut operator = operator.env(VARIABLE, &points.socket()).start().await;
+    let image = || json!({"worker": {"image": "worker:2"}});
+    for (pool, verb, path, change) in [
+        ("image", "apply Deployment image", "apis/apps/v1/namespaces/replaced/deployments/image", image()),
+        (
+            "gpu",
+            "remove Deployment gpu-gpu",
+            "apis/apps/v1/namespaces/replaced/deployments/gpu-gpu",
+            json!({"gpu": null}),
+        ),
+        (
+            "wall",
+            "remove NetworkPolicy wall",
+            "apis/networking.k8s.io/v1/namespaces/replaced/networkpolicies/wall",
+            json!({"networkPolicy": "Off"}),
+        ),
+    ] {
+        let (pool, path) = (Pool::new("replaced", pool, &nats), format!("/{path}"));
+        pool.create(&api, json!({"gpu": {"replicas": 1}})).await;
+        pool.converged(&api, PATIENCE).await;
+        points.arm(Some(&format!("before {verb}")));
+        pool.change(&api, change).await;
+        let held = tokio::time::timeout(PATIENCE, points.caught()).await.expect("it is about to do it");
+        let ours = api.get(&path).await.expect("it is there");
+        api.delete(&path).await;
+        within(PATIENCE, "it is gone", async || api.get(&path).await.is_none().then_some(())).await;
+        let mut theirs = json!({"apiVersion": ours["apiVersion"], "kind": ours["kind"],
+            "metadata": {"name": ours["metadata"]["name"]}, "spec": ours["spec"]});
+        if theirs["spec"]["replicas"].is_i64() {
+            theirs["spec"]["replicas"] = json!(0);
+        }
+        api.apply(&path, &theirs).await;
+        let before = api.get(&path).await.expect("it is there");
+        drop(held);
+        calm(|| plane.asked_by(&release.user).into_iter().filter(is_write).count()).await;
+        let after = api.get(&path).await.unwrap_or_else(|| panic!("{verb}: it is gone"));
+        let same = |key: &str| assert_eq!(before["metadata"][key], after["metadata"][key], "{verb}: {key}");
+        ["uid", "generation", "labels", "ownerReferences"].into_iter().for_each(same);
+        api.delete(&path).await;
+        pool.converged(&api, PATIENCE).await;
+    }
+    assert!(operator.is_running());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -171,25 +171,36 @@ const FEW: usize = 8;
 #[tokio::test(flavor = "multi_thread")]
 async fn o04_o05_a_watch_that_breaks_before_any_of_its_events_keeps_nothing_from_being_done() {
     let (proxy, operator) = behind_a_proxy("breaks").await;
+    eprintln!("{}", all_is_done(&proxy, operator, "breaks", &[Break::Cut, Break::Gone], FEW).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o04_an_event_that_a_watch_never_tells_is_made_good_when_all_is_listed_anew() {
+    let (proxy, operator) = behind_a_proxy("loses").await;
+    let operator = operator.flag("--relist-after=3s");
+    eprintln!("{}", all_is_done(&proxy, operator, "loses", &[Break::Lost], FEW / 2).await);
+}
+
+/// Whatever a pool is changed to, though one event of the change meets one of these; how many did.
+async fn all_is_done(proxy: &ApiFault, operator: Setup, namespace: &str, breaks: &[Break], few: usize) -> String {
     let (api, nats) = (plane().api().await, NatsServer::start());
     let mut operator = operator.flag("--leader-election=false").start().await;
-    let pool = Pool::new("breaks", "orders", &nats);
+    let pool = Pool::new(namespace, "orders", &nats);
     pool.create(&api, json!({})).await;
     pool.converged(&api, PATIENCE).await;
-    let breaks = [Break::Cut, Break::Gone];
-    let mut cases: Vec<_> = (0..EVENTS).flat_map(|event| breaks.map(|how| (event, how))).collect();
+    let mut cases: Vec<_> = (0..EVENTS).flat_map(|event| breaks.iter().map(move |how| (event, *how))).collect();
     fastrand::shuffle(&mut cases);
-    cases.truncate(if is_campaign() { cases.len() } else { FEW });
+    cases.truncate(if is_campaign() { cases.len() } else { few });
     let (count, mut met) = (cases.len(), 0);
     for (round, (event, how)) in cases.into_iter().enumerate() {
         proxy.break_watch(event, how);
         let image = format!("worker:{round}");
         let (gpu, replicas) = ((round % 2 == 0).then(|| json!({"replicas": 1})), round % 3 + 1);
         pool.change(&api, json!({"replicas": replicas, "gpu": gpu, "worker": {"image": image}})).await;
-        eprintln!("{how:?} in place of event {event}");
-        let path = "/apis/apps/v1/namespaces/breaks/deployments";
-        within(PATIENCE, "what is asked for is there", async || {
-            let found = api.list(path).await;
+        let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments");
+        let what = format!("what is asked for is there, with {how:?} in place of event {event}");
+        within(PATIENCE, &what, async || {
+            let found = api.list(&path).await;
             let has_come = |deployment: &Value| {
                 let containers = &deployment["spec"]["template"]["spec"]["containers"];
                 containers
@@ -203,9 +214,9 @@ async fn o04_o05_a_watch_that_breaks_before_any_of_its_events_keeps_nothing_from
         met += usize::from(!proxy.still_breaks());
         proxy.set(&[]);
     }
-    eprintln!("breaks: {met} of {count} watches were broken");
     assert!(met * 2 >= count, "{met} of {count} watches were broken");
     assert!(operator.is_running());
+    format!("{namespace}: {met} of {count} events")
 }
 
 #[tokio::test(flavor = "multi_thread")]
