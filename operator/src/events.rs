@@ -24,8 +24,8 @@ impl Events {
     /// Tells what the pool now says about itself, as far as that is something else than before.
     pub async fn announce(&self, pool: &WorkerPool, before: &WorkerPoolStatus, after: &WorkerPoolStatus) {
         let about = pool.object_ref(&());
-        for (reason, note) in scaling(before, after) {
-            self.write(EventType::Normal, reason, &note, &about).await;
+        for Told { reason, action, note } in scaling(before, after) {
+            self.record(EventType::Normal, reason, action, &note, &about).await;
         }
         if let Some(now) = status::degraded(after).filter(|now| now.status == "True") {
             let was = status::degraded(before);
@@ -48,23 +48,37 @@ impl Events {
         self.write(EventType::Warning, error.reason(), &error.to_string(), &pool.object_ref(&())).await;
     }
 
-    /// An event that cannot be written is worth a log line and nothing more.
     async fn write(&self, type_: EventType, reason: &str, note: &str, about: &ObjectReference) {
+        self.record(type_, reason, "Reconcile".to_owned(), note, about).await;
+    }
+
+    /// An event that cannot be written is worth a log line and nothing more.
+    async fn record(&self, type_: EventType, reason: &str, action: String, note: &str, about: &ObjectReference) {
         let note = note.get(..note.floor_char_boundary(1000)).map(str::to_owned);
-        let event = Event { type_, reason: reason.to_owned(), note, action: "Reconcile".to_owned(), secondary: None };
+        let event = Event { type_, reason: reason.to_owned(), note, action, secondary: None };
         if let Err(error) = failpoint::around("record", "Event", reason, self.recorder.publish(&event, about)).await {
             tracing::warn!("an event was not written: {}", explain(&error));
         }
     }
 }
 
-/// What is to be told of how many workers there are to be: reasons and notes.
-pub fn scaling(before: &WorkerPoolStatus, after: &WorkerPoolStatus) -> Vec<(&'static str, String)> {
+/// An event to be.
+#[derive(Debug, PartialEq)]
+struct Told {
+    reason: &'static str,
+    /// Another one is an event of its own: of the same, repetitions are counted and their notes are lost.
+    action: String,
+    note: String,
+}
+
+/// What is to be told of how many workers there are to be.
+fn scaling(before: &WorkerPoolStatus, after: &WorkerPoolStatus) -> Vec<Told> {
     let mut told = Vec::new();
     let mut tell = |whom: &str, was: i32, is: i32, why: &str| {
         let reason = if is > was { reason::SCALED_UP } else { reason::SCALED_DOWN };
         if is != was {
-            told.push((reason, format!("from {was} to {is} {whom}: {why}")));
+            let change = format!("from {was} to {is} {whom}");
+            told.push(Told { reason, note: format!("{change}: {why}"), action: format!("Scale {change}") });
         }
     };
     if let (Some(was), Some(is)) = (&before.scaling, &after.scaling) {
@@ -79,10 +93,8 @@ pub fn scaling(before: &WorkerPoolStatus, after: &WorkerPoolStatus) -> Vec<(&'st
         && let (Some(was), Some(is)) = (was.spec_replicas, is.spec_replicas)
         && was != is
     {
-        told.push((
-            reason::REPLICAS_IGNORED,
-            format!("spec.replicas was set to {is} and has no effect: scaling.mode Operator decides"),
-        ));
+        let note = format!("spec.replicas was set to {is} and has no effect: scaling.mode Operator decides");
+        told.push(Told { reason: reason::REPLICAS_IGNORED, action: format!("Ignore {is}"), note });
     }
     told
 }
@@ -101,20 +113,26 @@ mod tests {
         WorkerPoolStatus { scaling: Some(scaling), ..WorkerPoolStatus::default() }
     }
 
+    fn told(reason: &'static str, action: &str, note: &str) -> [Told; 1] {
+        [Told { reason, action: action.to_owned(), note: note.to_owned() }]
+    }
+
     #[test]
     fn each_change_of_the_number_is_told_with_its_reason() {
-        let told = scaling(&status(0, 1, Mode::Operator), &status(7, 1, Mode::Operator));
-        assert_eq!(told, [(reason::SCALED_UP, "from 0 to 7 workers: because".to_owned())]);
-        let told = scaling(&status(7, 1, Mode::Manual), &status(3, 3, Mode::Manual));
-        assert_eq!(told, [(reason::SCALED_DOWN, "from 7 to 3 workers: because".to_owned())]);
+        let up = scaling(&status(0, 1, Mode::Operator), &status(7, 1, Mode::Operator));
+        let note = "from 0 to 7 workers: because";
+        assert_eq!(up, told(reason::SCALED_UP, "Scale from 0 to 7 workers", note));
+        let down = scaling(&status(7, 1, Mode::Manual), &status(3, 3, Mode::Manual));
+        let note = "from 7 to 3 workers: because";
+        assert_eq!(down, told(reason::SCALED_DOWN, "Scale from 7 to 3 workers", note));
         assert_eq!(scaling(&WorkerPoolStatus::default(), &status(3, 3, Mode::Manual)), []);
     }
 
     #[test]
     fn a_number_that_has_no_effect_is_told() {
-        let told = scaling(&status(2, 1, Mode::Operator), &status(2, 5, Mode::Operator));
+        let ignored = scaling(&status(2, 1, Mode::Operator), &status(2, 5, Mode::Operator));
         let note = "spec.replicas was set to 5 and has no effect: scaling.mode Operator decides";
-        assert_eq!(told, [(reason::REPLICAS_IGNORED, note.to_owned())]);
+        assert_eq!(ignored, told(reason::REPLICAS_IGNORED, "Ignore 5", note));
         assert_eq!(scaling(&status(2, 1, Mode::Operator), &status(2, 5, Mode::Manual)), []);
     }
 }

@@ -35,6 +35,15 @@ async fn a_running_pool_that_is_made_invalid_keeps_its_pods_and_is_told_in_condi
     let events = stage.events("default").await;
     let told = |reason: &str| events.iter().any(|event| event["reason"] == reason && event["type"] == "Normal");
     assert!(told("WorkersReady") && told("ScaledUp"), "{events:#?}");
+    // Each change is told of by itself.
+    pool.change(&stage.api, json!({"replicas": 5})).await;
+    within(PATIENCE, "another event", async || {
+        let events = stage.events("default").await;
+        events
+            .into_iter()
+            .find(|event| event["note"].as_str().is_some_and(|note| note.starts_with("from 3 to 5 workers")))
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
