@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale-sim
-#   campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale
+#   bench-scale-sim campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -140,6 +140,23 @@ bench() {
   PATH=$tools:$PATH target/release/bench
 }
 
+# On a cluster of its own kind: autoscalers look at it as often as by default.
+bench-scale() {
+  local tools
+  tests/image.sh beamline "${PROFILE:-fast}"
+  tests/image.sh peer "${PROFILE:-fast}"
+  cargo build --workspace --bins
+  tools=$(tests/cluster/tools.sh --path)
+  tests/cluster/down.sh
+  trap tests/cluster/down.sh EXIT
+  AUTOSCALER_SYNC=15s tests/cluster/up.sh
+  tests/cluster/load-image.sh target/image/*.tar
+  # KEDA takes minutes to build, once.
+  [[ ! ${KEDA:-} ]] || tools=$tools:$(tests/cluster/tools.sh --path keda)
+  PATH=$tools:$PATH KUBECONFIG=$(tests/cluster/kubeconfig.sh) target/debug/bench scale --spikes "${N:-50}" \
+    --driven "${KEDA:-0}"
+}
+
 bench-scale-sim() {
   HOURS=${HOURS:-1000} cargo test --quiet --workspace --test scale_simulation -- --nocapture
 }
@@ -148,10 +165,11 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench | bench-operator | bench-scale-sim) ;;
+    check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench) ;;
+    bench-operator | bench-scale | bench-scale-sim) ;;
     campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-budgets | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
-      "bench-operator, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-scale-in," \
+      "bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-scale-in," \
       "campaign-budgets, campaign-operator" ;;
   esac
   say "== $step"

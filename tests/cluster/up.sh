@@ -93,8 +93,8 @@ start() {
   sysctl vm.overcommit_memory kernel.panic kernel.panic_on_oops >sysctls
   write_config
   start_containerd
-  # Autoscaling at the speed of tests.
-  manager_options=(--horizontal-pod-autoscaler-sync-period 2s --horizontal-pod-autoscaler-downscale-stabilization 5s)
+  # Autoscaling at the speed of tests, unless its own is what is measured.
+  manager_options=(--horizontal-pod-autoscaler-sync-period "${AUTOSCALER_SYNC:-2s}" --horizontal-pod-autoscaler-downscale-stabilization 5s)
   start_control_plane
   start_node
   kubectl create -f etc/base.yaml >log/base.log 2>&1 || fail base "cannot create storage and roles"

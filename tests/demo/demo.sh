@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a WorkerPool at work: builds, cluster, NATS, chart, assignments of every block, a killed pod, scaling.
+# From nothing to a WorkerPool at work: builds, cluster, NATS, chart, assignments of every block, from no worker to many and
+# back, a killed pod.
 # CLUSTER=current uses the current kubectl context instead of a cluster of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cluster/lib.sh"
@@ -7,6 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../cluster/lib.sh"
 cd "$here/../.."
 namespace=beamline-demo
 begun=$SECONDS
+columns=READY:.status.readyReplicas,DESIRED:.status.desiredReplicas,DEPTH:.status.queue.depth,REASON:.status.scaling.reason
+look="kubectl -n $namespace get workerpool demo --no-headers -o custom-columns=$columns"
 
 main() {
   step "Building the programs and their images"
@@ -33,29 +36,29 @@ main() {
   quietly kubectl -n beamline-system rollout restart deployment/beamline
   quietly kubectl -n beamline-system rollout status deployment/beamline --timeout 60s
 
-  step "A WorkerPool of two workers: kubectl apply -f tests/demo/workerpool.yaml"
+  step "A WorkerPool, and no worker while there is no work: kubectl apply -f tests/demo/workerpool.yaml"
   kubectl get namespace $namespace >/dev/null 2>&1 || quietly kubectl create namespace $namespace
   quietly kubectl apply -n $namespace -f tests/demo/peer.yaml -f tests/demo/workerpool.yaml
   quietly kubectl -n $namespace rollout status deployment/peer --timeout 60s
-  until_pool '{.status.readyReplicas}=2'
+  quietly kubectl -n $namespace wait workerpool/demo --for=condition=Ready --timeout 90s
   show_pool
 
-  step "Assignments of every block, as a Router sends them"
+  step "Assignments of every block, as a Router sends them: the first one wakes the pool"
   forward_nats
   demo_router blocks
 
+  step "A backlog of 4000: how many workers are ready and asked for, how many assignments wait or run, and why"
+  demo_router backlog --watch "$look"
+
   step "200 slow assignments; a worker pod is killed in the middle"
   demo_router storm --kill "kubectl -n $namespace delete pod --grace-period=0 --force --wait=false $(a_worker)"
-  until_pool '{.status.readyReplicas}=2'
+
+  step "Nothing is left to do: the workers go"
+  until_nobody_is_left
   show_pool
 
-  step "A backlog of 4000, and the pool scaled to four: kubectl scale workerpool demo --replicas 4"
-  kubectl -n $namespace scale workerpool demo --replicas 4
-  demo_router backlog --watch "kubectl -n $namespace get workerpool demo --no-headers"
-  kubectl -n $namespace scale workerpool demo --replicas 2
-  until_pool '{.status.queue.depth}=0'
-  until_pool '{.status.replicas}=2'
-  show_pool
+  step "What the operator has decided, and why: kubectl -n $namespace get events"
+  show_decisions
 
   what_next
 }
@@ -68,7 +71,24 @@ quietly() {
   output=$("$@" 2>&1) || { printf '%s\n' "$output" >&2; die "failed: $*"; }
 }
 
-until_pool() { quietly kubectl -n $namespace wait workerpool/demo --for=jsonpath="$1" --timeout 90s; }
+# Says how things stand each time that it is something else.
+until_nobody_is_left() {
+  local now before=''
+  for ((i = 0; i < 120; i++)); do
+    now=$($look)
+    [[ $now == "$before" ]] || echo "  $now"
+    [[ ! $now =~ ^0\ +0\  ]] || return 0
+    before=$now
+    sleep 0.5
+  done
+  die "workers stay though nothing is left to do"
+}
+
+show_decisions() {
+  kubectl -n $namespace get events --sort-by=.metadata.creationTimestamp \
+    -o jsonpath='{range .items[?(@.involvedObject.kind=="WorkerPool")]}{.reason} {.message}{"\n"}{end}' |
+    sed -n 's/^\(Scaled[A-Z][a-z]*\) \(.*\)/  \1  \2/p'
+}
 
 show_pool() { kubectl -n $namespace get workerpools; }
 
@@ -100,7 +120,9 @@ what_next() {
   uses_current_context || printf '  %s\n' "export KUBECONFIG=$KUBECONFIG PATH=$(tests/cluster/tools.sh --path kubernetes):\$PATH"
   cat <<EOF
   kubectl -n $namespace get workerpools -w                 # the queue as it moves
-  kubectl -n $namespace get workerpool demo -o yaml        # the whole status
+  kubectl -n $namespace get workerpool demo -o yaml        # the whole status, with the reason of each decision
+  kubectl -n $namespace patch workerpool demo --type merge -p '{"spec":{"replicas":2,"scaling":{"mode":"Manual"}}}'
+  kubectl -n $namespace scale workerpool demo --replicas 3 # now a person decides
   kubectl explain workerpool.spec                          # the manual
   kubectl -n $namespace logs -l beamline.dev/pool=demo -f  # what workers say
   kubectl -n nats port-forward deployment/nats 4222 &      # a way in, then:

@@ -1,6 +1,7 @@
 //! KEDA on this machine, for one API server: its operator, and what serves `external.metrics.k8s.io` for its autoscalers.
 
-use std::path::Path;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,7 +11,6 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::api::Api;
-use crate::plane::ControlPlane;
 use crate::process::{Process, free_port};
 use crate::tool;
 use crate::trust::Certificate;
@@ -33,13 +33,14 @@ pub struct Keda {
 impl Keda {
     /// Its types, as its release has them.
     pub fn types() -> String {
-        std::fs::read_to_string(tool::program("keda").with_file_name("crds.yaml")).expect("the types of KEDA")
+        std::fs::read_to_string(types()).expect("the types of KEDA")
     }
 
-    /// Installs its types and starts it.
-    pub async fn start(plane: &ControlPlane, api: &Api) -> Self {
-        plane.kubectl(&["create", "-f", "-"], Some(&Self::types()));
-        plane.kubectl(&["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"], None);
+    /// Installs its types and starts it. With an address of this machine the API server finds it there, by a Service; else
+    /// by the name `localhost`, where there is no network of services.
+    pub async fn start(kubeconfig: &Path, api: &Api, address: Option<Ipv4Addr>) -> Self {
+        kubectl(kubeconfig, &["create", "-f", &types().to_string_lossy()]);
+        kubectl(kubeconfig, &["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"]);
         api.namespace(NAMESPACE).await;
         let directory = tempfile::tempdir().expect("a temporary directory");
         let trust = Certificate::of(&["localhost", &format!("{SERVICE}.{NAMESPACE}.svc")]);
@@ -48,15 +49,15 @@ impl Keda {
             std::fs::write(in_directory(name), pem).expect("a file");
         }
         let (numbers, external) = (free_port(), free_port());
-        let kubeconfig = plane.kubeconfig();
         let path = kubeconfig.to_string_lossy();
-        let mut operator = program("keda-operator", &kubeconfig);
+        let mut operator = program("keda-operator", kubeconfig);
         operator.args(["--enable-prometheus-metrics=false", "--health-probe-bind-address=0"]);
         operator.arg(format!("--metrics-service-bind-address=127.0.0.1:{numbers}"));
         operator.arg(format!("--cert-dir={}", directory.path().display()));
         let operator = Process::start("KEDA", &mut operator);
-        let mut metrics = program("keda-adapter", &kubeconfig);
-        metrics.arg(format!("--secure-port={external}")).args(["--bind-address=127.0.0.1", "--port=0"]);
+        let mut metrics = program("keda-adapter", kubeconfig);
+        metrics.arg(format!("--bind-address={}", address.unwrap_or(Ipv4Addr::LOCALHOST)));
+        metrics.arg(format!("--secure-port={external}")).arg("--port=0");
         metrics.arg(format!("--metrics-service-address=localhost:{numbers}"));
         for kind in ["authentication", "authorization", "lister"] {
             metrics.arg(format!("--{kind}-kubeconfig={path}"));
@@ -65,7 +66,7 @@ impl Keda {
         metrics.arg(format!("--tls-private-key-file={}", in_directory("tls.key")));
         metrics.arg(format!("--cert-dir={}", directory.path().display()));
         let metrics = Process::start("KEDA's metrics", &mut metrics);
-        register(api, external, &trust.authority).await;
+        register(api, address, external, &trust.authority).await;
         Self { _operator: operator, _metrics: metrics, _directory: directory }
     }
 }
@@ -77,11 +78,31 @@ fn program(name: &str, kubeconfig: &Path) -> Command {
     command
 }
 
-/// There is no network of services: the API server finds it by name.
-async fn register(api: &Api, port: u16, authority: &str) {
-    let by_name = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": SERVICE},
-        "spec": {"type": "ExternalName", "externalName": "localhost"}});
-    api.apply(&format!("/api/v1/namespaces/{NAMESPACE}/services/{SERVICE}"), &by_name).await;
+fn types() -> PathBuf {
+    tool::program("keda").with_file_name("crds.yaml")
+}
+
+fn kubectl(kubeconfig: &Path, arguments: &[&str]) {
+    let mut kubectl = Command::new(tool::program("kubernetes").with_file_name("kubectl"));
+    let output = kubectl.env("KUBECONFIG", kubeconfig).args(arguments).output().expect("kubectl runs");
+    assert!(output.status.success(), "kubectl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+async fn register(api: &Api, address: Option<Ipv4Addr>, port: u16, authority: &str) {
+    let spec = match address {
+        None => json!({"type": "ExternalName", "externalName": "localhost"}),
+        Some(_) => json!({"ports": [{"port": port, "protocol": "TCP"}]}),
+    };
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": SERVICE}, "spec": spec});
+    api.apply(&format!("/api/v1/namespaces/{NAMESPACE}/services/{SERVICE}"), &service).await;
+    if let Some(address) = address {
+        let labels = json!({"kubernetes.io/service-name": SERVICE});
+        let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": SERVICE, "labels": labels}, "addressType": "IPv4",
+            "endpoints": [{"addresses": [address]}], "ports": [{"port": port, "protocol": "TCP"}]});
+        let path = format!("/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices/{SERVICE}");
+        api.apply(&path, &slice).await;
+    }
     let service = json!({
         "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
         "metadata": {"name": "v1beta1.external.metrics.k8s.io"},

@@ -157,7 +157,7 @@ async fn the_real_keda_takes_a_pool_from_zero_to_many_and_back() {
     assert!(Keda::types().contains(own_copy), "scaledobjects.yaml is of another version than KEDA");
     let release = plane.install("driven", &["keda.enabled=true"]);
     let _operator = Operator::by(&release.kubeconfig).flag("--lease-namespace=driven").for_keda().start().await;
-    let keda = Keda::start(&plane, &api).await;
+    let keda = Keda::start(&plane.kubeconfig(), &api, None).await;
     let pool = Pool::new("driven", "orders", &nats);
     let scaling = json!({"mode": "KEDA", "maxReplicas": 5, "target": {"queueDepthPerReplica": 10},
         "scaleDown": {"stabilizationSeconds": 1, "idleSecondsToZero": 3}});

@@ -1,4 +1,5 @@
-//! `make bench`: figures of the worker, each beside its target, in one table; `make bench-operator`: the operator's.
+//! `make bench`: figures of the worker, each beside its target, in one table; `make bench-operator` and
+//! `make bench-scale`: the operator's.
 //!
 //! Machines are shared and noisy: read the ratio to the bare loop, which takes turns with the worker, not the rates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is its product")]
@@ -8,8 +9,11 @@ mod bare; // what the broker allows, with nothing around it
 mod gate; // the rate and the latencies that a worker must reach
 mod memory; // what a worker holds
 mod operator; // many pools
+mod scale; // from work to workers
 mod figures; // the kernel's figures, medians
 mod table; // all of it, for a person
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -59,6 +63,21 @@ enum Part {
         #[arg(long, default_value_t = 200)]
         pools: usize,
     },
+    /// The operator on a real Kubernetes, each time that work comes, instead of the worker.
+    Scale {
+        /// How often it comes in mode Operator, half of them where nobody works.
+        #[arg(long, default_value_t = 50)]
+        spikes: usize,
+        /// How often in mode HPA, meanwhile.
+        #[arg(long, default_value_t = 6)]
+        autoscaled: usize,
+        /// How often in mode KEDA, afterwards, in the tests' own cluster.
+        #[arg(long, default_value_t = 0)]
+        driven: usize,
+        /// How the API server is reached.
+        #[arg(long, env = "KUBECONFIG")]
+        kubeconfig: PathBuf,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -67,6 +86,9 @@ fn main() -> anyhow::Result<()> {
     match arguments.part {
         Some(Part::Bare { url, no_look_up }) => runtime.block_on(bare::run(&url, !no_look_up)),
         Some(Part::Operator { pools }) => runtime.block_on(operator::run(pools)),
+        Some(Part::Scale { spikes, autoscaled, driven, kubeconfig }) => {
+            runtime.block_on(scale::run(&kubeconfig, spikes, autoscaled, driven))
+        }
         None => runtime.block_on(measure(&arguments)),
     }
 }
