@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -16,6 +17,8 @@ use crate::tool;
 pub struct ControlPlane {
     script: Child,
     directory: PathBuf,
+    /// Set when the API is installed: it is large, and the same for all.
+    has_type: OnceLock<()>,
 }
 
 /// What the chart gives an operator: an identity and its rights.
@@ -40,7 +43,7 @@ impl ControlPlane {
         let mut said = BufReader::new(script.stdout.take().expect("a pipe"));
         said.read_line(&mut directory).expect("it says where it is");
         assert!(!directory.is_empty(), "the control plane does not start");
-        Self { script, directory: PathBuf::from(directory.trim_end()) }
+        Self { script, directory: PathBuf::from(directory.trim_end()), has_type: OnceLock::new() }
     }
 
     /// The admin's.
@@ -55,27 +58,15 @@ impl ControlPlane {
 
     /// Installs the API, and the rights of an operator in a namespace of this name, as the chart says with these values.
     pub fn install(&self, name: &str, values: &[&str]) -> Release {
-        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/beamline");
-        let mut helm = Command::new(tool::program("helm"));
-        helm.args(["template", name, &chart.to_string_lossy(), "--namespace", name]);
-        for template in ["crd", "service-account", "rbac"] {
-            helm.arg(format!("--show-only=templates/{template}.yaml"));
-        }
+        self.has_type.get_or_init(|| self.install_type());
+        let mut templates = vec!["service-account", "rbac"];
         if values.contains(&"externalMetrics.enabled=true") {
-            helm.arg("--show-only=templates/external-metrics.yaml");
+            templates.push("external-metrics");
         }
-        helm.args(values.iter().map(|value| format!("--set={value}")));
-        let manifest = output(&mut helm, None);
+        let manifest = render(name, &templates, values);
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         self.kubectl(&["apply", "-f", "-"], Some(&namespace.to_string()));
-        // The same type is applied by many at once, and an API server that is busy gives up.
-        let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
-        let is_applied = (0..5).any(|_| self.try_kubectl(&apply, Some(&manifest)).is_ok());
-        assert!(is_applied, "the chart is not applied");
-        // kubectl gives up on a type that is so new that it has no conditions yet.
-        let established = ["wait", "--for=condition=Established", "crd/workerpools.beamline.dev", "--timeout=60s"];
-        let is_there = (0..20).any(|_| self.try_kubectl(&established, None).is_ok());
-        assert!(is_there, "the type is not established");
+        self.apply(&manifest);
         let accounts = self.kubectl(&["get", "serviceaccounts", "--namespace", name, "--output=name"], None);
         let account = accounts.lines().filter_map(|line| line.strip_prefix("serviceaccount/"));
         let account = account.into_iter().find(|account| *account != "default").expect("the chart has an account");
@@ -85,6 +76,21 @@ impl ControlPlane {
             user: format!("system:serviceaccount:{name}:{account}"),
             kubeconfig: self.write_kubeconfig(name, token.trim()),
         }
+    }
+
+    fn install_type(&self) {
+        self.apply(&render("type", &["crd"], &[]));
+        // kubectl gives up on a type that is so new that it has no conditions yet.
+        let established = ["wait", "--for=condition=Established", "crd/workerpools.beamline.dev", "--timeout=60s"];
+        let is_there = (0..20).any(|_| self.try_kubectl(&established, None).is_ok());
+        assert!(is_there, "the type is not established");
+    }
+
+    /// An API server that is busy gives up.
+    fn apply(&self, manifest: &str) {
+        let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
+        let is_applied = (0..5).any(|_| self.try_kubectl(&apply, Some(manifest)).is_ok());
+        assert!(is_applied, "the chart is not applied");
     }
 
     /// What helm says when it looks at this API server and does not install the chart with these values.
@@ -136,6 +142,16 @@ impl Drop for ControlPlane {
         drop(self.script.stdin.take());
         let _ = self.script.wait();
     }
+}
+
+/// These templates of the chart.
+fn render(name: &str, templates: &[&str], values: &[&str]) -> String {
+    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/beamline");
+    let mut helm = Command::new(tool::program("helm"));
+    helm.args(["template", name, &chart.to_string_lossy(), "--namespace", name]);
+    helm.args(templates.iter().map(|template| format!("--show-only=templates/{template}.yaml")));
+    helm.args(values.iter().map(|value| format!("--set={value}")));
+    output(&mut helm, None)
 }
 
 fn output(command: &mut Command, input: Option<&str>) -> String {

@@ -78,12 +78,12 @@ pub(crate) async fn run(kubeconfig: &Path, spikes: usize, autoscaled: usize, dri
         namespace.apply(&bench.manifest().to_string());
     }
     let (half, quarter) = (spikes.div_ceil(2), spikes.div_ceil(4));
-    let (mut from_none, more, from_one, by_autoscaler) = try_join4(
+    let (mut from_none, more, from_one, by_autoscaler) = Box::pin(try_join4(
         none.measure(quarter, SIGNALS),
         also_none.measure(half - quarter, SIGNALS),
         one.measure(spikes - half, SIGNALS),
         theirs.measure(autoscaled, AUTOSCALER_SYNC),
-    )
+    ))
     .await?;
     from_none.extend(more);
     let by_keda = match driven {
