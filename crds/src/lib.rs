@@ -38,7 +38,7 @@ pub use observability::Observability;
 pub use rollout::Rollout;
 pub use scaling::{Mode, ScaleDown, Scaling, Target};
 pub use sql::{InlineConnections, Sql, SqlConnection};
-pub use status::{Decision, GpuStatus, Learned, LimitedBy, Queue, WorkerPoolStatus};
+pub use status::{Decision, Exceeded, GpuStatus, Learned, LimitedBy, Queue, TenantStatus, WorkerPoolStatus};
 pub use tenants::{NamedTenant, OnExceeded, Quotas, TenantTerms, Tenants};
 pub use worker::{ImagePullPolicy, Limits, Pools, Resources, Worker};
 pub use worker_pool::{WorkerPool, WorkerPoolSpec};

@@ -36,6 +36,14 @@ pub struct WorkerPoolStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scaling: Option<Decision>,
 
+    /// What tenants do and use: the busiest 20, by what runs and waits in workers, then by executionsUsed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 20),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"])
+    )]
+    pub tenants: Vec<TenantStatus>,
+
     /// The pods with GPUs. Absent without spec.gpu, when none has work left.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuStatus>,
@@ -57,6 +65,10 @@ pub struct Queue {
 
     /// Assignments that workers hold.
     pub in_flight: i64,
+
+    /// Assignments that wait for their tenant's next window, or for room under its ceiling. Absent where no tenant is bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parked: Option<i64>,
 
     /// When the oldest unfinished assignment arrived. Absent while there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,6 +95,59 @@ pub struct Queue {
 
     /// Dead letters kept, of all pools that share the broker.
     pub dead_letters: i64,
+}
+
+/// What a tenant does in the pool, and what it uses of what it may.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct TenantStatus {
+    /// The tenant_id of its assignments.
+    #[schemars(length(max = 256))]
+    pub id: String,
+
+    /// Executions of this window that workers have taken from the budget, some of them for work to come. Absent where they
+    /// are not bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub executions_used: Option<i64>,
+
+    /// Executions that a window has. Absent where they are not bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub executions_limit: Option<i64>,
+
+    /// Milliseconds of CPU time used in this window, and owed from windows before. Absent where no budget is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_time_ms_used: Option<i64>,
+
+    /// Milliseconds of CPU time that a window has. Absent where they are not bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_time_ms_limit: Option<i64>,
+
+    /// Its blocks that run.
+    pub running: i64,
+
+    /// Its blocks that wait for a slot in a worker.
+    pub queued: i64,
+
+    /// Its assignments that wait for its next window, or for room under its ceiling.
+    pub parked: i64,
+
+    /// Its assignments that the workers of now have refused with 2004 since they started.
+    pub refused: i64,
+
+    /// The budget that was used up last. It stays for an hour after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exceeded: Option<Exceeded>,
+}
+
+/// A budget that is used up, or was.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct Exceeded {
+    /// Which one: executions, cpuTimeMs, or both.
+    #[schemars(length(max = 64))]
+    pub budget: String,
+
+    /// When its window ends, or has ended: what came before was refused, or waits.
+    pub until: Time,
 }
 
 /// Why there are as many replicas as there are.

@@ -1,6 +1,7 @@
 //! Connections to NATS: one for each address and set of credentials, shared by all pools that use it.
 
 mod gate; // where they may lead
+mod last; // many keys with one request
 
 use std::collections::HashMap;
 use std::error::Error as StdError;

@@ -18,6 +18,7 @@ pub mod status; // saying how it went
 
 pub mod signals; // what the broker says about each pool
 pub mod reports; // what workers say of themselves
+pub mod tenants; // what they use of what they may
 pub mod approvals; // deadlines that wake a pool
 pub mod rates; // how fast it comes and goes
 pub mod streams; // what the broker must keep

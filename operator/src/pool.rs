@@ -6,6 +6,7 @@ pub mod egress; // entries of lists of addresses
 mod nats; // where the work comes from
 pub mod port; // where a URL leads
 mod quantity; // amounts of memory
+mod tenants; // what each of them may use
 mod scaling; // who decides how many, within which bounds
 mod worker; // what all pods have in common
 
@@ -21,6 +22,7 @@ pub use crds::{
 };
 pub use nats::{Explicit, Nats, Streams, meeting_point};
 pub use scaling::{Bounds, Mode, Scaling};
+pub use tenants::{Limits, Quotas};
 pub use worker::{Egress, Root, RootVolume, Sql, Worker};
 
 /// What a node drain may take where a spec says nothing.
@@ -49,6 +51,8 @@ pub struct ValidPool {
     pub gpu: Option<Class>,
     /// What each tenant gets.
     pub tenants: Option<Tenants>,
+    /// What each tenant may use.
+    pub limits: Limits,
     /// What a node drain may take, of each class.
     pub disruption: Disruption,
     /// Whether the pods get a NetworkPolicy.
@@ -154,6 +158,7 @@ pub fn validate(pool: &crds::WorkerPool, default_image: &str) -> Result<ValidPoo
         gpu: gpu.map(|gpu| class::gpu(gpu, &worker, &general)).transpose()?,
         general,
         worker: worker::worker(worker, default_image)?,
+        limits: tenants::limits(tenants.as_ref())?,
         tenants,
         disruption: allowed(disruption.unwrap_or_default()),
         network_policy: network_policy.unwrap_or(crds::NetworkPolicy::Auto) == crds::NetworkPolicy::Auto,

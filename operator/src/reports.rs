@@ -4,7 +4,7 @@
 //! Whoever may report may say anything: who is no pod of the pool that it names is not heard, so that no more is kept than
 //! there are pods.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,10 @@ const FORGOTTEN: Duration = Duration::from_secs(600);
 const SWEEP: Duration = Duration::from_secs(60);
 /// No report has more bytes.
 const LONGEST: usize = 4096;
+/// No report speaks of more tenants.
+const TENANTS: usize = 20;
+/// The longest id of a tenant, in bytes.
+const LONGEST_ID: usize = 256;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// As much of a report as is needed.
@@ -53,6 +57,35 @@ struct Report {
     finished: u64,
     work_ms: u64,
     started_at: i64,
+    #[serde(default)]
+    tenants: Vec<TenantReport>,
+}
+
+/// What a worker says of a tenant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct TenantReport {
+    /// Which one.
+    pub id: String,
+    /// Its blocks that run.
+    pub running: u32,
+    /// Its blocks that wait for a slot.
+    pub queued: u32,
+    /// Its assignments that were refused for its budget since the worker started.
+    pub refused: u64,
+}
+
+impl TenantReport {
+    /// What another worker says of it too.
+    pub fn add(&mut self, other: &Self) {
+        self.running = self.running.saturating_add(other.running);
+        self.queued = self.queued.saturating_add(other.queued);
+        self.refused = self.refused.saturating_add(other.refused);
+    }
+}
+
+/// Whether a text can be a tenant's id.
+pub fn is_tenant(text: &str) -> bool {
+    !text.is_empty() && text.len() <= LONGEST_ID && !text.chars().any(char::is_control)
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -88,6 +121,8 @@ pub struct Crew {
     pub workers: Vec<Worker>,
     /// What all have done, as far as it was heard.
     pub done: Done,
+    /// What these say of tenants, by id.
+    pub tenants: Vec<TenantReport>,
 }
 
 struct Heard {
@@ -133,7 +168,14 @@ impl Reports {
         let is_fresh = |heard: &&Heard| heard.at.elapsed() < FRESH;
         let mut workers: Vec<Worker> = team.workers.values().filter(is_fresh).map(Heard::worker).collect();
         workers.sort_by(|one, other| one.name.cmp(&other.name));
-        Crew { workers, done: team.done }
+        let mut tenants = BTreeMap::<&str, TenantReport>::new();
+        for one in team.workers.values().filter(is_fresh).flat_map(|heard| &heard.report.tenants) {
+            tenants
+                .entry(&one.id)
+                .or_insert_with(|| TenantReport { id: one.id.clone(), ..TenantReport::default() })
+                .add(one);
+        }
+        Crew { workers, done: team.done, tenants: tenants.into_values().collect() }
     }
 
     /// Tells a worker to take work, or not to; its reports show whether it has heard.
@@ -166,7 +208,10 @@ fn read(payload: &[u8]) -> Option<Report> {
     if payload.len() > LONGEST {
         return None;
     }
-    serde_json::from_slice(payload).ok()
+    let mut report: Report = serde_json::from_slice(payload).ok()?;
+    report.tenants.retain(|tenant| is_tenant(&tenant.id));
+    report.tenants.truncate(TENANTS);
+    Some(report)
 }
 
 /// Whether a worker has the name of one of the pods that its pool has in its class.
@@ -263,6 +308,7 @@ mod tests {
             finished,
             work_ms: finished * 100,
             started_at: 1,
+            tenants: Vec::new(),
         }
     }
 
@@ -345,6 +391,24 @@ mod tests {
             known.note(Report { finished, ..most.clone() }, now);
         }
         assert_eq!(done(&known).finished, u64::MAX);
+    }
+
+    #[test]
+    fn of_tenants_that_cannot_be_or_are_too_many_nothing_is_kept() {
+        let said = |tenants: serde_json::Value| {
+            let slots = json!({"cpu": 1, "gpu": 0, "io": 1});
+            let report = json!({"worker": "default-1", "pool": "flows/default", "class": "general", "slots": slots,
+                "busy": slots, "running": 1, "waiting": 0, "pulling": true, "finished": 1, "work_ms": 1, "started_at": 1,
+                "tenants": tenants});
+            read(report.to_string().as_bytes()).map(|report| report.tenants)
+        };
+        let tenant = |id: &str| json!({"id": id, "running": 1, "queued": 2, "refused": 3});
+        let acme = TenantReport { id: "acme".to_owned(), running: 1, queued: 2, refused: 3 };
+        let hostile = ["", "a\nb", &"x".repeat(257), "acme"].map(tenant);
+        assert_eq!(said(json!(hostile)), Some(vec![acme]));
+        let many: Vec<_> = (0..40).map(|number| tenant(&format!("t{number}"))).collect();
+        assert_eq!(said(json!(many)).map(|tenants| tenants.len()), Some(TENANTS));
+        assert_eq!(said(json!([{"id": "acme", "running": -1, "queued": 0, "refused": 0}])), None);
     }
 
     #[test]

@@ -72,7 +72,9 @@ pub fn is_ready(pod: &Pod) -> bool {
 /// Whether workers hold work that none of them speaks of: then who says that it holds nothing may be wrong.
 pub fn is_hidden(reading: &Reading) -> bool {
     let (Some(queue), Some(Ok(Readable::Own))) = (&reading.queue, &reading.readable) else { return false };
+    let parked = reading.tenants.as_ref().map_or(0, |tenants| tenants.in_flight);
     let in_flight = queue.in_flight.saturating_add(reading.route.map_or(0, |route| route.in_flight));
+    let in_flight = in_flight.saturating_add(parked);
     let workers = reading.general.workers.iter().chain(&reading.gpu.workers);
     let held: i64 = workers.map(|worker| i64::from(worker.held)).sum();
     let on_its_way = reading.arrived.recently.rate() * ON_ITS_WAY.as_secs_f64();
@@ -92,7 +94,12 @@ fn general(reading: &Reading, takes_route: bool) -> Option<Work> {
         (pending, in_flight) = (pending.saturating_add(route.pending), in_flight.saturating_add(route.in_flight));
         all_ended = all_ended.saturating_add(ended.route);
     }
-    Some(Work { pending, in_flight, due: reading.due, recent: recently, lately, ended: all_ended })
+    // Parked work is none before it may run; where that cannot be known, some may be due.
+    let tenants = reading.tenants.as_ref();
+    pending = pending.saturating_add(tenants.map_or(0, |tenants| tenants.runnable));
+    in_flight = in_flight.saturating_add(tenants.map_or(0, |tenants| tenants.in_flight));
+    let due = reading.due.filter(|_| tenants.is_some());
+    Some(Work { pending, in_flight, due, recent: recently, lately, ended: all_ended })
 }
 
 /// Nobody counts what arrives on the route. Cancels and answers need no GPU.
@@ -169,6 +176,7 @@ mod tests {
     use crate::pool::tests::valid;
     use crate::reports::Worker;
     use crate::signals::Route;
+    use crate::tenants::Tenants;
 
     const CREATED: &str = "2026-11-26T12:00:00Z";
 
@@ -190,6 +198,7 @@ mod tests {
             queue: Some(Queue { pending: 5, in_flight: 4, ..Queue::default() }),
             readable: Some(Ok(Readable::Own)),
             due: Some(1),
+            tenants: Some(Tenants::default()),
             ..Reading::default()
         }
     }
@@ -210,6 +219,21 @@ mod tests {
             None,
             "no consumer on the route"
         );
+    }
+
+    #[test]
+    fn parked_work_is_demand_once_it_may_run() {
+        let work = |tenants: Option<Tenants>| {
+            let empty = Reading { queue: Some(Queue::default()), due: Some(0), tenants, ..reading() };
+            let work = seen(&valid("{}"), Kind::General, &empty, None, &[], None, at(CREATED)).work.expect("work");
+            (work.pending, work.in_flight, work.due, demand(&valid("{}"), &empty))
+        };
+        let parked =
+            |runnable, in_flight| Some(Tenants { parked: Some(10_000), runnable, in_flight, ..Tenants::default() });
+        assert_eq!(work(parked(0, 0)), (0, 0, Some(0), Some(0)), "its window has not turned");
+        assert_eq!(work(parked(7, 0)), (7, 0, Some(0), Some(7)));
+        assert_eq!(work(parked(0, 2)), (0, 2, Some(0), Some(2)), "it runs");
+        assert_eq!(work(None), (0, 0, None, None), "some may be due");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! numbers stay, marked as old.
 
 pub mod queue; // the numbers
+mod tenants; // and those of tenants
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ use crate::reports::Crew;
 use crate::scale::{Decisions, Flow};
 use crate::streams::{self, Demand, Refusals, Remark};
 use crate::telemetry::spans;
+use crate::tenants::Tenants;
 
 /// How often a healthy broker is asked how much waits: more workers are asked for within a second.
 const POLL: Duration = Duration::from_millis(500);
@@ -58,6 +60,8 @@ pub struct Reading {
     pub route: Option<Route>,
     /// Cancels, answers and approvals past their deadline; `None` where they are not known.
     pub due: Option<i64>,
+    /// What tenants do and use; `None` where that is not known.
+    pub tenants: Option<Tenants>,
     /// The workers without GPUs of their own, as they were heard a moment ago.
     pub general: Crew,
     /// The workers with GPUs.
@@ -179,6 +183,7 @@ impl Signals {
             name: pool.name.clone(),
             nats: pool.nats.clone(),
             max_ack_pending: streams::max_ack_pending(pool, decisions),
+            limits: pool.limits.clone(),
         };
         let mut all = lock(&self.followed);
         if let Some(followed) = all.get(&reference) {
@@ -274,7 +279,8 @@ impl Signals {
         if demand.nats.delivery == Delivery::Core && !broker.has_jetstream() {
             let (general, gpu) = crews(broker, demand);
             let (streams, queue, readable) = (Ok(Vec::new()), Ok(None), Readable::NoQueue);
-            return Ok(Answer { streams, queue, readable, due: None, general, gpu });
+            let tenants = tenants::read(broker, jetstream, demand, &mut line.tenants, [&general, &gpu]).await;
+            return Ok(Answer { streams, queue, readable, due: None, tenants, general, gpu });
         }
         let sharing = self.neighbours.sharing(demand);
         let streams = match line.still_in_order(demand) {
@@ -299,13 +305,14 @@ impl Signals {
         line.found(demand, streams.as_ref().ok().filter(|_| queue.is_ok()));
         let due = control.zip(broker.due_approvals(&demand.pool())).map(|(control, due)| control.saturating_add(due));
         let (general, gpu) = crews(broker, demand);
+        let tenants = tenants::read(broker, jetstream, demand, &mut line.tenants, [&general, &gpu]).await;
         let readable = match queue {
             Ok(None) => Readable::NoQueue,
             _ if sharing.is_empty() => Readable::Own,
             _ => Readable::Shared(sharing),
         };
         let streams = streams.map_err(|error| self.naming_the_pool(error, demand));
-        Ok(Answer { streams, queue, readable, due, general, gpu })
+        Ok(Answer { streams, queue, readable, due, tenants, general, gpu })
     }
 
     /// The broker counts what the workers of all pools hold that take from one queue.
@@ -333,6 +340,7 @@ impl Signals {
             reading.streams = Some(answer.streams);
             reading.readable = Some(answer.queue.as_ref().map(|_| answer.readable).map_err(Clone::clone));
             (reading.due, reading.general, reading.gpu) = (answer.due, answer.general, answer.gpu);
+            reading.tenants = answer.tenants;
             match answer.queue {
                 Ok(Some((queue, arrived, route))) => {
                     (reading.queue, reading.arrived, reading.route) = (Some(queue), arrived, route);
@@ -348,7 +356,7 @@ impl Signals {
         self.update(pool, reading, |reading| {
             reading.readable = Some(Err(error.clone()));
             // Who may be at work or not is not known any more.
-            reading.due = None;
+            (reading.due, reading.tenants) = (None, None);
             reading.general.workers.clear();
             reading.gpu.workers.clear();
             // Streams that were found in order are still taken to be: nothing says otherwise.
@@ -387,6 +395,7 @@ struct Answer {
     queue: Result<Option<(Queue, Arrived, Option<Route>)>, BrokerError>,
     readable: Readable,
     due: Option<i64>,
+    tenants: Option<Tenants>,
     general: Crew,
     gpu: Crew,
 }
@@ -403,6 +412,7 @@ struct Line {
     /// The same connection, for whoever has something to tell.
     shared: Arc<Mutex<Option<Shared>>>,
     past: queue::Past,
+    tenants: tenants::Past,
     in_order: Option<(Demand, Vec<Remark>, Instant)>,
     refusals: Refusals,
 }
@@ -416,6 +426,7 @@ impl Line {
             return Ok(Arc::clone(shared));
         }
         self.past.is_over();
+        self.tenants = tenants::Past::default();
         let shared = brokers.connection(&demand.namespace, &demand.nats).await?;
         self.current = Some((Arc::clone(&shared), demand.nats.clone(), Instant::now()));
         *lock(&self.shared) = Some(Arc::clone(&shared));

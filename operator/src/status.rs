@@ -3,6 +3,7 @@
 mod cause;
 mod class;
 mod conditions;
+mod tenants;
 
 use std::time::Duration;
 
@@ -61,13 +62,18 @@ pub fn compute(
     };
     // Unlike other numbers it does not stay: whoever acts on it must not act on an old one.
     let demand = outcome.ok().and_then(|converged| converged.demand);
+    let parked = match &reading.tenants {
+        Some(tenants) => tenants.parked,
+        None => before.queue.as_ref().and_then(|queue| queue.parked),
+    };
     WorkerPoolStatus {
         observed_generation: pool.metadata.generation,
         replicas: counts.replicas,
         ready_replicas: counts.ready,
         desired_replicas: counts.desired,
         selector: names::selector_text(pool.metadata.name.as_deref().unwrap_or_default()),
-        queue: queue.map(|queue| Queue { demand, ..queue }),
+        queue: queue.map(|queue| Queue { demand, parked, ..queue }),
+        tenants: tenants::rows(before, reading, now),
         scaling: counts.scaling,
         gpu: counts.gpu,
         conditions: conditions::conditions(pool, before, outcome, reading, now),
@@ -233,6 +239,7 @@ fn due(before: &WorkerPoolStatus, next: &WorkerPoolStatus, since: Option<Duratio
     }
     let without_numbers = |status: &WorkerPoolStatus| WorkerPoolStatus {
         queue: None,
+        tenants: Vec::new(),
         scaling: status.scaling.clone().map(|scaling| Decision {
             reason: String::new(),
             learned: Learned::default(),

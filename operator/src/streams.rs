@@ -18,14 +18,15 @@ use futures::TryStreamExt;
 use crate::broker::BrokerError;
 use crate::failpoint;
 use crate::neighbours::{GpuSlots, Neighbours};
-use crate::pool::{Delivery, Nats};
+use crate::pool::{Delivery, Limits, Nats};
 use crate::reason;
 
 pub use governance::Refusals;
 use wanted::UNLIMITED;
 pub use wanted::{
-    CONTROL, CONTROL_CONSUMER, DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, consumer, control_consumer,
-    intake_stream, max_ack_pending, route_consumer, route_group, route_subject, streams,
+    ACCOUNTS, CONTROL, CONTROL_CONSUMER, DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, account_subject,
+    consumer, control_consumer, intake_stream, max_ack_pending, parked_stream, parked_subject, route_consumer,
+    route_group, route_subject, streams, unescaped,
 };
 
 /// What a pool needs of the broker.
@@ -39,6 +40,8 @@ pub struct Demand {
     pub nats: Nats,
     /// How many deliveries its workers may hold.
     pub max_ack_pending: MaxAckPending,
+    /// What its tenants may use.
+    pub limits: Limits,
 }
 
 impl Demand {

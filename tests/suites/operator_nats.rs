@@ -93,6 +93,7 @@ impl Operator {
             name: name.to_owned(),
             nats: pool.nats,
             max_ack_pending,
+            limits: pool.limits,
         }
     }
 

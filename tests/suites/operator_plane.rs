@@ -28,6 +28,8 @@ mod matrix; // signals that are missing, old or wrong
 mod modes; // who decides changes, or may have fewer
 #[path = "operator_plane/panics.rs"]
 mod panics; // bugs
+#[path = "operator_plane/parked.rs"]
+mod parked; // work that waits for its tenant's next window
 #[path = "operator_plane/process.rs"]
 mod process; // how the program starts and stops
 #[path = "operator_plane/refusals.rs"]

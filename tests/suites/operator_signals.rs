@@ -324,6 +324,77 @@ async fn a_deadline_that_has_passed_and_an_answer_are_each_a_waiting_message() {
     operator.hears("only the answer is left", |it| it.due == Some(1)).await;
 }
 
+// What tenants use, and what they have parked.
+
+#[tokio::test]
+async fn what_is_parked_may_run_when_its_tenant_has_a_budget_again() {
+    let nats = NatsServer::start();
+    // As long as a window can be: none ends meanwhile.
+    let quotas = json!({"executions": 10, "window": "744h", "concurrent": 8});
+    let spec = json!({"nats": {"url": nats.url()}, "tenants": {"defaults": {"onExceeded": "Defer", "quotas": quotas}}});
+    let operator = Listener::follow(spec, Secret::default()).await;
+    let tenants = |it: &Reading| it.tenants.clone().unwrap_or_default();
+    operator.hears("nothing is parked", |it| tenants(it).parked == Some(0)).await;
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    let accounts = jetstream::kv::Config { bucket: "caf-quota".to_owned(), ..Default::default() };
+    let accounts = match jetstream.get_key_value("caf-quota").await {
+        Ok(accounts) => accounts,
+        Err(_) => jetstream.create_key_value(accounts).await.expect("the bucket"),
+    };
+    let stream = jetstream::stream::Config {
+        name: "CAF_EXEC_PARKED".to_owned(),
+        subjects: vec!["caf.exec.parked.v1.*".to_owned()],
+        retention: jetstream::stream::RetentionPolicy::WorkQueue,
+        ..Default::default()
+    };
+    let stream = jetstream.get_or_create_stream(stream).await.expect("the stream");
+    let (length, now) = (744 * 3600 * 1000, jiff::Timestamp::now().as_millisecond());
+    let use_up = async |windows_ago: i64, executions: u32| {
+        let start = now - now % length - windows_ago * length;
+        let account = json!({"version": "1", "window_start": start, "window_ms": length, "executions": executions,
+            "cpu_time_ms": 12});
+        accounts.put("flows=2Fdefault.acme=2Ecorp", account.to_string().into()).await.expect("stored");
+    };
+
+    use_up(0, 10).await;
+    for subject in ["caf.exec.parked.v1.acme=2Ecorp"; 20] {
+        jetstream.publish(subject, "{}".into()).await.expect("sent").await.expect("stored");
+    }
+    operator.hears("it is parked", |it| tenants(it).parked == Some(20)).await;
+    operator
+        .hears("its budget is used up", |it| {
+            tenants(it).busiest.first().is_some_and(|one| {
+                let exceeded = one.exceeded.as_ref().map(|exceeded| exceeded.budget.as_str());
+                (one.id.as_str(), one.executions_used, one.parked, exceeded)
+                    == ("acme.corp", Some(10), 20, Some("executions"))
+            })
+        })
+        .await;
+    operator.hears("none may run", |it| tenants(it).runnable == 0).await;
+    use_up(0, 7).await;
+    operator.hears("units were given back", |it| tenants(it).runnable == 3).await;
+    let slots = json!({"version": "1", "leases": {"worker-1": {"slots": 6, "until": now + 3_600_000}}});
+    accounts.put("flows=2Fdefault.acme=2Ecorp.concurrent", slots.to_string().into()).await.expect("stored");
+    operator.hears("most slots are taken", |it| tenants(it).runnable == 2).await;
+    use_up(1, 10).await;
+    accounts
+        .put("flows=2Fdefault.acme=2Ecorp.concurrent", r#"{"version": "1", "leases": {}}"#.into())
+        .await
+        .expect("stored");
+    operator.hears("the window has turned", |it| tenants(it).runnable == 8).await;
+
+    let consumer = pull::Config {
+        durable_name: Some("acme=2Ecorp".to_owned()),
+        filter_subject: "caf.exec.parked.v1.acme=2Ecorp".to_owned(),
+        ..pull::Config::default()
+    };
+    let consumer: Consumer<pull::Config> = stream.create_consumer(consumer).await.expect("the consumer");
+    let mut messages = consumer.fetch().max_messages(5).messages().await.expect("messages");
+    let held = messages.next().await.expect("one").expect("one");
+    operator.hears("five are held", |it| (tenants(it).in_flight, tenants(it).parked) == (5, Some(15))).await;
+    drop(held);
+}
+
 // A pool that leads the operator astray.
 
 #[tokio::test]

@@ -126,7 +126,7 @@ fn stored(nats: &NatsServer, name: &str, mut spec: Value) -> WorkerPool {
 fn demand(pool: &WorkerPool) -> Demand {
     let valid = validate(pool, "beamline:1").expect("a valid pool");
     let max_ack_pending = streams::max_ack_pending(&valid, &as_written(&valid));
-    Demand { namespace: valid.namespace, name: valid.name, nats: valid.nats, max_ack_pending }
+    Demand { namespace: valid.namespace, name: valid.name, nats: valid.nats, max_ack_pending, limits: valid.limits }
 }
 
 /// Everything that the operator does for a pool with GPUs, before any worker starts.
@@ -170,6 +170,11 @@ async fn the_operator_needs_no_more_than_the_page_says() {
     let numbers = queue::read(&operator.jetstream(), &nats_of, &mut queue::Past::default(), rest.dead_letters).await;
     let (queue, _, route) = numbers.expect("numbers");
     assert_eq!((queue.depth, route.map(|route| route.pending)), (0, Some(0)));
+    // What it asks about tenants that are bounded.
+    let of_tenants = ["DIRECT.GET.KV_caf-quota", "STREAM.INFO.CAF_EXEC_PARKED", "CONSUMER.LIST.CAF_EXEC_PARKED"];
+    for question in of_tenants {
+        operator.client.publish(format!("$JS.API.{question}"), "{}".into()).await.expect("sent");
+    }
     let approvals = Approvals::follow(operator.jetstream());
     let (pods, _cache) = reflector::store();
     let reports = Reports::listen(operator.client.clone(), pods);

@@ -103,7 +103,9 @@ impl Display for Why {
                 write!(out, "; {replicas} needed within the last {} s", within.as_secs())?;
             }
             Some(Held::NotIdle(idle)) => write!(out, "; zero after {} s of it", idle.as_secs())?,
-            Some(Held::Unknown) => write!(out, "; no zero while cancels, answers and approvals cannot be read")?,
+            Some(Held::Unknown) => {
+                write!(out, "; no zero while cancels, answers, approvals and parked work cannot be read")?
+            }
             Some(Held::Minimum(replicas)) => write!(out, "; {replicas} is the minimum")?,
         }
         if self.failing > 0 {

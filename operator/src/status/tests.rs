@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use beamline_crds::{LimitedBy, Mode};
+use beamline_crds::{Exceeded, LimitedBy, Mode, TenantStatus};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -19,6 +19,7 @@ use crate::scale::{Decisions, Need, fixed};
 use crate::secrets::SecretError;
 use crate::signals::Route;
 use crate::streams::Remark;
+use crate::tenants::Tenants;
 
 const NOON: i64 = 1_795_608_000;
 
@@ -88,6 +89,7 @@ fn healthy() -> Reading {
         queue: Some(Queue::default()),
         readable: Some(Ok(Readable::Own)),
         streams: Some(Ok(Vec::new())),
+        tenants: Some(Tenants::default()),
         ..Reading::default()
     }
 }
@@ -434,6 +436,36 @@ fn a_transition_is_dated_and_a_repetition_is_not() {
     let ready = then(&starting, &workers(2, 2), &healthy(), 60);
     assert_eq!(find(&ready, "Ready").last_transition_time.0, at(60));
     assert_eq!(find(&ready, "QueueReadable").last_transition_time.0, at(0));
+}
+
+#[test]
+fn a_budget_that_was_used_up_is_told_for_an_hour_and_costs_no_writes() {
+    let exceeded = Exceeded { budget: "executions".to_owned(), until: Time(at(60)) };
+    let acme = TenantStatus {
+        id: "acme".to_owned(),
+        executions_used: Some(10),
+        executions_limit: Some(10),
+        running: 2,
+        exceeded: Some(exceeded.clone()),
+        ..TenantStatus::default()
+    };
+    let reading = |rows: &[TenantStatus]| Reading {
+        tenants: Some(Tenants { busiest: rows.to_vec(), ..Tenants::default() }),
+        ..healthy()
+    };
+    let converged = workers(1, 1);
+    let during = first(&converged, &reading(&[acme.clone()]));
+    assert_eq!(during.tenants, [acme.clone()]);
+    let next_window = TenantStatus { executions_used: Some(1), exceeded: None, ..acme.clone() };
+    let next = then(&during, &converged, &reading(&[next_window.clone()]), 61);
+    assert_eq!(next.tenants, [TenantStatus { exceeded: Some(exceeded.clone()), ..next_window }]);
+    let idle = then(&next, &converged, &reading(&[]), 120);
+    let told = TenantStatus { executions_used: None, running: 0, ..acme };
+    assert_eq!(idle.tenants, [told], "why was this refused");
+    let later = then(&idle, &converged, &reading(&[]), 3000);
+    assert_eq!(due(&idle, &later, None), Due::Nothing);
+    assert_eq!(then(&later, &converged, &Reading { tenants: None, ..healthy() }, 3001).tenants, later.tenants);
+    assert_eq!(then(&later, &converged, &reading(&[]), 3661).tenants, []);
 }
 
 #[test]

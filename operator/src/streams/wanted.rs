@@ -56,6 +56,46 @@ fn escaped(text: &str) -> String {
     token
 }
 
+/// The other way round; `None` where it is no such token.
+pub fn unescaped(token: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(token.len());
+    let mut rest = token.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'=' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// Bucket of what tenants have used of their budgets.
+pub const ACCOUNTS: &str = "KV_caf-quota";
+
+/// Where a tenant's account in this pool is kept.
+pub fn account_subject(pool: &str, tenant: &str) -> String {
+    format!("$KV.caf-quota.{}.{}", escaped(pool), escaped(tenant))
+}
+
+/// What waits for its tenant's next window, or for room under its ceiling.
+pub fn parked_stream(nats: &Nats) -> String {
+    match nats.subject.as_str() {
+        DEFAULT_SUBJECT => "CAF_EXEC_PARKED".to_owned(),
+        subject => format!("CAF_PARKED_{}", escaped(subject)),
+    }
+}
+
+/// Where that of a tenant waits, by its escaped id.
+pub fn parked_subject(nats: &Nats, tenant: &str) -> String {
+    match nats.subject.as_str() {
+        DEFAULT_SUBJECT => format!("caf.exec.parked.v1.{tenant}"),
+        subject => format!("{subject}.parked.{tenant}"),
+    }
+}
+
 /// All streams that a pool depends on. From a core queue group nothing waits in one.
 pub fn streams(nats: &Nats) -> Vec<Config> {
     let shared = [
