@@ -50,7 +50,15 @@ pub struct Hit {
 struct State {
     hits: Mutex<Vec<Hit>>,
     open: Mutex<HashSet<String>>,
+    at_once: Mutex<AtOnce>,
     changed: watch::Sender<usize>,
+}
+
+/// Requests that are not answered yet.
+#[derive(Debug, Default)]
+struct AtOnce {
+    now: usize,
+    most: usize,
 }
 
 struct Answer {
@@ -69,7 +77,12 @@ impl Peer {
     pub async fn on(address: &str) -> Self {
         let listener = TcpListener::bind(address).await.expect("an address to listen on");
         let address = listener.local_addr().expect("the listener has an address");
-        let state = Arc::new(State { hits: Mutex::default(), open: Mutex::default(), changed: watch::Sender::new(0) });
+        let state = Arc::new(State {
+            hits: Mutex::default(),
+            open: Mutex::default(),
+            at_once: Mutex::default(),
+            changed: watch::Sender::new(0),
+        });
         let server = tokio::spawn(serve(listener, Arc::clone(&state)));
         Self { address, state, server }
     }
@@ -92,6 +105,11 @@ impl Peer {
         let arrived = tokio::time::timeout(SOON * 2, arrived).await.is_ok();
         assert!(arrived, "{} of {count} requests for {path} arrived", self.hits(path).len());
         self.hits(path)
+    }
+
+    /// The most requests that were ever here at once, without an answer.
+    pub fn most_at_once(&self) -> usize {
+        self.state.at_once.lock().unwrap().most
     }
 
     /// Answers everybody who waits or will wait at this gate.
@@ -127,7 +145,10 @@ async fn converse(stream: TcpStream, state: Arc<State>) {
     while let Some(hit) = read(&mut stream).await {
         let answer = answer(&state, &hit);
         state.note(hit);
-        let Some(answer) = answer.await else {
+        state.begun();
+        let answer = answer.await;
+        state.at_once.lock().unwrap().now -= 1;
+        let Some(answer) = answer else {
             let _ = stream.get_ref().set_zero_linger();
             return;
         };
@@ -198,6 +219,12 @@ impl State {
     fn note(&self, hit: Hit) {
         self.hits.lock().unwrap().push(hit);
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn begun(&self) {
+        let mut at_once = self.at_once.lock().unwrap();
+        at_once.now += 1;
+        at_once.most = at_once.most.max(at_once.now);
     }
 
     /// How often each key came, as JSON.

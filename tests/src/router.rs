@@ -327,11 +327,19 @@ impl Router {
         stream.consumer_info("caf-workers").await.ok()
     }
 
+    /// Assignments that are parked, be they waiting or running.
+    pub async fn parked(&self) -> u64 {
+        let stream = self.jetstream.get_stream("CAF_EXEC_PARKED").await;
+        stream.map_or(0, |stream| stream.cached_info().state.messages)
+    }
+
     /// Waits until every submission has been settled: nothing more will be said.
     pub async fn settled(&self, limit: Duration) {
         within(limit, "everything is settled", async || {
             let consumer = self.consumer().await?;
-            (consumer.num_pending == 0 && consumer.num_ack_pending == 0).then_some(())
+            let is_taken = consumer.num_pending == 0 && consumer.num_ack_pending == 0;
+            // In this order: what is parked is there before it is settled here.
+            (is_taken && self.parked().await == 0).then_some(())
         })
         .await;
         // What was said before the last settlement has reached the broker before it; a round trip brings it here.

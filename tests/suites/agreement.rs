@@ -47,6 +47,7 @@ fn expect_the_same_streams(nats: Value) {
         streams::streams(&pool.nats),
         [
             expected::assignments(&source),
+            expected::parked(&source),
             expected::results(),
             expected::dead_letters(),
             expected::control(),

@@ -230,6 +230,8 @@ async fn the_operator_may_do_nothing_else() {
         "$JS.API.STREAM.PURGE.CAF_EXEC_ASSIGN",
         "$JS.API.STREAM.DELETE.CAF_EXEC_ASSIGN",
         "$JS.API.STREAM.DELETE.CAF_EXEC_RESULT",
+        "$JS.API.STREAM.DELETE.CAF_EXEC_PARKED",
+        "$JS.API.CONSUMER.CREATE.CAF_EXEC_PARKED.acme.caf.exec.parked.v1.acme",
         "$JS.API.STREAM.CREATE.OTHER",
         "$JS.API.STREAM.UPDATE.KV_other",
         "$JS.API.STREAM.SNAPSHOT.CAF_EXEC_DLQ",
@@ -271,6 +273,9 @@ async fn a_worker_may_do_nothing_else() {
         "$JS.API.STREAM.MSG.GET.KV_caf-deliveries",
         "$JS.API.STREAM.MSG.GET.CAF_EXEC_DLQ",
         "$JS.API.STREAM.MSG.GET.KV_other",
+        "$JS.API.CONSUMER.DELETE.CAF_EXEC_PARKED.acme",
+        "$JS.API.STREAM.PURGE.CAF_EXEC_PARKED",
+        "caf.exec.parked.other.v1.acme",
         "$JS.API.STREAM.MSG.DELETE.CAF_EXEC_RESULT",
         "$JS.API.STREAM.INFO.OTHER",
         "$JS.API.STREAM.CREATE.CAF_EXEC_RESULT",
@@ -300,8 +305,9 @@ async fn a_worker_may_do_nothing_else() {
 fn worker(rig_files: &tempfile::TempDir, nats: &NatsServer, name: &str, flags: &[&str]) -> Worker {
     let user = if flags.contains(&CORE) { "core" } else { "worker" };
     let tenants = rig_files.path().join("tenants.yaml");
-    let budget = "tenants: {defaults: {quotas: {executions: 1000000, cpuTimeMs: 1000000000, window: 1h}}}";
-    std::fs::write(&tenants, budget).expect("a file");
+    let bounds = "tenants: {defaults: {quotas: {executions: 1000000, cpuTimeMs: 1000000000, window: 1h}}, \
+                  named: [{id: bounded, quotas: {concurrent: 1}}]}";
+    std::fs::write(&tenants, bounds).expect("a file");
     let setup = Worker::named(name)
         .flag(format!("--tenants-file={}", tenants.display()))
         .flag(format!("--nats-url=nats://{user}:pw@127.0.0.1:{}", nats.port()))
@@ -327,6 +333,7 @@ async fn workers_need_no_more_than_the_page_says() {
     every_block_runs(&rig).await;
     people_decide_and_change_their_minds(&rig).await;
     work_for_gpu_slots_finds_them(&rig).await;
+    what_may_not_run_yet_waits(&rig).await;
     what_is_wrong_is_told(&rig).await;
     workers_do_as_they_are_told(&rig).await;
 
@@ -419,6 +426,24 @@ async fn every_block_runs(rig: &Rig) {
     let again = assignment("acme", "put", rig.put("x.txt", "x"));
     rig.router.submit(&again).await;
     rig.router.results(&again, 2).await;
+}
+
+async fn what_may_not_run_yet_waits(rig: &Rig) {
+    let runs = assignment("bounded", "runs", rig.call("/gate/ceiling"));
+    rig.router.submit(&runs).await;
+    rig.peer.arrived("/gate/ceiling", 1).await;
+    let (unwanted, waits) =
+        (assignment("bounded", "unwanted", rig.call("/ok")), assignment("bounded", "waits", rig.call("/ok")));
+    for one in [&unwanted, &waits] {
+        rig.router.submit(one).await;
+    }
+    until("both are parked", async || rig.worker.metric("worker_assignments_parked_total").await == 2.0).await;
+    let cancel = json!({"version": "1", "tenant_id": "bounded", "assignment_id": "unwanted"});
+    say(rig, "caf.exec.cancel.v1", cancel).await;
+    assert_eq!(rig.router.result(&unwanted).await["status"], "cancelled");
+    rig.peer.open("ceiling");
+    assert_eq!(rig.router.result(&waits).await["status"], "success");
+    until("nothing is parked any more", async || rig.router.parked().await == 0).await;
 }
 
 fn ask(name: &str) -> Value {

@@ -770,6 +770,13 @@ async fn missing_streams_are_made_as_the_contract_says() {
             ..common.clone()
         },
         Config {
+            name: "CAF_EXEC_PARKED".to_owned(),
+            subjects: vec!["caf.exec.parked.v1.*".to_owned(), "caf.exec.parked.gpu.v1.*".to_owned()],
+            retention: RetentionPolicy::WorkQueue,
+            discard: DiscardPolicy::New,
+            ..common.clone()
+        },
+        Config {
             name: "CAF_EXEC_RESULT".to_owned(),
             subjects: vec!["caf.exec.ledger.*.*".to_owned(), "caf.exec.refused.*.*".to_owned()],
             retention: RetentionPolicy::Limits,

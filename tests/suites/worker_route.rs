@@ -529,17 +529,6 @@ async fn a_broken_policy_changes_nothing_and_is_noticed() {
 }
 
 #[tokio::test]
-async fn a_worker_warns_at_each_load_of_bounds_that_it_does_not_enforce() {
-    const WARNING: &str = "concurrent, memoryMb and onExceeded: Defer of tenants are not enforced yet";
-    let mut policy = Policy::new("tenants: {named: [{id: acme, quotas: {executions: 5, concurrent: 5}}]}");
-    let rig = Rig::start(&[&policy.flag()]).await;
-    assert_eq!(rig.worker.says(WARNING).await["level"], "WARN");
-    let warnings = || rig.worker.lines().iter().filter(|line| line.contains(WARNING)).count();
-    policy.say("tenants: {defaults: {onExceeded: Defer}}");
-    until("it warns again", async || warnings() == 2).await;
-}
-
-#[tokio::test]
 async fn a_worker_does_not_start_with_a_policy_that_cannot_be_used() {
     for (text, reason) in [
         ("tenants: {named: [{id: acme, priority: 11}]}", "tenants.named[0].priority: is not between 0 and 9"),

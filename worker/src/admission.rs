@@ -2,6 +2,8 @@
 
 pub mod account; // what a tenant has used of its budget
 pub mod lease; // what this worker may use of it without asking
+pub mod ceiling; // how much of a tenant's work runs at once
+pub mod memory; // how many bytes of it are here
 
 use std::time::Duration;
 
@@ -23,8 +25,10 @@ pub enum Admission {
     Admit(Option<Charge>),
     /// It is refused.
     Refuse(Refusal),
-    /// It may not now, nor be refused: so long at least it has to wait.
-    Park(Duration),
+    /// It may not now: it waits where it holds up nobody.
+    Park,
+    /// It may not now, nor be refused: it is delivered again after this.
+    PutOff(Duration),
 }
 
 /// Why an assignment may not wait for a slot here.
@@ -45,6 +49,14 @@ pub fn refusal(assignment: &Assignment, schedule: &Schedule, max_memory_mb: u64)
     }
     (schedule.size(assignment.pool) == 0)
         .then(|| Refusal { cause: Cause::NoSuchPool, message: no_such_pool(assignment.pool, assignment.block.kind()) })
+}
+
+/// For what is larger than all that its tenant may have held here; `most` in megabytes.
+pub fn over_its_memory(assignment: &Assignment, payload_bytes: usize, most: Option<u64>) -> Option<Refusal> {
+    let most = most?;
+    let wanted = assignment.memory_mb.unwrap_or_default().max((payload_bytes as u64).div_ceil(1 << 20));
+    let message = || format!("it needs {wanted} MB, and its tenant may have {most} held by a worker");
+    (wanted > most).then(|| Refusal { cause: Cause::NeverFits, message: message() })
 }
 
 /// For what comes, unasked for, to a worker without room.

@@ -27,6 +27,10 @@ pub use worker::{ControlRefused, TenantReport, WorkerControl, WorkerReport};
 pub const ASSIGN: &str = "caf.exec.assign.v1";
 /// Where work waits for workers with GPU slots, unless `--nats-subject` says else.
 pub const ROUTE_GPU: &str = "caf.exec.route.gpu.v1";
+/// Work that may not run yet waits below it, at `caf.exec.parked.v1.<tenant>`, unless `--nats-subject` says else.
+pub const PARKED: &str = "caf.exec.parked.v1";
+/// The same for work that needs GPU slots.
+pub const PARKED_GPU: &str = "caf.exec.parked.gpu.v1";
 /// Where results go out.
 pub const RESULT: &str = "caf.exec.result.v1";
 /// Where dead letters go.
@@ -82,6 +86,18 @@ pub fn escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(token)
 }
 
+/// What [`escape`] has written as this token; `None` where it writes nothing so.
+pub fn unescape(token: &str) -> Option<String> {
+    let mut parts = token.split('=');
+    let mut text = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2)?;
+        text.push(u8::from_str_radix(digits, 16).ok()?);
+        text.extend_from_slice(rest.as_bytes());
+    }
+    String::from_utf8(text).ok().filter(|text| escape(text) == token)
+}
+
 /// A duration as every message states it: in whole milliseconds.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
@@ -102,5 +118,11 @@ mod tests {
     fn a_token_keeps_plain_names_and_escapes_the_rest() {
         assert_eq!(escape("acme-1_B"), "acme-1_B");
         assert_eq!(escape("a.b*>= é"), "a=2Eb=2A=3E=3D=20=C3=A9");
+        for text in ["acme-1_B", "a.b*>= é", "", "="] {
+            assert_eq!(unescape(&escape(text)).as_deref(), Some(text));
+        }
+        for token in ["a=gpu", "a=2", "a=", "a.b", "=2e", "=41", "=FF", "a=+1"] {
+            assert_eq!(unescape(token), None, "{token}");
+        }
     }
 }

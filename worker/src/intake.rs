@@ -7,6 +7,8 @@
 mod group; // core mode: what the broker hands out and forgets
 mod load; // how much is here, and how much more may come
 mod hold; // until when the broker leaves a delivery to us
+mod parked; // what could not run when it came
+mod parking; // whose work that is
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -35,6 +37,8 @@ pub use group::join;
 pub use hold::{Hold, Holds, renew};
 pub(crate) use load::Load;
 pub use load::Room;
+pub use parked::{Allowance, take_up};
+pub use parking::{Lane, Parking};
 
 /// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
 /// costs the broker one small request in that time.
@@ -54,6 +58,7 @@ pub struct Parts {
     pub(crate) gate: Arc<Gate>,
     pub(crate) load: Arc<Load>,
     pub(crate) holds: Holds,
+    pub(crate) parking: Arc<Parking>,
 }
 
 /// A message that the broker still holds us responsible for.
@@ -102,6 +107,11 @@ impl Delivery {
     /// Where it was pulled from.
     pub const fn source(&self) -> Source {
         self.source
+    }
+
+    /// Whether it had been accepted and parked before it came here.
+    pub const fn is_parked(&self) -> bool {
+        matches!(self.source, Source::Parked(_))
     }
 
     /// Which publication it carries, under the first identity of one that was passed on.
@@ -164,6 +174,11 @@ impl Delivery {
     /// Its work needs so much memory: payload and result count as no less while it is here.
     pub fn reserve(&mut self, memory_mb: u64) {
         self.bytes.reserve(usize::try_from(memory_mb << 20).unwrap_or(usize::MAX));
+    }
+
+    /// How many bytes count for it.
+    pub fn bytes(&self) -> usize {
+        self.bytes.amount()
     }
 
     /// How much a result of so many bytes adds to what counts for it already.
@@ -449,6 +464,8 @@ struct Described {
     sequence: u64,
     /// When the stream took it.
     published: Timestamp,
+    /// How many more its consumer has.
+    pending: u64,
 }
 
 impl Described {
@@ -461,7 +478,8 @@ impl Described {
         let delivered = numbers.next()?.parse().ok()?;
         let sequence = numbers.next()?.parse().ok()?;
         let nanoseconds: i64 = numbers.nth(1)?.parse().ok()?;
-        Some(Self { delivered, sequence, published: Timestamp::from_nanosecond(nanoseconds.into()).ok()? })
+        let published = Timestamp::from_nanosecond(nanoseconds.into()).ok()?;
+        Some(Self { delivered, sequence, published, pending: numbers.next()?.parse().ok()? })
     }
 }
 
@@ -493,7 +511,7 @@ mod tests {
     #[test]
     fn a_delivery_is_described_by_its_reply_subject_old_and_new() {
         let published = "2026-11-26T01:02:03.000000004Z".parse().expect("a time");
-        let described = Some(Described { delivered: 2, sequence: 42, published });
+        let described = Some(Described { delivered: 2, sequence: 42, published, pending: 5 });
         for reply in [
             "$JS.ACK.CAF_EXEC_ASSIGN.caf-workers.2.42.7.1795654923000000004.5",
             "$JS.ACK._.AccountHash.CAF_EXEC_ASSIGN.caf-workers.2.42.7.1795654923000000004.5",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use beamline_worker::admin;
 use beamline_worker::blocks::{self, Blocks, egress, http, sql};
-use beamline_worker::broker::streams::{self, Keeper, Mode, Needs, Source, Sources};
+use beamline_worker::broker::streams::{self, Keeper, Mode, Needs, Parked, Source, Sources};
 use beamline_worker::broker::{Address, Broker};
 use beamline_worker::config::{Config, EXIT_BAD_CONFIG, Invocation};
 use beamline_worker::control::Control;
@@ -112,6 +112,10 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
     vital.spawn("settle budgets", Arc::clone(&pipeline).settle_budgets());
     if mode == Mode::JetStream {
         vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
+        vital.spawn("keep ceilings", {
+            let pipeline = Arc::clone(&pipeline);
+            async move { pipeline.keep_ceilings().await }
+        });
         vital.spawn("rebalance", pipeline::rebalance(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
     }
     let presence =
@@ -144,6 +148,18 @@ async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyh
             Mode::Core => intake::join(parts, source, room, intake_of(&config), chunks, stop).right_future(),
         };
         taking.spawn(vital.watched("take assignments", take));
+    }
+    for parked in taken_up(&config) {
+        let (parts, chunks, stop) = (pipeline.intake(), chunks.clone(), stop.clone());
+        let allowance = {
+            let pipeline = Arc::clone(&pipeline);
+            move |tenant| {
+                let pipeline = Arc::clone(&pipeline);
+                async move { pipeline.allowance(parked, &tenant).await }
+            }
+        };
+        let taking_up = intake::take_up(parts, parked, allowance, intake_of(&config), streams.clone(), chunks, stop);
+        taking.spawn(vital.watched("take up parked work", taking_up));
     }
     taking.close();
     // The channel ends with the last of them.
@@ -259,6 +275,7 @@ fn pipeline_settings(config: &Config, intake: &streams::Intake) -> pipeline::Set
         pool: config.pool.as_ref().map_or_else(|| shared(intake), ToString::to_string),
         verdict_subject: intake.verdict_subject(),
         route_subject: intake.route_subject(),
+        intake: intake.clone(),
         dead_letters: dead_letter::Settings { redact: config.dlq_redact },
         max_memory_bytes: config.max_memory_bytes,
         max_cpu_time: config.max_cpu_time,
@@ -279,6 +296,14 @@ fn sources(config: &Config) -> Sources {
 fn pulled(sources: Sources) -> impl Iterator<Item = Source> {
     let intake = sources.intake.then_some(Source::Intake);
     intake.into_iter().chain(sources.gpu_route.then_some(Source::GpuRoute))
+}
+
+/// Whose parked work it takes up; in core mode nothing is parked.
+fn taken_up(config: &Config) -> impl Iterator<Item = Parked> {
+    let sources = sources(config);
+    let parked = [(sources.intake, Parked::General), (sources.gpu_route, Parked::Gpu)];
+    let is_kept = config.nats_delivery == Mode::JetStream;
+    parked.into_iter().filter_map(move |(has_slots, parked)| (is_kept && has_slots).then_some(parked))
 }
 
 fn schedule(config: &Config, policy: watch::Receiver<Arc<Policy>>) -> Schedule {

@@ -44,6 +44,7 @@ const LOG_LINES_DROPPED: &str = "Log lines dropped because nothing read them";
 const TENANTS_FILE_BROKEN: &str = "1 while the tenants file cannot be used and what it said before holds";
 const APPROVALS_OPEN: &str = "Approvals that wait, of all pools: every worker knows the same ones";
 const CONTROL_DROPPED: &str = "Cancels and answers to approvals that cannot be read";
+const PARKED: &str = "Assignments that were parked until their tenants may have them run";
 const WEBHOOK_FAILURES: &str = "Requests for approval that the webhook could not be told";
 const BYTES_PER_MB: f64 = 1024.0 * 1024.0;
 
@@ -60,6 +61,7 @@ pub struct Metrics {
     slots_busy: ByPool<IntGauge>,
     rejected: IntCounterVec,
     passed_on: IntCounter,
+    parked: IntCounter,
     dead_letters: IntCounterVec,
     replayed: IntCounter,
     redeliveries: IntCounter,
@@ -113,6 +115,7 @@ impl Metrics {
             slots_busy: by_pool(&registry, "worker_slots_busy", "Tasks that run now"),
             rejected: rejected(&registry),
             passed_on: counter(&registry, "worker_assignments_passed_on_total", PASSED_ON),
+            parked: counter(&registry, "worker_assignments_parked_total", PARKED),
             dead_letters: dead_letters(&registry),
             replayed: counter(&registry, "worker_results_replayed_total", REPLAYED),
             redeliveries: counter(&registry, "worker_redeliveries_total", REDELIVERIES),
@@ -165,6 +168,11 @@ impl Metrics {
     /// An assignment was passed on to another class of workers.
     pub fn passed_on(&self) {
         self.passed_on.inc();
+    }
+
+    /// An assignment was parked.
+    pub fn parked(&self) {
+        self.parked.inc();
     }
 
     /// A dead letter was written.
@@ -447,6 +455,7 @@ mod tests {
             r#"worker_dead_letters_total{stage="decode"}"#,
             r#"worker_dead_letters_total{stage="execute"}"#,
             "worker_assignments_passed_on_total",
+            "worker_assignments_parked_total",
             "worker_results_replayed_total",
             "worker_redeliveries_total",
             "worker_publish_retries_total",
@@ -530,6 +539,7 @@ mod tests {
         metrics.set_memory_held(512 * 1024 * 1024);
         metrics.rejected(Cause::InvalidFormat);
         metrics.passed_on();
+        metrics.parked();
         metrics.dead_letter(Stage::Admit);
         metrics.result_replayed();
         metrics.redelivered();
@@ -551,6 +561,7 @@ mod tests {
             (r#"worker_assignments_rejected_total{code="1003"}"#, 1.0),
             (r#"worker_dead_letters_total{stage="admit"}"#, 1.0),
             ("worker_assignments_passed_on_total", 1.0),
+            ("worker_assignments_parked_total", 1.0),
             ("worker_results_replayed_total", 1.0),
             ("worker_redeliveries_total", 1.0),
             (r#"worker_retries_total{type="sql.query"}"#, 1.0),

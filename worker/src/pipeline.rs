@@ -8,6 +8,7 @@ mod charge; // whether its tenant may run it now
 mod rejection; // what does not run
 mod approvals; // what waits for a person
 mod route; // what runs on another class of workers
+mod parking; // what its tenant may not have run yet
 mod in_flight; // which assignments run here
 mod look_up; // what is known of them
 mod turn; // when they run
@@ -33,11 +34,13 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
 use crate::admission::Admission;
+use crate::admission::ceiling::Ceilings;
 use crate::admission::lease::{Budgets, Charge, Kept};
+use crate::admission::memory::{self, Memory};
 use crate::approval::Approvals;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
-use crate::broker::streams::{Mode, Ready};
+use crate::broker::streams::{self, Mode, Ready};
 use crate::broker::{Broker, Expected};
 use crate::cancel::Tombstones;
 use crate::contract;
@@ -47,7 +50,7 @@ use crate::fault::{Fault, Letters};
 use crate::gate::Gate;
 use crate::health::Health;
 use crate::identity::Identity;
-use crate::intake::{self, Delivery, Holds, Load, Settlement};
+use crate::intake::{self, Delivery, Holds, Load, Parking, Settlement};
 use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::publication::Publication;
@@ -98,6 +101,8 @@ pub struct Settings {
     pub verdict_subject: String,
     /// Where work waits for workers with GPU slots.
     pub route_subject: String,
+    /// Where work comes in.
+    pub intake: streams::Intake,
     /// How dead letters are written.
     pub dead_letters: dead_letter::Settings,
     /// Payloads and results that may be held at once, reserved memory included.
@@ -141,6 +146,9 @@ pub struct Pipeline {
     outbox: Outbox,
     dead_letters: DeadLetters,
     schedule: Schedule,
+    ceilings: Ceilings,
+    memory: Memory,
+    parking: Arc<Parking>,
     gate: Arc<Gate>,
     engine: Engine,
     metrics: Arc<Metrics>,
@@ -169,7 +177,12 @@ struct Arrival {
     assignment: Assignment,
     /// The unit of its tenant's budget that it was admitted for.
     charge: Option<Charge>,
-    said: Said,
+    /// The verdict; `None` where it was said before the assignment was parked.
+    said: Option<Said>,
+    /// Whether it has to wait for its tenant's budget.
+    is_deferred: bool,
+    /// What counts for its tenant's ceiling.
+    memory: Option<memory::Held>,
     /// The trace that it came with.
     trace: Option<TraceContext>,
     /// `worker.assignment.receive`: from its arrival to its settlement.
@@ -192,7 +205,17 @@ impl Pipeline {
     pub fn new(settings: Settings, parts: Parts, vital: &Vital) -> Self {
         let Parts { identity, broker, streams, schedule, engine, metrics, health } = parts;
         let dead_letters = settings.dead_letters.clone();
+        let parking = Arc::<Parking>::default();
         Self {
+            ceilings: Ceilings::new(
+                broker.clone(),
+                streams.clone(),
+                &settings.pool,
+                &identity.worker_id,
+                Arc::clone(&parking),
+            ),
+            memory: Memory::new(Arc::clone(&parking)),
+            parking,
             ledger: Ledger::new(broker.clone(), settings.mode),
             approvals: Approvals::new(&broker),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
@@ -229,12 +252,18 @@ impl Pipeline {
             gate: Arc::clone(&self.gate),
             load: Arc::clone(&self.load),
             holds: self.holds.clone(),
+            parking: Arc::clone(&self.parking),
         }
     }
 
     /// Gives the slots' shares out anew each time that the policy changes.
     pub async fn follow_policy(&self) {
         self.schedule.follow_policy().await;
+    }
+
+    /// Renews what is leased of tenants' ceilings, and gives back what is not used, for as long as the worker runs.
+    pub async fn keep_ceilings(&self) {
+        self.ceilings.keep().await;
     }
 
     /// Takes chunks of deliveries until there are no more, and leaves each to a task of its own.
@@ -266,13 +295,14 @@ impl Pipeline {
             match judgement {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
-                    let charge = match admission {
-                        Admission::Admit(charge) => charge,
+                    let (charge, is_deferred) = match admission {
+                        Admission::Admit(charge) => (charge, false),
+                        Admission::Park => (None, true),
                         Admission::Refuse(refusal) => {
                             self.spawn(Self::reject, (delivery, Rejection::refused(&assignment, refusal)));
                             continue;
                         }
-                        Admission::Park(wait) => {
+                        Admission::PutOff(wait) => {
                             self.spawn(Self::put_off, (delivery, wait));
                             continue;
                         }
@@ -280,19 +310,31 @@ impl Pipeline {
                     delivery.reserve(assignment.memory_mb.unwrap_or_default());
                     self.note_charge(&delivery, charge.as_ref()).await;
                     let at = charge.as_ref().map_or_else(|| Timestamp::now().as_millisecond(), Charge::moment);
-                    let verdict = report::accepted(&assignment, &self.identity.worker_id, at);
-                    let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
-                    let subject = self.settings.verdict_subject.clone();
-                    self.broker.publish_in(trace.as_ref(), subject, verdict.clone()).await;
-                    failpoint::reach(Point::Accepted).await;
-                    let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
-                    let said = Said { verdict, session: session.clone(), refusal };
-                    arrivals.push(Arrival { delivery, assignment, charge, said, trace, span });
+                    let mut arrival = self.arrival(delivery, assignment);
+                    (arrival.charge, arrival.is_deferred) = (charge, is_deferred);
+                    if !arrival.delivery.is_parked() {
+                        let verdict = report::accepted(&arrival.assignment, &self.identity.worker_id, at);
+                        let subject = self.settings.verdict_subject.clone();
+                        self.broker.publish_in(arrival.trace.as_ref(), subject, verdict.clone()).await;
+                        failpoint::reach(Point::Accepted).await;
+                        arrival.said = Some(Said { verdict, session: session.clone(), refusal });
+                    }
+                    arrivals.push(arrival);
+                }
+                Ok(Judged::Ends(assignment, refusal)) => {
+                    let arrival = Box::new(self.arrival(delivery, assignment));
+                    self.spawn(Self::end_refused, (arrival, refusal));
                 }
                 Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
         }
         self.look_up(arrivals).await
+    }
+
+    fn arrival(&self, delivery: Delivery, assignment: Assignment) -> Arrival {
+        let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
+        let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
+        Arrival { delivery, assignment, charge: None, said: None, is_deferred: false, memory: None, trace, span }
     }
 
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
@@ -312,7 +354,7 @@ impl Pipeline {
                 Box::pin(self.finish(arrival, expected, Duration::ZERO, poison)).await;
             }
             (record, suspicion) => match (&*arrival.assignment.block, &self.engine) {
-                (Block::Human(approval), Engine::Real(_)) => {
+                (Block::Human(approval), Engine::Real(_)) if !arrival.is_deferred => {
                     let approval = approval.clone();
                     Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
                 }
@@ -340,7 +382,7 @@ impl Pipeline {
         turn: Turn<'_>,
         cancelled: impl Future<Output = Fault>,
     ) {
-        let Turn { slot, isolation: _isolation } = turn;
+        let Turn { slot, isolation: _isolation, unit } = turn;
         arrival.delivery.started();
         self.deaths.begins(&DeliveryId::of(&arrival.delivery)).await;
         let begun = Instant::now();
@@ -360,7 +402,7 @@ impl Pipeline {
             ended = work => ended,
             () = self.cut.cancelled(), if self.hands_back() => Ended::Abandoned,
         };
-        drop(slot);
+        drop((slot, unit));
         arrival.delivery.must_end_by(None);
         self.load.flow(arrival.delivery.source()).finished(begun.elapsed());
         if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
@@ -401,8 +443,8 @@ impl Pipeline {
     }
 
     /// Outcome recorded, dead letter kept, result published, delivery settled, in this order.
-    async fn finish(&self, arrival: Box<Arrival>, expected: Expected, queued: Duration, execution: Execution) {
-        let Arrival { delivery, assignment, .. } = &*arrival;
+    async fn finish(&self, mut arrival: Box<Arrival>, expected: Expected, queued: Duration, execution: Execution) {
+        let Arrival { delivery, assignment, memory, .. } = &mut *arrival;
         if delivery.is_lapsed() && Box::pin(self.may_be_answered_already(delivery.published())).await {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return self.hand_back(arrival.delivery).await;
@@ -410,7 +452,12 @@ impl Pipeline {
         let failed = execution.failed.clone();
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
         let result = self.encode(&mut step, assignment);
-        let _held = self.load.hold_bytes(delivery.beyond_reserved(result.len()));
+        let beyond = delivery.beyond_reserved(result.len());
+        let _held = self.load.hold_bytes(beyond);
+        if let Some(memory) = memory {
+            memory.add(beyond);
+        }
+        let Arrival { delivery, assignment, .. } = &*arrival;
         failpoint::reach(Point::BeforeRecord).await;
         match self.record(&arrival, expected, &mut step, result).await {
             Recorded::Ours(result) => {
@@ -445,14 +492,14 @@ impl Pipeline {
 
     /// Settles the delivery once the broker has its result.
     async fn publish(&self, arrival: Box<Arrival>, result: Bytes) {
-        let Arrival { delivery, assignment, charge: _, said, trace, span } = *arrival;
+        let Arrival { delivery, assignment, said, memory: _memory, trace, span, .. } = *arrival;
         let publish = telemetry::publish_span(&span, &self.span_ids(&assignment));
         let id = self.result_id(delivery.publication());
         if id.is_some() {
             self.in_flight.ended(&assignment.key, delivery.publication(), &result);
         }
         failpoint::reach(Point::BeforeResult).await;
-        let publishing = self.outbox.publish(result.clone(), Some(said), id, trace).instrument(publish);
+        let publishing = self.outbox.publish(result.clone(), said, id, trace).instrument(publish);
         self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;

@@ -138,17 +138,6 @@ impl Policy {
         let tenants = wire.tenants.map(Tenants::validate).transpose()?;
         Ok(Self { paused: wire.paused.unwrap_or_default(), is_stale: false, tenants })
     }
-
-    /// Says so where tenants are given bounds that nobody holds them to.
-    fn warn_of_what_is_not_enforced(&self) {
-        let is_more = |terms: &Terms| {
-            let Quotas { executions: _, cpu_time: _, window: _, concurrent, memory_mb } = terms.quotas;
-            terms.on_exceeded == OnExceeded::Defer || concurrent.is_some() || memory_mb.is_some()
-        };
-        if self.tenants.iter().flat_map(Tenants::all).any(is_more) {
-            tracing::warn!("concurrent, memoryMb and onExceeded: Defer of tenants are not enforced yet");
-        }
-    }
 }
 
 impl Tenants {
@@ -170,10 +159,6 @@ impl Tenants {
         let has_budgets = has_budget(&defaults) || named.values().any(has_budget);
         Ok(Self { defaults, named, has_budgets })
     }
-
-    fn all(&self) -> impl Iterator<Item = &Terms> {
-        self.named.values().chain([&self.defaults])
-    }
 }
 
 impl Terms {
@@ -193,6 +178,11 @@ impl Terms {
 }
 
 impl Quotas {
+    /// Bytes of payloads and results that a worker holds.
+    pub fn memory_bytes(&self) -> Option<usize> {
+        self.memory_mb.map(|megabytes| usize::try_from(megabytes << 20).unwrap_or(usize::MAX))
+    }
+
     fn validate(wire: &wire::Quotas, defaults: Self, at: &str) -> Result<Self, String> {
         let count = |value, field: &str| number(value, 1..=MAX_COUNT, &format!("{at}.{field}"));
         Ok(Self {
@@ -297,7 +287,6 @@ impl PolicyFile {
 
     /// Hands on what it says from now on. While it cannot be used, the last good policy stays, marked as stale.
     pub async fn follow(mut self, policy: watch::Sender<Arc<Policy>>) {
-        policy.borrow().warn_of_what_is_not_enforced();
         loop {
             tokio::time::sleep(LOOK_AGAIN).await;
             let found = tokio::fs::read_to_string(&self.path).await.map_err(|error| error.to_string());
@@ -308,7 +297,6 @@ impl PolicyFile {
             match self.seen.clone().and_then(|text| Policy::parse(&text)) {
                 Ok(new) => {
                     tracing::info!(paused = new.paused, "the tenants file has changed");
-                    new.warn_of_what_is_not_enforced();
                     policy.send_replace(Arc::new(new));
                 }
                 Err(reason) => {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::ids::TenantId;
-use crate::policy::Policy;
+use crate::policy::{Policy, Terms};
 use crate::pool::{ByPool, Pool};
 use slots::{Door, Entry, Slots};
 
@@ -35,6 +35,11 @@ impl Schedule {
         self.policy.clone()
     }
 
+    /// What a tenant is given at this moment.
+    pub fn terms(&self, tenant: &TenantId) -> Terms {
+        self.policy.borrow().terms(tenant)
+    }
+
     /// Waits for a turn in a pool; without a `priority` with its tenant's. After `patience` it may be sent away. Dropping
     /// the future gives the place in the queue up.
     ///
@@ -47,7 +52,7 @@ impl Schedule {
         priority: Option<u8>,
         patience: Duration,
     ) -> Result<Slot, Closed> {
-        let terms = self.policy.borrow().terms(tenant);
+        let terms = self.terms(tenant);
         match self.pool(pool).enter(tenant, priority.unwrap_or(terms.priority), terms, patience) {
             Entry::Free(slot) => Ok(slot),
             Entry::Closed => Err(Closed),
@@ -116,7 +121,7 @@ impl Schedule {
     /// # Errors
     /// The schedule has been closed.
     pub fn slot_alone(&self, pool: Pool, tenant: &TenantId) -> Result<Slot, Closed> {
-        self.pool(pool).alone(tenant, self.policy.borrow().terms(tenant))
+        self.pool(pool).alone(tenant, self.terms(tenant))
     }
 
     /// Whether it has been closed for good.

@@ -61,6 +61,7 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
     }
     pipeline.close_budgets().await;
+    pipeline.give_units_back().await;
     control.finish().await;
     pipeline.flush().await;
 }

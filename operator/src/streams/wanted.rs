@@ -108,8 +108,11 @@ pub fn streams(nats: &Nats) -> Vec<Config> {
         bucket(nats, "caf-deliveries", NOTE_RETENTION),
         bucket(nats, "caf-quota", QUOTA_RETENTION),
     ];
-    let intake = (nats.delivery == Delivery::JetStream).then(|| intake(nats));
-    intake.into_iter().chain(shared).collect()
+    let waits = match nats.delivery {
+        Delivery::JetStream => vec![intake(nats), parked(nats)],
+        Delivery::Core => Vec::new(),
+    };
+    waits.into_iter().chain(shared).collect()
 }
 
 /// What work for the gpu pool waits on, where a worker without GPU slots passes it on.
@@ -137,6 +140,21 @@ pub(super) fn intake(nats: &Nats) -> Config {
         name: intake_stream(&nats.subject),
         // The subject itself and never a wildcard: verdicts are published below it.
         subjects: vec![nats.subject.clone(), routes],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        ..stream(nats)
+    }
+}
+
+/// Assignments that their tenants may not have run yet, by tenant; those for GPU slots apart.
+fn parked(nats: &Nats) -> Config {
+    let for_gpus = match nats.subject.as_str() {
+        DEFAULT_SUBJECT => "caf.exec.parked.gpu.v1.*".to_owned(),
+        subject => format!("{subject}.parked-gpu.*"),
+    };
+    Config {
+        name: parked_stream(nats),
+        subjects: vec![parked_subject(nats, "*"), for_gpus],
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
         ..stream(nats)

@@ -136,6 +136,13 @@ pub struct Charge {
     moment: i64,
 }
 
+impl Grant {
+    /// How many there are.
+    pub const fn units(&self) -> u64 {
+        self.units
+    }
+}
+
 impl Iterator for Grant {
     type Item = Charge;
 

@@ -242,7 +242,10 @@ fn family(subject: &str) -> String {
         _ => [contract::LEDGER, contract::REFUSED, contract::STREAM]
             .iter()
             .find_map(|start| below_it(start, ".*.*"))
-            .or_else(|| below_it(contract::WORKER_REPORT, ".*")),
+            .or_else(|| {
+                let one_token = [contract::WORKER_REPORT, contract::PARKED, contract::PARKED_GPU];
+                one_token.iter().find_map(|start| below_it(start, ".*"))
+            }),
     };
     known.unwrap_or_else(|| subject.to_owned())
 }
@@ -261,6 +264,7 @@ mod tests {
         for (words, named) in [
             (r#"Publish to "caf.exec.result.v1""#, "publish on caf.exec.result.v1"),
             (r#"Publish to "caf.exec.ledger.acme.a=2E1""#, "publish on caf.exec.ledger.*.*"),
+            (r#"Publish to "caf.exec.parked.v1.acme""#, "publish on caf.exec.parked.v1.*"),
             (r#"Publish to "caf.worker.report.v1.worker-1""#, "publish on caf.worker.report.v1.*"),
             (r#"Publish to "$KV.caf-cancel.acme.a1""#, "publish on $KV.caf-cancel.>"),
             (r#"Publish to "_INBOX_WORKER.abc.1""#, "publish on _INBOX_WORKER.>"),

@@ -23,8 +23,8 @@ use crate::health::{Concern, Health};
 
 pub use wanted::{
     ACK_WAIT, ANSWER_BUCKET, APPROVAL_BUCKET, ASSIGN_STREAM, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM,
-    DELIVERY_BUCKET, DLQ_STREAM, Intake, QUOTA_BUCKET, RESULT_STREAM, assignments, buckets, consumer, control,
-    control_consumer, dead_letters, results, route_consumer,
+    DELIVERY_BUCKET, DLQ_STREAM, Intake, PARKED_STREAM, QUOTA_BUCKET, RESULT_STREAM, assignments, buckets, consumer,
+    control, control_consumer, dead_letters, parked, parked_consumer, results, route_consumer,
 };
 
 /// Between two looks at streams that are missing or cannot be asked for.
@@ -36,13 +36,24 @@ const LOOK_FOR_JETSTREAM: Duration = Duration::from_secs(3);
 /// Between two looks for the route, on a worker that only passes work on to it: one request.
 const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
 
-/// The two places of a pool's stream that deliveries come from.
+/// The places that a pool's deliveries come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// What the Router publishes.
     Intake,
     /// What waits for workers with GPU slots.
     GpuRoute,
+    /// What has come in before and could not run then, in a stream of its own.
+    Parked(Parked),
+}
+
+/// Which workers parked work waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parked {
+    /// Those with slots for work that needs no accelerator.
+    General,
+    /// Those with GPU slots.
+    Gpu,
 }
 
 /// Which of them a worker pulls from.
@@ -93,6 +104,19 @@ pub struct Assignments {
     pub consumer: String,
     /// The durable consumer of the GPU route, where there is that route.
     pub route: Option<String>,
+    /// The stream of what may not run yet.
+    pub parked: ParkedWork,
+}
+
+/// Where work waits that may not run yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParkedWork {
+    /// The stream that it waits in.
+    pub stream: String,
+    /// When that stream was made, RFC 3339.
+    pub created: String,
+    /// Whether there was none at the last look.
+    pub is_empty: bool,
 }
 
 impl Ready {
@@ -103,11 +127,12 @@ impl Ready {
 }
 
 impl Assignments {
-    /// The consumer to pull from.
+    /// The consumer to pull from, where there is one for all tenants.
     pub fn consumer_of(&self, source: Source) -> Option<&str> {
         match source {
             Source::Intake => Some(&self.consumer),
             Source::GpuRoute => self.route.as_deref(),
+            Source::Parked(_) => None,
         }
     }
 }
@@ -291,12 +316,18 @@ async fn ensure_assignments(
             Err(_) => known.and_then(|known| known.route().map(str::to_owned)),
         }
     };
-    let info = stream.cached_info();
+    let parked = ensure_stream(js, parked(intake), *create).await?;
+    let (info, parked) = (stream.cached_info(), parked.cached_info());
     Ok(Assignments {
         stream: info.config.name.clone(),
         created: rfc3339(info.created.unix_timestamp_nanos()),
         consumer: intake.queue_group.clone(),
         route,
+        parked: ParkedWork {
+            stream: parked.config.name.clone(),
+            created: rfc3339(parked.created.unix_timestamp_nanos()),
+            is_empty: parked.state.messages == 0,
+        },
     })
 }
 

@@ -125,6 +125,7 @@ impl Desk {
     async fn cancel(&self, payload: &[u8], published: Timestamp) -> Result<(), Invalid> {
         let cancel = Cancel::decode(payload)?;
         self.keep_cancel(&cancel, published).await;
+        self.pipeline.cancel_parked(&cancel);
         self.pipeline.cancel_approval(&cancel.key).await;
         Ok(())
     }
@@ -158,6 +159,7 @@ impl Desk {
         }
         let (token, value) = (cancel.key.token(), cancel.encode(None));
         self.until_definite(|| self.cancels.put(&token, value.clone())).await;
+        self.pipeline.cancel_parked(cancel);
         self.pipeline.cancel_approval(&cancel.key).await;
     }
 

@@ -42,6 +42,8 @@ pub async fn join(
     let (subject, group) = match source {
         Source::Intake => (intake.subject, intake.queue_group),
         Source::GpuRoute => (intake.route_subject(), intake.route_group()),
+        // A broker that forgets what it hands out parks nothing.
+        Source::Parked(_) => return,
     };
     let mut identities = Identities::new();
     parts.load.flow(source).set_out(true);

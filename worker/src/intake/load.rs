@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::broker::streams::Source;
+use crate::broker::streams::{Parked, Source};
 
 /// How many deliveries the worker can use at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub(crate) struct Load {
     asks_for_nothing: AtomicBool,
     intake: Arc<Flow>,
     gpu_route: Arc<Flow>,
+    parked: Arc<Flow>,
+    gpu_parked: Arc<Flow>,
 }
 
 /// What came from one source, and how fast it goes.
@@ -52,6 +54,8 @@ impl Load {
             asks_for_nothing: AtomicBool::default(),
             intake: Arc::default(),
             gpu_route: Arc::default(),
+            parked: Arc::default(),
+            gpu_parked: Arc::default(),
         }
     }
 
@@ -60,6 +64,8 @@ impl Load {
         match source {
             Source::Intake => &self.intake,
             Source::GpuRoute => &self.gpu_route,
+            Source::Parked(Parked::General) => &self.parked,
+            Source::Parked(Parked::Gpu) => &self.gpu_parked,
         }
     }
 
@@ -96,7 +102,7 @@ impl Load {
     }
 
     fn flows(&self) -> impl Iterator<Item = &Arc<Flow>> {
-        [&self.intake, &self.gpu_route].into_iter()
+        [&self.intake, &self.gpu_route, &self.parked, &self.gpu_parked].into_iter()
     }
 
     /// Bytes of payloads and results held, or what their work has reserved where that is more.
@@ -212,6 +218,11 @@ impl Counted {
         self.reserved = bytes.saturating_sub(self.amount);
         self.amount += self.reserved;
         self.total.fetch_add(self.reserved, Ordering::Relaxed);
+    }
+
+    /// How many count.
+    pub(crate) const fn amount(&self) -> usize {
+        self.amount
     }
 
     /// How many of these bytes more are not reserved already.

@@ -14,6 +14,7 @@ use futures::future::join_all;
 
 use super::durable::may_replace;
 use super::judge::Judged;
+use super::parking::waits_for;
 use super::rejection::Judgement;
 use super::{Arc, Pipeline};
 use crate::admission::account::Budget;
@@ -53,7 +54,14 @@ impl Pipeline {
             return Vec::new();
         }
         let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(None)).collect();
-        let shares = self.shares(judged, &self.charged_before(judged).await);
+        let paid = self.charged_before(judged).await;
+        let behind = self.behind_parked_work(judged, &paid);
+        for at in &behind {
+            if let Some(admission) = admissions.get_mut(*at) {
+                *admission = Admission::Park;
+            }
+        }
+        let shares = self.shares(judged, &paid.union(&behind).copied().collect());
         let taken = join_all(shares.iter().map(|(tenant, share)| {
             self.budgets.take(tenant, share.budget, u64::try_from(share.at.len()).unwrap_or(u64::MAX))
         }));
@@ -75,12 +83,30 @@ impl Pipeline {
         admissions
     }
 
-    /// What has to be paid for, by tenant.
-    fn shares<'j>(&self, judged: &'j [Judgement], paid: &HashSet<usize>) -> BTreeMap<&'j TenantId, Share> {
+    /// What has come when older work of its tenant waits for the same.
+    fn behind_parked_work(&self, judged: &[Judgement], paid: &HashSet<usize>) -> HashSet<usize> {
+        let policy = self.policy.borrow();
+        let is_behind = |judgement: &Judgement| {
+            let Some((delivery, assignment)) = runs(judgement).filter(|(delivery, _)| !delivery.is_parked()) else {
+                return false;
+            };
+            let tenant = &assignment.key.tenant;
+            let terms = policy.terms(tenant);
+            terms.on_exceeded == OnExceeded::Defer
+                && Budget::of(&terms.quotas).is_some()
+                && delivery.delivered() == 1
+                && self.parking.lane(waits_for(assignment.pool)).has_work_of(tenant)
+        };
+        let behind = judged.iter().enumerate().filter(|(at, judgement)| !paid.contains(at) && is_behind(judgement));
+        behind.map(|(at, _)| at).collect()
+    }
+
+    /// What has to be paid for now, by tenant.
+    fn shares<'j>(&self, judged: &'j [Judgement], not_now: &HashSet<usize>) -> BTreeMap<&'j TenantId, Share> {
         let policy = self.policy.borrow();
         let mut shares = BTreeMap::<_, Share>::new();
         for (at, judgement) in judged.iter().enumerate() {
-            let Some(tenant) = tenant(judgement).filter(|_| !paid.contains(&at)) else { continue };
+            let Some(tenant) = tenant(judgement).filter(|_| !not_now.contains(&at)) else { continue };
             if let Some(share) = shares.get_mut(tenant) {
                 share.at.push(at);
                 continue;
@@ -93,13 +119,14 @@ impl Pipeline {
         shares
     }
 
-    /// Redeliveries that have been paid for.
+    /// What has come before, and has been paid for.
     async fn charged_before(&self, judged: &[Judgement]) -> HashSet<usize> {
         let redeliveries: Vec<_> = judged
             .iter()
             .enumerate()
             .filter(|(_, judgement)| {
-                judgement.0.delivered() > 1 && tenant(judgement).is_some_and(|tenant| self.is_bounded(tenant))
+                let has_come_before = judgement.0.delivered() > 1 || judgement.0.is_parked();
+                has_come_before && tenant(judgement).is_some_and(|tenant| self.is_bounded(tenant))
             })
             .map(|(at, (delivery, _))| (at, note(delivery.publication())))
             .collect();
@@ -125,13 +152,15 @@ impl Pipeline {
         let mut admissions = Vec::with_capacity(late.len());
         for at in late {
             let Some((delivery, _)) = judged.get(*at).filter(|_| !answered.contains(at)) else { continue };
-            let may_wait = self.hands_back() && (delivery.delivered() > 1 || on_exceeded == OnExceeded::Defer);
+            let parks = self.hands_back() && (delivery.is_parked() || on_exceeded == OnExceeded::Defer);
+            let may_wait = self.hands_back() && delivery.delivered() > 1;
             admissions.push((
                 *at,
                 match short {
-                    Short::Spent(_, window) if may_wait => Admission::Park(window.rest(self.budgets.now())),
+                    Short::Spent(..) if parks => Admission::Park,
+                    Short::Spent(_, window) if may_wait => Admission::PutOff(window.rest(self.budgets.now())),
                     Short::Spent(spent, window) => Admission::Refuse(over_budget(tenant, spent, window)),
-                    Short::Unreachable if self.hands_back() => Admission::Park(ASK_AGAIN),
+                    Short::Unreachable if self.hands_back() => Admission::PutOff(ASK_AGAIN),
                     Short::Unreachable => Admission::Refuse(crate::admission::no_room()),
                 },
             ));
@@ -161,6 +190,20 @@ impl Pipeline {
                 tracing::debug!(%error, "cannot note that an execution is paid for");
             }
         }
+    }
+
+    /// How much of so many pieces of a tenant's parked work its budget has units for at this moment.
+    pub(super) async fn paid_for(&self, tenant: &TenantId, wanted: usize) -> usize {
+        let budget = {
+            let policy = self.policy.borrow();
+            let terms = policy.terms(tenant);
+            (terms.on_exceeded == OnExceeded::Defer).then(|| Budget::of(&terms.quotas)).flatten()
+        };
+        let Some(budget) = budget else { return wanted };
+        let count = u64::try_from(wanted).unwrap_or(u64::MAX);
+        // They stay in the purse until what they are for is here.
+        let taken = self.budgets.take(tenant, budget, count).await;
+        usize::try_from(taken.grant.units()).unwrap_or(usize::MAX)
     }
 
     /// Charges CPU time that a block has used, where its tenant's is bounded.
@@ -200,7 +243,7 @@ fn tenant(judgement: &Judgement) -> Option<&TenantId> {
 fn runs((delivery, judgement): &Judgement) -> Option<(&Delivery, &Assignment)> {
     match judgement {
         Ok(Judged::Runs(assignment)) => Some((delivery, assignment)),
-        Ok(Judged::PassesOn(_)) | Err(_) => None,
+        Ok(Judged::PassesOn(_) | Judged::Ends(..)) | Err(_) => None,
     }
 }
 

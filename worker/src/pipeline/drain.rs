@@ -38,6 +38,11 @@ impl Pipeline {
         self.schedule.close();
     }
 
+    /// Gives back what was leased of tenants' ceilings, within a limit.
+    pub(crate) async fn give_units_back(&self) {
+        let _ = tokio::time::timeout(LAST_WORDS, self.ceilings.give_back()).await;
+    }
+
     /// Returns when the broker has been sent all that was said, within a limit.
     pub(crate) async fn flush(&self) {
         self.broker.flush_within(LAST_WORDS).await;

@@ -10,9 +10,10 @@ use super::Arrival;
 use super::cancel::Stop;
 use super::deaths::DeliveryId;
 use crate::broker::Expected;
+use crate::broker::streams::Source;
 use crate::cancel::Tombstone;
 use crate::ids::AssignmentKey;
-use crate::intake::Hold;
+use crate::intake::{Delivery, Hold};
 use crate::publication::Publication;
 use crate::report::ledger::Record;
 
@@ -23,11 +24,19 @@ pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
 #[derive(Debug)]
 struct Running {
     which: DeliveryId,
+    source: Source,
     hold: Arc<Hold>,
     stop: Arc<Stop>,
     lapsed_looks: u32,
     copies: Vec<Arrival>,
     outcome: Option<Box<(Publication, Bytes)>>,
+}
+
+impl Running {
+    /// One that was parked or passed on may be here twice: from both places.
+    fn is_about(&self, delivery: &Delivery) -> bool {
+        self.which.publication == *delivery.publication() && self.source == delivery.source()
+    }
 }
 
 /// What a flight leaves behind.
@@ -65,6 +74,7 @@ impl InFlight {
                     Flight { in_flight: self.clone(), key: Some(vacant.key().clone()), stop: Arc::clone(&stop) };
                 vacant.insert(Running {
                     which: DeliveryId::of(&arrival.delivery),
+                    source: arrival.delivery.source(),
                     hold: arrival.delivery.hold(),
                     stop,
                     lapsed_looks: 0,
@@ -73,7 +83,7 @@ impl InFlight {
                 });
                 Claim::First(arrival, flight)
             }
-            Entry::Occupied(running) if running.get().which.publication == *arrival.delivery.publication() => {
+            Entry::Occupied(running) if running.get().is_about(&arrival.delivery) => {
                 running.get().hold.renew_by(&arrival.delivery.hold());
                 Claim::Renewed
             }

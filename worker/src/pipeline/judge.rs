@@ -15,6 +15,8 @@ pub(super) enum Judged {
     Runs(Assignment),
     /// It runs on another class of workers.
     PassesOn(Assignment),
+    /// It was accepted before it was parked, and cannot run here.
+    Ends(Assignment, Refusal),
 }
 
 impl Pipeline {
@@ -36,12 +38,17 @@ impl Pipeline {
         }
         match self.refusal(delivery, &assignment) {
             None => Ok(Judged::Runs(assignment)),
+            Some(refusal) if delivery.is_parked() => Ok(Judged::Ends(assignment, refusal)),
             Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
         }
     }
 
     fn refusal(&self, delivery: &Delivery, assignment: &Assignment) -> Option<Refusal> {
         let refusal = admission::refusal(assignment, &self.schedule, self.settings.max_memory_bytes >> 20);
+        let refusal = refusal.or_else(|| {
+            let quotas = self.schedule.terms(&assignment.key.tenant).quotas;
+            admission::over_its_memory(assignment, delivery.payload().len(), quotas.memory_mb)
+        });
         refusal.or_else(|| self.cannot_be_kept(assignment)).or_else(|| delivery.is_surplus().then(admission::no_room))
     }
 

@@ -58,7 +58,9 @@ pub(super) type Judgement = (Delivery, Result<Judged, Rejection>);
 fn refusable((delivery, judgement): &Judgement) -> Option<AssignmentKey> {
     let is_redelivery = delivery.delivered() > 1;
     match judgement {
-        Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment)) => is_redelivery.then(|| assignment.key.clone()),
+        Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment) | Judged::Ends(assignment, _)) => {
+            is_redelivery.then(|| assignment.key.clone())
+        }
         Err(Rejection { ends: RejectionEnd::Refused(key), .. }) => is_redelivery.then(|| key.clone()),
         Err(Rejection { ends: RejectionEnd::DeadLetter(_), .. }) => None,
     }

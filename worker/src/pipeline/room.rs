@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::Pipeline;
-use crate::broker::streams::Source;
+use crate::broker::streams::{Parked, Source};
 use crate::health::Concern;
 use crate::intake::Room;
 use crate::pool::Pool;
@@ -69,19 +69,33 @@ impl Pipeline {
         Room { free, whole: slots + look_ahead, waiting }
     }
 
+    /// How many parked messages may start here now, or soon: one may wait for the next slot, so that what comes in from
+    /// elsewhere does not take each. None of them counts in anybody's look-ahead.
+    pub(super) fn room_for_parked(&self, parked: Parked) -> usize {
+        let source = Source::Parked(parked);
+        if self.may_take_none() {
+            return 0;
+        }
+        let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
+        let waiting = self.load.flow(source).waiting();
+        (self.slots(source) - busy).max(1).saturating_sub(waiting)
+    }
+
     fn takes_none(&self, source: Source) -> bool {
+        let parked = self.load.flow(Source::Parked(Parked::General)).waiting()
+            + self.load.flow(Source::Parked(Parked::Gpu)).waiting();
         let is_full = |pool: &Pool| {
-            let waiting = self.schedule.waiting(*pool).saturating_sub(self.schedule.held_back(*pool));
-            waiting >= self.longest_queue(source, *pool)
+            let others = self.schedule.held_back(*pool) + parked;
+            self.schedule.waiting(*pool).saturating_sub(others) >= self.longest_queue(source, *pool)
         };
+        self.may_take_none() || pools(source).iter().any(is_full)
+    }
+
+    fn may_take_none(&self) -> bool {
         // What could not be stored would only pile up here. Whoever could not store it tries it again until it can.
         let cannot_store = self.health.is_raised(Concern::StorageRefused) || self.broker.keeps_outcomes_here();
         let is_told_not_to = self.quarantine.is_occupied() || self.load.asks_for_nothing();
-        is_told_not_to
-            || !self.gate.is_open()
-            || self.load.is_full()
-            || cannot_store
-            || pools(source).iter().any(is_full)
+        is_told_not_to || !self.gate.is_open() || self.load.is_full() || cannot_store
     }
 
     fn slots(&self, source: Source) -> usize {
@@ -137,6 +151,7 @@ impl Pipeline {
 const fn pools(source: Source) -> &'static [Pool] {
     match source {
         Source::Intake => &Pool::ALL,
-        Source::GpuRoute => &[Pool::Gpu],
+        Source::GpuRoute | Source::Parked(Parked::Gpu) => &[Pool::Gpu],
+        Source::Parked(Parked::General) => &[Pool::Cpu, Pool::Io],
     }
 }

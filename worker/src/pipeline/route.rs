@@ -28,7 +28,7 @@ impl Pipeline {
 
     /// No verdict: whoever has the slots says it, and finds by the first identity what is recorded.
     pub(super) async fn pass_on(self: Arc<Self>, (delivery, assignment): (Delivery, Assignment)) {
-        let (headers, payload) = (headers(&delivery), delivery.payload());
+        let (headers, payload) = (first_identity(&delivery, "gpu"), delivery.payload());
         let store = || async {
             // Where the broker takes less than before, no other try can succeed.
             if wire_len(&headers) + payload.len() > self.broker.max_payload() {
@@ -61,9 +61,9 @@ impl Pipeline {
     }
 }
 
-/// Those of the Router, but for what it told the broker about its own publish; the first identity; and an id by which
-/// the stream knows a second try.
-fn headers(delivery: &Delivery) -> HeaderMap {
+/// The headers that it goes to another place with: those of the Router, but for what it told the broker about its own
+/// publish; the first identity; and an id by which the stream of that place knows a second try.
+pub(super) fn first_identity(delivery: &Delivery, place: &str) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, values) in delivery.headers().into_iter().flat_map(HeaderMap::iter) {
         if !name.to_string().to_ascii_lowercase().starts_with("nats-") {
@@ -71,7 +71,7 @@ fn headers(delivery: &Delivery) -> HeaderMap {
         }
     }
     let publication = delivery.publication().to_header();
-    headers.insert(NATS_MESSAGE_ID, format!("{publication},gpu"));
+    headers.insert(NATS_MESSAGE_ID, format!("{publication},{place}"));
     headers.insert(contract::HEADER_PUBLICATION, publication);
     headers
 }

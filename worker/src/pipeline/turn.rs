@@ -5,8 +5,10 @@ use jiff::Timestamp;
 
 use super::cancel::Stop;
 use super::deaths::Suspicion;
+use super::parking::NotYet;
 use super::quarantine::Isolation;
 use super::{Arrival, Pipeline, rebalance};
+use crate::admission::ceiling::Unit;
 use crate::broker::Expected;
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
@@ -16,6 +18,29 @@ use crate::schedule::{Closed, Slot};
 pub(super) struct Turn<'a> {
     pub(super) slot: Slot,
     pub(super) isolation: Option<Isolation<'a>>,
+    /// Of its tenant's ceiling.
+    pub(super) unit: Option<Unit>,
+}
+
+/// Why it has no turn here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoTurn {
+    /// It shall not start here.
+    Closed,
+    /// Its tenant may not have it run yet.
+    NotYet,
+}
+
+impl From<Closed> for NoTurn {
+    fn from(_: Closed) -> Self {
+        Self::Closed
+    }
+}
+
+impl From<NotYet> for NoTurn {
+    fn from(_: NotYet) -> Self {
+        Self::NotYet
+    }
 }
 
 impl Pipeline {
@@ -31,12 +56,13 @@ impl Pipeline {
         let turn = tokio::select! {
             biased;
             fault = &mut cancelled => Err(fault),
-            turn = self.turn(&arrival, suspicion) => Ok(turn),
+            turn = self.turn(&mut arrival, suspicion) => Ok(turn),
         };
         match turn {
             // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
             Ok(Ok(turn)) => Box::pin(self.execute(arrival, expected, turn, cancelled)).await,
-            Ok(Err(Closed)) => Box::pin(self.hand_back(arrival.delivery)).await,
+            Ok(Err(NoTurn::Closed)) => Box::pin(self.hand_back(arrival.delivery)).await,
+            Ok(Err(NoTurn::NotYet)) => Box::pin(self.park_for_later(arrival)).await,
             Err(fault) => {
                 arrival.delivery.started();
                 let queued = arrival.delivery.received().elapsed();
@@ -46,15 +72,17 @@ impl Pipeline {
     }
 
     /// Waits for a slot among others, or until there are no others.
-    async fn turn(&self, arrival: &Arrival, suspicion: Suspicion) -> Result<Turn<'_>, Closed> {
+    async fn turn(&self, arrival: &mut Arrival, suspicion: Suspicion) -> Result<Turn<'_>, NoTurn> {
+        let unit = self.within_ceilings(arrival).await?;
         let assignment = &arrival.assignment;
         if suspicion == Suspicion::Quarantined {
             let isolation = Some(Box::pin(self.isolate(arrival)).await?);
-            return Ok(Turn { slot: self.schedule.slot_alone(assignment.pool, &assignment.key.tenant)?, isolation });
+            let slot = self.schedule.slot_alone(assignment.pool, &assignment.key.tenant)?;
+            return Ok(Turn { slot, isolation, unit });
         }
         let patience = rebalance::patience(arrival.delivery.delivered());
         let slot = self.schedule.slot(assignment.pool, &assignment.key.tenant, assignment.priority, patience).await?;
-        Ok(Turn { slot, isolation: None })
+        Ok(Turn { slot, isolation: None, unit })
     }
 
     pub(super) fn is_cut_off(&self) -> bool {

@@ -51,7 +51,7 @@ struct Outgoing {
 #[derive(Debug)]
 enum Message {
     Result { result: Bytes, said: Option<Said>, id: Option<String> },
-    Parked { announcement: Option<Bytes>, said: Said },
+    Parked { announcement: Option<Bytes>, said: Option<Said> },
     Refusal { verdict: Bytes },
 }
 
@@ -69,8 +69,9 @@ impl Outbox {
         self.hand_in(Message::Result { result, said, id }, trace).await;
     }
 
-    /// Returns when the broker has the verdict on what waits for a person, and what approvers are told of it.
-    pub async fn park(&self, announcement: Option<Bytes>, said: Said, trace: Option<TraceContext>) {
+    /// Returns when the broker has the verdict on what waits for a person or for its tenant's turn, and what approvers are
+    /// told of it.
+    pub async fn park(&self, announcement: Option<Bytes>, said: Option<Said>, trace: Option<TraceContext>) {
         self.hand_in(Message::Parked { announcement, said }, trace).await;
     }
 
@@ -166,8 +167,7 @@ impl Message {
     /// The verdict that came before it.
     fn said(&self) -> Option<&Said> {
         match self {
-            Self::Result { said, .. } => said.as_ref(),
-            Self::Parked { said, .. } => Some(said),
+            Self::Result { said, .. } | Self::Parked { said, .. } => said.as_ref(),
             Self::Refusal { .. } => None,
         }
     }

@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use sha2::{Digest, Sha256};
 
+use super::Parked;
 use crate::contract;
+use crate::ids::TenantId;
 
 /// Holds results and stored refusals.
 pub const RESULT_STREAM: &str = "CAF_EXEC_RESULT";
@@ -20,6 +23,9 @@ pub const ASSIGN_STREAM: &str = "CAF_EXEC_ASSIGN";
 pub const CONTROL_STREAM: &str = "CAF_EXEC_CONTROL";
 /// What all workers of all pools take control messages from.
 pub const CONTROL_CONSUMER: &str = "caf-control";
+
+/// Holds work that came in on [`contract::ASSIGN`] and may not run yet.
+pub const PARKED_STREAM: &str = "CAF_EXEC_PARKED";
 
 /// Cancels that stand.
 pub const CANCEL_BUCKET: &str = "caf-cancel";
@@ -39,6 +45,10 @@ pub const ACK_WAIT: Duration = Duration::from_secs(10);
 const MAX_ACK_PENDING: i64 = 50_000;
 /// Open pulls over all workers. The broker's default of 512 would leave every further worker idle.
 const MAX_WAITING: i64 = 16_384;
+/// After a tenant has had no parked work for so long, the broker forgets the consumer of it.
+const PARKED_IDLE: Duration = Duration::from_secs(3600);
+/// The longest token that a consumer is named by; the broker takes 255 bytes.
+const MAX_TOKEN: usize = 200;
 const RESULT_RETENTION: Duration = Duration::from_secs(3600);
 const RESULT_MAX_MESSAGES: i64 = 2_000_000;
 const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -82,6 +92,37 @@ impl Intake {
         }
     }
 
+    /// The stream of work that may not run yet.
+    pub fn parked_stream(&self) -> String {
+        if self.subject == contract::ASSIGN {
+            PARKED_STREAM.to_owned()
+        } else {
+            format!("CAF_PARKED_{}", contract::escape(&self.subject))
+        }
+    }
+
+    /// Where a tenant's work waits that may not run yet; `tenant` is one token.
+    pub fn parked_subject(&self, parked: Parked, tenant: &str) -> String {
+        match (parked, self.subject == contract::ASSIGN) {
+            (Parked::General, true) => format!("{}.{tenant}", contract::PARKED),
+            (Parked::Gpu, true) => format!("{}.{tenant}", contract::PARKED_GPU),
+            (Parked::General, false) => format!("{}.parked.{tenant}", self.subject),
+            (Parked::Gpu, false) => format!("{}.parked-gpu.{tenant}", self.subject),
+        }
+    }
+
+    /// The durable consumer that all workers of a pool share that a tenant's parked work is for.
+    pub fn parked_group(parked: Parked, tenant: &TenantId) -> String {
+        // No escaped token has `=_` in it, or ends like that of the GPU slots.
+        let token = contract::escape(tenant.as_str());
+        let token =
+            if token.len() <= MAX_TOKEN { token } else { format!("=_{:x}", Sha256::digest(tenant.as_str())).into() };
+        match parked {
+            Parked::General => token.into_owned(),
+            Parked::Gpu => format!("{token}=gpu"),
+        }
+    }
+
     /// The durable consumer that all workers of a pool share that have GPU slots.
     pub fn route_group(&self) -> String {
         format!("{}-gpu", self.queue_group)
@@ -101,6 +142,18 @@ pub fn assignments(intake: &Intake) -> Config {
     Config {
         name: intake.stream(),
         subjects: vec![intake.subject.clone(), intake.routes()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        ..unlimited()
+    }
+}
+
+/// Where work waits that may not run yet.
+pub fn parked(intake: &Intake) -> Config {
+    Config {
+        name: intake.parked_stream(),
+        subjects: [Parked::General, Parked::Gpu].map(|parked| intake.parked_subject(parked, "*")).to_vec(),
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
         storage: StorageType::File,
@@ -200,6 +253,12 @@ pub fn consumer(intake: &Intake) -> pull::Config {
 /// What hands out the work that waits for GPU slots.
 pub fn route_consumer(intake: &Intake) -> pull::Config {
     shared(intake.route_group(), intake.route_subject())
+}
+
+/// What hands out a tenant's parked work, until it has had none for a while.
+pub fn parked_consumer(intake: &Intake, parked: Parked, tenant: &TenantId) -> pull::Config {
+    let subject = intake.parked_subject(parked, &contract::escape(tenant.as_str()));
+    pull::Config { inactive_threshold: PARKED_IDLE, ..shared(Intake::parked_group(parked, tenant), subject) }
 }
 
 fn shared(name: String, subject: String) -> pull::Config {

@@ -1,0 +1,316 @@
+//! Ceilings of tenants, and what becomes of work over them: it is parked, in order, and holds up nobody.
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
+use beamline_tests::router::assignment;
+use beamline_tests::wait::{SOON, until, within};
+use beamline_tests::worker::{Setup, Worker};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const PARKED: &str = "worker_assignments_parked_total";
+/// A lease of a ceiling that nobody renews any more, with what clocks may differ by, and a busy machine's time.
+const RECLAIMED: Duration = Duration::from_secs(30 + 5 + 25);
+
+/// A file of tenants.
+struct Tenants(TempDir);
+
+impl Tenants {
+    /// `acme` has these quotas.
+    fn new(quotas: &str) -> Self {
+        Self::of(&format!("{{id: acme, maxSlotShare: 100, quotas: {quotas}}}"))
+    }
+
+    fn of(named: &str) -> Self {
+        let tenants = Self(tempfile::tempdir().unwrap());
+        tenants.write(named);
+        tenants
+    }
+
+    fn say(&self, quotas: &str) {
+        self.write(&format!("{{id: acme, maxSlotShare: 100, quotas: {quotas}}}"));
+    }
+
+    fn write(&self, named: &str) {
+        let text = format!("tenants: {{named: [{named}]}}");
+        let next = self.0.path().join("next.yaml");
+        std::fs::write(&next, text).unwrap();
+        std::fs::rename(next, self.path()).unwrap();
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("policy.yaml")
+    }
+
+    fn flag(&self) -> String {
+        format!("--tenants-file={}", self.path().display())
+    }
+
+    fn bound(&self, setup: Setup) -> Setup {
+        setup.flag(self.flag())
+    }
+}
+
+async fn all_parked(worker: &Worker, count: usize) {
+    let what = format!("{count} are parked");
+    within(SOON * 4, &what, async || (worker.metric(PARKED).await >= count as f64).then_some(())).await;
+}
+
+/// The only unit of the tenant's is taken by the first until the gate `unit` opens, and so many more are parked.
+async fn one_runs_and_others_are_parked(rig: &Rig, others: usize) -> (Value, Vec<Value>) {
+    let running = assignment("acme", "running", rig.call("/gate/unit"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/unit", 1).await;
+    let mut parked = Vec::new();
+    for number in 0..others {
+        let one = assignment("acme", &format!("parked-{number}"), rig.call(&format!("/ok?{number}")));
+        rig.router.submit(&one).await;
+        assert_eq!(rig.router.verdict(&one).await["status"], "accepted");
+        parked.push(one);
+    }
+    all_parked(&rig.worker, others).await;
+    (running, parked)
+}
+
+#[tokio::test]
+async fn never_more_of_a_tenants_work_runs_at_once_over_all_workers_than_its_ceiling() {
+    let tenants = Tenants::new("{concurrent: 5}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let _others = [
+        tenants.bound(rig.another("worker-2")).start(&rig.nats).await,
+        tenants.bound(rig.another("worker-3")).start(&rig.nats).await,
+    ];
+    let slow: Vec<_> = (0..200)
+        .map(|number| assignment("acme", &format!("{number}"), rig.call(&format!("/slow/50?{number}"))))
+        .collect();
+    for one in &slow {
+        rig.router.submit(one).await;
+    }
+    for number in 0..20 {
+        let other = assignment("other", &format!("{number}"), rig.put("x", "x"));
+        rig.router.submit(&other).await;
+        assert_eq!(rig.router.result(&other).await["status"], "success");
+    }
+    assert!(rig.peer.hits("/slow").len() < 200, "the other tenant waited for none of this");
+    let hits = rig.peer.arrived("/slow", 200).await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!((rig.peer.most_at_once(), hits.len()), (5, 200));
+    let number = |path: &str| path.rsplit('?').next().unwrap().parse::<usize>().unwrap();
+    let out_of_place = hits.iter().enumerate().map(|(place, hit)| number(&hit.path).abs_diff(place)).max();
+    assert!(out_of_place.unwrap() < 100, "in order, but for what several workers parked at once: {out_of_place:?}");
+    for one in &slow {
+        assert_eq!(rig.router.story(one).verdicts.len(), 1, "who takes it up says no verdict");
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_parked_messages_of_one_tenant_change_nothing_for_another() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, _) = one_runs_and_others_are_parked(&rig, 1).await;
+    let job = rig.put("x", "x");
+    for number in 0..10_000 {
+        let payload = assignment("acme", &format!("much-{number}"), job.clone()).to_string();
+        rig.router.client().publish("caf.exec.assign.v1", payload.into()).await.unwrap();
+    }
+    let other = assignment("other", "at-once", rig.put("x", "x"));
+    rig.router.submit(&other).await;
+    assert_eq!(rig.router.result(&other).await["status"], "success");
+    all_parked(&rig.worker, 10_001).await;
+    until("the intake holds nothing but what runs", async || {
+        rig.router.consumer().await.is_some_and(|info| (info.num_pending, info.num_ack_pending) == (0, 1))
+    })
+    .await;
+    assert_eq!(rig.worker.metric("worker_pool_queue_depth{pool=\"io\"}").await, 0.0);
+    for number in 0..100 {
+        let other = assignment("other", &format!("{number}"), rig.put("x", "x"));
+        rig.router.submit(&other).await;
+        assert_eq!(rig.router.result(&other).await["status"], "success");
+    }
+    assert!(rig.router.story(&running).results.is_empty() && rig.router.parked().await == 10_001);
+    rig.peer.open("unit");
+    let last = assignment("acme", "much-9", job);
+    assert_eq!(rig.router.result(&last).await["status"], "success", "and it goes on where it waited");
+}
+
+#[tokio::test]
+async fn parked_work_survives_the_end_of_everything_and_a_policy_that_is_lifted() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 5).await;
+    rig.worker.kill();
+    rig.nats.kill();
+    rig.peer.open("unit");
+    rig.nats.restart();
+    let _without_a_policy = rig.another("worker-2").start(&rig.nats).await;
+    for one in &parked {
+        assert_eq!(rig.router.result(one).await["metadata"]["worker_id"], "worker-2");
+    }
+    // A broker that is killed forgets how often it has delivered, so that the audit cannot count.
+    rig.router.settled(LAPSE).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 5, "each ran once");
+    let ended = parked.iter().chain([&running]).filter(|one| rig.router.story(*one).results.len() == 1).count();
+    assert_eq!(ended, 6, "each has one result");
+}
+
+#[tokio::test]
+async fn the_units_of_a_worker_that_was_killed_are_given_out_again() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 1).await;
+    let _second = tenants.bound(rig.another("worker-2")).start(&rig.nats).await;
+    rig.worker.kill();
+    rig.peer.open("unit");
+    assert!(rig.peer.hits("/ok").is_empty(), "its unit is not free yet");
+    for one in [&parked[0], &running] {
+        within(RECLAIMED, "it runs", async || (!rig.router.story(one).results.is_empty()).then_some(())).await;
+        assert_eq!(rig.router.result(one).await["metadata"]["worker_id"], "worker-2");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn the_units_of_a_worker_that_stops_are_free_at_once() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
+    let _second = tenants.bound(rig.another("worker-2")).start(&rig.nats).await;
+    rig.worker.terminate();
+    rig.peer.open("unit");
+    assert_eq!(rig.router.result(&running).await["metadata"]["worker_id"], "worker-1");
+    assert_eq!(rig.worker.ended().await, Some(0));
+    for one in &parked {
+        rig.router.result(one).await;
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+    let order: Vec<_> = rig.peer.hits("/ok").into_iter().map(|hit| hit.path).collect();
+    assert_eq!(order, ["/ok?0", "/ok?1", "/ok?2"]);
+}
+
+#[tokio::test]
+async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
+    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "parked-1", "reason": "changed my mind"});
+    rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+    let result = rig.router.result(&parked[1]).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("cancelled"), &json!(5001)));
+    assert!(rig.router.story(&running).results.is_empty());
+    rig.peer.open("unit");
+    for one in [&running, &parked[0], &parked[2]] {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 2, "the one that was cancelled never ran");
+    assert_eq!(rig.router.story(&parked[1]).results.len(), 1);
+}
+
+#[tokio::test]
+async fn a_ceiling_that_is_raised_lets_parked_work_go_on() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
+    tenants.say("{concurrent: 2}");
+    for one in &parked {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    assert!(rig.router.story(&running).results.is_empty());
+    rig.peer.open("unit");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn work_for_gpu_slots_is_parked_for_those_who_have_some() {
+    let tenants = Tenants::new("{concurrent: 1}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let only_gpus = ["--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=2"];
+    let gpu = only_gpus.iter().fold(tenants.bound(rig.another("gpu-1")), |setup, flag| setup.flag(*flag));
+    let gpu = gpu.start(&rig.nats).await;
+    let on_gpus = |id: &str, path: &str| {
+        let mut one = assignment("acme", id, rig.call(path));
+        one["resources"] = json!({"pool": "gpu"});
+        one
+    };
+    let (first, second) = (on_gpus("first", "/gate/unit"), on_gpus("second", "/ok"));
+    until("there is a route", async || {
+        let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
+        stream.consumer_info("caf-workers-gpu").await.is_ok()
+    })
+    .await;
+    rig.router.client().publish("caf.exec.route.gpu.v1", first.to_string().into()).await.unwrap();
+    rig.peer.arrived("/gate/unit", 1).await;
+    rig.router.client().publish("caf.exec.route.gpu.v1", second.to_string().into()).await.unwrap();
+    assert_eq!(rig.router.verdict(&second).await["status"], "accepted");
+    all_parked(&gpu, 1).await;
+    let general = assignment("acme", "general", rig.call("/ok"));
+    rig.router.submit(&general).await;
+    all_parked(&rig.worker, 1).await;
+    rig.peer.open("unit");
+    assert_eq!(rig.router.result(&second).await["metadata"]["worker_id"], "gpu-1");
+    assert_eq!(rig.router.result(&general).await["metadata"]["worker_id"], "worker-1");
+    until("nothing is parked any more", async || rig.router.parked().await == 0).await;
+}
+
+#[tokio::test]
+async fn no_more_bytes_are_held_for_a_tenant_than_it_may_have() {
+    let tenants = Tenants::new("{memoryMb: 2}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let needs = |id: &str, megabytes: u64, path: &str| {
+        let mut one = assignment("acme", id, rig.call(path));
+        one["resources"] = json!({"memory_mb": megabytes});
+        one
+    };
+    let (large, second, small) =
+        (needs("large", 2, "/gate/memory"), needs("second", 2, "/ok?1"), needs("small", 1, "/ok?2"));
+    rig.router.submit(&large).await;
+    rig.peer.arrived("/gate/memory", 1).await;
+    for one in [&second, &small] {
+        rig.router.submit(one).await;
+        assert_eq!(rig.router.verdict(one).await["status"], "accepted");
+    }
+    all_parked(&rig.worker, 2).await;
+    let other = assignment("other", "free", rig.put("x", "x"));
+    rig.router.submit(&other).await;
+    rig.router.result(&other).await;
+    assert!(rig.peer.hits("/ok").is_empty());
+    let too_large = needs("too-large", 3, "/ok");
+    rig.router.submit(&too_large).await;
+    let verdict = rig.router.verdict(&too_large).await;
+    assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(2002)));
+    assert_eq!(rig.router.letter(&too_large).await["stage"], "admit");
+    rig.peer.open("memory");
+    for one in [&large, &second, &small] {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn with_defer_work_over_the_budget_of_a_window_runs_in_the_next_ones_in_order() {
+    let tenants = Tenants::of("{id: acme, onExceeded: Defer, quotas: {executions: 2, window: 4s}}");
+    let rig = Rig::start(&[&tenants.flag()]).await;
+    let all: Vec<_> =
+        (0..6).map(|number| assignment("acme", &format!("{number}"), rig.call(&format!("/ok?{number}")))).collect();
+    for one in &all {
+        rig.router.submit(one).await;
+        assert_eq!(rig.router.verdict(one).await["status"], "accepted");
+    }
+    let hits = rig.peer.arrived("/ok", 6).await;
+    let other = assignment("other", "free", rig.put("x", "x"));
+    rig.router.submit(&other).await;
+    rig.router.result(&other).await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+    for (place, hit) in hits.iter().enumerate() {
+        let number: usize = hit.path.rsplit('?').next().unwrap().parse().unwrap();
+        assert!(number.abs_diff(place) <= 1, "in order, but for the two that start at once: {hits:?}");
+    }
+    let whole_window = hits[4].at - hits[1].at;
+    assert!(whole_window >= Duration::from_secs(3), "one lies between the first two and the last: {whole_window:?}");
+    for one in &all {
+        assert_eq!(rig.router.story(one).verdicts.len(), 1);
+    }
+}

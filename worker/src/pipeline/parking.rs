@@ -1,0 +1,239 @@
+//! Work that its tenant may not have run yet: parked under its first identity, then settled; and taken up again later.
+//!
+//! What is parked holds no slot and no delivery, and so it holds up nobody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::Stream;
+use bytes::Bytes;
+
+use super::route::first_identity;
+use super::{Arrival, Pipeline};
+use crate::admission::Refusal;
+use crate::admission::ceiling::Unit;
+use crate::assignment::Assignment;
+use crate::broker::streams::{DELIVERY_BUCKET, Parked, Source};
+use crate::broker::{Expected, Stored, wire_len};
+use crate::cancel::Cancel;
+use crate::contract;
+use crate::execute::Execution;
+use crate::fault::{Cause, Fault};
+use crate::ids::{AssignmentKey, TenantId};
+use crate::intake::{Allowance, Settlement};
+use crate::pool::Pool;
+use crate::publication::Publication;
+use crate::report::StepResult;
+use crate::trace_context::TraceContext;
+
+/// What a message that is pulled has besides its payload, at most.
+const ENVELOPE_BYTES: usize = 8 * 1024;
+/// How long a worker may take to hear of a cancel, and to note what it parks.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Its tenant is at a ceiling, or has older work that waits for the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NotYet;
+
+impl Pipeline {
+    /// Takes what the tenant's ceilings have left for this; it is given back when the work has ended. What has to wait for a
+    /// budget takes nothing.
+    pub(super) async fn within_ceilings(&self, arrival: &mut Arrival) -> Result<Option<Unit>, NotYet> {
+        if arrival.is_deferred {
+            return Err(NotYet);
+        }
+        let tenant = &arrival.assignment.key.tenant;
+        let quotas = self.schedule.terms(tenant).quotas;
+        if quotas.concurrent.is_none() && quotas.memory_mb.is_none() {
+            return Ok(None);
+        }
+        if !arrival.delivery.is_parked() && self.parking.lane(waits_for(arrival.assignment.pool)).has_work_of(tenant) {
+            return Err(NotYet);
+        }
+        if let Some(most) = quotas.memory_bytes() {
+            let held = self.memory.hold_within(tenant, arrival.delivery.bytes(), most);
+            arrival.memory = Some(held.ok_or(NotYet)?);
+        }
+        match quotas.concurrent {
+            None => Ok(None),
+            Some(most) => self.ceilings.take(tenant, most).await.map(Some).ok_or(NotYet),
+        }
+    }
+
+    /// How much of a tenant's parked work may run here at this moment.
+    pub async fn allowance(&self, parked: Parked, tenant: &TenantId) -> Allowance {
+        let messages = self.room_for_parked(parked);
+        if messages == 0 {
+            return Allowance::NOTHING;
+        }
+        let quotas = self.schedule.terms(tenant).quotas;
+        let free = quotas.memory_bytes().map(|most| self.memory.free(tenant, most));
+        if free == Some(0) {
+            return Allowance::NOTHING;
+        }
+        let messages = self.paid_for(tenant, messages).await;
+        let messages = match quotas.concurrent {
+            None => messages,
+            Some(_) if messages == 0 => 0,
+            Some(most) => {
+                let wanted = u64::try_from(messages).unwrap_or(u64::MAX);
+                let available = self.ceilings.available(tenant, most, wanted).await;
+                usize::try_from(available).unwrap_or(usize::MAX)
+            }
+        };
+        Allowance { messages, bytes: free.map(|free| free.saturating_add(ENVELOPE_BYTES)) }
+    }
+
+    /// Parks it; what was parked already goes back to where it came from.
+    pub(super) async fn park_for_later(&self, mut arrival: Box<Arrival>) {
+        arrival.memory = None;
+        let (source, parked) = (arrival.delivery.source(), waits_for(arrival.assignment.pool));
+        if let Source::Parked(parked) = source {
+            self.parking.lane(parked).rests(&arrival.assignment.key.tenant);
+        }
+        if arrival.delivery.is_parked() || arrival.delivery.is_lapsed() {
+            return self.hand_back(arrival.delivery).await;
+        }
+        if !self.hands_back() {
+            return self.end_unrun(arrival, Cause::Overloaded, "its tenant is at its ceiling: send it again").await;
+        }
+        // Whoever takes it up says no verdict.
+        self.outbox.park(None, arrival.said.clone(), arrival.trace.clone()).await;
+        let Some(place) = self.store_parked(&arrival, parked).await else {
+            let reason = "the assignment and the headers of one that is parked are larger than the broker takes";
+            return self.end_unrun(arrival, Cause::OverCap, reason).await;
+        };
+        self.note_parked(&arrival.assignment.key, place).await;
+        let Arrival { mut delivery, assignment, .. } = *arrival;
+        self.metrics.parked();
+        tracing::info!(
+            assignment_id = %assignment.key.assignment_id,
+            tenant_id = assignment.key.tenant.as_str(),
+            trace_id = assignment.correlation.trace_id,
+            "Assignment parked"
+        );
+        delivery.started();
+        delivery.settle(Settlement::Done).await;
+        self.parking.lane(parked).parked(&assignment.key.tenant);
+    }
+
+    /// Its place in the stream; `None` where the broker takes nothing so large. Repeated until that is definite.
+    async fn store_parked(&self, arrival: &Arrival, parked: Parked) -> Option<u64> {
+        let Arrival { delivery, assignment, .. } = arrival;
+        let token = contract::escape(assignment.key.tenant.as_str());
+        let subject = self.settings.intake.parked_subject(parked, &token);
+        let (headers, payload) = (first_identity(delivery, "parked"), delivery.payload());
+        let store = || async {
+            // Where the broker takes less than before, no other try can succeed.
+            if wire_len(&headers) + payload.len() > self.broker.max_payload() {
+                return Ok(None);
+            }
+            self.broker.store(subject.clone(), headers.clone(), payload.clone()).await.map(Some)
+        };
+        match self.until_definite(store).await? {
+            Stored::At(place) => Some(place),
+            // Nothing was expected there.
+            Stored::Refused => None,
+        }
+    }
+
+    /// Notes where it is, for whoever cancels it; a cancel that came just before is looked for after that.
+    async fn note_parked(&self, key: &AssignmentKey, place: u64) {
+        let value = Bytes::from(place.to_string());
+        self.until_definite(|| self.broker.store(note(key), HeaderMap::new(), value.clone())).await;
+        if let Some(tombstone) = self.tombstones.get(key) {
+            self.end_parked(key, &tombstone.words).await;
+        }
+    }
+
+    /// A cancel stands from now on: what is parked under this key ends, whether or not it may run.
+    pub(crate) fn cancel_parked(self: &Arc<Self>, cancel: &Cancel) {
+        if !self.ledger.is_kept() {
+            return;
+        }
+        let (pipeline, key, words) = (Arc::clone(self), cancel.key.clone(), cancel.now().words);
+        self.tasks.spawn(async move {
+            // It may just be on its way there, with a worker that has not heard of the cancel.
+            if !pipeline.end_parked(&key, &words).await {
+                tokio::time::sleep(LOOK_AGAIN).await;
+                pipeline.end_parked(&key, &words).await;
+            }
+        });
+    }
+
+    /// Records that it was cancelled, publishes that and takes it out of the stream; whether there was any.
+    async fn end_parked(&self, key: &AssignmentKey, words: &str) -> bool {
+        let Some((parked, place)) = self.find_parked(key).await else { return false };
+        let Ok(assignment) = Assignment::decode(&parked.payload) else { return true };
+        let publication = parked.headers.get(contract::HEADER_PUBLICATION).map(|header| header.as_str());
+        let Some(publication) = publication.and_then(Publication::parse).filter(|_| assignment.key == *key) else {
+            return true;
+        };
+        let cancelled = Execution::not_begun(Fault::new(Cause::Cancelled, words.to_owned()));
+        let mut step = StepResult::of(cancelled, assignment.block.kind(), Duration::ZERO);
+        let result = self.encode(&mut step, &assignment);
+        let mut expected = Expected::NOTHING;
+        while self.until_definite(|| self.ledger.write(key, &publication, expected, result.clone())).await
+            == Stored::Refused
+        {
+            match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
+                Some(record) if record.result == result => break,
+                // It was parked to be run again.
+                Some(record) if !record.answers(&publication) => expected = record.place,
+                // It has ended already: whoever takes it up answers it with that.
+                Some(_) => return true,
+                None => expected = Expected::NOTHING,
+            }
+        }
+        self.note_outcome(&assignment, &step);
+        let trace = TraceContext::of(Some(&parked.headers), assignment.correlation.trace_id.as_deref());
+        self.outbox.publish(result, None, None, trace).await;
+        if let Some(stream) = self.parked_stream().await
+            && let Err(error) = stream.delete_message(place).await
+        {
+            tracing::debug!(%error, "a parked assignment that was cancelled stays: its record answers it");
+        }
+        true
+    }
+
+    /// The message that a note of this key leads to.
+    async fn find_parked(&self, key: &AssignmentKey) -> Option<(StreamMessage, u64)> {
+        let bucket = format!("KV_{DELIVERY_BUCKET}");
+        let found = self.until_read(|| self.broker.last(&bucket, vec![note(key)])).await;
+        let place = std::str::from_utf8(&found.into_values().next()?.payload).ok()?.parse().ok()?;
+        let message = self.parked_stream().await?.get_raw_message(place).await.ok()?;
+        Some((message, place))
+    }
+
+    async fn parked_stream(&self) -> Option<Stream<()>> {
+        let name = self.streams.borrow().assignments.as_ref()?.parked.stream.clone();
+        self.broker.jetstream().get_stream_no_info(name).await.ok()
+    }
+
+    /// It was accepted when it was parked: what is refused now ends as a result.
+    pub(super) async fn end_refused(self: Arc<Self>, (arrival, refusal): (Box<Arrival>, Refusal)) {
+        self.end_unrun(arrival, refusal.cause, &refusal.message).await;
+    }
+
+    async fn end_unrun(&self, mut arrival: Box<Arrival>, cause: Cause, reason: &str) {
+        arrival.delivery.started();
+        let queued = arrival.delivery.received().elapsed();
+        let ended = Execution::not_begun(Fault::new(cause, reason.to_owned()));
+        Box::pin(self.finish(arrival, Expected::NOTHING, queued, ended)).await;
+    }
+}
+
+/// Where it is noted which message of the stream it is.
+fn note(key: &AssignmentKey) -> String {
+    format!("$KV.{DELIVERY_BUCKET}.parked.{}", key.token())
+}
+
+/// Which workers it waits for.
+pub(super) const fn waits_for(pool: Pool) -> Parked {
+    match pool {
+        Pool::Gpu => Parked::Gpu,
+        Pool::Cpu | Pool::Io => Parked::General,
+    }
+}
