@@ -16,6 +16,7 @@ pub mod policy; // what it is told about tenants
 pub mod router; // publishes assignments, hears what is said about them
 pub mod failpoint; // where a worker can be held
 pub mod peer; // whom http.request calls
+pub mod dns; // who knows its name
 pub mod tcpfault; // a network that breaks
 pub mod journal; // what a campaign writes down
 pub mod database; // a server that ends with the tests

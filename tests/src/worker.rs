@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -122,6 +122,18 @@ impl Setup {
     #[must_use]
     pub fn env(mut self, variable: &str, value: &str) -> Self {
         self.command.env(variable, value);
+        self
+    }
+
+    /// In a mount namespace of its own, where this is the `/etc/resolv.conf`.
+    #[must_use]
+    pub fn resolv_conf(mut self, file: &Path) -> Self {
+        let mut command = Command::new("/usr/bin/unshare");
+        command.env_clear().args(["--mount", "--", "/bin/sh", "-c"]);
+        command.arg(r#"/bin/mount --bind "$0" /etc/resolv.conf && exec "$@""#).arg(file);
+        command.arg(self.command.get_program()).args(self.command.get_args());
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.command = command;
         self
     }
 
