@@ -23,7 +23,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 /// Seeds of every `make test`.
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 1_000;
 /// Microseconds of a millisecond: the unit of virtual time is one of them.
 const MS: i64 = 1_000;
 /// When each simulation begins: a turn of every window.
