@@ -336,11 +336,7 @@ async fn what_is_parked_may_run_when_its_tenant_has_a_budget_again() {
     let tenants = |it: &Reading| it.tenants.clone().unwrap_or_default();
     operator.hears("nothing is parked", |it| tenants(it).parked == Some(0)).await;
     let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
-    let accounts = jetstream::kv::Config { bucket: "caf-quota".to_owned(), ..Default::default() };
-    let accounts = match jetstream.get_key_value("caf-quota").await {
-        Ok(accounts) => accounts,
-        Err(_) => jetstream.create_key_value(accounts).await.expect("the bucket"),
-    };
+    let accounts = jetstream.get_key_value("caf-quota").await.expect("the bucket");
     let stream = jetstream::stream::Config {
         name: "CAF_EXEC_PARKED".to_owned(),
         subjects: vec!["caf.exec.parked.v1.*".to_owned()],

@@ -608,6 +608,22 @@ async fn tenants_that_are_named_have_series_and_the_busiest_are_reported() {
 }
 
 #[tokio::test]
+async fn refusals_for_a_budget_are_counted_by_tenant_and_reported() {
+    let policy = Policy::new("tenants: {named: [{id: acme, quotas: {executions: 1, window: 744h}}]}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let mut reports = reports(&rig, "worker-1").await;
+    for (name, code) in [("one", Value::Null), ("two", json!(2004)), ("three", json!(2004))] {
+        let payload = assignment("acme", name, rig.put("x", "x"));
+        rig.router.submit(&payload).await;
+        assert_eq!(rig.router.verdict(&payload).await["error"]["code"], code, "{name}");
+    }
+    let refused = async || rig.worker.metric(r#"worker_tenant_refused_total{tenant="acme"}"#).await;
+    until("both are counted", async || refused().await == 2.0).await;
+    let told = |report: &Value| report["tenants"][0]["id"] == "acme" && report["tenants"][0]["refused"] == 2;
+    reported(&mut reports, "both are told", told).await;
+}
+
+#[tokio::test]
 async fn a_tenant_of_four_times_the_weight_has_four_times_the_slots() {
     let policy = Policy::new("tenants: {named: [{id: heavy, weight: 4}, {id: light, weight: 1}]}");
     // The slots for CPU work only widen the look-ahead, so that all of it waits in this worker.

@@ -19,13 +19,12 @@ async fn a_pool_at_zero_wakes_for_parked_work_when_the_window_has_turned_and_not
     let api = plane.api().await;
     let _operator = Operator::of(&release.kubeconfig, "parked").start().await;
     let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
-    let bucket = jetstream::kv::Config { bucket: "caf-quota".to_owned(), ..Default::default() };
-    let accounts = jetstream.create_key_value(bucket).await.expect("the bucket");
     let pool = Pool::new("parked", "budgets", &nats);
     let quotas = json!({"executions": 100, "window": "744h"});
     let tenants = json!({"defaults": {"onExceeded": "Defer", "quotas": quotas}});
     pool.create(&api, json!({"scaling": {"mode": "Operator"}, "tenants": tenants})).await;
     pool.converged(&api, PATIENCE).await;
+    let accounts = jetstream.get_key_value("caf-quota").await.expect("the bucket");
     let stream = jetstream::stream::Config {
         name: "CAF_PARKED_work=2Ebudgets".to_owned(),
         subjects: vec!["work.budgets.parked.*".to_owned()],

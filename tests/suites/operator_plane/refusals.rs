@@ -22,6 +22,13 @@ async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+#[test]
+fn the_pool_with_budgets_that_a_user_would_copy_is_accepted() {
+    plane().install("refusals", &["watchNamespace=refusals"]);
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples/tenants.yaml");
+    plane().kubectl(&["apply", "--namespace=refusals", "--dry-run=server", "-f", example], None);
+}
+
 /// Name and spec of a pool, and what must be said about it.
 type Row = (&'static str, Value, &'static str);
 

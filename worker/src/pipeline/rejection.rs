@@ -10,15 +10,12 @@ use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, Undecodable};
 use crate::contract::Stage;
 use crate::failpoint::{self, Point};
-use crate::fault::Fault;
+use crate::fault::{Cause, Fault};
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
 use crate::report::ledger::refused_subject;
 use crate::trace_context::TraceContext;
-
-/// The code of a refusal because a tenant's budget is used up.
-const OVER_BUDGET: u16 = 2004;
 
 /// Why a delivery does not run.
 pub(super) struct Rejection {
@@ -109,7 +106,7 @@ impl Pipeline {
         }
         self.metrics.rejected(fault.cause);
         if let RejectionEnd::Refused(AssignmentKey { tenant, .. }) = &ends
-            && fault.cause.code() == OVER_BUDGET
+            && fault.cause == Cause::OverBudget
         {
             self.metrics.tenant_refused(self.gate.policy().label(tenant));
             self.tallies.refused(tenant);
