@@ -454,10 +454,10 @@ fn a_budget_that_was_used_up_is_told_for_an_hour_and_costs_no_writes() {
         ..healthy()
     };
     let converged = workers(1, 1);
-    let during = first(&converged, &reading(&[acme.clone()]));
-    assert_eq!(during.tenants, [acme.clone()]);
+    let during = first(&converged, &reading(std::slice::from_ref(&acme)));
+    assert_eq!(during.tenants, std::slice::from_ref(&acme));
     let next_window = TenantStatus { executions_used: Some(1), exceeded: None, ..acme.clone() };
-    let next = then(&during, &converged, &reading(&[next_window.clone()]), 61);
+    let next = then(&during, &converged, &reading(std::slice::from_ref(&next_window)), 61);
     assert_eq!(next.tenants, [TenantStatus { exceeded: Some(exceeded.clone()), ..next_window }]);
     let idle = then(&next, &converged, &reading(&[]), 120);
     let told = TenantStatus { executions_used: None, running: 0, ..acme };
