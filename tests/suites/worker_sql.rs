@@ -399,6 +399,81 @@ async fn a_query_over_its_deadline_ends_on_the_server_too() {
     .await;
 }
 
+/// Both servers, and a login of this name on each.
+struct Servers {
+    logins: [String; 2],
+    postgres: tokio_postgres::Client,
+    mariadb: mysql_async::Conn,
+    name: &'static str,
+}
+
+impl Servers {
+    async fn with(name: &'static str) -> Self {
+        let (postgres, mariadb) = (Postgres::shared().await, MariaDb::shared().await);
+        Self {
+            logins: [postgres.database(name, "").await, mariadb.database(name, &[]).await],
+            postgres: postgres.admin("postgres").await,
+            mariadb: mariadb.admin("mysql").await,
+            name,
+        }
+    }
+
+    /// Submits a query to each that takes minutes; returns once both run.
+    async fn busy(&mut self, rig: &Rig, id: &str) -> Vec<Value> {
+        let mut payloads = Vec::new();
+        for (engine, query) in [
+            "SELECT count(*) FROM generate_series(1, 100000) a, generate_series(1, 1000000) b",
+            "SELECT COUNT(*) FROM seq_1_to_1000000000 a, seq_1_to_1000000 b WHERE a.seq + b.seq > 7",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut job = job(&self.logins[engine], query, json!([]));
+            (job["type"], job["timeout_ms"]) = (json!("sql.query"), json!(120_000));
+            payloads.push(assignment("acme", &format!("{id}-{engine}"), job));
+            rig.router.submit(&payloads[engine]).await;
+        }
+        within(SOON, "both run", async || (self.running().await == [1, 1]).then_some(())).await;
+        payloads
+    }
+
+    /// How many queries of the login each of them runs.
+    async fn running(&mut self) -> [usize; 2] {
+        let active = "SELECT 1 FROM pg_stat_activity WHERE usename = $1 AND state = 'active'";
+        let postgres = self.postgres.query(active, &[&self.name]).await.unwrap();
+        let active = "SELECT id FROM information_schema.processlist WHERE user = ? AND command NOT IN ('Sleep')";
+        let mariadb: Vec<u64> = self.mariadb.exec(active, (self.name,)).await.unwrap();
+        [postgres.len(), mariadb.len()]
+    }
+
+    async fn at_rest(&mut self) {
+        within(SOON, "neither runs it any more", async || (self.running().await == [0, 0]).then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_cancelled_query_ends_on_the_server_too() {
+    let (rig, mut servers) = (Rig::start(&[]).await, Servers::with("cancelled").await);
+    // More than a tenant may have at once: each has made room for the next.
+    for round in 0..10 {
+        for payload in servers.busy(&rig, &format!("round-{round}")).await {
+            let cancel = json!({"version": "1", "assignment_id": payload["assignment_id"], "tenant_id": "acme"});
+            rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+            assert_eq!(rig.router.result(&payload).await["status"], "cancelled");
+        }
+        servers.at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn a_query_that_a_drain_cuts_off_ends_on_the_server_too() {
+    let (mut rig, mut servers) = (Rig::start(&["--drain-timeout=1s"]).await, Servers::with("drained").await);
+    servers.busy(&rig, "cut").await;
+    rig.worker.terminate();
+    assert_eq!(rig.worker.ended().await, Some(0));
+    servers.at_rest().await;
+}
+
 #[tokio::test]
 async fn caps_hold_while_rows_are_read() {
     let (rig, postgres, mariadb) = (Rig::start(&[]).await, Postgres::shared().await, MariaDb::shared().await);

@@ -219,6 +219,11 @@ impl Blocks {
         outcome(AbortOnDropHandle::new(self.runtime.spawn(attempt.in_current_span())).await)
     }
 
+    /// Returns when no database server runs a query of ours any more.
+    pub async fn stopped(&self) {
+        self.sql.stopped().await;
+    }
+
     async fn attempt(&self, block: &Block, scope: &Scope) -> Result<Output, Fault> {
         match block {
             Block::Http(request) => self.http.run(request, scope).await,

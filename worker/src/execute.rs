@@ -44,6 +44,13 @@ impl Engine {
         }
     }
 
+    /// Returns when nothing of the work that has ended goes on elsewhere.
+    pub async fn stopped(&self) {
+        match self {
+            Self::Real(blocks) | Self::Sandbox(blocks) => blocks.stopped().await,
+        }
+    }
+
     /// Says of a fault whether anything outside can have been touched.
     fn mark(&self, mut fault: Fault) -> Fault {
         if matches!(self, Self::Sandbox(_)) {

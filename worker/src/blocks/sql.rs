@@ -137,6 +137,11 @@ impl Sql {
     fn named(&self, name: &str, scope: &Scope) -> Result<Database, Fault> {
         let found = self.connections.as_ref().map_or(Err(Missing::Unknown), |file| file.find(name, &scope.tenant));
         found.map_err(|missing| match missing {
+    /// Returns when every query has ended on its server, or the time to cancel it there is over.
+    pub async fn stopped(&self) {
+        self.pool.unused().await;
+    }
+
             Missing::Unknown => Fault::new(Cause::NotAllowed, "this tenant has no connection of that name"),
             Missing::Broken(reason) => {
                 tracing::warn!(connection = name, reason, "a connection cannot be used");

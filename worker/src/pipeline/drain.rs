@@ -21,10 +21,11 @@ impl Pipeline {
         }
     }
 
-    /// Returns when everything that came in is settled or handed back.
+    /// Returns when everything that came in is settled or handed back, and stopped where it ran.
     pub(crate) async fn settled(&self) {
         self.tasks.close();
         self.tasks.wait().await;
+        self.engine.stopped().await;
     }
 
     /// How many deliveries are neither settled nor handed back.

@@ -15,7 +15,7 @@ use crate::ids::TenantId;
 /// Connections of one tenant to one place.
 pub(super) const MAX_PER_PLACE: usize = 8;
 /// Connections in use at once.
-const MAX_BUSY: usize = 256;
+const MAX_BUSY: u32 = 256;
 /// Places that are remembered although nothing happens there.
 const MAX_PLACES: usize = 1024;
 /// Connections that wait.
@@ -64,7 +64,7 @@ pub(super) struct Permit {
 
 impl Pool {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { busy: Arc::new(Semaphore::new(MAX_BUSY)), state: Mutex::default() })
+        Arc::new(Self { busy: Arc::new(Semaphore::new(MAX_BUSY as usize)), state: Mutex::default() })
     }
 
     /// Waits for the right to a connection; none where that takes too long.
@@ -83,6 +83,11 @@ impl Pool {
         };
         let (place, busy) = timeout_at(until.into(), both).await.ok().flatten()?;
         Some(Permit { pool: Arc::clone(self), key, _place: place, _busy: busy })
+    }
+
+    /// Returns when no connection is in use: a query that was cut off is until its server has been told.
+    pub(super) async fn unused(&self) {
+        let _all = self.busy.acquire_many(MAX_BUSY).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -28,6 +28,8 @@ use stream::{AskedForClearPassword, Budget, Metered, Tls};
 
 /// How long a reset or a cancel may take.
 const AFTERWARDS: Duration = Duration::from_secs(5);
+/// How long a cancel may take until it counts as lost.
+const CANCEL_AGAIN: Duration = Duration::from_secs(1);
 /// The longest timeout that the server takes, in milliseconds.
 const MAX_TIMEOUT_MS: u128 = i32::MAX as u128;
 
@@ -137,21 +139,31 @@ impl Connection {
         matches!(reset, Ok(Ok(())))
     }
 
-    /// Asks the server to cancel what runs, at the address that was checked and with the same TLS.
+    /// Has the server cancel what runs, and waits until it has ended.
     pub(super) async fn stop(self, dialer: &Dialer) {
-        let cancel = async {
-            let (socket, _) = dial(&[self.address]).await?;
-            let tls = Tls::new(dialer, &self.server)?;
-            let budget = Budget::default();
-            budget.renew();
-            let cancelled = self.client.cancel_token().cancel_query_raw(Metered::new(socket, budget), tls).await;
-            cancelled.map_err(|error| refused(&error))
+        let stopped = async {
+            loop {
+                self.cancel(dialer).await?;
+                // Answered after all that was sent before; a cancel that overtook its query was in vain.
+                let ended = tokio::time::timeout(CANCEL_AGAIN, self.client.batch_execute("ROLLBACK")).await;
+                if ended.is_ok() {
+                    return Ok::<_, Fault>(());
+                }
+            }
         };
-        if !self.client.is_closed()
-            && let Ok(Err(fault)) = tokio::time::timeout(AFTERWARDS, cancel).await
-        {
+        if let Ok(Err(fault)) = tokio::time::timeout(AFTERWARDS, stopped).await {
             tracing::debug!(reason = fault.message, "a query could not be cancelled: its timeout ends it");
         }
+    }
+
+    /// At the address that was checked and with the same TLS.
+    async fn cancel(&self, dialer: &Dialer) -> Result<(), Fault> {
+        let (socket, _) = dial(&[self.address]).await?;
+        let tls = Tls::new(dialer, &self.server)?;
+        let budget = Budget::default();
+        budget.renew();
+        let cancelled = self.client.cancel_token().cancel_query_raw(Metered::new(socket, budget), tls).await;
+        cancelled.map_err(|error| refused(&error))
     }
 
     fn explain(&self, error: &Error, scope: &Scope) -> Failure {
