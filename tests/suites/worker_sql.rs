@@ -537,6 +537,37 @@ async fn named_connections_are_the_administrators() {
 }
 
 #[tokio::test]
+async fn errors_of_a_named_connection_do_not_say_where_it_leads() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("connections.yaml");
+    let (postgres, authority) = (Postgres::shared().await, certificate());
+    let tls = Postgres::with_tls(&authority.1, &authority.2).await;
+    let urls = [
+        ("unknown", "postgres://bob:hunter2@secret-place.invalid/secret_db".to_owned(), 3001),
+        ("forbidden", "mysql://bob:hunter2@169.254.1.1/secret_db".to_owned(), 2003),
+        ("closed", format!("mysql://bob:hunter2@127.0.0.1:{}/secret_db", free_port()), 3001),
+        ("login", postgres.url("bob", "hunter2", "secret_db"), 2003),
+        ("tls", tls.database("tls", "").await + "?sslmode=verify-full", 3001),
+        ("outside", "sqlite:///nowhere/secret_db.sqlite".to_owned(), 2003),
+        ("missing", "sqlite://secret_db.sqlite".to_owned(), 2001),
+    ];
+    let entry = |(name, url, _): &(&str, String, u16)| format!("- name: {name}\n  url: {url}\n");
+    std::fs::write(&list, urls.iter().map(entry).collect::<String>()).unwrap();
+    let rig = Rig::start(&[&format!("--sql-connections-file={}", list.display())]).await;
+    for (name, _, code) in urls {
+        let job = json!({"connection": name, "query": "SELECT 1", "retry_config": {"max_attempts": 1}});
+        let error = run(&rig, "acme", name, job).await["error"].clone();
+        assert_eq!(error["code"], code, "{name}: {error}");
+        let said = error.to_string();
+        for place in ["secret", "invalid", "169.254", "127.0.0.1", "localhost", "nowhere", "bob", "hunter2"] {
+            assert!(!said.contains(place), "{name}: {said}");
+        }
+    }
+    let line = rig.worker.says("a connection cannot be opened").await.to_string();
+    assert!(!line.contains("hunter2"), "{line}");
+}
+
+#[tokio::test]
 async fn s22_tenants_share_no_session() {
     let (rig, postgres, mariadb) = (Rig::start(&[]).await, Postgres::shared().await, MariaDb::shared().await);
     let pg = postgres.database("tenants", "").await;
@@ -921,9 +952,12 @@ async fn tls_is_as_strict_as_sslmode_says() {
             }
         }
     }
-    let tls = "SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
-    let found = rows(&public, "tls-pg", &(urls[0].clone() + "?sslmode=prefer"), tls, json!([])).await;
-    assert_eq!(found, json!([{"ssl": true, "version": "TLSv1.3"}]));
+    let own = "SELECT pg_backend_pid() AS pid";
+    let found = rows(&public, "tls-pg", &(urls[0].clone() + "?sslmode=prefer"), own, json!([])).await;
+    let pid = i32::try_from(found[0]["pid"].as_i64().unwrap()).unwrap();
+    let tls = "SELECT version FROM pg_stat_ssl WHERE ssl AND pid = $1";
+    let found = postgres.admin("tls").await.query_one(tls, &[&pid]).await.unwrap();
+    assert_eq!(found.get::<_, String>(0), "TLSv1.3");
     let tls = "SELECT variable_value AS v FROM information_schema.session_status WHERE variable_name = 'Ssl_version'";
     let found = rows(&public, "tls-my", &(urls[1].clone() + "?sslmode=prefer"), tls, json!([])).await;
     assert_eq!(found, json!([{"v": "TLSv1.3"}]));

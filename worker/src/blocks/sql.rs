@@ -123,25 +123,28 @@ impl Sql {
             Source::Inline(Database::Sqlite(file)) => self.sqlite.run(file, query, scope).await,
             Source::Inline(Database::Server(server)) => {
                 let details = Details { url: Some(server.public()), ..Details::default() };
-                let outcome = self.on_server(server.clone(), query, scope).await;
+                let outcome = self.on_server(server.clone(), None, query, scope).await;
                 outcome.map_err(|fault| fault.with(details))
             }
             // Where it leads is the administrator's to know: errors tell the name only, which the job has.
             Source::Named(name) => match self.named(name, scope)? {
-                Database::Sqlite(file) => self.sqlite.run(&file, query, scope).await,
-                Database::Server(server) => self.on_server(server, query, scope).await,
+                Database::Sqlite(file) => {
+                    let outcome = self.sqlite.run(&file, query, scope).await;
+                    outcome.map_err(|fault| fault.with(Details::default()))
+                }
+                Database::Server(server) => self.on_server(server, Some(name), query, scope).await,
             },
         }
     }
 
-    fn named(&self, name: &str, scope: &Scope) -> Result<Database, Fault> {
-        let found = self.connections.as_ref().map_or(Err(Missing::Unknown), |file| file.find(name, &scope.tenant));
-        found.map_err(|missing| match missing {
     /// Returns when every query has ended on its server, or the time to cancel it there is over.
     pub async fn stopped(&self) {
         self.pool.unused().await;
     }
 
+    fn named(&self, name: &str, scope: &Scope) -> Result<Database, Fault> {
+        let found = self.connections.as_ref().map_or(Err(Missing::Unknown), |file| file.find(name, &scope.tenant));
+        found.map_err(|missing| match missing {
             Missing::Unknown => Fault::new(Cause::NotAllowed, "this tenant has no connection of that name"),
             Missing::Broken(reason) => {
                 tracing::warn!(connection = name, reason, "a connection cannot be used");
@@ -150,7 +153,13 @@ impl Sql {
         })
     }
 
-    async fn on_server(&self, server: Server, query: &Query, scope: &Scope) -> Result<Output, Fault> {
+    async fn on_server(
+        &self,
+        server: Server,
+        name: Option<&str>,
+        query: &Query,
+        scope: &Scope,
+    ) -> Result<Output, Fault> {
         let server = Arc::new(server);
         let reading = statement::only(query.text(), server.engine)?;
         loop {
@@ -162,7 +171,14 @@ impl Sql {
             })?;
             let (connection, is_fresh) = match permit.take() {
                 Some(connection) => (connection, false),
-                None => (Connection::open(&server, &self.dialer).await?, true),
+                None => {
+                    let opened = Connection::open(&server, &self.dialer).await;
+                    let opened = opened.map_err(|fault| match name {
+                        Some(name) => without_place(fault, name),
+                        None => fault,
+                    });
+                    (opened?, true)
+                }
             };
             let mut held =
                 Held { connection: Some(connection), permit: Some(permit), dialer: Arc::clone(&self.dialer) };
@@ -184,6 +200,18 @@ impl Sql {
             }
         }
     }
+}
+
+/// What went wrong on the way to an administrator's connection. The guard, the look-up and TLS name hosts: for the log.
+fn without_place(fault: Fault, connection: &str) -> Fault {
+    tracing::warn!(connection, reason = fault.message, "a connection cannot be opened");
+    let message = match fault.cause {
+        Cause::NotAllowed => "the connection is not allowed or its login is refused: the worker's log says why",
+        Cause::Network => "the database cannot be reached: the worker's log says why",
+        Cause::Tls => "TLS with the database failed: the worker's log says why",
+        _ => return fault,
+    };
+    Fault { message: message.to_owned(), ..fault }
 }
 
 /// What of a text is sent to a PostgreSQL server, and whether it is a query; nothing where it is refused.

@@ -1,5 +1,6 @@
 //! Functions that do more than compute from their arguments and the rows: they wait, lock, read files, speak to others,
-//! run text as SQL, change the session or the server.
+//! run text as SQL, change the session or the server. And what shows others' sessions or credentials: tenants may share
+//! a login.
 
 use super::database::Engine;
 
@@ -21,6 +22,32 @@ pub(super) fn is_forbidden(name: &str, engine: Engine) -> bool {
     }
 }
 
+/// Whether a name, wherever it stands, is of a table that shows sessions or credentials.
+pub(super) fn is_hidden(name: &str, engine: Engine) -> bool {
+    let name = name.to_ascii_lowercase();
+    let is_in = |list: &str| list.split_ascii_whitespace().any(|entry| entry == name);
+    match engine {
+        Engine::Postgres => {
+            let is_of_tables = PG_STAT_OF_TABLES.split_ascii_whitespace().any(|prefix| name.starts_with(prefix));
+            is_in(PG_HIDDEN) || (name.starts_with("pg_stat_") && !is_of_tables)
+        }
+        Engine::Mysql => is_in(MYSQL_HIDDEN),
+    }
+}
+
+/// Whether a schema of this name holds sessions or credentials.
+pub(super) fn is_hidden_schema(name: &str, engine: Engine) -> bool {
+    let is_listed = MYSQL_HIDDEN_SCHEMAS.iter().any(|schema| name.eq_ignore_ascii_case(schema));
+    engine == Engine::Mysql && is_listed
+}
+
+/// Whether `SHOW` of this is allowed where our parser does not know it more precisely.
+pub(super) fn may_be_shown(what: &str, engine: Engine) -> bool {
+    let is_listed = MYSQL_SHOWN.iter().any(|word| what.eq_ignore_ascii_case(word));
+    // PostgreSQL shows settings only.
+    engine == Engine::Postgres || is_listed
+}
+
 /// Of all functions that begin with `pg_`, those that tell about the catalogue, values and sizes. Others are refused,
 /// those that a later server brings too.
 const PG_HARMLESS: &str = "\
@@ -36,7 +63,10 @@ const PG_HARMLESS: &str = "\
     pg_snapshot_xmin pg_table_size pg_tablespace_databases pg_timezone_abbrevs pg_timezone_names \
     pg_total_relation_size pg_trigger_depth pg_typeof pg_visible_in_snapshot pg_wal_lsn_diff pg_xact_commit_timestamp";
 
-const PG_HARMLESS_PREFIXES: &str = "pg_get_ pg_stat_get_";
+const PG_HARMLESS_PREFIXES: &str = "\
+    pg_get_acl pg_get_catalog_foreign_keys pg_get_constraintdef pg_get_expr pg_get_function pg_get_indexdef \
+    pg_get_keywords pg_get_object_address pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef \
+    pg_get_serial_sequence pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef";
 
 const PG_FORBIDDEN: &str = "\
     connectby currtid2 currval database_to_xml database_to_xml_and_xmlschema database_to_xmlschema \
@@ -57,3 +87,19 @@ const MYSQL_FORBIDDEN: &str = "\
 const MYSQL_FORBIDDEN_PREFIXES: &str = "\
     asynchronous_connection_failover_ audit_ firewall_ group_replication_ keyring_ lib_mysqludf_ mysql_firewall_ \
     service_ sys_ spider_ version_tokens_ wsrep_";
+
+const PG_HIDDEN: &str = "\
+    _pg_user_mappings pg_authid pg_file_settings pg_hba_file_rules pg_ident_file_mappings pg_locks pg_prepared_xacts \
+    pg_replication_slots pg_shadow pg_user_mapping pg_user_mappings user_mapping_options";
+
+/// Of all views that begin with `pg_stat_`, those that count what happens to tables, indexes and databases.
+const PG_STAT_OF_TABLES: &str = "pg_stat_all_ pg_stat_database pg_stat_sys_ pg_stat_user_ pg_stat_xact_";
+
+const MYSQL_HIDDEN: &str = "\
+    client_statistics innodb_lock_waits innodb_locks innodb_trx metadata_lock_info processlist query_cache_info \
+    user_attributes user_statistics";
+
+const MYSQL_HIDDEN_SCHEMAS: [&str; 3] = ["mysql", "performance_schema", "sys"];
+
+/// The first word after `SHOW`; `TABLE` is that of `TABLE STATUS`.
+const MYSQL_SHOWN: [&str; 8] = ["ENGINES", "ERRORS", "INDEX", "INDEXES", "KEYS", "TABLE", "TRIGGERS", "WARNINGS"];

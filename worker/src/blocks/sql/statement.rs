@@ -2,7 +2,7 @@
 //!
 //! A read-only transaction does not stop everything that a statement can do: it sleeps, takes locks, reads the server's
 //! files, ends other sessions. So only statements that this parser can read are run, only those that read, and without
-//! the functions that do more. Where the parser and the server disagree, the server's own wall remains.
+//! the functions that do more and the tables that show what others do. Where the parser and the server disagree, the server's own wall remains.
 
 use std::ops::ControlFlow;
 
@@ -57,7 +57,7 @@ fn dialect(engine: Engine) -> &'static dyn Dialect {
 /// Whether a reading statement is a query; the tree of it is gone when this returns.
 fn is_query(tokens: &[TokenWithSpan], engine: Engine) -> Result<bool, Fault> {
     let statement = parse(tokens, dialect(engine))?;
-    match statement.visit(&mut OnlyReading) {
+    match statement.visit(&mut OnlyReading(engine)) {
         ControlFlow::Continue(()) => Ok(matches!(statement, Statement::Query(_))),
         ControlFlow::Break(reason) => Err(not_allowed(reason)),
     }
@@ -118,6 +118,12 @@ fn check_words(tokens: &[TokenWithSpan], engine: Engine) -> Result<usize, Fault>
         if is_call && forbidden::is_forbidden(&word.value, engine) {
             return Err(not_allowed(format!("the function {} is not allowed", shown(word))));
         }
+        let is_schema = next.is_some_and(|next| matches!(next, Token::Period));
+        if forbidden::is_hidden(&word.value, engine) || (is_schema && forbidden::is_hidden_schema(&word.value, engine))
+        {
+            let reason = format!("{} is not allowed: it shows sessions or credentials of the server", shown(word));
+            return Err(not_allowed(reason));
+        }
         // In U&"…" a name is written in escapes, which the parser does not undo.
         let is_escaped = word.quote_style.is_none() && word.value.eq_ignore_ascii_case("u");
         if is_escaped && next.is_some_and(|next| matches!(next, Token::Ampersand)) {
@@ -156,13 +162,18 @@ fn parse(tokens: &[TokenWithSpan], dialect: &dyn Dialect) -> Result<Statement, F
 }
 
 /// Refuses what is not reading, wherever in a statement it stands.
-struct OnlyReading;
+struct OnlyReading(Engine);
 
 impl Visitor for OnlyReading {
     type Break = String;
 
     fn pre_visit_statement(&mut self, statement: &Statement) -> ControlFlow<String> {
         match statement {
+            Statement::ShowVariable { variable }
+                if !variable.first().is_some_and(|what| forbidden::may_be_shown(&what.value, self.0)) =>
+            {
+                refuse("of SHOW, only what tells about databases, tables, columns, indexes and variables is allowed")
+            }
             Statement::Query(_)
             | Statement::Explain { .. }
             | Statement::ExplainTable { .. }
@@ -177,8 +188,7 @@ impl Visitor for OnlyReading {
             | Statement::ShowViews { .. }
             | Statement::ShowFunctions { .. }
             | Statement::ShowCollation { .. }
-            | Statement::ShowCharset(_)
-            | Statement::ShowProcessList { .. } => ControlFlow::Continue(()),
+            | Statement::ShowCharset(_) => ControlFlow::Continue(()),
             _ => refuse("only SELECT, WITH, VALUES, TABLE, SHOW, EXPLAIN and DESCRIBE are allowed"),
         }
     }
