@@ -1,5 +1,6 @@
 //! `http.request`: one request and the redirects that it leads to. The caller keeps the deadline, and drops us then.
 
+mod body; // what comes back, unpacked
 mod client; // one pool of connections for each tenant, behind the guard
 mod failure; // what went wrong below HTTP
 mod request; // what a job asks for

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ::http::Method;
+use ::http::header::{self, HeaderValue};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::client::Resumption;
 use rustls::crypto::ring;
@@ -134,8 +136,11 @@ impl Client {
         }
         let mut request = reqwest::Request::new(hop.method.clone(), hop.url.clone());
         *request.headers_mut() = hop.headers.clone();
+        request.headers_mut().entry(header::ACCEPT_ENCODING).or_insert(HeaderValue::from_static("gzip"));
         if !hop.body.is_empty() {
             *request.body_mut() = Some(hop.body.clone().into());
+        } else if matches!(hop.method, Method::POST | Method::PUT | Method::PATCH) {
+            request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         let sent = TARGET.scope(target.clone(), self.http.execute(request)).await;
         let response = sent.map_err(|error| failure::fault(&error))?;

@@ -12,7 +12,8 @@ use jiff::fmt::rfc2822::DateTimeParser;
 use reqwest::Response;
 use serde::Serialize;
 
-use super::{Request, failure};
+use super::Request;
+use super::body::{Body as Unpacked, Encoding};
 use crate::blocks::output::MAX_BYTES;
 use crate::blocks::{Output, Scope};
 use crate::contract;
@@ -54,9 +55,10 @@ pub(super) fn check_head(response: &Response, hop: &Request) -> Result<(), Fault
         return Err(Fault::new(Cause::OverCap, message));
     }
     let has_body = hop.method != Method::HEAD && !matches!(status.as_u16(), 204 | 304);
-    let encoding = headers.get(header::CONTENT_ENCODING).filter(|encoding| *encoding != "identity");
-    match encoding {
-        Some(encoding) if has_body && status.as_u16() < 400 && !hop.headers.contains_key(header::ACCEPT_ENCODING) => {
+    match Encoding::of(headers) {
+        Encoding::Other(encoding)
+            if has_body && status.as_u16() < 400 && !hop.headers.contains_key(header::ACCEPT_ENCODING) =>
+        {
             let message = format!("the peer answered with the encoding {encoding:?}: only gzip was asked for");
             Err(Fault::new(Cause::ExecutionFailed, message))
         }
@@ -67,8 +69,9 @@ pub(super) fn check_head(response: &Response, hop: &Request) -> Result<(), Fault
 /// Reads an answer that is no error.
 pub(super) async fn success(response: Response, started: Instant, scope: &Scope) -> Result<Output, Fault> {
     let status_code = response.status().as_u16();
-    let headers = public_headers(response.headers());
-    let bytes = read_capped(response, MAX_BYTES.min(scope.max_output_bytes)).await?;
+    let body = Unpacked::of(response);
+    let headers = public_headers(body.head().headers());
+    let bytes = read_capped(body, MAX_BYTES.min(scope.max_output_bytes)).await?;
     let latency_ms = contract::millis(started.elapsed());
     let body = match std::str::from_utf8(&bytes) {
         Ok(text) => Body::Body(text),
@@ -88,14 +91,14 @@ pub(super) async fn failure(response: Response) -> Fault {
     Fault { retry_after, ..Fault::new(Cause::HttpStatus(status.as_u16()), message).with(details) }
 }
 
-async fn read_capped(mut response: Response, cap: usize) -> Result<Vec<u8>, Fault> {
+async fn read_capped(mut unpacked: Unpacked, cap: usize) -> Result<Vec<u8>, Fault> {
     let over_cap = || Fault::new(Cause::OverCap, format!("the response has more than {cap} bytes"));
-    let announced = response.content_length().unwrap_or(0);
+    let announced = unpacked.announced().unwrap_or(0);
     if usize::try_from(announced).map_or(true, |announced| announced > cap) {
         return Err(over_cap());
     }
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| failure::fault(&error))? {
+    while let Some(chunk) = unpacked.next().await? {
         if chunk.len() > cap - body.len() {
             return Err(over_cap());
         }
@@ -105,11 +108,12 @@ async fn read_capped(mut response: Response, cap: usize) -> Result<Vec<u8>, Faul
 }
 
 /// The start of a body, as far as it came in time.
-async fn excerpt(mut response: Response) -> String {
+async fn excerpt(response: Response) -> String {
+    let mut body = Unpacked::of(response);
     let mut start = Vec::new();
     let read = async {
         while start.len() < EXCERPT_BYTES
-            && let Ok(Some(chunk)) = response.chunk().await
+            && let Ok(Some(chunk)) = body.next().await
         {
             start.extend_from_slice(&chunk);
         }

@@ -1,6 +1,7 @@
 //! A body that leaves as it comes: cut into pieces and handed on one by one. No more than one piece of it is kept.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::time::Instant;
 
 use ::http::header;
@@ -9,7 +10,8 @@ use futures::StreamExt;
 use reqwest::Response;
 use serde::Serialize;
 
-use super::{failure, response};
+use super::body::Body;
+use super::response;
 use crate::blocks::pieces::{Piece, Sink};
 use crate::blocks::{Output, Scope};
 use crate::contract;
@@ -43,10 +45,11 @@ pub(super) async fn forward(
     sink: &dyn Sink,
 ) -> Result<Output, Fault> {
     let status_code = response.status().as_u16();
-    let headers = response::public_headers(response.headers());
+    let body = Body::of(response);
+    let headers = response::public_headers(body.head().headers());
     let mut pieces = Pieces { attempt: scope.attempt, next: 0, sink };
     let limit = MAX_PIECE_BYTES.min(scope.max_output_bytes / MAX_ESCAPED_BYTES);
-    let forwarded = forward_body(response, limit, MAX_BODY_BYTES, &mut pieces).await;
+    let forwarded = forward_body(body, limit, MAX_BODY_BYTES, &mut pieces).await;
     let size_bytes = forwarded.map_err(|fault| Fault { may_repeat: pieces.next == 0, ..fault })?;
     let latency_ms = contract::millis(started.elapsed());
     let result = Streamed { status_code, headers, latency_ms, streamed: true, chunks: pieces.next, size_bytes };
@@ -54,17 +57,17 @@ pub(super) async fn forward(
 }
 
 /// Returns the size of the body.
-async fn forward_body(response: Response, limit: usize, cap: u64, pieces: &mut Pieces<'_>) -> Result<u64, Fault> {
+async fn forward_body(body: Body, limit: usize, cap: u64, pieces: &mut Pieces<'_>) -> Result<u64, Fault> {
     let over_cap = || Fault::new(Cause::OverCap, format!("the response has more than {cap} bytes"));
-    if response.content_length().is_some_and(|announced| announced > cap) {
+    if body.announced().is_some_and(|announced| announced > cap) {
         return Err(over_cap());
     }
-    let mut cutter = Cutter::new(limit, is_event_stream(&response));
-    let mut parts = response.bytes_stream().ready_chunks(READY_PARTS);
+    let mut cutter = Cutter::new(limit, is_event_stream(body.head()));
+    let mut parts = pin!(body.into_parts().ready_chunks(READY_PARTS));
     let mut size = 0;
     while let Some(ready) = parts.next().await {
         for part in ready {
-            let part = part.map_err(|error| failure::fault(&error))?;
+            let part = part?;
             size += part.len() as u64;
             if size > cap {
                 return Err(over_cap());
@@ -228,7 +231,7 @@ mod tests {
     async fn forward(response: ::http::Response<reqwest::Body>, cap: u64) -> (Result<u64, Fault>, Vec<usize>) {
         let kept = Kept::default();
         let mut pieces = Pieces { attempt: 1, next: 0, sink: &kept };
-        let size = forward_body(response.into(), MAX_PIECE_BYTES, cap, &mut pieces).await;
+        let size = forward_body(Body::of(response.into()), MAX_PIECE_BYTES, cap, &mut pieces).await;
         (size, kept.pieces().iter().map(|piece| piece.data.len()).collect())
     }
 
