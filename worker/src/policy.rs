@@ -125,13 +125,16 @@ impl Policy {
     /// # Errors
     /// What is wrong with it: the field as a path, and what it may be.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let value: serde_json::Value = serde_saphyr::from_str(text).map_err(|error| format!("is not YAML: {error}"))?;
+        let value: serde_json::Value = serde_saphyr::from_str(text).map_err(|error| {
+            let place = error.location().map(|at| format!(" (line {}, column {})", at.line(), at.column()));
+            format!("is not YAML{}", place.unwrap_or_default())
+        })?;
         let wire: wire::Policy = match value {
             serde_json::Value::Null => wire::Policy::default(),
             value => {
                 serde_path_to_error::deserialize(value).map_err(|error| match error.path().to_string().as_str() {
-                    "." => error.inner().to_string(),
-                    path => format!("{path}: {}", error.inner()),
+                    "." => without_values(error.inner()),
+                    path => format!("{path}: {}", without_values(error.inner())),
                 })?
             }
         };
@@ -308,6 +311,15 @@ impl PolicyFile {
     }
 }
 
+/// What is wrong, and what may be there instead. What is there may be a secret, where it is the wrong file.
+fn without_values(error: &serde_json::Error) -> String {
+    let words = error.to_string();
+    match (words.split([':', '`']).next(), words.rsplit_once(", expected ")) {
+        (Some(wrong), Some((_, expected))) => format!("{}, expected {expected}", wrong.trim_end()),
+        _ => words,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -384,10 +396,32 @@ tenants:
     }
 
     #[test]
+    fn the_wrong_file_is_not_repeated() {
+        for text in [
+            "root:x:0:0:s3cret:/root",
+            "[s3cret]",
+            "paused: s3cret",
+            "paused: 's3cret, expected s3cret'",
+            "paused: [s3cret",
+            "tenants: {defaults: {weight: s3cret}}",
+            "tenants: {defaults: {onExceeded: s3cret}}",
+            "tenants: {defaults: {quotas: {window: s3cret}}}",
+            "tenants: {named: [{id: 's3cret\\n'}]}",
+            "tenants: {named: [{id: \"s3cret\\n\"}]}",
+            "tenants: s3cret",
+            "\ts3cret: {",
+        ] {
+            if let Err(error) = Policy::parse(text) {
+                assert!(!error.contains("s3cret"), "{text}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, reason) in [
             ("paused: maybe", "paused: invalid type"),
-            ("pause: true", "pause: unknown field `pause`"),
+            ("pause: true", "pause: unknown field, expected"),
             ("[]", "invalid"),
             ("paused: [", "is not YAML"),
             ("paused: true\npaused: true", "is not YAML"),
