@@ -3,7 +3,7 @@
 //! `/ok`, `/echo`, `/status/<code>`, `/flaky/<n>` and `/retry-after/<seconds>/<n>` (the first `n` requests with the same
 //! `Idempotency-Key` get 503), `/slow/<ms>`, `/gate/<name>/<n>` (answers, with `n` bytes if it says so, when the test
 //! opens it), `/reset`, `/redirect/<n>`,
-//! `/gzip`, `/bytes/<n>`. A query only tells cases apart. `/hits` tells how often each `Idempotency-Key` came, and
+//! `/gzip`, `/bytes/<n>`, `/garbled/<code>/<n>` (`n` control characters). A query only tells cases apart. `/hits` tells how often each `Idempotency-Key` came, and
 //! `/kept/<word>` what came to paths that begin with that word, in base64. It takes a collector's traces, too.
 
 use std::collections::{BTreeMap, HashSet};
@@ -207,6 +207,7 @@ fn answer(state: &Arc<State>, hit: &Hit) -> impl Future<Output = Option<Answer>>
             "redirect" => Answer::ok(),
             "gzip" => Answer { body: gzip(&Answer::ok().body), ..Answer::ok().with("content-encoding", "gzip") },
             "bytes" => Answer::bytes(first),
+            "garbled" => Answer { body: vec![1; usize::try_from(second).unwrap_or_default()], ..Answer::status(first) },
             "hits" => Answer::json(200, &state.counts()),
             "kept" => Answer::json(200, &state.bodies(words.get(1).map(String::as_str).unwrap_or_default())),
             "v1" => Answer::ok(),

@@ -493,6 +493,24 @@ async fn a_request_that_the_broker_does_not_take_is_a_final_error() {
 }
 
 #[tokio::test]
+async fn a_request_that_its_bucket_does_not_take_is_a_final_error() {
+    let rig = Rig::start(&[]).await;
+    let mut config = rig.router.stream("KV_caf-approvals").await.cached_info().config.clone();
+    config.max_message_size = 2048;
+    rig.router.jetstream().update_stream(&config).await.unwrap();
+    let mut payload = ask("acme", "large", MINUTES);
+    payload["job"]["prompt"] = json!("p".repeat(4_000));
+    rig.router.submit(&payload).await;
+    let error = rig.router.result(&payload).await["error"].clone();
+    assert_eq!((&error["code"], &error["retryable"]), (&json!(2002), &json!(false)));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.ends_with("more than max_msg_size of stream KV_caf-approvals"), "{message}");
+    rig.router.letter(&payload).await;
+    rig.worker.ready().await;
+    kept_its_promise(&rig.router).await;
+}
+
+#[tokio::test]
 async fn in_the_sandbox_every_approval_is_granted_after_its_delay() {
     let rig = Rig::start(&["--sandbox-mode"]).await;
     let mut announced = announcements(&rig.router).await;

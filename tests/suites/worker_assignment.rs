@@ -1147,6 +1147,23 @@ async fn files_that_cannot_be_used_are_named_at_once_with_exit_code_2() {
 }
 
 #[tokio::test]
+async fn a_client_certificate_is_for_tls_and_never_goes_without() {
+    let files = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["worker".to_owned()]).unwrap();
+    let (cert, key) = (files.path().join("cert.pem"), files.path().join("key.pem"));
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let nats = NatsServer::start();
+    let worker = Worker::named("w")
+        .flag(format!("--nats-url={}", nats.url()))
+        .flag(format!("--nats-tls-cert={}", cert.display()))
+        .flag(format!("--nats-tls-key={}", key.display()))
+        .spawn();
+    worker.says("cannot reach NATS yet").await;
+    worker.unready("NATS disconnected").await;
+}
+
+#[tokio::test]
 async fn a_safe_root_that_is_missing_is_said_at_the_start() {
     let nats = NatsServer::start();
     let worker = Worker::named("w").flag("--fs-roots=/nowhere/data").start(&nats).await;

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{DLQ, assignment, json as read};
 use beamline_tests::wait::{until, within};
@@ -336,6 +337,73 @@ async fn w18_what_a_stream_is_set_to_refuse_for_its_size_ends_too() {
     assert!(letter.get("assignment").is_none(), "{letter}");
     worker.ready().await;
     kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+/// Has a stream take no larger messages.
+async fn bound(rig: &Rig, stream: &str, bytes: i32) {
+    let mut config = rig.router.stream(stream).await.cached_info().config.clone();
+    config.max_message_size = bytes;
+    rig.router.jetstream().update_stream(&config).await.unwrap();
+}
+
+/// The dead letter that the stream keeps: what it refused was heard too.
+async fn kept_letter(rig: &Rig, id: &str) -> Value {
+    let kept = rig.router.all("CAF_EXEC_DLQ", DLQ).await;
+    let mut letters = kept.iter().map(|kept| read(&kept.payload));
+    letters.find(|letter| letter["assignment_id"] == id).expect("a letter")
+}
+
+#[tokio::test]
+async fn w18_an_error_that_no_stream_takes_whole_says_less_and_stops_nobody() {
+    let rig = Rig::start(&[]).await;
+    bound(&rig, "CAF_EXEC_DLQ", 2048).await;
+    let page = assignment("acme", "w18-page", rig.call("/garbled/404/2000"));
+    rig.router.submit(&page).await;
+    let result = rig.router.result(&page).await;
+    assert_eq!(result["error"]["details"]["body"], json!("\u{1}".repeat(2000)), "the Router is told all of it");
+    let letter = kept_letter(&rig, "w18-page").await;
+    assert_eq!((&letter["error"]["code"], &letter["error"]["details"]), (&json!(3003), &json!({})));
+    assert_eq!(letter["attempts"], json!([]));
+    let message = letter["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("the peer answered 404"), "{message}");
+
+    bound(&rig, "CAF_EXEC_RESULT", 2048).await;
+    let error = assignment("acme", "w18-error", rig.call("/garbled/404/1000"));
+    rig.router.submit(&error).await;
+    let result = rig.router.result(&error).await;
+    assert_eq!(result["error"]["code"], 3003);
+    assert_eq!(result["error"]["details"].get("body"), None, "{result}");
+    assert_eq!(kept_letter(&rig, "w18-error").await["error"]["code"], 3003);
+
+    let other = assignment("acme", "w18-other", rig.call("/ok"));
+    rig.router.submit(&other).await;
+    assert_eq!(rig.router.result(&other).await["status"], "success");
+    rig.worker.ready().await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn w18_a_letter_that_a_small_broker_does_not_take_whole_says_less() {
+    let rig = Rig::at(NatsServer::with("max_payload: 12000"), &[]).await;
+    let page = assignment("acme", "w18-small", rig.call("/garbled/404/2000"));
+    rig.router.submit(&page).await;
+    assert_eq!(rig.router.result(&page).await["error"]["code"], 3003);
+    assert_eq!(kept_letter(&rig, "w18-small").await["error"]["code"], 3003);
+    rig.worker.ready().await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn w18_what_cannot_be_said_shorter_names_the_stream_and_the_setting() {
+    let rig = Rig::start(&[]).await;
+    bound(&rig, "CAF_EXEC_RESULT", 64).await;
+    let payload = assignment("acme", "w18-never", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    let said = rig.worker.unready("storage refused").await;
+    assert!(said.contains("max_msg_size of stream CAF_EXEC_RESULT"), "{said}");
+    bound(&rig, "CAF_EXEC_RESULT", -1).await;
+    assert_eq!(rig.router.result(&payload).await["error"]["code"], 2002);
+    rig.worker.ready().await;
 }
 
 /// 2 000 assignments of every kind, while workers are killed one after the other and the broker once.

@@ -34,6 +34,8 @@ pub enum Opened {
     Ended(Entry, Request),
     /// One of the same id has been there, and has been removed of late.
     Before,
+    /// No request of its size is kept: the setting that bounds it.
+    TooLarge(String),
 }
 
 impl Approvals {

@@ -53,7 +53,7 @@ pub struct Address {
     pub creds: Option<PathBuf>,
     /// A private CA; requires TLS.
     pub tls_ca: Option<PathBuf>,
-    /// The client's certificate and key.
+    /// The client's certificate and key; requires TLS.
     pub tls_identity: Option<(PathBuf, PathBuf)>,
     /// How the broker names this connection.
     pub name: String,
@@ -130,10 +130,12 @@ pub enum StoreError {
         reason: String,
     },
     /// Neither now nor later: the broker or the stream takes no message of this size.
-    #[error("the message for {subject} is larger than the broker or its stream takes")]
+    #[error("the message for {subject} is larger than {limit}: raise it")]
     TooLarge {
         /// Where it should have been stored.
         subject: String,
+        /// The setting that bounds it, and whose it is.
+        limit: String,
     },
     /// It may or may not be kept: ask again, with the same precondition.
     #[error("no answer from the broker for {subject}: {reason}")]
@@ -143,6 +145,13 @@ pub enum StoreError {
         /// What happened.
         reason: String,
     },
+}
+
+impl StoreError {
+    /// The broker takes no message of this size, whatever the subject.
+    pub fn too_large_for_broker(subject: String) -> Self {
+        Self::TooLarge { subject, limit: "max_payload of the broker".to_owned() }
+    }
 }
 
 impl Session {
@@ -250,7 +259,7 @@ impl Broker {
             Ok(Some(answer)) => answer,
             Ok(None) => return unknown(subject, format!("nothing came in {} s", REQUEST_TIMEOUT.as_secs())),
             Err(error) => match error.kind() {
-                PublishErrorKind::MaxPayloadExceeded => return Err(StoreError::TooLarge { subject }),
+                PublishErrorKind::MaxPayloadExceeded => return Err(StoreError::too_large_for_broker(subject)),
                 PublishErrorKind::InvalidSubject => {
                     return Err(StoreError::Refused { subject, reason: error.to_string() });
                 }
@@ -258,10 +267,13 @@ impl Broker {
             },
         };
         match serde_json::from_slice(&answer.payload) {
-            Ok(PubAck { seq: Some(sequence), error: None }) => Ok(Stored::At(sequence)),
-            Ok(PubAck { error: Some(error), .. }) => match error.error_code() {
+            Ok(PubAck { seq: Some(sequence), error: None, .. }) => Ok(Stored::At(sequence)),
+            Ok(PubAck { error: Some(error), stream, .. }) => match error.error_code() {
                 ErrorCode::STREAM_WRONG_LAST_SEQUENCE => Ok(Stored::Refused),
-                ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => Err(StoreError::TooLarge { subject }),
+                ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM => {
+                    let limit = format!("max_msg_size of stream {}", stream.unwrap_or_default());
+                    Err(StoreError::TooLarge { subject, limit })
+                }
                 _ => Err(StoreError::Refused { subject, reason: error.to_string() }),
             },
             _ => unknown(subject, "the answer is no PubAck".to_owned()),
@@ -295,7 +307,7 @@ impl Broker {
     pub async fn send(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
         let sent = self.0.client.publish_with_headers(subject.to_owned(), headers, payload).await;
         sent.map_err(|error| match error.kind() {
-            PublishErrorKind::MaxPayloadExceeded => StoreError::TooLarge { subject: subject.to_owned() },
+            PublishErrorKind::MaxPayloadExceeded => StoreError::too_large_for_broker(subject.to_owned()),
             _ => StoreError::Unknown { subject: subject.to_owned(), reason: error.to_string() },
         })
     }
@@ -323,6 +335,7 @@ pub(crate) fn wire_len(headers: &HeaderMap) -> usize {
 #[derive(Deserialize)]
 struct PubAck {
     seq: Option<u64>,
+    stream: Option<String>,
     error: Option<jetstream::Error>,
 }
 
@@ -339,7 +352,7 @@ fn options(address: &Address, purpose: &str) -> ConnectOptions {
         options = options.add_root_certificates(ca.clone()).require_tls(true);
     }
     if let Some((cert, key)) = &address.tls_identity {
-        options = options.add_client_certificate(cert.clone(), key.clone());
+        options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
     }
     options = match credentials_in_url(address) {
         Some((user, Some(password))) => options.user_and_password(user, password),

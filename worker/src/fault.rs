@@ -165,6 +165,14 @@ pub struct Fault {
 /// What a detail repeats of a text that came from outside, in bytes: an error has to fit the broker many times over.
 pub(crate) const EXCERPT_BYTES: usize = 2048;
 
+/// What a message that has to be short keeps, in bytes.
+const SHORT_BYTES: usize = 256;
+
+/// The beginning of a message, where all of it is too much.
+pub fn short(message: &str) -> &str {
+    message.get(..message.floor_char_boundary(SHORT_BYTES)).unwrap_or(message)
+}
+
 /// The beginning of a text as a detail repeats it; one that is cut ends in an ellipsis.
 pub fn excerpt(mut text: String) -> String {
     if text.len() > EXCERPT_BYTES {
@@ -184,6 +192,22 @@ impl Fault {
     #[must_use]
     pub fn with(self, details: Details) -> Self {
         Self { details, ..self }
+    }
+
+    /// Says less: without the peer's words, then without details, then with the beginning of the message. False where
+    /// nothing is left to leave out.
+    pub fn shorten(&mut self) -> bool {
+        if self.details.body.take().is_some() {
+            return true;
+        }
+        if self.details != Details::default() {
+            self.details = Details::default();
+            return true;
+        }
+        let kept = short(&self.message).len();
+        let is_long = kept < self.message.len();
+        self.message.truncate(kept);
+        is_long
     }
 }
 
@@ -248,6 +272,19 @@ mod tests {
         assert_eq!(excerpt("/data/x".to_owned()), "/data/x");
         let cut = excerpt("é".repeat(EXCERPT_BYTES));
         assert_eq!(cut, format!("{}…", "é".repeat(EXCERPT_BYTES / 2)));
+    }
+
+    #[test]
+    fn a_fault_is_shortened_step_by_step_to_its_number_and_the_beginning_of_its_message() {
+        let details = Details { body: Some("b".repeat(2048)), url: Some("u".repeat(2048)), ..Details::default() };
+        let mut fault = Fault::new(Cause::HttpStatus(404), "é".repeat(1000)).with(details);
+        let mut sizes = vec![];
+        while fault.shorten() {
+            let details = fault.details.url.as_ref().map_or(0, String::len);
+            sizes.push((fault.details.body.is_some(), details, fault.message.len()));
+        }
+        assert_eq!(sizes, [(false, 2048, 2000), (false, 0, 2000), (false, 0, 256)]);
+        assert_eq!(fault.cause, Cause::HttpStatus(404));
     }
 
     #[test]

@@ -61,18 +61,31 @@ impl StepResult {
         self.attempts.saturating_sub(1)
     }
 
-    /// The ExecResult that is recorded and published. A result that the broker would not take becomes an error.
+    /// The ExecResult that is recorded and published, shortened as far as `max_payload` needs it and it can be.
     pub fn encode(&mut self, assignment: &Assignment, worker_id: &str, max_payload: usize) -> Bytes {
-        let encoded = self.to_json(assignment, worker_id);
-        if encoded.len() <= max_payload {
-            return encoded;
+        let mut encoded = self.to_json(assignment, worker_id);
+        while encoded.len() > max_payload && self.shorten(assignment, encoded.len()) {
+            encoded = self.to_json(assignment, worker_id);
         }
-        self.become_too_large(assignment, encoded.len());
-        self.to_json(assignment, worker_id)
+        encoded
     }
 
-    /// The broker takes no result of so many bytes: it becomes an error that says so.
-    pub fn become_too_large(&mut self, assignment: &Assignment, bytes: usize) {
+    /// Whether [`Self::shorten`] leaves something out.
+    pub fn may_be_shorter(&self) -> bool {
+        self.outputs.is_some() || self.error.clone().is_some_and(|mut fault| fault.shorten())
+    }
+
+    /// No result of so many bytes is taken. Outputs are never cut: they become an error that says so. An error says less.
+    /// False where nothing is left to leave out.
+    pub fn shorten(&mut self, assignment: &Assignment, bytes: usize) -> bool {
+        if self.outputs.is_some() {
+            self.become_too_large(assignment, bytes);
+            return true;
+        }
+        self.error.as_mut().is_some_and(Fault::shorten)
+    }
+
+    fn become_too_large(&mut self, assignment: &Assignment, bytes: usize) {
         let message = format!("the result has {bytes} bytes, more than the broker takes");
         let mut fault = Fault::new(Cause::OverCap, message);
         fault.details.block_type = Some(assignment.block.kind().as_str());

@@ -96,6 +96,12 @@ pub struct Details {
     pub sandbox: Option<bool>,
 }
 
+impl Details {
+    /// No details.
+    pub const NONE: Self =
+        Self { block_type: None, url: None, path: None, http_status: None, body: None, sandbox: None };
+}
+
 /// What ties a result to its flow, and what it cost.
 #[derive(Debug, Serialize)]
 pub struct Metadata<'a> {

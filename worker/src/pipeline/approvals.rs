@@ -24,7 +24,7 @@ use crate::assignment::Assignment;
 use crate::blocks::Block;
 use crate::blocks::human::Approval;
 use crate::broker::kv::{Change, Entry};
-use crate::broker::{Expected, Stored};
+use crate::broker::{Expected, StoreError, Stored};
 use crate::execute::Execution;
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
@@ -127,6 +127,13 @@ impl Pipeline {
                 Some(Opened::Joined(entry)) => break (entry, true),
                 Some(Opened::Ended(entry, ended)) => self.conclude(&entry, &ended).await,
                 Some(Opened::Before) => {}
+                Some(Opened::TooLarge(limit)) => {
+                    let message =
+                        format!("the request for approval has {} bytes, more than {limit}", request.encode().len());
+                    let (expected, queued) = (request.replaces, request.queued);
+                    let execution = Execution::not_begun(Fault::new(Cause::OverCap, message));
+                    return self.finish(arrival, expected, queued, execution).await;
+                }
             }
             let key = std::slice::from_ref(&arrival.assignment.key);
             let record = self.read_records(key).await.into_values().next();
@@ -252,12 +259,25 @@ impl Pipeline {
         now: Timestamp,
     ) -> Option<(Entry, Request)> {
         let mut step = StepResult::of(request.execution(outcome, now), assignment.block.kind(), request.queued);
-        let result = step.encode(assignment, &self.identity.worker_id, self.largest_output());
-        let result = String::from_utf8(result.into()).ok().and_then(|result| RawValue::from_string(result).ok())?;
-        let ended = request.ended(result, format!("{},{:016x}", self.identity.worker_id, fastrand::u64(..)));
-        let value = ended.encode();
-        let update = || self.approvals.requests().update(&entry.key, value.clone(), entry.revision);
-        let ours = match self.until_definite(update).await {
+        let by = format!("{},{:016x}", self.identity.worker_id, fastrand::u64(..));
+        let (ended, value, stored) = loop {
+            let result = step.encode(assignment, &self.identity.worker_id, self.largest_output());
+            let result = String::from_utf8(result.into()).ok().and_then(|result| RawValue::from_string(result).ok())?;
+            let ended = request.clone().ended(result, by.clone());
+            let value = ended.encode();
+            let may_shrink = step.may_be_shorter();
+            let update = || async {
+                match self.approvals.requests().update(&entry.key, value.clone(), entry.revision).await {
+                    Err(StoreError::TooLarge { .. }) if may_shrink => Ok(None),
+                    outcome => outcome.map(Some),
+                }
+            };
+            match self.until_definite(update).await {
+                Some(stored) => break (ended, value, stored),
+                None => step.shorten(assignment, value.len()),
+            };
+        };
+        let ours = match stored {
             Stored::At(revision) => Entry { value, revision, ..entry.clone() },
             // An earlier try of ours may have done it.
             Stored::Refused => self.read_request(&entry.key).await.filter(|known| known.value == value)?,
@@ -326,7 +346,13 @@ impl Pipeline {
     /// Stores the request, as long as the delivery is ours.
     async fn open(&self, delivery: &Delivery, request: &Request, after_an_end: AfterAnEnd) -> Option<Opened> {
         let store = || async {
-            if delivery.is_lapsed() { Ok(None) } else { self.approvals.open(request, after_an_end).await.map(Some) }
+            if delivery.is_lapsed() {
+                return Ok(None);
+            }
+            match self.approvals.open(request, after_an_end).await {
+                Err(StoreError::TooLarge { limit, .. }) => Ok(Some(Opened::TooLarge(limit))),
+                outcome => outcome.map(Some),
+            }
         };
         self.until_definite(store).await
     }

@@ -57,7 +57,7 @@ impl Pipeline {
         let key = &assignment.key;
         let (mut expected, mut result) = (expected, result);
         loop {
-            let may_shrink = step.outputs.is_some();
+            let may_shrink = step.may_be_shorter();
             let write = || async {
                 match self.ledger.write(key, delivery.publication(), expected, result.clone()).await {
                     // No other try can succeed.
@@ -72,7 +72,7 @@ impl Pipeline {
                 Some(Stored::At(_)) => return Recorded::Ours(result),
                 Some(Stored::Refused) => {}
                 None => {
-                    step.become_too_large(assignment, result.len());
+                    step.shorten(assignment, result.len());
                     result = self.encode(step, assignment);
                     continue;
                 }

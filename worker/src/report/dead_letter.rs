@@ -15,9 +15,9 @@ use crate::assignment::Addressee;
 use crate::blocks::http::is_credential_header;
 use crate::broker::streams::Ready;
 use crate::broker::{Broker, StoreError, wire_len};
-use crate::contract::{self, AttemptRecord, DeadLetter, LetterError, Stage, StoredError};
+use crate::contract::{self, AttemptRecord, DeadLetter, Details, LetterError, PublicError, Stage, StoredError};
 use crate::execute::Attempt;
-use crate::fault::Fault;
+use crate::fault::{Fault, short};
 use crate::identity::Identity;
 use crate::intake::Delivery;
 use crate::message;
@@ -134,13 +134,15 @@ impl DeadLetters {
         if !fits(self.store_beside(&dlq_id, original).await)? {
             letter.omitted = Some(format!("the original of {bytes} bytes: no message of this size is taken here"));
         }
-        let envelope = contract::encode(&letter);
-        if self.may_take(&envelope) && fits(self.store(&dlq_id, trace.as_ref(), envelope).await)? {
-            return Ok(());
+        loop {
+            let envelope = contract::encode(&letter);
+            if self.may_take(&envelope) && fits(self.store(&dlq_id, trace.as_ref(), envelope.clone()).await)? {
+                return Ok(());
+            }
+            if !shorten(&mut letter) {
+                return self.store(&dlq_id, trace.as_ref(), envelope).await;
+            }
         }
-        // Very many attempts, where very little is taken: the last one says most.
-        letter.attempts.drain(..letter.attempts.len().saturating_sub(1));
-        self.store(&dlq_id, trace.as_ref(), contract::encode(&letter)).await
     }
 
     /// The broker's limit counts the headers too; 2 KiB is more than these have. The stream may have a lower one.
@@ -229,6 +231,31 @@ fn as_object(payload: &[u8]) -> Option<&RawValue> {
     }
     serde_json::from_str::<serde_json::Value>(json).ok().filter(serde_json::Value::is_object)?;
     serde_json::from_str::<&RawValue>(json).ok()
+}
+
+/// Says less: of the attempts the last one, which says most, then none; then the error's number and the beginning of its
+/// message. False where nothing is left to leave out.
+fn shorten(letter: &mut DeadLetter<'_>) -> bool {
+    match letter.attempts.len() {
+        0 => {
+            let Some(bare) = bare(&letter.error) else { return false };
+            letter.error = LetterError::New(bare);
+        }
+        1 => letter.attempts.clear(),
+        attempts => drop(letter.attempts.drain(..attempts - 1)),
+    }
+    true
+}
+
+/// An error without its details, with the beginning of its message; `None` where it is so already.
+fn bare<'a>(error: &LetterError<'a>) -> Option<PublicError<'a>> {
+    const NONE: &Details = &Details::NONE;
+    let (code, message, retryable) = match error {
+        LetterError::New(error) if *error.details == *NONE && short(error.message) == error.message => return None,
+        LetterError::New(error) => (error.code, error.message, error.retryable),
+        LetterError::Stored(error) => (error.code, error.message.as_str(), error.retryable),
+    };
+    Some(PublicError { code, message: short(message), retryable, details: NONE })
 }
 
 /// Whether it is kept; not so where no message of its size is.

@@ -129,7 +129,7 @@ impl Ledger {
     ) -> Result<Stored, StoreError> {
         if !self.is_kept() {
             let fits = result.len() <= self.broker.max_payload();
-            let too_large = || StoreError::TooLarge { subject: contract::RESULT.to_owned() };
+            let too_large = || StoreError::too_large_for_broker(contract::RESULT.to_owned());
             return fits.then_some(Stored::At(0)).ok_or_else(too_large);
         }
         let mut headers = HeaderMap::new();
