@@ -88,8 +88,10 @@ async fn listen() -> (UdpSocket, TcpListener) {
     panic!("no loopback address has a free port {PORT}: only root may listen there");
 }
 
+type Names = dyn Fn(&str) -> Option<Answer> + Send + Sync;
+
 struct Zone {
-    names: Box<dyn Fn(&str) -> Option<Answer> + Send + Sync>,
+    names: Box<Names>,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
