@@ -24,7 +24,8 @@ pub(super) fn is_forbidden(name: &str, engine: Engine) -> bool {
 
 /// Whether a name, wherever it stands, is of a table that shows sessions or credentials.
 pub(super) fn is_hidden(name: &str, engine: Engine) -> bool {
-    let name = name.to_ascii_lowercase();
+    // As MariaDB does it for `information_schema`: there, İ is an i.
+    let name = name.replace('İ', "i").to_lowercase();
     let is_in = |list: &str| list.split_ascii_whitespace().any(|entry| entry == name);
     match engine {
         Engine::Postgres => {
