@@ -1,5 +1,4 @@
 //! Names that do not resolve, resolve late, to too much or to what is not allowed; and whose answers are whose.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

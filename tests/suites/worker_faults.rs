@@ -1,6 +1,6 @@
 //! The contract under fault: whatever dies, pauses, fills up or vanishes, each assignment ends once. The names carry the
 //! ids of the failure catalogue.
-#![expect(clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
