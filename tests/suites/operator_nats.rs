@@ -24,6 +24,8 @@ use serde_json::{Value, json};
 
 const ASSIGN: &str = "CAF_EXEC_ASSIGN";
 const RESULT: &str = "CAF_EXEC_RESULT";
+/// Streams of a pool, and buckets.
+const STREAMS: usize = 10;
 const ROUTE: &str = "caf.exec.route.gpu.v1";
 const ROUTE_GROUP: &str = "caf-workers-gpu";
 
@@ -148,7 +150,7 @@ async fn what_is_missing_is_made_for_the_pool_and_then_left_alone() {
     let mut operator = Operator::at(&nats).await;
     assert_eq!(operator.ensures("first", json!({"replicas": 3})).await, Ok(vec![]));
     let made = operator.streams().await;
-    assert_eq!(made.len(), 8, "{:?}", made.keys());
+    assert_eq!(made.len(), STREAMS, "{:?}", made.keys());
     for (name, stream) in &made {
         assert_eq!(stream.metadata["beamline.dev/managed-by"], "flows/first", "{name}");
     }
@@ -167,7 +169,7 @@ async fn what_was_deleted_by_hand_is_made_again() {
     }
     operator.jetstream.delete_consumer_from_stream("caf-workers", ASSIGN).await.expect("deleted");
     operator.ensures("first", json!({})).await.expect("made");
-    assert_eq!(operator.streams().await.len(), 8);
+    assert_eq!(operator.streams().await.len(), STREAMS);
     assert!(operator.max_ack_pending("caf-workers").await.is_some());
 }
 
@@ -450,7 +452,7 @@ async fn what_the_broker_does_not_take_is_said_and_nothing_else_fails() {
     operator.ensures("first", json!({})).await.expect("made");
     let three = json!({"nats": {"streams": {"replicas": 3}}});
     let first = said(operator.ensures("first", three.clone()).await);
-    assert_eq!(first.len(), 8, "one server keeps no three copies: {first:?}");
+    assert_eq!(first.len(), STREAMS, "one server keeps no three copies: {first:?}");
     assert!(first[0].starts_with("stream CAF_EXEC_ASSIGN: num_replicas stays 1, this pool says 3: the broker refuses"));
 
     let client = async_nats::connect(nats.url()).await.expect("a connection");
@@ -484,12 +486,13 @@ fn core() -> Value {
 }
 
 #[tokio::test]
-async fn a_core_queue_group_gets_all_streams_but_the_one_to_wait_in() {
+async fn a_core_queue_group_gets_all_streams_but_those_to_wait_in() {
     let nats = NatsServer::start();
     let mut operator = Operator::at(&nats).await;
     assert_eq!(operator.ensures("first", core()).await, Ok(vec![]));
     let made = operator.streams().await;
-    assert_eq!((made.len(), made.contains_key(ASSIGN)), (7, false));
+    let waits = [ASSIGN, "CAF_EXEC_PARKED"];
+    assert_eq!((made.len(), waits.map(|name| made.contains_key(name))), (STREAMS - waits.len(), [false; 2]));
 }
 
 #[tokio::test]
