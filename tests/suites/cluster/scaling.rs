@@ -45,15 +45,13 @@ async fn a_pool_goes_from_nothing_to_many_and_back_and_no_block_is_cut() {
     let sent = Instant::now();
     router.submit(&long).await;
     for number in 0..30 {
-        router.submit(&assignment("acme", &format!("short-{number}"), slow(2_000))).await;
+        router.submit(&assignment("acme", &format!("short-{number}"), slow(8_000))).await;
     }
     let grown = namespace.until("workerpool/orders", "it has grown", |pool| !desired(0)(pool)).await;
     println!("from nothing to a decision in {:?}: {}", sent.elapsed(), grown["status"]["scaling"]);
-    namespace
-        .until("workerpool/orders", "as many as there may be are ready", |pool| {
-            pool["status"]["readyReplicas"] == 3 && pool["status"]["scaling"]["limitedBy"] == "MaxReplicas"
-        })
-        .await;
+    let limited = |pool: &Value| pool["status"]["scaling"]["limitedBy"] == "MaxReplicas";
+    namespace.until("workerpool/orders", "more are wanted than there may be", limited).await;
+    namespace.until("workerpool/orders", "as many are ready", |pool| pool["status"]["readyReplicas"] == 3).await;
     for number in 0..30 {
         router.result(("acme", format!("short-{number}").as_str())).await;
     }
