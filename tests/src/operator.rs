@@ -60,8 +60,13 @@ impl Operator {
 
     /// Waits until all that it watches is known to it.
     pub async fn ready(&self) {
+        self.ready_within(START).await;
+    }
+
+    /// The same, where it may take longer.
+    pub async fn ready_within(&self, limit: Duration) {
         let is_ready = async || get(self.admin, "/readyz").await.filter(|(code, _)| *code == 200).map(drop);
-        within(START, "the operator is ready", is_ready).await;
+        within(limit, "the operator is ready", is_ready).await;
     }
 
     /// One sample of its metrics; 0 where there is none.

@@ -24,6 +24,8 @@ const MET: Duration = Duration::from_secs(10);
 const TOLD: Duration = Duration::from_secs(30);
 /// How often all is listed anew: a watch that has begun goes on without its right.
 const RELIST: &str = "--relist-after=15s";
+/// A watch that was refused goes on without a word: the operator counts it as failing for 90 s.
+const READY: Duration = Duration::from_secs(120);
 /// For how long requests are counted, and how many may come in a second for each pool.
 const WATCHED: Duration = Duration::from_secs(5);
 const RATE: usize = 5;
@@ -154,7 +156,7 @@ impl<'a> Stage<'a> {
         if rate > most {
             return Err(format!("{rate} requests a second"));
         }
-        operator.ready().await;
+        operator.ready_within(READY).await;
         self.pool.change(self.api, json!({"replicas": 3, "paused": false, "scaling": {"mode": "Manual"}})).await;
         self.pool.converged(self.api, PATIENCE).await;
         let is_well = operator.is_running() && !operator.lines().iter().any(|line| line.contains("panicked"));
