@@ -58,7 +58,8 @@ impl Pipeline {
         }
         match quotas.concurrent {
             None => Ok(None),
-            Some(most) => self.ceilings.take(tenant, most).await.map(Some).ok_or(NotYet),
+            // Whoever has no ceiling waits for a slot without room for this question.
+            Some(most) => Box::pin(self.ceilings.take(tenant, most)).await.map(Some).ok_or(NotYet),
         }
     }
 
