@@ -52,7 +52,6 @@ use crate::health::Health;
 use crate::identity::Identity;
 use crate::intake::{self, Delivery, Holds, Load, Parking, Settlement};
 use crate::metrics::Metrics;
-use crate::policy::Policy;
 use crate::publication::Publication;
 use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
@@ -164,7 +163,6 @@ pub struct Pipeline {
     deaths: Deaths,
     quarantine: Quarantine,
     budgets: Budgets<Kept>,
-    policy: watch::Receiver<Arc<Policy>>,
     /// Who answers requests without having been asked.
     strangers: Throttle,
     tallies: tenants::Tallies,
@@ -223,7 +221,6 @@ impl Pipeline {
             deaths: Deaths::new(broker.clone()),
             load: Arc::new(Load::new(settings.max_memory_bytes)),
             budgets: Budgets::new(Kept::new(broker.clone(), streams.clone(), health.clone()), &settings.pool),
-            policy: schedule.policy(),
             settings,
             identity,
             broker,

@@ -60,8 +60,7 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
         pipeline.cut_off();
         let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
     }
-    pipeline.close_budgets().await;
-    pipeline.give_units_back().await;
+    tokio::join!(pipeline.close_budgets(), pipeline.give_units_back());
     control.finish().await;
     pipeline.flush().await;
 }

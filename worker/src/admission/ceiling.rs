@@ -236,11 +236,8 @@ impl Ceilings {
                 held.lease.units = held.lease.units.min(granted);
                 granted
             };
-            let write = match &entry {
-                Some(entry) => self.0.bucket.update(&key, leases.encode(), entry.revision).await,
-                None => self.0.bucket.create(&key, leases.encode()).await,
-            };
-            match write {
+            let found = entry.map(|entry| entry.revision);
+            match self.0.bucket.replace(&key, leases.encode(), found).await {
                 Ok(Stored::At(_)) => {
                     if let Some(held) = self.lock().get_mut(tenant) {
                         held.lease = Lease { units: granted, asked: Some(asked) };

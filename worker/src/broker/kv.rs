@@ -74,6 +74,16 @@ pub struct ReadError {
     reason: String,
 }
 
+/// The stream behind a bucket.
+pub fn stream(bucket: &str) -> String {
+    format!("KV_{bucket}")
+}
+
+/// Where a key of a bucket stands in its stream; the key may be a wildcard.
+pub fn subject(bucket: &str, key: &str) -> String {
+    format!("$KV.{bucket}.{key}")
+}
+
 impl Bucket {
     /// The bucket of this name, which [`super::streams`] looks after.
     pub const fn new(broker: Broker, name: &'static str) -> Self {
@@ -123,6 +133,17 @@ impl Bucket {
     /// Not stored or not known, see [`StoreError`]. Asked again, a refusal may mean that the first try was stored.
     pub async fn update(&self, key: &str, value: Bytes, revision: u64) -> Result<Stored, StoreError> {
         self.broker.store(self.subject(key), expecting(revision), value).await
+    }
+
+    /// Replaces what was found under a key: the value of this revision, or none.
+    ///
+    /// # Errors
+    /// As [`Bucket::update`] and [`Bucket::create`].
+    pub async fn replace(&self, key: &str, value: Bytes, found: Option<u64>) -> Result<Stored, StoreError> {
+        match found {
+            Some(revision) => self.update(key, value, revision).await,
+            None => self.create(key, value).await,
+        }
     }
 
     /// Removes the value of this revision; [`Stored::Refused`] where the key has another one, or none.
@@ -222,11 +243,11 @@ impl Bucket {
     }
 
     fn stream(&self) -> String {
-        format!("KV_{}", self.name)
+        stream(self.name)
     }
 
     fn subject(&self, key: &str) -> String {
-        format!("$KV.{}.{key}", self.name)
+        subject(self.name, key)
     }
 
     fn unread(&self, reason: &dyn std::fmt::Display) -> ReadError {

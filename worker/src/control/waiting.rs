@@ -140,13 +140,7 @@ impl Desk {
             }
             let value = cancel.encode(Some(published));
             let revision = known.map(|entry| entry.revision);
-            let write = || async {
-                match revision {
-                    Some(revision) => self.cancels.update(&token, value.clone(), revision).await,
-                    None => self.cancels.create(&token, value.clone()).await,
-                }
-            };
-            if let Stored::At(_) = self.until_definite(write).await {
+            if let Stored::At(_) = self.until_definite(|| self.cancels.replace(&token, value.clone(), revision)).await {
                 return;
             }
         }

@@ -3,13 +3,12 @@
 //! No pull stays open: each takes what there is and ends. Which tenants have any is asked of the broker once a second, and
 //! not at all while nothing is parked.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_nats::Subscriber;
-use futures::StreamExt;
-use serde::{Deserialize, Serialize};
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -113,21 +112,16 @@ impl Shelf<'_> {
     /// Asks whose work there is.
     async fn ask(&self) {
         let asked = Instant::now();
-        let filter = self.intake.parked_subject(self.parked, "*");
-        let request = contract::encode(&WhatIsThere { subjects_filter: &filter });
-        let api = format!("$JS.API.STREAM.INFO.{}", self.work.stream);
-        let answer = match self.parts.broker.client().request(api, request).await {
-            Ok(answer) => serde_json::from_slice::<Answer>(&answer.payload).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        match answer {
-            Ok(Answer { state: Some(state) }) => {
-                let subjects = state.subjects.unwrap_or_default();
-                self.lane.told(subjects.keys().filter_map(|subject| tenant(subject)), asked);
-            }
-            Ok(Answer { state: None }) => tracing::debug!("the stream of parked work cannot be asked for"),
-            Err(error) => tracing::debug!(error, "cannot tell whose work is parked"),
+        match self.subjects().await {
+            Ok(subjects) => self.lane.told(subjects.iter().filter_map(|subject| tenant(subject)), asked),
+            Err(error) => tracing::debug!(%error, "cannot tell whose work is parked"),
         }
+    }
+
+    async fn subjects(&self) -> Result<Vec<String>, async_nats::Error> {
+        let stream = self.parts.broker.jetstream().get_stream_no_info(&self.work.stream).await?;
+        let subjects = stream.info_with_subjects(self.intake.parked_subject(self.parked, "*")).await?;
+        Ok(subjects.map_ok(|(subject, _)| subject).try_collect().await?)
     }
 
     async fn pull(&self, tenant: &TenantId, allowance: Allowance) -> Vec<Delivery> {
@@ -214,21 +208,6 @@ async fn collect(mut messages: Subscriber, batch: usize) -> (Vec<async_nats::Mes
 
 fn tenant(subject: &str) -> Option<TenantId> {
     TenantId::parse(&contract::unescape(subject.rsplit('.').next()?)?)
-}
-
-#[derive(Serialize)]
-struct WhatIsThere<'a> {
-    subjects_filter: &'a str,
-}
-
-#[derive(Deserialize)]
-struct Answer {
-    state: Option<State>,
-}
-
-#[derive(Deserialize)]
-struct State {
-    subjects: Option<HashMap<String, u64>>,
 }
 
 #[derive(Serialize)]

@@ -14,18 +14,18 @@ use futures::future::join_all;
 
 use super::durable::may_replace;
 use super::judge::Judged;
-use super::parking::waits_for;
 use super::rejection::Judgement;
 use super::{Arc, Pipeline};
 use crate::admission::account::Budget;
 use crate::admission::lease::{Charge, Short, Taken};
 use crate::admission::{Admission, over_budget};
 use crate::assignment::Assignment;
+use crate::broker::kv;
 use crate::broker::streams::DELIVERY_BUCKET;
 use crate::contract;
 use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::Delivery;
-use crate::policy::OnExceeded;
+use crate::policy::{OnExceeded, Policy};
 use crate::publication::Publication;
 use crate::report;
 
@@ -50,7 +50,7 @@ struct Share {
 impl Pipeline {
     /// Whether each may run now, as far as that is up to its tenant's budget; nothing where no tenant has one.
     pub(super) async fn admit(&self, judged: &[Judgement]) -> Vec<Admission> {
-        if !self.policy.borrow().has_budgets() {
+        if !self.gate.policy().has_budgets() {
             return Vec::new();
         }
         let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(None)).collect();
@@ -85,17 +85,13 @@ impl Pipeline {
 
     /// What has come when older work of its tenant waits for the same.
     fn behind_parked_work(&self, judged: &[Judgement], paid: &HashSet<usize>) -> HashSet<usize> {
-        let policy = self.policy.borrow();
+        let policy = self.gate.policy();
         let is_behind = |judgement: &Judgement| {
-            let Some((delivery, assignment)) = runs(judgement).filter(|(delivery, _)| !delivery.is_parked()) else {
-                return false;
-            };
-            let tenant = &assignment.key.tenant;
-            let terms = policy.terms(tenant);
-            terms.on_exceeded == OnExceeded::Defer
-                && Budget::of(&terms.quotas).is_some()
-                && delivery.delivered() == 1
-                && self.parking.lane(waits_for(assignment.pool)).has_work_of(tenant)
+            runs(judgement).is_some_and(|(delivery, assignment)| {
+                delivery.delivered() == 1
+                    && deferring_budget(&policy, &assignment.key.tenant).is_some()
+                    && self.is_behind_parked_work(delivery, assignment)
+            })
         };
         let behind = judged.iter().enumerate().filter(|(at, judgement)| !paid.contains(at) && is_behind(judgement));
         behind.map(|(at, _)| at).collect()
@@ -103,7 +99,7 @@ impl Pipeline {
 
     /// What has to be paid for now, by tenant.
     fn shares<'j>(&self, judged: &'j [Judgement], not_now: &HashSet<usize>) -> BTreeMap<&'j TenantId, Share> {
-        let policy = self.policy.borrow();
+        let policy = self.gate.policy();
         let mut shares = BTreeMap::<_, Share>::new();
         for (at, judgement) in judged.iter().enumerate() {
             let Some(tenant) = tenant(judgement).filter(|_| !not_now.contains(&at)) else { continue };
@@ -111,9 +107,8 @@ impl Pipeline {
                 share.at.push(at);
                 continue;
             }
-            let terms = policy.terms(tenant);
-            if let Some(budget) = Budget::of(&terms.quotas) {
-                shares.insert(tenant, Share { budget, on_exceeded: terms.on_exceeded, at: vec![at] });
+            if let Some((budget, on_exceeded)) = budget(&policy, tenant) {
+                shares.insert(tenant, Share { budget, on_exceeded, at: vec![at] });
             }
         }
         shares
@@ -121,12 +116,13 @@ impl Pipeline {
 
     /// What has come before, and has been paid for.
     async fn charged_before(&self, judged: &[Judgement]) -> HashSet<usize> {
+        let policy = self.gate.policy();
         let redeliveries: Vec<_> = judged
             .iter()
             .enumerate()
             .filter(|(_, judgement)| {
                 let has_come_before = judgement.0.delivered() > 1 || judgement.0.is_parked();
-                has_come_before && tenant(judgement).is_some_and(|tenant| self.is_bounded(tenant))
+                has_come_before && tenant(judgement).is_some_and(|tenant| budget(&policy, tenant).is_some())
             })
             .map(|(at, (delivery, _))| (at, note(delivery.publication())))
             .collect();
@@ -134,7 +130,7 @@ impl Pipeline {
             return HashSet::new();
         }
         let subjects = || redeliveries.iter().map(|(_, subject)| subject.clone()).collect();
-        let bucket = format!("KV_{DELIVERY_BUCKET}");
+        let bucket = kv::stream(DELIVERY_BUCKET);
         let notes = self.until_read(|| self.broker.last(&bucket, subjects())).await;
         redeliveries.iter().filter(|(_, subject)| notes.contains_key(subject)).map(|(at, _)| *at).collect()
     }
@@ -194,12 +190,7 @@ impl Pipeline {
 
     /// How much of so many pieces of a tenant's parked work its budget has units for at this moment.
     pub(super) async fn paid_for(&self, tenant: &TenantId, wanted: usize) -> usize {
-        let budget = {
-            let policy = self.policy.borrow();
-            let terms = policy.terms(tenant);
-            (terms.on_exceeded == OnExceeded::Defer).then(|| Budget::of(&terms.quotas)).flatten()
-        };
-        let Some(budget) = budget else { return wanted };
+        let Some(budget) = deferring_budget(&self.gate.policy(), tenant) else { return wanted };
         let count = u64::try_from(wanted).unwrap_or(u64::MAX);
         // They stay in the purse until what they are for is here.
         let taken = self.budgets.take(tenant, budget, count).await;
@@ -208,11 +199,8 @@ impl Pipeline {
 
     /// Charges CPU time that a block has used, where its tenant's is bounded.
     pub(super) fn charge_cpu_time(&self, tenant: &TenantId, time: Duration) {
-        let budget = {
-            let policy = self.policy.borrow();
-            policy.has_budgets().then(|| Budget::of(&policy.terms(tenant).quotas)).flatten()
-        };
-        if let Some(budget) = budget {
+        let policy = self.gate.policy();
+        if let Some((budget, _)) = policy.has_budgets().then(|| budget(&policy, tenant)).flatten() {
             self.budgets.charge_cpu_time(tenant, budget, time);
         }
     }
@@ -229,10 +217,18 @@ impl Pipeline {
     pub(crate) async fn close_budgets(&self) {
         let _ = tokio::time::timeout(CLOSE, self.budgets.close()).await;
     }
+}
 
-    fn is_bounded(&self, tenant: &TenantId) -> bool {
-        Budget::of(&self.policy.borrow().terms(tenant).quotas).is_some()
-    }
+/// A tenant's budget, where it has one, and what becomes of work over it.
+fn budget(policy: &Policy, tenant: &TenantId) -> Option<(Budget, OnExceeded)> {
+    let terms = policy.terms(tenant);
+    Some((Budget::of(&terms.quotas)?, terms.on_exceeded))
+}
+
+/// The budget of a tenant whose work waits for it.
+fn deferring_budget(policy: &Policy, tenant: &TenantId) -> Option<Budget> {
+    let (budget, on_exceeded) = budget(policy, tenant)?;
+    (on_exceeded == OnExceeded::Defer).then_some(budget)
 }
 
 /// Of what runs here.
@@ -249,5 +245,5 @@ fn runs((delivery, judgement): &Judgement) -> Option<(&Delivery, &Assignment)> {
 
 /// Where it is noted that a publication has been paid for.
 fn note(publication: &Publication) -> String {
-    format!("$KV.{DELIVERY_BUCKET}.{}.charged", contract::escape(&publication.to_header()))
+    kv::subject(DELIVERY_BUCKET, &format!("{}.charged", contract::escape(&publication.to_header())))
 }

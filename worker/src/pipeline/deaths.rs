@@ -12,7 +12,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::broker::streams::DELIVERY_BUCKET;
-use crate::broker::{Broker, StoreError};
+use crate::broker::{Broker, StoreError, kv};
 use crate::contract;
 use crate::fault::{Cause, Fault};
 use crate::intake::Delivery;
@@ -84,11 +84,12 @@ impl Deaths {
         if keys.is_empty() {
             return vec![0; deliveries.len()];
         }
-        let mut notes = self.broker.last(&stream(), keys.clone()).await;
+        let stream = kv::stream(DELIVERY_BUCKET);
+        let mut notes = self.broker.last(&stream, keys.clone()).await;
         for _ in 1..READ_TRIES {
             if notes.is_err() {
                 tokio::time::sleep(LAPSE_PAUSE).await;
-                notes = self.broker.last(&stream(), keys.clone()).await;
+                notes = self.broker.last(&stream, keys.clone()).await;
             }
         }
         match notes {
@@ -154,12 +155,9 @@ fn count(which: &DeliveryId, note: impl Fn(&DeliveryId) -> Option<Bytes>) -> u32
     which.earlier().filter(is_death).map(|_| 1).sum()
 }
 
-fn stream() -> String {
-    format!("KV_{DELIVERY_BUCKET}")
-}
-
 fn subject(which: &DeliveryId) -> String {
-    format!("$KV.{DELIVERY_BUCKET}.{}.{}", contract::escape(&which.publication.to_header()), which.delivered)
+    let key = format!("{}.{}", contract::escape(&which.publication.to_header()), which.delivered);
+    kv::subject(DELIVERY_BUCKET, &key)
 }
 
 #[cfg(test)]

@@ -16,13 +16,13 @@ use crate::admission::Refusal;
 use crate::admission::ceiling::Unit;
 use crate::assignment::Assignment;
 use crate::broker::streams::{DELIVERY_BUCKET, Parked, Source};
-use crate::broker::{Expected, Stored, wire_len};
+use crate::broker::{Expected, Stored, kv, wire_len};
 use crate::cancel::Cancel;
 use crate::contract;
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 use crate::ids::{AssignmentKey, TenantId};
-use crate::intake::{Allowance, Settlement};
+use crate::intake::{Allowance, Delivery, Settlement};
 use crate::pool::Pool;
 use crate::publication::Publication;
 use crate::report::StepResult;
@@ -49,7 +49,7 @@ impl Pipeline {
         if quotas.concurrent.is_none() && quotas.memory_mb.is_none() {
             return Ok(None);
         }
-        if !arrival.delivery.is_parked() && self.parking.lane(waits_for(arrival.assignment.pool)).has_work_of(tenant) {
+        if self.is_behind_parked_work(&arrival.delivery, &arrival.assignment) {
             return Err(NotYet);
         }
         if let Some(most) = quotas.memory_bytes() {
@@ -61,6 +61,11 @@ impl Pipeline {
             // Whoever has no ceiling waits for a slot without room for this question.
             Some(most) => Box::pin(self.ceilings.take(tenant, most)).await.map(Some).ok_or(NotYet),
         }
+    }
+
+    /// Whether older work of its tenant waits for the same.
+    pub(super) fn is_behind_parked_work(&self, delivery: &Delivery, assignment: &Assignment) -> bool {
+        !delivery.is_parked() && self.parking.lane(waits_for(assignment.pool)).has_work_of(&assignment.key.tenant)
     }
 
     /// How much of a tenant's parked work may run here at this moment.
@@ -201,7 +206,7 @@ impl Pipeline {
 
     /// The message that a note of this key leads to.
     async fn find_parked(&self, key: &AssignmentKey) -> Option<(StreamMessage, u64)> {
-        let bucket = format!("KV_{DELIVERY_BUCKET}");
+        let bucket = kv::stream(DELIVERY_BUCKET);
         let found = self.until_read(|| self.broker.last(&bucket, vec![note(key)])).await;
         let place = std::str::from_utf8(&found.into_values().next()?.payload).ok()?.parse().ok()?;
         let message = self.parked_stream().await?.get_raw_message(place).await.ok()?;
@@ -228,11 +233,11 @@ impl Pipeline {
 
 /// Where it is noted which message of the stream it is.
 fn note(key: &AssignmentKey) -> String {
-    format!("$KV.{DELIVERY_BUCKET}.parked.{}", key.token())
+    kv::subject(DELIVERY_BUCKET, &format!("parked.{}", key.token()))
 }
 
 /// Which workers it waits for.
-pub(super) const fn waits_for(pool: Pool) -> Parked {
+const fn waits_for(pool: Pool) -> Parked {
     match pool {
         Pool::Gpu => Parked::Gpu,
         Pool::Cpu | Pool::Io => Parked::General,

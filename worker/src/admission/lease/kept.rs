@@ -87,11 +87,7 @@ impl Accounts for Kept {
         if self.are_here() {
             return self.write_here(key, value, revision);
         }
-        let written = match revision {
-            0 => self.bucket.create(key, value).await,
-            revision => self.bucket.update(key, value, revision).await,
-        };
-        match written {
+        match self.bucket.replace(key, value, (revision > 0).then_some(revision)).await {
             Ok(Stored::At(_)) => Written::Stored,
             Ok(Stored::Refused) => Written::Refused,
             Err(error) => {

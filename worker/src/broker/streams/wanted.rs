@@ -9,6 +9,7 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, Stor
 use sha2::{Digest, Sha256};
 
 use super::Parked;
+use crate::broker::kv;
 use crate::contract;
 use crate::ids::TenantId;
 
@@ -219,8 +220,8 @@ pub fn buckets() -> [Config; 5] {
 /// As every client of NATS keeps a bucket; the mark of a removed key may have an age of its own.
 fn bucket(name: &str, max_age: Duration) -> Config {
     Config {
-        name: format!("KV_{name}"),
-        subjects: vec![format!("$KV.{name}.>")],
+        name: kv::stream(name),
+        subjects: vec![kv::subject(name, ">")],
         retention: RetentionPolicy::Limits,
         discard: DiscardPolicy::New,
         storage: StorageType::File,
