@@ -74,9 +74,17 @@ pub struct TenantReport {
     pub refused: u64,
 }
 
+/// The sums of what several workers say, by tenant.
+pub fn by_tenant<'r>(reports: impl IntoIterator<Item = &'r TenantReport>) -> BTreeMap<&'r str, TenantReport> {
+    let mut all = BTreeMap::<&str, TenantReport>::new();
+    for one in reports {
+        all.entry(&one.id).or_insert_with(|| TenantReport { id: one.id.clone(), ..TenantReport::default() }).add(one);
+    }
+    all
+}
+
 impl TenantReport {
-    /// What another worker says of it too.
-    pub fn add(&mut self, other: &Self) {
+    fn add(&mut self, other: &Self) {
         self.running = self.running.saturating_add(other.running);
         self.queued = self.queued.saturating_add(other.queued);
         self.refused = self.refused.saturating_add(other.refused);
@@ -168,13 +176,7 @@ impl Reports {
         let is_fresh = |heard: &&Heard| heard.at.elapsed() < FRESH;
         let mut workers: Vec<Worker> = team.workers.values().filter(is_fresh).map(Heard::worker).collect();
         workers.sort_by(|one, other| one.name.cmp(&other.name));
-        let mut tenants = BTreeMap::<&str, TenantReport>::new();
-        for one in team.workers.values().filter(is_fresh).flat_map(|heard| &heard.report.tenants) {
-            tenants
-                .entry(&one.id)
-                .or_insert_with(|| TenantReport { id: one.id.clone(), ..TenantReport::default() })
-                .add(one);
-        }
+        let tenants = by_tenant(team.workers.values().filter(is_fresh).flat_map(|heard| &heard.report.tenants));
         Crew { workers, done: team.done, tenants: tenants.into_values().collect() }
     }
 

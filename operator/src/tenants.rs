@@ -10,10 +10,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::Deserialize;
 
 use crate::pool::{Limits, Quotas};
-use crate::reports::{Crew, TenantReport};
+use crate::reports::{Crew, TenantReport, by_tenant};
 
 /// As many tenants are shown.
-const SHOWN: usize = 20;
+pub const SHOWN: usize = 20;
 
 /// What the broker keeps of tenants.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -133,7 +133,7 @@ impl Kept {
 /// What tenants do now.
 pub fn tenants(limits: &Limits, kept: &Kept, crews: [&Crew; 2], now: Timestamp) -> Tenants {
     let now = now.as_millisecond();
-    let said = said(crews);
+    let said = by_tenant(crews.into_iter().flat_map(|crew| &crew.tenants));
     let parked = kept.parked.iter().flatten();
     let (mut runnable, mut in_flight, mut waiting) = (0_i64, 0_i64, 0_i64);
     for (tenant, parked) in parked.clone() {
@@ -177,16 +177,6 @@ fn row(tenant: &str, said: &TenantReport, limits: &Limits, kept: &Kept, now: i64
 fn is_something(row: &TenantStatus) -> bool {
     let used = row.executions_used.unwrap_or(0).max(row.cpu_time_ms_used.unwrap_or(0));
     [row.running, row.queued, row.parked, row.refused, used].into_iter().any(|number| number > 0)
-}
-
-/// What all workers say of each tenant.
-fn said(crews: [&Crew; 2]) -> BTreeMap<&str, TenantReport> {
-    let mut all = BTreeMap::<&str, TenantReport>::new();
-    for one in crews.into_iter().flat_map(|crew| &crew.tenants) {
-        let sum = all.entry(&one.id).or_default();
-        sum.add(one);
-    }
-    all
 }
 
 /// Tenants whose accounts matter, at most so many: those that do something, those that may run what is parked, and those

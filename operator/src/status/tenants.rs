@@ -1,22 +1,18 @@
 //! What is said of tenants: as they are now, and which budget of whom was used up last.
 
-use std::time::Duration;
-
 use beamline_crds::{Exceeded, TenantStatus, WorkerPoolStatus};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use crate::signals::Reading;
+use crate::tenants::SHOWN;
 
-/// As many are shown.
-const SHOWN: usize = 20;
 /// So long after its window a budget is still said to have been used up.
-const TOLD: Duration = Duration::from_secs(3600);
+const TOLD: SignedDuration = SignedDuration::from_hours(1);
 
 /// The busiest, then those whose budget was used up within the hour. What cannot be known stays as it was.
 pub(super) fn rows(before: &WorkerPoolStatus, reading: &Reading, now: Timestamp) -> Vec<TenantStatus> {
     let Some(tenants) = &reading.tenants else { return before.tenants.clone() };
-    let is_told =
-        |exceeded: &&Exceeded| now.duration_since(exceeded.until.0).unsigned_abs() < TOLD || exceeded.until.0 > now;
+    let is_told = |exceeded: &&Exceeded| now.duration_since(exceeded.until.0) < TOLD;
     let told = |id: &str| {
         let row = before.tenants.iter().find(|row| row.id == id)?;
         row.exceeded.as_ref().filter(is_told).cloned()
