@@ -12,6 +12,7 @@ use beamline_tests::failpoint::{Points, VARIABLE};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::pool::{Pool, pools};
+use beamline_tests::wait::within;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -240,8 +241,10 @@ impl Stage {
         let before = self.calm().await;
         self.points.arm(None);
         self.act().await;
-        if !matches!(self.scenario.act, Act::Delete) {
-            self.pool.converged(&self.api, PATIENCE).await;
+        match self.scenario.act {
+            // The garbage collector hears of a new type half a minute late.
+            Act::Delete => within(PATIENCE, "nothing of the pool is left", async || self.is_gone().await).await,
+            _ => self.pool.converged(&self.api, PATIENCE).await,
         }
         let after = self.calm().await;
         Reference { before, after, points: self.points.heard() }
@@ -316,6 +319,13 @@ impl Stage {
             }
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
+    }
+
+    /// Whether only the broker still knows of the pool.
+    async fn is_gone(&self) -> Option<()> {
+        let left = self.snapshot().await;
+        let names = left.as_object().expect("an object").keys();
+        (left["pods"] == 0 && names.eq(["broker", "pods"])).then_some(())
     }
 
     /// Everything that the operator answers for, without what no two runs share.
