@@ -32,7 +32,8 @@ require() {
 # The servers that sql.query is tested with. Debian keeps PostgreSQL's programs out of PATH; MariaDB needs no service.
 require_databases() {
   compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || require postgres=postgresql
-  require mariadbd=mariadb-server-core
+  # What sets a data directory up asks a program that Debian has in the client's package.
+  require mariadbd=mariadb-server-core my_print_defaults=mariadb-client-core
 }
 
 require_rust() {
