@@ -237,6 +237,69 @@ async fn a_redelivery_is_not_charged_again_nor_refused() {
 }
 
 #[tokio::test]
+async fn a_redelivery_counts_in_the_window_that_has_paid_for_it() {
+    let policy = acme("executions: 2, window: 4s");
+    let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+    rig.worker.kill();
+    let both = ["first", "second"].map(|id| canned("acme", id));
+    for one in &both {
+        rig.router.submit(one).await;
+    }
+    // It dies when it has paid for both and has accepted one.
+    let sockets = tempfile::tempdir().unwrap();
+    let mut trap = Trap::at("accepted", sockets.path());
+    let setup = rig.another("worker-2").flag(SANDBOX).flag(policy.flag()).env(failpoint::VARIABLE, &trap.socket(0));
+    let mut second = setup.start(&rig.nats).await;
+    let caught = trap.caught().await;
+    let noted = async || !rig.router.all("KV_caf-deliveries", "$KV.caf-deliveries.*.charged.>").await.is_empty();
+    until("it is noted that both are paid for", noted).await;
+    let paid = rig.router.verdict(&both[0]).await["acknowledged_at"].as_i64().unwrap();
+    second.kill();
+    drop(caught);
+    assert!(rig.router.story(&both[1]).verdicts.is_empty());
+    let _third = another(&rig, "worker-3", &policy).await;
+    rig.router.settled(LAPSE).await;
+    assert!(Timestamp::now().as_millisecond() / 4_000 > paid / 4_000, "another window has begun");
+    let accepted: Vec<_> = verdicts(&rig).0.into_values().map(|at| at / 4_000).collect();
+    assert_eq!(accepted, [paid / 4_000; 2]);
+}
+
+#[tokio::test]
+async fn no_window_accepts_more_than_its_budget_while_workers_are_killed() {
+    const WINDOW: i64 = 4_000;
+    let policy = acme("executions: 100, window: 4s");
+    let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+    let mut others = [another(&rig, "worker-2", &policy).await, another(&rig, "worker-3", &policy).await];
+    let started = Timestamp::now().as_millisecond();
+    let (mut sent, mut kills) = (0, Vec::new());
+    while Timestamp::now().as_millisecond() < started + 4 * WINDOW {
+        for _ in 0..20 {
+            rig.router.submit(&canned("acme", &format!("a-{sent}"))).await;
+            sent += 1;
+        }
+        if sent % 100 == 0 {
+            let victim = kills.len() % others.len();
+            kills.push(Timestamp::now().as_millisecond());
+            others[victim].kill();
+            others[victim] = another(&rig, &format!("worker-{}", victim + 2), &policy).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(kills.len() > 5, "{kills:?}");
+    rig.router.settled(LAPSE * 2).await;
+    let (accepted, _) = verdicts(&rig);
+    let mut windows = BTreeMap::<i64, usize>::new();
+    accepted.values().for_each(|at| *windows.entry(at - at % WINDOW).or_default() += 1);
+    assert!(windows.values().all(|count| *count <= 100), "{windows:?}");
+    // Leases have one unit each. What was admitted and not said is lost with its worker until it is delivered again.
+    let whole = windows.iter().filter(|(start, _)| **start > started && **start + WINDOW < started + 4 * WINDOW);
+    let whole: Vec<_> = whole.map(|(_, count)| *count).collect();
+    assert!(whole.len() >= 2 && whole.iter().all(|count| *count >= 90), "{windows:?}");
+    rig.worker.terminate();
+    assert_eq!(rig.worker.ended().await, Some(0));
+}
+
+#[tokio::test]
 async fn a_redelivery_that_nobody_has_paid_for_waits_for_the_next_window() {
     let policy = acme("executions: 1, window: 8s");
     let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;

@@ -546,24 +546,6 @@ async fn a_worker_does_not_start_with_a_policy_that_cannot_be_used() {
 }
 
 #[tokio::test]
-async fn one_tenants_slow_peers_never_take_every_slot() {
-    let policy = Policy::new("tenants: {}");
-    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=4", "--cpu-pool-size=0"]).await;
-    for number in 0..100 {
-        rig.router.submit(&assignment("slow", &format!("slow-{number}"), rig.call("/gate/never"))).await;
-    }
-    rig.peer.arrived("/gate/never", 3).await;
-    for number in 0..20 {
-        let quick = assignment("quick", &format!("quick-{number}"), rig.put("x", "x"));
-        rig.router.submit(&quick).await;
-        assert_eq!(rig.router.result(&quick).await["status"], "success");
-    }
-    assert_eq!(rig.peer.hits("/gate/never").len(), 3, "75 % of four slots");
-    let (code, health) = rig.worker.get("/_health").await.expect("it answers");
-    assert_eq!(code, 200, "{health}");
-}
-
-#[tokio::test]
 async fn tenants_that_are_named_have_series_and_the_busiest_are_reported() {
     let policy = Policy::new("tenants: {named: [{id: acme}, {id: quiet}]}");
     let rig = Rig::start(&[&policy.flag(), "--io-pool-size=4", "--cpu-pool-size=0"]).await;

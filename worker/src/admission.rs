@@ -21,14 +21,44 @@ use lease::Charge;
 /// Whether a tenant's work may run now.
 #[derive(Debug)]
 pub enum Admission {
-    /// It may, for this unit of the tenant's budget where it has one and has not paid before.
-    Admit(Option<Charge>),
+    /// It may, for this.
+    Admit(Payment),
     /// It is refused.
     Refuse(Refusal),
     /// It may not now: it waits where it holds up nobody.
     Park,
     /// It may not now, nor be refused: it is delivered again after this.
     PutOff(Duration),
+}
+
+/// What an execution costs its tenant.
+#[derive(Debug)]
+pub enum Payment {
+    /// The tenant has no budget.
+    None,
+    /// This unit.
+    Now(Charge),
+    /// Nothing more: it was paid for at this moment, in Unix milliseconds, when it had come before.
+    Before(i64),
+}
+
+impl Payment {
+    /// A moment of the window that paid for it, in Unix milliseconds.
+    pub fn moment(&self) -> Option<i64> {
+        match self {
+            Self::None => None,
+            Self::Now(charge) => Some(charge.moment()),
+            Self::Before(moment) => Some(*moment),
+        }
+    }
+
+    /// The unit that is used up now, unless it is given back.
+    pub fn charge(self) -> Option<Charge> {
+        match self {
+            Self::Now(charge) => Some(charge),
+            Self::None | Self::Before(_) => None,
+        }
+    }
 }
 
 /// Why an assignment may not wait for a slot here.

@@ -33,10 +33,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
-use crate::admission::Admission;
 use crate::admission::ceiling::Ceilings;
 use crate::admission::lease::{Budgets, Charge, Kept};
 use crate::admission::memory::{self, Memory};
+use crate::admission::{Admission, Payment};
 use crate::approval::Approvals;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
@@ -286,15 +286,17 @@ impl Pipeline {
         let mut arrivals = Vec::with_capacity(judged.len());
         let judged = self.repeat_refusals(judged).await;
         // Empty where no tenant is bounded.
-        let mut admissions = self.admit(&judged).await.into_iter();
+        let admissions = self.admit(&judged).await;
+        self.note_charges(&judged, &admissions).await;
+        let mut admissions = admissions.into_iter();
         for (mut delivery, judgement) in judged {
-            let admission = admissions.next().unwrap_or(Admission::Admit(None));
+            let admission = admissions.next().unwrap_or(Admission::Admit(Payment::None));
             match judgement {
                 Ok(Judged::PassesOn(assignment)) => self.spawn(Self::pass_on, (delivery, assignment)),
                 Ok(Judged::Runs(assignment)) => {
-                    let (charge, is_deferred) = match admission {
-                        Admission::Admit(charge) => (charge, false),
-                        Admission::Park => (None, true),
+                    let (payment, is_deferred) = match admission {
+                        Admission::Admit(payment) => (payment, false),
+                        Admission::Park => (Payment::None, true),
                         Admission::Refuse(refusal) => {
                             self.spawn(Self::reject, (delivery, Rejection::refused(&assignment, refusal)));
                             continue;
@@ -305,10 +307,9 @@ impl Pipeline {
                         }
                     };
                     delivery.reserve(assignment.memory_mb.unwrap_or_default());
-                    self.note_charge(&delivery, charge.as_ref()).await;
-                    let at = charge.as_ref().map_or_else(|| Timestamp::now().as_millisecond(), Charge::moment);
+                    let at = payment.moment().unwrap_or_else(|| Timestamp::now().as_millisecond());
                     let mut arrival = self.arrival(delivery, assignment);
-                    (arrival.charge, arrival.is_deferred) = (charge, is_deferred);
+                    (arrival.charge, arrival.is_deferred) = (payment.charge(), is_deferred);
                     if !arrival.delivery.is_parked() {
                         let verdict = report::accepted(&arrival.assignment, &self.identity.worker_id, at);
                         let subject = self.settings.verdict_subject.clone();

@@ -57,9 +57,11 @@ impl Parking {
 }
 
 impl Lane {
-    /// Something may have become free.
+    /// Something may have become free: of no interest while nothing is known to be parked.
     pub fn wake(&self) {
-        self.changed.notify_one();
+        if !self.is_empty() {
+            self.changed.notify_one();
+        }
     }
 
     /// Returns when something may have become free, or has been parked, since the last look.

@@ -1,15 +1,16 @@
 //! What an assignment costs its tenant: a unit of its budget for each execution, taken for all of a chunk at once.
 //!
 //! A unit is charged once for each publication, whatever becomes of its worker: before the first verdict goes out, a note
-//! of it goes the same way. A redelivery that has one has paid; one that has none is charged, but never refused for a
-//! budget, for it may have been accepted before: it waits.
+//! of it goes the same way. A redelivery that has one has paid, and was accepted at the moment that the note says; one that
+//! has none is charged, but never refused for a budget, for it may have been accepted before: it waits.
 
-use std::collections::{BTreeMap, HashSet};
+mod note; // what has been paid for
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_TTL;
-use bytes::Bytes;
 use futures::future::join_all;
 
 use super::durable::may_replace;
@@ -17,17 +18,16 @@ use super::judge::Judged;
 use super::rejection::Judgement;
 use super::{Arc, Pipeline};
 use crate::admission::account::Budget;
-use crate::admission::lease::{Charge, Short, Taken};
-use crate::admission::{Admission, over_budget};
+use crate::admission::lease::{Short, Taken};
+use crate::admission::{Admission, Payment, over_budget};
 use crate::assignment::Assignment;
 use crate::broker::kv;
 use crate::broker::streams::DELIVERY_BUCKET;
-use crate::contract;
 use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::Delivery;
 use crate::policy::{OnExceeded, Policy};
-use crate::publication::Publication;
 use crate::report;
+use note::{Neighbours, Notes, Paid};
 
 /// Between two looks for what goes back into accounts, or has to be charged.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -35,10 +35,10 @@ const SETTLE: Duration = Duration::from_secs(1);
 const CLOSE: Duration = Duration::from_secs(2);
 /// After this, work is delivered again whose tenant's account could not be asked.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// What a note says.
-const CHARGED: &[u8] = b"charged";
-/// How long a note is kept, in seconds: there is one for each execution.
+/// How long a note is kept, in seconds.
 const NOTED: &str = "3600";
+/// Neighbours whose notes are read with one request: the broker answers with at most 1 024.
+const READ: usize = 8;
 
 /// The work of one tenant in a chunk: where it stands there.
 struct Share {
@@ -53,8 +53,14 @@ impl Pipeline {
         if !self.gate.policy().has_budgets() {
             return Vec::new();
         }
-        let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(None)).collect();
-        let paid = self.charged_before(judged).await;
+        let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(Payment::None)).collect();
+        let before = self.charged_before(judged).await;
+        for (at, moment) in &before {
+            if let Some(admission) = admissions.get_mut(*at) {
+                *admission = Admission::Admit(Payment::Before(*moment));
+            }
+        }
+        let paid = before.into_keys().collect();
         let behind = self.behind_parked_work(judged, &paid);
         for at in &behind {
             if let Some(admission) = admissions.get_mut(*at) {
@@ -69,7 +75,7 @@ impl Pipeline {
             let mut late = Vec::new();
             for at in &share.at {
                 match (grant.next(), admissions.get_mut(*at)) {
-                    (Some(charge), Some(admission)) => *admission = Admission::Admit(Some(charge)),
+                    (Some(charge), Some(admission)) => *admission = Admission::Admit(Payment::Now(charge)),
                     _ => late.push(*at),
                 }
             }
@@ -114,8 +120,8 @@ impl Pipeline {
         shares
     }
 
-    /// What has come before, and has been paid for.
-    async fn charged_before(&self, judged: &[Judgement]) -> HashSet<usize> {
+    /// What has come before, and has been paid for: when.
+    async fn charged_before(&self, judged: &[Judgement]) -> HashMap<usize, i64> {
         let policy = self.gate.policy();
         let redeliveries: Vec<_> = judged
             .iter()
@@ -124,15 +130,28 @@ impl Pipeline {
                 let has_come_before = judgement.0.delivered() > 1 || judgement.0.is_parked();
                 has_come_before && tenant(judgement).is_some_and(|tenant| budget(&policy, tenant).is_some())
             })
-            .map(|(at, (delivery, _))| (at, note(delivery.publication())))
+            .map(|(at, (delivery, _))| (at, delivery.publication()))
             .collect();
         if redeliveries.is_empty() || !self.hands_back() {
-            return HashSet::new();
+            return HashMap::new();
         }
-        let subjects = || redeliveries.iter().map(|(_, subject)| subject.clone()).collect();
-        let bucket = kv::stream(DELIVERY_BUCKET);
-        let notes = self.until_read(|| self.broker.last(&bucket, subjects())).await;
-        redeliveries.iter().filter(|(_, subject)| notes.contains_key(subject)).map(|(at, _)| *at).collect()
+        let paid = self.read_notes(redeliveries.iter().map(|(_, publication)| Neighbours::of(publication))).await;
+        redeliveries.iter().filter_map(|(at, publication)| Some((*at, paid.at(publication)?))).collect()
+    }
+
+    async fn read_notes(&self, of: impl Iterator<Item = Neighbours>) -> Paid {
+        let all: Vec<_> = of.collect::<BTreeSet<_>>().into_iter().collect();
+        let (mut paid, bucket) = (Paid::default(), kv::stream(DELIVERY_BUCKET));
+        for some in all.chunks(READ) {
+            let subjects = || some.iter().map(Neighbours::subjects).collect();
+            let notes = self.until_read(|| self.broker.last(&bucket, subjects())).await;
+            for (subject, note) in notes {
+                for neighbours in some.iter().filter(|neighbours| neighbours.have(&subject)) {
+                    paid.learn(neighbours, &note.payload);
+                }
+            }
+        }
+        paid
     }
 
     /// What becomes of those whose tenant has no unit left for them.
@@ -176,14 +195,22 @@ impl Pipeline {
         late().filter(|(_, one)| is_answered(one)).map(|(at, _)| at).collect()
     }
 
-    /// On its way to the broker before the verdict, but not awaited. In core mode nothing is delivered again.
-    pub(super) async fn note_charge(&self, delivery: &Delivery, charge: Option<&Charge>) {
-        if charge.is_some() && self.hands_back() {
+    /// On their way to the broker before the verdicts, but not awaited. In core mode nothing is delivered again.
+    pub(super) async fn note_charges(&self, judged: &[Judgement], admissions: &[Admission]) {
+        if !self.hands_back() {
+            return;
+        }
+        let mut notes = Notes::default();
+        for ((delivery, _), admission) in judged.iter().zip(admissions) {
+            if let Admission::Admit(Payment::Now(charge)) = admission {
+                notes.add(delivery.publication(), charge.moment());
+            }
+        }
+        for (subject, note) in notes.encode() {
             let mut headers = HeaderMap::new();
             headers.insert(NATS_MESSAGE_TTL, NOTED);
-            let noted = self.broker.send(&note(delivery.publication()), headers, Bytes::from_static(CHARGED)).await;
-            if let Err(error) = noted {
-                tracing::debug!(%error, "cannot note that an execution is paid for");
+            if let Err(error) = self.broker.send(&subject, headers, note).await {
+                tracing::debug!(%error, "cannot note that executions are paid for");
             }
         }
     }
@@ -241,9 +268,4 @@ fn runs((delivery, judgement): &Judgement) -> Option<(&Delivery, &Assignment)> {
         Ok(Judged::Runs(assignment)) => Some((delivery, assignment)),
         Ok(Judged::PassesOn(_) | Judged::Ends(..)) | Err(_) => None,
     }
-}
-
-/// Where it is noted that a publication has been paid for.
-fn note(publication: &Publication) -> String {
-    kv::subject(DELIVERY_BUCKET, &format!("{}.charged", contract::escape(&publication.to_header())))
 }

@@ -52,7 +52,8 @@ impl Tallies {
             (tally.refused, tally.last) = (tally.refused + refused, now);
             return;
         }
-        if tallies.len() >= REMEMBERED {
+        // Whoever was never refused anything is not worth the search.
+        if tallies.len() >= REMEMBERED && refused > 0 {
             tallies.retain(|_, tally| tally.refused > 0);
         }
         if tallies.len() < REMEMBERED {

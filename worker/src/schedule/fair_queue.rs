@@ -651,6 +651,39 @@ mod tests {
         assert!(accounts < 25_000, "{accounts} accounts of tenants that are long gone");
     }
 
+    /// What it takes that a slot is given out, its block ends and its tenant comes again.
+    fn decision(tenants: usize) -> Duration {
+        const DECISIONS: u32 = 10_000;
+        let (mut queue, mut now) = (FairQueue::new(), Instant::now());
+        let names: Vec<_> = (0..tenants).map(|number| tenant(&number.to_string())).collect();
+        for _ in 0..2 {
+            for (number, name) in names.iter().enumerate() {
+                queue.push(name, 4, ALIKE, number, now);
+            }
+        }
+        let begun = Instant::now();
+        for decision in 0..DECISIONS {
+            now += Duration::from_micros(1);
+            let (number, started) = queue.pop(now).expect("there is work");
+            queue.finish(started, Duration::from_micros(u64::from(decision % 97)), now);
+            queue.push(&names[number], 4, ALIKE, number, now);
+        }
+        begun.elapsed() / DECISIONS
+    }
+
+    #[test]
+    #[ignore = "takes the time, so nothing else may run in its process"]
+    fn a_decision_among_ten_thousand_tenants_costs_about_as_much_as_among_ten() {
+        let sizes = [10, 1_000, 10_000];
+        // Taking turns; of each the least, which a busy machine disturbs least.
+        let least = (0..9)
+            .map(|_| sizes.map(decision))
+            .reduce(|least, next| std::array::from_fn(|size| least[size].min(next[size])));
+        let least = least.expect("measured");
+        println!("one decision among {sizes:?} tenants: {least:?}");
+        assert!(least[2] < least[0] * 4, "{least:?}");
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Push { tenant: usize, priority: u8 },
