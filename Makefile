@@ -76,10 +76,13 @@ bench-operator: ## The operator's figures with N pools (200) on fake nodes: time
 bench: ## Figures of the worker beside their targets: gate, memory, and no-ops beside the bare limit
 	@tests/run.sh bench bench-scale-sim
 
+bench-tenants: ## What tenants are promised, beside its targets: budgets under kills, neighbours, order, cost. SEED; five minutes
+	@tests/run.sh bench-tenants
+
 bench-scale: ## On a real Kubernetes: from work that comes to workers that do it, N times (50), beside an autoscaler and, KEDA times (0), KEDA: seven minutes
 	@tests/run.sh bench-scale
 
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator bench bench-operator bench-scale bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator bench bench-tenants bench-operator bench-scale bench-scale-sim

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-operator bench-scale
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-tenants bench-operator bench-scale
 #   bench-scale-sim campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -140,6 +140,13 @@ bench() {
   PATH=$tools:$PATH target/release/bench
 }
 
+bench-tenants() {
+  local tools
+  tools=$(tests/cluster/tools.sh --path nats-server)
+  cargo build --release --workspace --bins
+  PATH=$tools:$PATH target/release/bench tenants ${SEED:+--seed "$SEED"}
+}
+
 # On a cluster of its own kind: autoscalers look at it as often as by default.
 bench-scale() {
   local tools
@@ -166,11 +173,11 @@ require cc=gcc
 for step; do
   case $step in
     check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench) ;;
-    bench-operator | bench-scale | bench-scale-sim) ;;
+    bench-tenants | bench-operator | bench-scale | bench-scale-sim) ;;
     campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-budgets | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
-      "bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout, campaign-scale-in," \
-      "campaign-budgets, campaign-operator" ;;
+      "bench-tenants, bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout," \
+      "campaign-scale-in, campaign-budgets, campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

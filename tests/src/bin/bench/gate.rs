@@ -1,33 +1,25 @@
 //! The performance gate: a mix of all blocks, at the rate that it names and as fast as it goes.
-//!
-//! Assignments are published by a thread of their own, each when it is due, whatever has become of those before it. A
-//! latency runs from when its assignment was due to when the Router has its result: what is late on the way counts.
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use async_nats::{Client, Subscriber};
+use anyhow::Context;
 use beamline_tests::mariadb::MariaDb;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
 use beamline_tests::postgres::Postgres;
-use beamline_tests::router::{ASSIGN, RESULT, assignment};
+use beamline_tests::router::{ASSIGN, assignment};
 use beamline_tests::worker::Worker;
-use futures::StreamExt;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::figures::{median, percentile};
+use crate::pace::{self, Planned};
 use crate::table::{Row, Table, at_least, at_most};
 
 /// Tasks per second that a worker must sustain.
 const RATE: usize = 500;
 /// How many are given at once to see how fast they go.
 const AT_ONCE: usize = 4000;
-/// Results may be late, but not for ever.
-const PATIENCE: Duration = Duration::from_secs(60);
 const TENANT: &str = "tenant-1";
 /// In every database.
 const USERS: &str = "CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT, email TEXT)";
@@ -134,26 +126,20 @@ fn users() -> String {
     format!("INSERT INTO users VALUES {}", rows.join(", "))
 }
 
-#[derive(Deserialize)]
-struct Answer<'a> {
-    assignment_id: &'a str,
-    status: &'a str,
-}
-
 /// As many tasks at once as show how fast they go, then `seconds` of them at the gate's rate.
 pub(crate) async fn run(seconds: usize, table: &mut Table) -> anyhow::Result<()> {
     let (nats, world) = (NatsServer::start(), World::new().await?);
     let worker = Worker::named("gate").flag(format!("--fs-roots={}", world.files.path().display()));
     let _worker = worker.flag("--egress-allow=127.0.0.0/8").start(&nats).await;
-    let router = async_nats::ConnectOptions::new().subscription_capacity(1 << 18).connect(nats.url()).await?;
-    let mut results = router.subscribe(RESULT).await?;
-    router.flush().await?;
+    let router = pace::connect(&nats).await?;
+    let mut results = pace::listen(&router).await?;
 
     let begun = Instant::now();
     for payload in world.payloads("burst", AT_ONCE) {
         router.publish(ASSIGN, payload.into()).await?;
     }
-    let last = gather(&mut results, AT_ONCE).await?.into_values().max().context("no results")?;
+    let last =
+        pace::hear(&mut results, AT_ONCE).await?.into_iter().map(|heard| heard.at).max().context("no results")?;
     let rate = AT_ONCE as f64 / last.duration_since(begun).as_secs_f64();
     table.push(Row {
         what: "gate: all blocks mixed, all at once".to_owned(),
@@ -162,14 +148,18 @@ pub(crate) async fn run(seconds: usize, table: &mut Table) -> anyhow::Result<()>
     });
 
     let payloads = world.payloads("steady", RATE * seconds);
-    let (count, url) = (payloads.len(), nats.url());
-    let publisher = std::thread::spawn(move || publish_when_due(&url, payloads));
-    let arrivals = gather(&mut results, count).await?;
-    let start = publisher.join().map_err(|_| anyhow::anyhow!("the publisher panicked"))??;
-    let latency = |number: usize| arrivals.get(&number).map(|at| at.duration_since(due(start, number)));
+    let plan = payloads.into_iter().enumerate().map(|(number, payload)| Planned { due: due(number), payload });
+    let publishing = pace::publish(nats.url(), plan.collect());
+    let heard = pace::hear(&mut results, RATE * seconds).await?;
+    let start = publishing.began()?;
+    let mut latencies = Vec::with_capacity(heard.len());
+    for one in heard {
+        let number = one.number()?;
+        latencies.push((Kind::of(number), one.at.duration_since(start + due(number))));
+    }
     for kind in Kind::ALL {
-        let numbers = (0..count).filter(|number| Kind::of(*number) == kind);
-        let millis: Vec<_> = numbers.filter_map(latency).map(|latency| latency.as_secs_f64() * 1000.0).collect();
+        let of_kind = latencies.iter().filter(|(other, _)| *other == kind);
+        let millis: Vec<_> = of_kind.map(|(_, latency)| latency.as_secs_f64() * 1000.0).collect();
         let (p50, p99) = (median(millis.iter().copied()), percentile(millis, 99));
         table.push(Row {
             what: format!("gate: {} at {RATE} tasks/s mixed", kind.name()),
@@ -181,36 +171,6 @@ pub(crate) async fn run(seconds: usize, table: &mut Table) -> anyhow::Result<()>
 }
 
 /// When assignment `number` is due.
-fn due(start: Instant, number: usize) -> Instant {
-    start + Duration::from_secs(1) * u32::try_from(number).unwrap_or(u32::MAX) / RATE as u32
-}
-
-/// Returns when the first one was due.
-fn publish_when_due(url: &str, payloads: Vec<Vec<u8>>) -> anyhow::Result<Instant> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let client: Client = async_nats::connect(url).await?;
-        let start = Instant::now() + Duration::from_millis(100);
-        for (number, payload) in payloads.into_iter().enumerate() {
-            tokio::time::sleep_until(due(start, number).into()).await;
-            client.publish(ASSIGN, payload.into()).await?;
-        }
-        client.flush().await?;
-        Ok(start)
-    })
-}
-
-/// When each result arrived, by the number at the end of its id; all of them successes.
-async fn gather(results: &mut Subscriber, count: usize) -> anyhow::Result<HashMap<usize, Instant>> {
-    let mut arrivals = HashMap::with_capacity(count);
-    while arrivals.len() < count {
-        let next = tokio::time::timeout(PATIENCE, results.next()).await;
-        let message = next.with_context(|| format!("only {} of {count} results", arrivals.len()))?;
-        let (message, now) = (message.context("the connection ended")?, Instant::now());
-        let answer: Answer<'_> = serde_json::from_slice(&message.payload)?;
-        ensure!(answer.status == "success", "{}", String::from_utf8_lossy(&message.payload));
-        let number = answer.assignment_id.rsplit('-').next().and_then(|number| number.parse().ok());
-        arrivals.insert(number.context("an id that is not ours")?, now);
-    }
-    Ok(arrivals)
+fn due(number: usize) -> Duration {
+    Duration::from_secs(1) * u32::try_from(number).unwrap_or(u32::MAX) / RATE as u32
 }

@@ -1,5 +1,5 @@
-//! `make bench`: figures of the worker, each beside its target, in one table; `make bench-operator` and
-//! `make bench-scale`: the operator's.
+//! `make bench`: figures of the worker, each beside its target, in one table; `make bench-tenants`: what tenants are
+//! promised; `make bench-operator` and `make bench-scale`: the operator's.
 //!
 //! Machines are shared and noisy: read the ratio to the bare loop, which takes turns with the worker, not the rates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is its product")]
@@ -8,8 +8,10 @@ mod noop; // the worker beside the bare loop
 mod bare; // what the broker allows, with nothing around it
 mod gate; // the rate and the latencies that a worker must reach
 mod memory; // what a worker holds
+mod tenants; // what tenants do to each other, and what their bounds cost
 mod operator; // many pools
 mod scale; // from work to workers
+mod pace; // work that comes when it is due
 mod figures; // the kernel's figures, medians
 mod table; // all of it, for a person
 
@@ -57,6 +59,8 @@ enum Part {
         #[arg(long)]
         no_look_up: bool,
     },
+    /// What tenants are promised.
+    Tenants(tenants::Arguments),
     /// The operator and so many pools, instead of the worker.
     Operator {
         /// How many.
@@ -85,6 +89,7 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match arguments.part {
         Some(Part::Bare { url, no_look_up }) => runtime.block_on(bare::run(&url, !no_look_up)),
+        Some(Part::Tenants(arguments)) => runtime.block_on(tenants::run(&arguments)),
         Some(Part::Operator { pools }) => runtime.block_on(operator::run(pools)),
         Some(Part::Scale { spikes, autoscaled, driven, kubeconfig }) => {
             runtime.block_on(scale::run(&kubeconfig, spikes, autoscaled, driven))

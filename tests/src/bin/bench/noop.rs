@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::policy::Policy;
 use beamline_tests::worker::program;
 use futures::StreamExt;
 use tokio::process::{Child, Command};
@@ -18,6 +19,11 @@ use crate::table::{Row, Table, at_least};
 const PAYLOAD_BYTES: usize = 600;
 /// What the worker should reach of the bare loop's rate, with everything on.
 const TARGET: f64 = 0.60;
+/// What it should keep of its own rate whatever tenants it has.
+const UNSLOWED: f64 = 0.95;
+/// Every bound that there is, and none that is ever reached.
+const BOUNDED: &str = "tenants: {named: [{id: tenant-1, maxSlotShare: 100, quotas: {executions: 1000000000, \
+    cpuTimeMs: 1000000000, window: 1h, concurrent: 100000, memoryMb: 100000}}]}";
 
 /// Who takes every assignment from the stream and answers it with a verdict, a record and a result.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,6 +36,10 @@ enum Subject {
     Worker,
     /// The worker without a line for each task.
     Quiet,
+    /// The worker with a policy that bounds the tenant.
+    Bounded,
+    /// The worker with work of ten thousand tenants.
+    Crowded,
 }
 
 impl Subject {
@@ -40,9 +50,16 @@ impl Subject {
         match self {
             Self::Worker => "worker, default flags",
             Self::Quiet => "worker, --log-level warn",
+            Self::Bounded => "worker, all bounds",
+            Self::Crowded => "worker, 10 000 tenants",
             Self::Bare => "bare loop",
             Self::NoLookUp => "bare loop, no look-up",
         }
+    }
+
+    /// Whose work it is: of so many in turn.
+    const fn tenants(self) -> usize {
+        if matches!(self, Self::Crowded) { 10_000 } else { 1 }
     }
 }
 
@@ -62,10 +79,7 @@ pub(crate) async fn run(tasks: usize, rounds: usize, table: &mut Table) -> anyho
     let mut measured: [Vec<Figures>; 4] = Default::default();
     for round in 1..=rounds {
         for (subject, figures) in Subject::ALL.iter().zip(&mut measured) {
-            let one = measure(*subject, tasks).await?;
-            let Figures { rate, cpu, broker } = one;
-            eprintln!("round {round}: {:<24} {rate:>7.0} tasks/s, {cpu:?} CPU each, broker {broker:?}", subject.name());
-            figures.push(one);
+            figures.push(measure_in(round, *subject, tasks).await?);
         }
     }
     let [_, bare, ..] = &measured;
@@ -83,19 +97,60 @@ pub(crate) async fn run(tasks: usize, rounds: usize, table: &mut Table) -> anyho
     Ok(())
 }
 
+/// The worker's rate where its tenant has every bound that there is, and where it has many tenants, beside that of the same
+/// round without.
+pub(crate) async fn tenants(tasks: usize, rounds: usize, table: &mut Table) -> anyhow::Result<()> {
+    let [mut plain, mut bounded, mut crowded]: [Vec<Figures>; 3] = Default::default();
+    for round in 1..=rounds {
+        let mut subjects =
+            [(Subject::Worker, &mut plain), (Subject::Bounded, &mut bounded), (Subject::Crowded, &mut crowded)];
+        // Each is first in some rounds.
+        subjects.rotate_left(round % 3);
+        for (subject, figures) in subjects {
+            figures.push(measure_in(round, subject, tasks).await?);
+        }
+    }
+    for (what, figures) in [("with budgets and ceilings", &bounded), ("with 10 000 tenants", &crowded)] {
+        let ratio = median(figures.iter().zip(&plain).map(|(one, plain)| one.rate / plain.rate));
+        let rate = median(figures.iter().map(|one| one.rate));
+        let micros = |figures: &[Figures], of: fn(&Figures) -> Duration| {
+            median(figures.iter().map(|one| of(one).as_secs_f64() * 1e6))
+        };
+        let [own, own_plain] = [figures, &plain].map(|figures| micros(figures, |one| one.cpu));
+        let [broker, broker_plain] = [figures, &plain].map(|figures| micros(figures, |one| one.broker));
+        table.push(Row {
+            what: format!("no-op: worker {what}, of the same without"),
+            figure: format!(
+                "{ratio:.2} ({rate:.0} tasks/s; {own:.1} µs CPU each, without {own_plain:.1}; of the broker \
+                 {broker:.1}, without {broker_plain:.1})"
+            ),
+            target: Some(at_least(UNSLOWED, ratio)),
+        });
+    }
+    Ok(())
+}
+
+async fn measure_in(round: usize, subject: Subject, tasks: usize) -> anyhow::Result<Figures> {
+    let figures = measure(subject, tasks).await?;
+    let Figures { rate, cpu, broker } = figures;
+    eprintln!("round {round}: {:<24} {rate:>7.0} tasks/s, {cpu:?} CPU each, broker {broker:?}", subject.name());
+    Ok(figures)
+}
+
 /// Over a broker of its own with all work waiting.
 async fn measure(subject: Subject, tasks: usize) -> anyhow::Result<Figures> {
     let broker = NatsServer::start();
     let client = async_nats::ConnectOptions::new().subscription_capacity(tasks * 2).connect(broker.url()).await?;
     let js = jetstream::new(client.clone());
     prepare(&js).await?;
-    publish(&client, tasks).await?;
+    publish(&client, tasks, subject.tenants()).await?;
     let mut results = client.subscribe("caf.exec.result.v1").await?;
     let mut verdicts = client.subscribe("caf.exec.assign.v1.ack").await?;
     client.flush().await?;
     let verdicts = tokio::spawn(async move { verdicts.by_ref().take(tasks).count().await });
     let idle = cpu_time(broker.id())?;
-    let mut process = start(subject, &broker.url())?;
+    let policy = Policy::new(BOUNDED);
+    let mut process = start(subject, &broker.url(), &policy)?;
     let rate = tokio::time::timeout(Duration::from_secs(120), async {
         results.next().await.context("no result")?;
         let first = Instant::now();
@@ -125,14 +180,14 @@ async fn prepare(js: &jetstream::Context) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn publish(client: &async_nats::Client, tasks: usize) -> anyhow::Result<()> {
+async fn publish(client: &async_nats::Client, tasks: usize, tenants: usize) -> anyhow::Result<()> {
     let body = "x".repeat(PAYLOAD_BYTES - 320);
     for number in 0..tasks {
         let assignment = serde_json::json!({
             "version": "1",
             "assignment_id": format!("assign-{number}"),
             "request_id": format!("req-{number}"),
-            "tenant_id": "tenant-1",
+            "tenant_id": format!("tenant-{}", number % tenants + 1),
             "executor": {"provider_id": "bench"},
             "job": {"type": "http.request", "method": "POST", "url": "http://peer.test/", "body": body},
         });
@@ -149,9 +204,9 @@ async fn publish(client: &async_nats::Client, tasks: usize) -> anyhow::Result<()
     tokio::time::timeout(Duration::from_secs(60), stored).await.context("the stream did not keep the work")?
 }
 
-fn start(subject: Subject, url: &str) -> anyhow::Result<Child> {
+fn start(subject: Subject, url: &str, policy: &Policy) -> anyhow::Result<Child> {
     let mut command = match subject {
-        Subject::Worker | Subject::Quiet => {
+        Subject::Worker | Subject::Quiet | Subject::Bounded | Subject::Crowded => {
             let mut command = Command::new(program());
             command.args(["--nats-url", url, "--sandbox-mode", "--prometheus-endpoint", "127.0.0.1:0"]);
             command
@@ -164,8 +219,9 @@ fn start(subject: Subject, url: &str) -> anyhow::Result<Child> {
     };
     match subject {
         Subject::Quiet => command.args(["--log-level", "warn"]),
+        Subject::Bounded => command.arg(policy.flag()),
         Subject::NoLookUp => command.arg("--no-look-up"),
-        Subject::Worker | Subject::Bare => &mut command,
+        Subject::Worker | Subject::Crowded | Subject::Bare => &mut command,
     };
     command.stdout(Stdio::null()).kill_on_drop(true).spawn().context("cannot start what is measured")
 }
