@@ -13,6 +13,7 @@ use crate::pool::{Kind, ValidPool};
 use crate::reports::Crew;
 use crate::scale::{Flow, Seen, Work, Workers};
 use crate::signals::{Arrived, Readable, Reading};
+use crate::tenants::Taken;
 
 /// A pod that takes no work for longer than this, and three usual starts, is not starting any more.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -72,7 +73,7 @@ pub fn is_ready(pod: &Pod) -> bool {
 /// Whether workers hold work that none of them speaks of: then who says that it holds nothing may be wrong.
 pub fn is_hidden(reading: &Reading) -> bool {
     let (Some(queue), Some(Ok(Readable::Own))) = (&reading.queue, &reading.readable) else { return false };
-    let parked = reading.tenants.as_ref().map_or(0, |tenants| tenants.in_flight);
+    let parked = reading.tenants.as_ref().map_or(0, |tenants| tenants.general.plus(tenants.gpu).in_flight);
     let in_flight = queue.in_flight.saturating_add(reading.route.map_or(0, |route| route.in_flight));
     let in_flight = in_flight.saturating_add(parked);
     let workers = reading.general.workers.iter().chain(&reading.gpu.workers);
@@ -96,8 +97,15 @@ fn general(reading: &Reading, takes_route: bool) -> Option<Work> {
     }
     // Parked work is none before it may run; where that cannot be known, some may be due.
     let tenants = reading.tenants.as_ref();
-    pending = pending.saturating_add(tenants.map_or(0, |tenants| tenants.runnable));
-    in_flight = in_flight.saturating_add(tenants.map_or(0, |tenants| tenants.in_flight));
+    let parked =
+        tenants.map_or(
+            Taken::default(),
+            |tenants| {
+                if takes_route { tenants.general.plus(tenants.gpu) } else { tenants.general }
+            },
+        );
+    pending = pending.saturating_add(parked.runnable);
+    in_flight = in_flight.saturating_add(parked.in_flight);
     let due = reading.due.filter(|_| tenants.is_some());
     Some(Work { pending, in_flight, due, recent: recently, lately, ended: all_ended })
 }
@@ -105,7 +113,9 @@ fn general(reading: &Reading, takes_route: bool) -> Option<Work> {
 /// Nobody counts what arrives on the route. Cancels and answers need no GPU.
 fn gpu(reading: &Reading) -> Option<Work> {
     let route = reading.route?;
-    let (pending, in_flight) = (route.pending, route.in_flight);
+    let parked = reading.tenants.as_ref().map_or(Taken::default(), |tenants| tenants.gpu);
+    let pending = route.pending.saturating_add(parked.runnable);
+    let in_flight = route.in_flight.saturating_add(parked.in_flight);
     let ended = reading.arrived.ended.route;
     Some(Work { pending, in_flight, due: Some(0), recent: Flow::default(), lately: Flow::default(), ended })
 }
@@ -228,12 +238,28 @@ mod tests {
             let work = seen(&valid("{}"), Kind::General, &empty, None, &[], None, at(CREATED)).work.expect("work");
             (work.pending, work.in_flight, work.due, demand(&valid("{}"), &empty))
         };
-        let parked =
-            |runnable, in_flight| Some(Tenants { parked: Some(10_000), runnable, in_flight, ..Tenants::default() });
+        let parked = |runnable, in_flight| {
+            let general = Taken { runnable, in_flight };
+            Some(Tenants { parked: Some(10_000), general, ..Tenants::default() })
+        };
         assert_eq!(work(parked(0, 0)), (0, 0, Some(0), Some(0)), "its window has not turned");
         assert_eq!(work(parked(7, 0)), (7, 0, Some(0), Some(7)));
         assert_eq!(work(parked(0, 2)), (0, 2, Some(0), Some(2)), "it runs");
         assert_eq!(work(None), (0, 0, None, None), "some may be due");
+    }
+
+    #[test]
+    fn parked_work_for_gpu_slots_is_demand_of_those_who_have_some() {
+        let tenants = Tenants { gpu: Taken { runnable: 5, in_flight: 2 }, ..Tenants::default() };
+        let route = Some(Route { pending: 1, in_flight: 1 });
+        let parked = Reading { queue: Some(Queue::default()), route, tenants: Some(tenants), ..reading() };
+        let work = |pool: &str, class| {
+            let work = seen(&valid(pool), class, &parked, None, &[], None, at(CREATED)).work.expect("work");
+            (work.pending, work.in_flight)
+        };
+        let with_gpus = r#"{"gpu": {}}"#;
+        assert_eq!((work(with_gpus, Kind::General), work(with_gpus, Kind::Gpu)), ((0, 0), (6, 3)));
+        assert_eq!(work(r#"{"worker": {"pools": {"gpu": 1}}}"#, Kind::General), (6, 3), "there is no other class");
     }
 
     #[test]

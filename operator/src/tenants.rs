@@ -52,9 +52,18 @@ struct Lease {
     until: i64,
 }
 
-/// What a tenant has parked.
+/// What a tenant has parked, by the class of workers that it waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Parked {
+    /// For those without GPU slots.
+    pub general: Shelf,
+    /// For those with some.
+    pub gpu: Shelf,
+}
+
+/// Assignments that are parked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shelf {
     /// That no worker has taken yet.
     pub waiting: i64,
     /// That workers hold.
@@ -68,10 +77,36 @@ pub struct Tenants {
     pub busiest: Vec<TenantStatus>,
     /// What is parked of all of them; `None` where nothing can be.
     pub parked: Option<i64>,
-    /// How much of it may run now.
+    /// What of it is work for workers without GPU slots.
+    pub general: Taken,
+    /// And for those with some.
+    pub gpu: Taken,
+}
+
+/// Parked work that is demand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// It may run now.
     pub runnable: i64,
-    /// What of it workers hold.
+    /// Workers hold it.
     pub in_flight: i64,
+}
+
+impl Parked {
+    fn waiting(self) -> i64 {
+        self.general.waiting.saturating_add(self.gpu.waiting)
+    }
+}
+
+impl Taken {
+    /// Both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            runnable: self.runnable.saturating_add(other.runnable),
+            in_flight: self.in_flight.saturating_add(other.in_flight),
+        }
+    }
 }
 
 impl Account {
@@ -118,15 +153,14 @@ impl Leases {
 impl Kept {
     /// How much of what this tenant has parked may run now. Of one that was not asked about nothing: its turn comes when
     /// others have less parked.
-    fn runnable(&self, tenant: &str, parked: Parked, quotas: &Quotas, now: i64) -> i64 {
+    fn room(&self, tenant: &str, quotas: &Quotas, now: i64) -> i64 {
         if !quotas.are_some() {
-            return parked.waiting;
+            return i64::MAX;
         }
         let Some(account) = self.accounts.get(tenant) else { return 0 };
-        let account = account.at(now, quotas);
         let taken = self.slots.get(tenant).map_or(0, |leases| leases.taken(now));
         let room = quotas.concurrent.map_or(i64::MAX, |limit| limit.saturating_sub(taken).max(0));
-        parked.waiting.min(account.left(quotas)).min(room)
+        account.at(now, quotas).left(quotas).min(room)
     }
 }
 
@@ -135,11 +169,17 @@ pub fn tenants(limits: &Limits, kept: &Kept, crews: [&Crew; 2], now: Timestamp) 
     let now = now.as_millisecond();
     let said = by_tenant(crews.into_iter().flat_map(|crew| &crew.tenants));
     let parked = kept.parked.iter().flatten();
-    let (mut runnable, mut in_flight, mut waiting) = (0_i64, 0_i64, 0_i64);
+    let (mut general, mut gpu, mut waiting) = (Taken::default(), Taken::default(), 0_i64);
     for (tenant, parked) in parked.clone() {
-        runnable = runnable.saturating_add(kept.runnable(tenant, *parked, &limits.of(tenant), now));
-        in_flight = in_flight.saturating_add(parked.in_flight);
-        waiting = waiting.saturating_add(parked.waiting);
+        let mut room = kept.room(tenant, &limits.of(tenant), now);
+        let mut taken = |shelf: Shelf| {
+            let runnable = shelf.waiting.min(room);
+            room -= runnable;
+            Taken { runnable, in_flight: shelf.in_flight }
+        };
+        general = general.plus(taken(parked.general));
+        gpu = gpu.plus(taken(parked.gpu));
+        waiting = waiting.saturating_add(parked.waiting());
     }
     let known = said.keys().copied().chain(parked.map(|(tenant, _)| tenant.as_str()));
     let mut known: Vec<&str> = known.chain(kept.accounts.keys().map(String::as_str)).collect();
@@ -152,7 +192,7 @@ pub fn tenants(limits: &Limits, kept: &Kept, crews: [&Crew; 2], now: Timestamp) 
     let mut busiest: Vec<TenantStatus> = rows.filter(is_something).collect();
     busiest.sort_by_cached_key(|row| (Reverse((row.running + row.queued, row.executions_used)), row.id.clone()));
     busiest.truncate(SHOWN);
-    Tenants { busiest, parked: kept.parked.is_some().then_some(waiting), runnable, in_flight }
+    Tenants { busiest, parked: kept.parked.is_some().then_some(waiting), general, gpu }
 }
 
 fn row(tenant: &str, said: &TenantReport, limits: &Limits, kept: &Kept, now: i64) -> TenantStatus {
@@ -167,7 +207,7 @@ fn row(tenant: &str, said: &TenantReport, limits: &Limits, kept: &Kept, now: i64
         cpu_time_ms_limit: quotas.cpu_time_ms,
         running: i64::from(said.running),
         queued: i64::from(said.queued),
-        parked: kept.parked.as_ref().and_then(|parked| parked.get(tenant)).map_or(0, |parked| parked.waiting),
+        parked: kept.parked.as_ref().and_then(|parked| parked.get(tenant)).map_or(0, |parked| parked.waiting()),
         refused: i64::try_from(said.refused).unwrap_or(i64::MAX),
         exceeded: account.and_then(|account| account.exceeded(&quotas)),
     }
@@ -184,7 +224,7 @@ fn is_something(row: &TenantStatus) -> bool {
 pub fn to_ask_about(limits: &Limits, kept: &Kept, crews: [&Crew; 2], now: Timestamp, most: usize) -> BTreeSet<String> {
     let said = crews.into_iter().flat_map(|crew| &crew.tenants).map(|one| &one.id);
     let mut parked: Vec<(&String, &Parked)> = kept.parked.iter().flatten().collect();
-    parked.sort_by_key(|(_, parked)| Reverse(parked.waiting));
+    parked.sort_by_key(|(_, parked)| Reverse(parked.waiting()));
     let now = now.as_millisecond();
     let has_used = |(tenant, account): &(&String, &Account)| {
         let Account { executions, cpu_time_ms, .. } = account.at(now, &limits.of(tenant));

@@ -366,18 +366,18 @@ async fn what_is_parked_may_run_when_its_tenant_has_a_budget_again() {
             })
         })
         .await;
-    operator.hears("none may run", |it| tenants(it).runnable == 0).await;
+    operator.hears("none may run", |it| tenants(it).general.runnable == 0).await;
     use_up(0, 7).await;
-    operator.hears("units were given back", |it| tenants(it).runnable == 3).await;
+    operator.hears("units were given back", |it| tenants(it).general.runnable == 3).await;
     let slots = json!({"version": "1", "leases": {"worker-1": {"slots": 6, "until": now + 3_600_000}}});
     accounts.put("flows=2Fdefault.acme=2Ecorp.concurrent", slots.to_string().into()).await.expect("stored");
-    operator.hears("most slots are taken", |it| tenants(it).runnable == 2).await;
+    operator.hears("most slots are taken", |it| tenants(it).general.runnable == 2).await;
     use_up(1, 10).await;
     accounts
         .put("flows=2Fdefault.acme=2Ecorp.concurrent", r#"{"version": "1", "leases": {}}"#.into())
         .await
         .expect("stored");
-    operator.hears("the window has turned", |it| tenants(it).runnable == 8).await;
+    operator.hears("the window has turned", |it| tenants(it).general.runnable == 8).await;
 
     let consumer = pull::Config {
         durable_name: Some("acme=2Ecorp".to_owned()),
@@ -387,8 +387,13 @@ async fn what_is_parked_may_run_when_its_tenant_has_a_budget_again() {
     let consumer: Consumer<pull::Config> = stream.create_consumer(consumer).await.expect("the consumer");
     let mut messages = consumer.fetch().max_messages(5).messages().await.expect("messages");
     let held = messages.next().await.expect("one").expect("one");
-    operator.hears("five are held", |it| (tenants(it).in_flight, tenants(it).parked) == (5, Some(15))).await;
+    operator.hears("five are held", |it| (tenants(it).general.in_flight, tenants(it).parked) == (5, Some(15))).await;
     drop(held);
+
+    jetstream.publish("caf.exec.parked.gpu.v1.globex", "{}".into()).await.expect("sent").await.expect("stored");
+    operator
+        .hears("it waits for GPU slots", |it| (tenants(it).gpu.runnable, tenants(it).parked) == (1, Some(16)))
+        .await;
 }
 
 // A pool that leads the operator astray.

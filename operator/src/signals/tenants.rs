@@ -10,10 +10,10 @@ use futures::StreamExt;
 use jiff::Timestamp;
 
 use crate::broker::{Broker, BrokerError};
-use crate::pool::{Delivery, Nats};
+use crate::pool::{Delivery, Kind, Nats};
 use crate::reports::{Crew, is_tenant};
 use crate::streams::{self, Demand};
-use crate::tenants::{Account, Kept, Leases, Parked, Tenants, tenants, to_ask_about};
+use crate::tenants::{Account, Kept, Leases, Parked, Shelf, Tenants, tenants, to_ask_about};
 
 /// How old an answer may be.
 const AGE: Duration = Duration::from_secs(2);
@@ -23,6 +23,8 @@ const RETRY: Duration = Duration::from_secs(30);
 const PARKED: usize = 10_000;
 /// Consumers that are looked at, at most.
 const CONSUMERS: usize = 1024;
+/// In the stream of parked work there is nothing else.
+const ALL_SUBJECTS: &str = ">";
 /// Accounts that are asked for at once: the broker answers for 1024 keys, and a tenant has two.
 const ACCOUNTS: usize = 512;
 
@@ -106,29 +108,40 @@ async fn parked(jetstream: &Context, nats: &Nats) -> Result<BTreeMap<String, Par
     }
     let failed = |error: &dyn std::error::Error| BrokerError::unanswered(format!("for stream {name}"), error);
     let mut all = BTreeMap::<String, Parked>::new();
-    let counts = stream.info_with_subjects(streams::parked_subject(nats, "*")).await.map_err(|error| failed(&error))?;
+    let counts = stream.info_with_subjects(ALL_SUBJECTS).await.map_err(|error| failed(&error))?;
     let mut counts = std::pin::pin!(counts.take(PARKED));
     while let Some(count) = counts.next().await {
         let (subject, messages) = count.map_err(|error| failed(&error))?;
-        if let Some(tenant) = tenant_of(&subject) {
-            all.insert(tenant, Parked { waiting: number(messages), in_flight: 0 });
+        if let Some((tenant, class)) = whose(nats, &subject) {
+            shelf(all.entry(tenant).or_default(), class).waiting = number(messages);
         }
     }
     let mut consumers = std::pin::pin!(stream.consumers().take(CONSUMERS));
     while let Some(info) = consumers.next().await {
         let info: consumer::Info = info.map_err(|error| failed(&error))?;
-        let parked = tenant_of(&info.config.filter_subject).and_then(|tenant| all.get_mut(&tenant));
-        if let Some(parked) = parked {
-            parked.in_flight = number(info.num_ack_pending).min(parked.waiting);
-            parked.waiting -= parked.in_flight;
+        let Some((tenant, class)) = whose(nats, &info.config.filter_subject) else { continue };
+        if let Some(parked) = all.get_mut(&tenant) {
+            let shelf = shelf(parked, class);
+            shelf.in_flight = number(info.num_ack_pending).min(shelf.waiting);
+            shelf.waiting -= shelf.in_flight;
         }
     }
     Ok(all)
 }
 
-fn tenant_of(subject: &str) -> Option<String> {
+/// Whose work is parked there, and for which class of workers.
+fn whose(nats: &Nats, subject: &str) -> Option<(String, Kind)> {
     let (_, token) = subject.rsplit_once('.')?;
-    streams::unescaped(token).filter(|tenant| is_tenant(tenant))
+    let class =
+        [Kind::General, Kind::Gpu].into_iter().find(|class| streams::parked_subject(nats, *class, token) == subject);
+    Some((streams::unescaped(token).filter(|tenant| is_tenant(tenant))?, class?))
+}
+
+fn shelf(parked: &mut Parked, class: Kind) -> &mut Shelf {
+    match class {
+        Kind::General => &mut parked.general,
+        Kind::Gpu => &mut parked.gpu,
+    }
 }
 
 fn number(count: usize) -> i64 {

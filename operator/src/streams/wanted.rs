@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 
-use crate::pool::{Delivery, Nats, Slots, Storage, ValidPool};
+use crate::pool::{Delivery, Kind, Nats, Slots, Storage, ValidPool};
 use crate::scale::Decisions;
 
 /// The intake that needs no stream of its own.
@@ -88,11 +88,13 @@ pub fn parked_stream(nats: &Nats) -> String {
     }
 }
 
-/// Where that of a tenant waits, by its escaped id.
-pub fn parked_subject(nats: &Nats, tenant: &str) -> String {
-    match nats.subject.as_str() {
-        DEFAULT_SUBJECT => format!("caf.exec.parked.v1.{tenant}"),
-        subject => format!("{subject}.parked.{tenant}"),
+/// Where that of a tenant waits for a class of workers, by its escaped id.
+pub fn parked_subject(nats: &Nats, class: Kind, tenant: &str) -> String {
+    match (nats.subject.as_str(), class) {
+        (DEFAULT_SUBJECT, Kind::General) => format!("caf.exec.parked.v1.{tenant}"),
+        (DEFAULT_SUBJECT, Kind::Gpu) => format!("caf.exec.parked.gpu.v1.{tenant}"),
+        (subject, Kind::General) => format!("{subject}.parked.{tenant}"),
+        (subject, Kind::Gpu) => format!("{subject}.parked-gpu.{tenant}"),
     }
 }
 
@@ -148,13 +150,9 @@ pub(super) fn intake(nats: &Nats) -> Config {
 
 /// Assignments that their tenants may not have run yet, by tenant; those for GPU slots apart.
 fn parked(nats: &Nats) -> Config {
-    let for_gpus = match nats.subject.as_str() {
-        DEFAULT_SUBJECT => "caf.exec.parked.gpu.v1.*".to_owned(),
-        subject => format!("{subject}.parked-gpu.*"),
-    };
     Config {
         name: parked_stream(nats),
-        subjects: vec![parked_subject(nats, "*"), for_gpus],
+        subjects: [Kind::General, Kind::Gpu].map(|class| parked_subject(nats, class, "*")).to_vec(),
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
         ..stream(nats)

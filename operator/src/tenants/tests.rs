@@ -26,7 +26,7 @@ fn one<T>(value: T) -> BTreeMap<String, T> {
 }
 
 fn parked(waiting: i64) -> Option<BTreeMap<String, Parked>> {
-    Some(one(Parked { waiting, in_flight: 0 }))
+    Some(one(Parked { general: Shelf { waiting, in_flight: 0 }, ..Parked::default() }))
 }
 
 fn crew(reports: &[(&str, u32, u32, u64)]) -> Crew {
@@ -44,7 +44,7 @@ fn seen(limits: &Limits, kept: &Kept, crew: &Crew, millis: i64) -> Tenants {
 }
 
 fn runnable(limits: &Limits, kept: &Kept, millis: i64) -> i64 {
-    seen(limits, kept, &Crew::default(), millis).runnable
+    seen(limits, kept, &Crew::default(), millis).general.runnable
 }
 
 #[test]
@@ -82,6 +82,26 @@ fn work_over_a_ceiling_may_run_when_slots_are_free_or_their_holder_is_gone() {
     assert_eq!([0, 20_000, 30_000].map(|now| runnable(&limits, &kept, now)), [0, 1, 4]);
     let few = Kept { parked: parked(2), ..kept };
     assert_eq!(runnable(&limits, &few, 30_000), 2);
+}
+
+#[test]
+fn work_for_gpu_slots_is_demand_of_its_own_class_and_shares_its_tenants_room() {
+    let limits = limits(json!({"defaults": {"onExceeded": "Defer", "quotas": {"executions": 100, "window": "1m"}}}));
+    let shelves = |general, gpu| {
+        Some(one(Parked {
+            general: Shelf { waiting: general, in_flight: 1 },
+            gpu: Shelf { waiting: gpu, in_flight: 2 },
+        }))
+    };
+    let said = |general, gpu| {
+        let kept = Kept { accounts: one(account(0, 93, 0)), parked: shelves(general, gpu), ..Kept::default() };
+        seen(&limits, &kept, &Crew::default(), 1)
+    };
+    let taken = |runnable, in_flight| Taken { runnable, in_flight };
+    let told = |general, gpu| (said(general, gpu).general, said(general, gpu).gpu, said(general, gpu).parked);
+    assert_eq!(told(0, 3), (taken(0, 1), taken(3, 2), Some(3)));
+    assert_eq!(told(5, 9), (taken(5, 1), taken(2, 2), Some(14)), "seven units in all");
+    assert_eq!(told(9, 9), (taken(7, 1), taken(0, 2), Some(18)));
 }
 
 #[test]
@@ -131,12 +151,13 @@ fn a_window_that_is_over_says_nothing_any_more() {
 #[test]
 fn however_many_tenants_there_are_twenty_are_shown_and_not_too_many_asked_about() {
     let limits = limits(json!({"defaults": {"quotas": {"executions": 10}}}));
+    let on_the_shelf = |waiting| Parked { general: Shelf { waiting, in_flight: 1 }, ..Parked::default() };
     let all: BTreeMap<String, Parked> =
-        (0..10_000).map(|number| (format!("t{number}"), Parked { waiting: number, in_flight: 1 })).collect();
+        (0..10_000).map(|number| (format!("t{number}"), on_the_shelf(number))).collect();
     let kept = Kept { parked: Some(all), ..Kept::default() };
     let crew = crew(&[("busy", 1, 1, 0)]);
     let said = seen(&limits, &kept, &crew, 0);
-    assert_eq!((said.busiest.len(), said.busiest[0].id.as_str(), said.in_flight), (SHOWN, "busy", 10_000));
+    assert_eq!((said.busiest.len(), said.busiest[0].id.as_str(), said.general.in_flight), (SHOWN, "busy", 10_000));
     let asked = to_ask_about(&limits, &kept, [&crew, &Crew::default()], at(0), 100);
     assert!(asked.len() == 100 && asked.contains("busy") && asked.contains("t9999"), "{asked:?}");
     assert!(to_ask_about(&Limits::default(), &kept, [&crew, &Crew::default()], at(0), 100).is_empty());
