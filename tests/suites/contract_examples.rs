@@ -246,7 +246,7 @@ fn verdict_rejected(fixture: &Fixture, code: &str) {
     let example = fixture.value();
     let fault = fault(fixture, &example["error"]);
     assert_eq!(fault.cause.code().to_string(), code, "{fixture}");
-    let id = |field: &str| example[field].as_str().filter(|id| !id.is_empty()).map(str::to_owned);
+    let id = |field: &str| example[field].as_str().filter(|id| !id.is_empty()).map(Box::from);
     let addressee = Addressee {
         assignment_id: id("assignment_id"),
         request_id: id("request_id"),

@@ -30,17 +30,17 @@ const MAX_DELAY_MS: i64 = 3_600_000;
 #[derive(Clone, Debug)]
 pub struct Correlation {
     /// The Router's id of the request.
-    pub request_id: String,
+    pub request_id: Box<str>,
     /// Who the Router decided should do it.
-    pub provider_id: String,
+    pub provider_id: Box<str>,
     /// The Router's trace id.
-    pub trace_id: Option<String>,
+    pub trace_id: Option<Box<str>>,
     /// Which run of the flow.
-    pub run_id: Option<String>,
+    pub run_id: Option<Box<str>>,
     /// Which flow.
-    pub flow_id: Option<String>,
+    pub flow_id: Option<Box<str>>,
     /// Which step of it.
-    pub step_id: Option<String>,
+    pub step_id: Option<Box<str>>,
 }
 
 /// An assignment that this worker is able to execute.
@@ -71,15 +71,15 @@ pub struct Assignment {
 #[derive(Clone, Debug, Default)]
 pub struct Addressee {
     /// The Router's id of the assignment.
-    pub assignment_id: Option<String>,
+    pub assignment_id: Option<Box<str>>,
     /// The Router's id of its request.
-    pub request_id: Option<String>,
+    pub request_id: Option<Box<str>>,
     /// Whose work it is.
-    pub tenant_id: Option<String>,
+    pub tenant_id: Option<Box<str>>,
     /// The trace that it belongs to.
-    pub trace_id: Option<String>,
+    pub trace_id: Option<Box<str>>,
     /// The run of the flow that it belongs to.
-    pub run_id: Option<String>,
+    pub run_id: Option<Box<str>>,
 }
 
 /// A payload that is not run, and whom to tell.
@@ -105,9 +105,9 @@ impl Assignment {
     /// Whom a word about it is addressed to.
     pub fn addressee(&self) -> Addressee {
         Addressee {
-            assignment_id: Some(self.key.assignment_id.to_string()),
+            assignment_id: Some((*self.key.assignment_id).into()),
             request_id: Some(self.correlation.request_id.clone()),
-            tenant_id: Some(self.key.tenant.as_str().to_owned()),
+            tenant_id: Some(self.key.tenant.as_str().into()),
             trace_id: self.correlation.trace_id.clone(),
             run_id: self.correlation.run_id.clone(),
         }
@@ -120,8 +120,8 @@ impl Assignment {
         let tenant_id = required_id(wire.tenant_id.as_deref(), "/tenant_id")?;
         let provider = wire.executor.as_ref().and_then(|executor| executor.provider_id.as_deref());
         let correlation = Correlation {
-            request_id: request_id.to_owned(),
-            provider_id: required_id(provider, "/executor/provider_id")?.to_owned(),
+            request_id: request_id.into(),
+            provider_id: required_id(provider, "/executor/provider_id")?.into(),
             trace_id: optional_id(wire.trace_id.as_deref(), "/trace_id")?,
             run_id: optional_id(wire.run_id.as_deref(), "/run_id")?,
             flow_id: optional_id(wire.flow_id.as_deref(), "/flow_id")?,
@@ -152,7 +152,7 @@ impl Assignment {
 
 impl Addressee {
     fn of(wire: &ExecAssignment<'_>) -> Self {
-        let id = |text: &Option<Cow<'_, str>>| text.as_deref().filter(|text| is_id(text)).map(str::to_owned);
+        let id = |text: &Option<Cow<'_, str>>| text.as_deref().filter(|text| is_id(text)).map(Box::from);
         Self {
             assignment_id: id(&wire.assignment_id),
             request_id: id(&wire.request_id),
@@ -167,7 +167,7 @@ impl Addressee {
         let json = std::str::from_utf8(payload).unwrap_or_default();
         let fields: HashMap<String, &RawValue> = serde_json::from_str(json).unwrap_or_default();
         let text = |field: &str| serde_json::from_str::<String>(fields.get(field)?.get()).ok();
-        let id = |field: &str| text(field).filter(|text| is_id(text));
+        let id = |field: &str| text(field).filter(|text| is_id(text)).map(Box::from);
         Self {
             assignment_id: id("assignment_id"),
             request_id: id("request_id"),

@@ -28,7 +28,7 @@ pub struct Cancel {
     /// Why, for a person.
     pub reason: Option<String>,
     /// Who asked for it.
-    pub requested_by: Option<String>,
+    pub requested_by: Option<Box<str>>,
 }
 
 impl Cancel {

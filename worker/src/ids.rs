@@ -63,10 +63,10 @@ pub(crate) fn required_id<'a>(text: Option<&'a str>, pointer: &str) -> Result<&'
 ///
 /// # Errors
 /// 1003 where it is no id.
-pub(crate) fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<String>, Invalid> {
+pub(crate) fn optional_id(text: Option<&str>, pointer: &str) -> Result<Option<Box<str>>, Invalid> {
     match text {
         None | Some("") => Ok(None),
-        Some(text) if is_id(text) => Ok(Some(text.to_owned())),
+        Some(text) if is_id(text) => Ok(Some(text.into())),
         Some(_) => Err(bad_id(pointer)),
     }
 }

@@ -68,7 +68,7 @@ pub struct Parts {
 #[derive(Debug)]
 pub struct Delivery {
     payload: Bytes,
-    headers: Option<HeaderMap>,
+    headers: Option<Box<HeaderMap>>,
     broker: Broker,
     source: Source,
     publication: Publication,
@@ -101,7 +101,7 @@ impl Delivery {
 
     /// The headers that it was published with.
     pub fn headers(&self) -> Option<&HeaderMap> {
-        self.headers.as_ref()
+        self.headers.as_deref()
     }
 
     /// Where it was pulled from.
@@ -450,7 +450,7 @@ impl Puller {
             has_unreadable_headers: false,
             bytes: self.load.hold_bytes(payload.len()),
             payload,
-            headers,
+            headers: headers.map(Box::new),
         })
     }
 }

@@ -55,7 +55,7 @@ use crate::metrics::Metrics;
 use crate::publication::Publication;
 use crate::report::dead_letter::{self, DeadLetters};
 use crate::report::ledger::{Ledger, Record};
-use crate::report::outbox::{Outbox, Said};
+use crate::report::outbox::{Before, Outbox, Said};
 use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::Schedule;
@@ -311,11 +311,11 @@ impl Pipeline {
                     let mut arrival = self.arrival(delivery, assignment);
                     (arrival.charge, arrival.is_deferred) = (payment.charge(), is_deferred);
                     if !arrival.delivery.is_parked() {
-                        let verdict = report::accepted(&arrival.assignment, &self.identity.worker_id, at);
+                        let verdict = self.verdict(&arrival.assignment, at);
                         let subject = self.settings.verdict_subject.clone();
-                        self.broker.publish_in(arrival.trace.as_ref(), subject, verdict.clone()).await;
+                        self.broker.publish_in(arrival.trace.as_ref(), subject, verdict).await;
                         failpoint::reach(Point::Accepted).await;
-                        arrival.said = Some(Said { verdict, session: session.clone(), refusal });
+                        arrival.said = Some(Said { at, session: session.clone(), refusal });
                     }
                     arrivals.push(arrival);
                 }
@@ -327,6 +327,10 @@ impl Pipeline {
             }
         }
         self.look_up(arrivals).await
+    }
+
+    fn verdict(&self, assignment: &Assignment, at: i64) -> Bytes {
+        report::accepted(assignment, &self.identity.worker_id, at)
     }
 
     fn arrival(&self, delivery: Delivery, assignment: Assignment) -> Arrival {
@@ -497,7 +501,9 @@ impl Pipeline {
             self.in_flight.ended(&assignment.key, delivery.publication(), &result);
         }
         failpoint::reach(Point::BeforeResult).await;
-        let publishing = self.outbox.publish(result.clone(), said, id, trace).instrument(publish);
+        let verdict = |at| self.verdict(&assignment, at);
+        let before = said.as_ref().map(|said| Before { said, verdict: &verdict });
+        let publishing = self.outbox.publish(result.clone(), before, id, trace).instrument(publish);
         self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;

@@ -193,7 +193,7 @@ impl<R: Fn() -> Room> Member<'_, R> {
         let Early { message, since, published, bytes } = early;
         Delivery {
             payload: message.payload,
-            headers: message.headers,
+            headers: message.headers.map(Box::new),
             broker: self.parts.broker.clone(),
             source: self.source,
             publication: self.identities.next(),

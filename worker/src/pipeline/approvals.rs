@@ -33,6 +33,7 @@ use crate::intake::{Delivery, Settlement};
 use crate::metrics::IgnoredAnswer;
 use crate::report::StepResult;
 use crate::report::ledger::Record;
+use crate::report::outbox::Before;
 use crate::telemetry;
 use crate::vital::Vital;
 
@@ -152,8 +153,10 @@ impl Pipeline {
             let waits = Request::decode(&entry).unwrap_or(request);
             self.announcement(&waits, &arrival.assignment, approval)
         });
-        let Arrival { delivery, said, trace, .. } = *arrival;
-        self.outbox.park(announcement, said, trace).await;
+        let Arrival { delivery, assignment, said, trace, .. } = *arrival;
+        let verdict = |at| self.verdict(&assignment, at);
+        let before = said.as_ref().map(|said| Before { said, verdict: &verdict });
+        self.outbox.park(announcement, before, trace).await;
         failpoint::reach(Point::RequestAnnounced).await;
         self.load.flow(delivery.source()).finished(begun.elapsed());
         delivery.settle(Settlement::Done).await;

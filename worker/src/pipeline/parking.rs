@@ -26,6 +26,7 @@ use crate::intake::{Allowance, Delivery, Settlement};
 use crate::pool::Pool;
 use crate::publication::Publication;
 use crate::report::StepResult;
+use crate::report::outbox::Before;
 use crate::trace_context::TraceContext;
 
 /// What a message that is pulled has besides its payload, at most.
@@ -106,7 +107,9 @@ impl Pipeline {
             return self.end_unrun(arrival, Cause::Overloaded, "its tenant is at its ceiling: send it again").await;
         }
         // Whoever takes it up says no verdict.
-        self.outbox.park(None, arrival.said.clone(), arrival.trace.clone()).await;
+        let verdict = |at| self.verdict(&arrival.assignment, at);
+        let before = arrival.said.as_ref().map(|said| Before { said, verdict: &verdict });
+        self.outbox.park(None, before, arrival.trace.clone()).await;
         let Some(place) = self.store_parked(&arrival, parked).await else {
             let reason = "the assignment and the headers of one that is parked are larger than the broker takes";
             return self.end_unrun(arrival, Cause::OverCap, reason).await;

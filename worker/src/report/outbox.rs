@@ -33,26 +33,57 @@ pub struct Outbox(mpsc::Sender<Outgoing>);
 /// A verdict that was said.
 #[derive(Clone, Debug)]
 pub struct Said {
-    /// The message, byte for byte.
-    pub verdict: Bytes,
+    /// When, by its own words, in milliseconds of Unix time.
+    pub at: i64,
     /// The session at that time; a later one may have carried it.
     pub session: Session,
     /// The last refusal of a verdict before that; a later one may have been its own.
     pub refusal: u64,
 }
 
+/// What the Router hears before a message.
+#[derive(Clone, Copy)]
+pub struct Before<'a> {
+    /// Its verdict was said.
+    pub said: &'a Said,
+    /// Its bytes, made again from when it was said: they are needed so rarely that nobody keeps them.
+    pub verdict: &'a (dyn Fn(i64) -> Bytes + Sync),
+}
+
 #[derive(Debug)]
 struct Outgoing {
+    words: Box<Words>,
+    verdict: Verdict,
+    answer: oneshot::Sender<Answer>,
+}
+
+#[derive(Debug)]
+struct Words {
     message: Message,
     trace: Option<TraceContext>,
-    published: oneshot::Sender<()>,
 }
 
 #[derive(Debug)]
 enum Message {
-    Result { result: Bytes, said: Option<Said>, id: Option<String> },
-    Parked { announcement: Option<Bytes>, said: Option<Said> },
+    Result { result: Bytes, id: Option<String> },
+    Parked { announcement: Option<Bytes> },
     Refusal { verdict: Bytes },
+}
+
+/// The verdict that comes before a message.
+#[derive(Debug)]
+enum Verdict {
+    /// There is none, or the broker has it.
+    Settled,
+    Said(Said),
+    Again(Bytes),
+}
+
+#[derive(Debug)]
+enum Answer {
+    Published,
+    /// Nothing was published: the broker may not have the verdict.
+    VerdictIsLost(Box<Words>),
 }
 
 impl Outbox {
@@ -65,25 +96,41 @@ impl Outbox {
 
     /// Returns when the broker has the result, and before it the verdict where that is not certain yet, however long that
     /// takes. A result that has no record has an `id`: by it a stream of somebody's knows a second try.
-    pub async fn publish(&self, result: Bytes, said: Option<Said>, id: Option<String>, trace: Option<TraceContext>) {
-        self.hand_in(Message::Result { result, said, id }, trace).await;
+    pub async fn publish(
+        &self,
+        result: Bytes,
+        before: Option<Before<'_>>,
+        id: Option<String>,
+        trace: Option<TraceContext>,
+    ) {
+        self.hand_in(Message::Result { result, id }, before, trace).await;
     }
 
     /// Returns when the broker has the verdict on what waits for a person or for its tenant's turn, and what approvers are
     /// told of it.
-    pub async fn park(&self, announcement: Option<Bytes>, said: Option<Said>, trace: Option<TraceContext>) {
-        self.hand_in(Message::Parked { announcement, said }, trace).await;
+    pub async fn park(&self, announcement: Option<Bytes>, before: Option<Before<'_>>, trace: Option<TraceContext>) {
+        self.hand_in(Message::Parked { announcement }, before, trace).await;
     }
 
     /// Returns when the broker has the verdict on what will not run.
     pub async fn refuse(&self, verdict: Bytes, trace: Option<TraceContext>) {
-        self.hand_in(Message::Refusal { verdict }, trace).await;
+        self.hand_in(Message::Refusal { verdict }, None, trace).await;
     }
 
-    async fn hand_in(&self, message: Message, trace: Option<TraceContext>) {
-        let (published, done) = oneshot::channel();
-        if self.0.send(Outgoing { message, trace, published }).await.is_ok() {
-            let _ = done.await;
+    async fn hand_in(&self, message: Message, before: Option<Before<'_>>, trace: Option<TraceContext>) {
+        let mut words = Box::new(Words { message, trace });
+        let mut verdict = before.map_or(Verdict::Settled, |before| Verdict::Said(before.said.clone()));
+        loop {
+            let (answer, answered) = oneshot::channel();
+            if self.0.send(Outgoing { words, verdict, answer }).await.is_err() {
+                return;
+            }
+            match (answered.await, before) {
+                (Ok(Answer::VerdictIsLost(unsaid)), Some(before)) => {
+                    (words, verdict) = (unsaid, Verdict::Again((before.verdict)(before.said.at)));
+                }
+                _ => return,
+            }
         }
     }
 }
@@ -92,11 +139,15 @@ async fn publish(broker: Broker, verdicts: Subject, mut waiting: mpsc::Receiver<
     let mut batch = Vec::with_capacity(BATCH);
     while waiting.recv_many(&mut batch, BATCH).await > 0 {
         let mut at_once = batch.len();
-        while !batch.is_empty() {
+        loop {
+            ask_for_lost_verdicts(&broker, &verdicts, &mut batch);
             let next = at_once.min(batch.len());
+            if next == 0 {
+                break;
+            }
             match send(&broker, &verdicts, batch.split_at(next).0).await {
                 Sent::Certainly => batch.drain(..next).for_each(|outgoing| {
-                    let _ = outgoing.published.send(());
+                    let _ = outgoing.answer.send(Answer::Published);
                 }),
                 Sent::Perhaps => {
                     tracing::warn!(messages = next, "not sure that the broker has the results: sending them again");
@@ -106,6 +157,18 @@ async fn publish(broker: Broker, verdicts: Subject, mut waiting: mpsc::Receiver<
                 Sent::Refused => tokio::time::sleep(REFUSED_PAUSE).await,
             }
         }
+    }
+}
+
+/// Gives those back whose verdict was said in an earlier session, or may have been refused: it has to be said again first.
+fn ask_for_lost_verdicts(broker: &Broker, verdicts: &Subject, batch: &mut Vec<Outgoing>) {
+    let (session, refusal) = (broker.session(), broker.last_refusal(&[verdicts]));
+    let is_lost = |outgoing: &mut Outgoing| match &outgoing.verdict {
+        Verdict::Said(said) => said.session != session || refusal > said.refusal,
+        Verdict::Settled | Verdict::Again(_) => false,
+    };
+    for Outgoing { words, answer, .. } in batch.extract_if(.., is_lost) {
+        let _ = answer.send(Answer::VerdictIsLost(words));
     }
 }
 
@@ -121,12 +184,15 @@ enum Sent {
 
 async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
     let session = broker.session();
-    let is_lost = |said: &&Said| said.session != session || broker.last_refusal(&[verdicts]) > said.refusal;
-    let lost: Vec<_> = batch.iter().filter_map(|one| Some((one, one.message.said().filter(is_lost)?))).collect();
+    let again = |outgoing: &'_ Outgoing| match &outgoing.verdict {
+        Verdict::Again(verdict) => Some((outgoing.words.trace.clone(), verdict.clone())),
+        Verdict::Settled | Verdict::Said(_) => None,
+    };
+    let lost: Vec<_> = batch.iter().filter_map(again).collect();
     if !lost.is_empty() {
         let again = async {
-            for (outgoing, said) in lost {
-                broker.publish_in(outgoing.trace.as_ref(), verdicts.clone(), said.verdict.clone()).await;
+            for (trace, verdict) in lost {
+                broker.publish_in(trace.as_ref(), verdicts.clone(), verdict).await;
             }
         };
         // The broker may take a result and refuse the verdict before it.
@@ -163,25 +229,16 @@ async fn fenced(broker: &Broker, verdicts: &Subject, session: &Session, publishi
     }
 }
 
-impl Message {
-    /// The verdict that came before it.
-    fn said(&self) -> Option<&Said> {
-        match self {
-            Self::Result { said, .. } | Self::Parked { said, .. } => said.as_ref(),
-            Self::Refusal { .. } => None,
-        }
-    }
-}
-
 async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing) {
-    let trace = outgoing.trace.as_ref();
-    match &outgoing.message {
-        Message::Result { result, id: None, .. } => broker.publish_in(trace, contract::RESULT, result.clone()).await,
-        Message::Result { result, id: Some(id), .. } => say_as(broker, id, trace, result.clone()).await,
-        Message::Parked { announcement: Some(announcement), .. } => {
+    let Words { message, trace } = &*outgoing.words;
+    let trace = trace.as_ref();
+    match message {
+        Message::Result { result, id: None } => broker.publish_in(trace, contract::RESULT, result.clone()).await,
+        Message::Result { result, id: Some(id) } => say_as(broker, id, trace, result.clone()).await,
+        Message::Parked { announcement: Some(announcement) } => {
             broker.publish_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
         }
-        Message::Parked { announcement: None, .. } => {}
+        Message::Parked { announcement: None } => {}
         Message::Refusal { verdict } => broker.publish_in(trace, verdicts.clone(), verdict.clone()).await,
     }
 }

@@ -49,7 +49,7 @@ struct Chunks {
     broker: Broker,
     subject: String,
     key: AssignmentKey,
-    trace_id: Option<String>,
+    trace_id: Option<Box<str>>,
     trace: Option<TraceContext>,
 }
 
