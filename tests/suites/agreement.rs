@@ -11,7 +11,13 @@ use beamline_crds::WorkerPool;
 use beamline_operator::desired::{Desired, desired};
 use beamline_operator::observe::Surroundings;
 use beamline_operator::pool::{InvalidPool, ValidPool, validate};
+use beamline_operator::reports::Crew;
+use beamline_operator::tenants::{Kept, Parked, Shelf, tenants};
 use beamline_operator::{scale, streams};
+use beamline_tests::policy::Policy as PolicyFile;
+use beamline_tests::rig::Rig;
+use beamline_tests::router::assignment;
+use beamline_tests::wait::{SOON, within};
 use beamline_worker::blocks::egress::Entry;
 use beamline_worker::broker::streams::{self as expected, Intake as Source};
 use beamline_worker::config::Config;
@@ -163,6 +169,36 @@ fn workers_read_the_policy_that_the_operator_writes() {
     };
     assert_eq!(other.quotas, quotas);
     assert_eq!(acme.quotas, Quotas { executions: Some(60_000), window: Duration::from_secs(5400), ..quotas });
+}
+
+#[tokio::test]
+async fn the_operator_understands_what_workers_write_of_budgets_and_ceilings() {
+    let quotas = json!({"executions": 100, "window": "744h", "concurrent": 5});
+    let named = json!({"named": [{"id": "acme", "maxSlotShare": 100, "quotas": quotas}]});
+    let file = PolicyFile::new(&json!({ "tenants": named }).to_string());
+    let rig = Rig::start(&[&file.flag(), "--pool=flows/default"]).await;
+    for number in 0..3 {
+        rig.router.submit(&assignment("acme", &format!("{number}"), rig.call("/gate/unit"))).await;
+    }
+    rig.peer.arrived("/gate/unit", 3).await;
+    let limits = pool(json!({"nats": {"url": "nats://nats:4222"}, "tenants": named})).limits;
+    let account = streams::account_subject("flows/default", "acme");
+    let waits = Parked { general: Shelf { waiting: 9, in_flight: 0 }, ..Parked::default() };
+    within(SOON * 2, "of five at once three run, and of a hundred they have cost three", async || {
+        let [account, leases] = [account.clone(), format!("{account}.concurrent")];
+        let (account, leases) =
+            (rig.router.last(streams::ACCOUNTS, &account).await?, rig.router.last(streams::ACCOUNTS, &leases).await?);
+        let kept = Kept {
+            accounts: BTreeMap::from([("acme".to_owned(), serde_json::from_slice(&account.payload).ok()?)]),
+            slots: BTreeMap::from([("acme".to_owned(), serde_json::from_slice(&leases.payload).ok()?)]),
+            parked: Some(BTreeMap::from([("acme".to_owned(), waits)])),
+        };
+        let said = tenants(&limits, &kept, [&Crew::default(), &Crew::default()], jiff::Timestamp::now());
+        let used = said.busiest.first()?.executions_used;
+        ((said.general.runnable, used) == (2, Some(3))).then_some(())
+    })
+    .await;
+    rig.peer.open("unit");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_nats::{HeaderMap, Subscriber};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Kind, Router, assignment, json as read};
 use beamline_tests::wait::{SOON, until, within};
@@ -145,6 +146,29 @@ async fn a_worker_without_room_says_so_and_takes_work_again_when_it_has_some() {
     assert_eq!(rig.router.result(&surplus).await["status"], "success");
     let story = rig.router.story(&surplus);
     assert_eq!((story.verdicts.len(), story.results.len(), story.letters.len()), (2, 1, 0), "{story:?}");
+}
+
+#[tokio::test]
+async fn work_over_its_tenants_ceiling_is_answered_with_4002_and_others_go_on() {
+    let policy = Policy::new("tenants: {named: [{id: acme, quotas: {concurrent: 1}}]}");
+    let rig = Rig::start(&[CORE, &policy.flag()]).await;
+    let running = assignment("acme", "running", rig.call("/gate/unit"));
+    rig.router.send(&running).await;
+    rig.peer.arrived("/gate/unit", 1).await;
+    let (over, other) = (assignment("acme", "over", rig.call("/ok")), assignment("other", "other", rig.call("/ok")));
+    rig.router.send(&over).await;
+    rig.router.send(&other).await;
+    is_overload(&rig.router.result(&over).await["error"]);
+    assert_eq!(rig.router.result(&other).await["status"], "success");
+    rig.peer.open("unit");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+    rig.router.send(&over).await;
+    within(SOON, "it runs now", async || {
+        let story = rig.router.story(&over);
+        story.results.iter().any(|result| read(result)["status"] == "success").then_some(())
+    })
+    .await;
+    assert_eq!(rig.peer.hits("/ok").len(), 2);
 }
 
 #[tokio::test]

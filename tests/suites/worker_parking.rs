@@ -1,57 +1,26 @@
 //! Ceilings of tenants, and what becomes of work over them: it is parked, in order, and holds up nobody.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::path::PathBuf;
 use std::time::Duration;
 
+use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::assignment;
 use beamline_tests::wait::{SOON, until, within};
-use beamline_tests::worker::{Setup, Worker};
+use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const PARKED: &str = "worker_assignments_parked_total";
 /// A lease of a ceiling that nobody renews any more, with what clocks may differ by, and a busy machine's time.
 const RECLAIMED: Duration = Duration::from_secs(30 + 5 + 25);
 
-/// A file of tenants.
-struct Tenants(TempDir);
+/// `acme` has these quotas.
+fn acme(quotas: &str) -> Policy {
+    Policy::new(&with(quotas))
+}
 
-impl Tenants {
-    /// `acme` has these quotas.
-    fn new(quotas: &str) -> Self {
-        Self::of(&format!("{{id: acme, maxSlotShare: 100, quotas: {quotas}}}"))
-    }
-
-    fn of(named: &str) -> Self {
-        let tenants = Self(tempfile::tempdir().unwrap());
-        tenants.write(named);
-        tenants
-    }
-
-    fn say(&self, quotas: &str) {
-        self.write(&format!("{{id: acme, maxSlotShare: 100, quotas: {quotas}}}"));
-    }
-
-    fn write(&self, named: &str) {
-        let text = format!("tenants: {{named: [{named}]}}");
-        let next = self.0.path().join("next.yaml");
-        std::fs::write(&next, text).unwrap();
-        std::fs::rename(next, self.path()).unwrap();
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.path().join("policy.yaml")
-    }
-
-    fn flag(&self) -> String {
-        format!("--tenants-file={}", self.path().display())
-    }
-
-    fn bound(&self, setup: Setup) -> Setup {
-        setup.flag(self.flag())
-    }
+fn with(quotas: &str) -> String {
+    format!("tenants: {{named: [{{id: acme, maxSlotShare: 100, quotas: {quotas}}}]}}")
 }
 
 async fn all_parked(worker: &Worker, count: usize) {
@@ -77,11 +46,11 @@ async fn one_runs_and_others_are_parked(rig: &Rig, others: usize) -> (Value, Vec
 
 #[tokio::test]
 async fn never_more_of_a_tenants_work_runs_at_once_over_all_workers_than_its_ceiling() {
-    let tenants = Tenants::new("{concurrent: 5}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 5}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let _others = [
-        tenants.bound(rig.another("worker-2")).start(&rig.nats).await,
-        tenants.bound(rig.another("worker-3")).start(&rig.nats).await,
+        rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await,
+        rig.another("worker-3").flag(policy.flag()).start(&rig.nats).await,
     ];
     let slow: Vec<_> = (0..200)
         .map(|number| assignment("acme", &format!("{number}"), rig.call(&format!("/slow/50?{number}"))))
@@ -108,8 +77,8 @@ async fn never_more_of_a_tenants_work_runs_at_once_over_all_workers_than_its_cei
 
 #[tokio::test]
 async fn ten_thousand_parked_messages_of_one_tenant_change_nothing_for_another() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let (running, _) = one_runs_and_others_are_parked(&rig, 1).await;
     let job = rig.put("x", "x");
     for number in 0..10_000 {
@@ -138,8 +107,8 @@ async fn ten_thousand_parked_messages_of_one_tenant_change_nothing_for_another()
 
 #[tokio::test]
 async fn parked_work_survives_the_end_of_everything_and_a_policy_that_is_lifted() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let mut rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 5).await;
     rig.worker.kill();
     rig.nats.kill();
@@ -158,10 +127,10 @@ async fn parked_work_survives_the_end_of_everything_and_a_policy_that_is_lifted(
 
 #[tokio::test]
 async fn the_units_of_a_worker_that_was_killed_are_given_out_again() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let mut rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 1).await;
-    let _second = tenants.bound(rig.another("worker-2")).start(&rig.nats).await;
+    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
     rig.worker.kill();
     rig.peer.open("unit");
     assert!(rig.peer.hits("/ok").is_empty(), "its unit is not free yet");
@@ -174,10 +143,10 @@ async fn the_units_of_a_worker_that_was_killed_are_given_out_again() {
 
 #[tokio::test]
 async fn the_units_of_a_worker_that_stops_are_free_at_once() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let mut rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let mut rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
-    let _second = tenants.bound(rig.another("worker-2")).start(&rig.nats).await;
+    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
     rig.worker.terminate();
     rig.peer.open("unit");
     assert_eq!(rig.router.result(&running).await["metadata"]["worker_id"], "worker-1");
@@ -192,8 +161,8 @@ async fn the_units_of_a_worker_that_stops_are_free_at_once() {
 
 #[tokio::test]
 async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
     let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "parked-1", "reason": "changed my mind"});
     rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
@@ -211,10 +180,10 @@ async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
 
 #[tokio::test]
 async fn a_ceiling_that_is_raised_lets_parked_work_go_on() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let mut policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
-    tenants.say("{concurrent: 2}");
+    policy.say(&with("{concurrent: 2}"));
     for one in &parked {
         assert_eq!(rig.router.result(one).await["status"], "success");
     }
@@ -225,10 +194,10 @@ async fn a_ceiling_that_is_raised_lets_parked_work_go_on() {
 
 #[tokio::test]
 async fn work_for_gpu_slots_is_parked_for_those_who_have_some() {
-    let tenants = Tenants::new("{concurrent: 1}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let only_gpus = ["--cpu-pool-size=0", "--io-pool-size=0", "--gpu-pool-size=2"];
-    let gpu = only_gpus.iter().fold(tenants.bound(rig.another("gpu-1")), |setup, flag| setup.flag(*flag));
+    let gpu = only_gpus.iter().fold(rig.another("gpu-1").flag(policy.flag()), |setup, flag| setup.flag(*flag));
     let gpu = gpu.start(&rig.nats).await;
     let on_gpus = |id: &str, path: &str| {
         let mut one = assignment("acme", id, rig.call(path));
@@ -257,8 +226,8 @@ async fn work_for_gpu_slots_is_parked_for_those_who_have_some() {
 
 #[tokio::test]
 async fn no_more_bytes_are_held_for_a_tenant_than_it_may_have() {
-    let tenants = Tenants::new("{memoryMb: 2}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = acme("{memoryMb: 2}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let needs = |id: &str, megabytes: u64, path: &str| {
         let mut one = assignment("acme", id, rig.call(path));
         one["resources"] = json!({"memory_mb": megabytes});
@@ -291,8 +260,8 @@ async fn no_more_bytes_are_held_for_a_tenant_than_it_may_have() {
 
 #[tokio::test]
 async fn with_defer_work_over_the_budget_of_a_window_runs_in_the_next_ones_in_order() {
-    let tenants = Tenants::of("{id: acme, onExceeded: Defer, quotas: {executions: 2, window: 4s}}");
-    let rig = Rig::start(&[&tenants.flag()]).await;
+    let policy = Policy::new("tenants: {named: [{id: acme, onExceeded: Defer, quotas: {executions: 2, window: 4s}}]}");
+    let rig = Rig::start(&[&policy.flag()]).await;
     let all: Vec<_> =
         (0..6).map(|number| assignment("acme", &format!("{number}"), rig.call(&format!("/ok?{number}")))).collect();
     for one in &all {
