@@ -1,5 +1,5 @@
 //! Ceilings of tenants, and what becomes of work over them: it is parked, in order, and holds up nobody.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::indexing_slicing, reason = "tests")]
 
 use std::time::Duration;
 
