@@ -2,8 +2,12 @@
 
 use std::path::Path;
 
+use futures::StreamExt;
+use futures::future::ready;
+use futures::stream::BoxStream;
 use http::Request;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::WatchEvent;
 use kube::{Client, Config};
 use serde_json::Value;
 
@@ -28,6 +32,19 @@ impl Api {
         serde_json::from_value(list["items"].take()).unwrap_or_default()
     }
 
+    /// Each state of the object of this name among those at a path, from the one that it is in.
+    pub async fn watch(&self, path: &str, name: &str) -> BoxStream<'static, Value> {
+        let request = Request::get(format!("{path}?watch=true&fieldSelector=metadata.name%3D{name}"));
+        let request = request.body(Vec::new()).expect("a request");
+        let events = self.0.request_events::<Value>(request).await.expect("a watch");
+        let state = |event| match event {
+            Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => Some(object),
+            Ok(_) => None,
+            Err(error) => panic!("a watch: {error}"),
+        };
+        events.filter_map(move |event| ready(state(event))).boxed()
+    }
+
     /// Server-side apply.
     pub async fn apply(&self, path: &str, object: &Value) {
         let path = format!("{path}?fieldManager=tests&force=true");
@@ -43,6 +60,13 @@ impl Api {
     pub async fn try_merge(&self, path: &str, patch: &Value) -> Result<(), String> {
         let body = Some(("application/merge-patch+json", patch));
         self.try_ask("PATCH", path, body).await.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Whether an object could be made among those at a path, as strictly as kubectl asks; the API server's words if not.
+    pub async fn would_create(&self, path: &str, object: &Value) -> Result<(), String> {
+        let path = format!("{path}?dryRun=All&fieldValidation=Strict");
+        let body = Some(("application/json", object));
+        self.try_ask("POST", &path, body).await.map(drop).map_err(|error| error.to_string())
     }
 
     /// Deletes what is at a path, in the background.

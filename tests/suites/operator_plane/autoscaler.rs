@@ -13,6 +13,7 @@ use beamline_tests::plane::{ControlPlane, Release};
 use beamline_tests::pool::Pool;
 use beamline_tests::process::free_port;
 use beamline_tests::wait::within;
+use futures::StreamExt;
 use serde_json::{Value, json};
 
 use super::{PATIENCE, start_plane};
@@ -205,10 +206,10 @@ impl Lowest {
         let lowest = Arc::new(AtomicI64::new(i64::MAX));
         let seen = Arc::clone(&lowest);
         let looking = tokio::spawn(async move {
-            loop {
-                let (_, now) = replicas(&api, &pool).await;
-                seen.fetch_min(now, Ordering::Relaxed);
-                tokio::task::yield_now().await;
+            let path = format!("/apis/apps/v1/namespaces/{}/deployments", pool.namespace);
+            let mut states = api.watch(&path, &pool.name).await;
+            while let Some(deployment) = states.next().await {
+                seen.fetch_min(deployment["spec"]["replicas"].as_i64().unwrap_or(-1), Ordering::Relaxed);
             }
         });
         Self { looking, lowest }

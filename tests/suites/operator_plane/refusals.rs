@@ -1,11 +1,13 @@
 //! What the API server refuses: a table of broken pools, each with the sentence that names the field and the fix.
 
-use beamline_tests::pool::merge;
+use beamline_tests::api::Api;
+use beamline_tests::pool::{merge, pools};
+use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use super::plane;
 
-/// kubectl takes its time to start; the API server does not mind several.
+/// Rows side by side.
 const AT_ONCE: usize = 8;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -14,11 +16,9 @@ async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
     let table =
         [names(), numbers(), nats(), worker(), volumes(), filesystem(), sidecars(), gpu(), tenants(), rest()].concat();
     assert!(table.len() >= 60, "only {} rows", table.len());
-    let wrong: Vec<String> = std::thread::scope(|scope| {
-        let rows = table.chunks(table.len().div_ceil(AT_ONCE));
-        let threads: Vec<_> = rows.map(|rows| scope.spawn(|| wrong(rows))).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
-    });
+    let api = &plane().api().await;
+    let rows = stream::iter(table).map(async |row| wrong(api, row).await);
+    let wrong: Vec<_> = rows.buffer_unordered(AT_ONCE).filter_map(async |wrong| wrong).collect().await;
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -32,17 +32,15 @@ fn the_pool_with_budgets_that_a_user_would_copy_is_accepted() {
 /// Name and spec of a pool, and what must be said about it.
 type Row = (&'static str, Value, &'static str);
 
-fn wrong(rows: &[Row]) -> Vec<String> {
-    let dry_run = ["apply", "--namespace=refusals", "--dry-run=server", "-f", "-"];
-    let judge = |(name, spec, expected): &Row| match plane().try_kubectl(&dry_run, Some(&pool(name, spec.clone()))) {
-        Ok(_) => Some(format!("accepted: {name} with {spec}")),
+async fn wrong(api: &Api, (name, spec, expected): Row) -> Option<String> {
+    match api.would_create(&pools("refusals"), &pool(name, spec.clone())).await {
+        Ok(()) => Some(format!("accepted: {name} with {spec}")),
         Err(said) => (!said.contains(expected)).then(|| format!("{name} with {spec}: not {expected:?} but {said}")),
-    };
-    rows.iter().filter_map(judge).collect()
+    }
 }
 
 /// One that would be accepted, but for this.
-fn pool(name: &str, spec: Value) -> String {
+fn pool(name: &str, spec: Value) -> Value {
     let mut pool = json!({
         "apiVersion": "beamline.dev/v1alpha1",
         "kind": "WorkerPool",
@@ -50,7 +48,7 @@ fn pool(name: &str, spec: Value) -> String {
         "spec": {"replicas": 1, "scaling": {"mode": "Manual"}, "nats": {"url": "nats://nats:4222"}},
     });
     merge(&mut pool["spec"], spec);
-    pool.to_string()
+    pool
 }
 
 fn names() -> Vec<Row> {
