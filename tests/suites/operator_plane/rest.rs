@@ -1,7 +1,7 @@
-//! Nothing happens, and nothing is written.
+//! Nothing happens, and nothing is written; numbers move, and are written now and then.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
@@ -10,7 +10,8 @@ use beamline_tests::wait::within;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, is_campaign, is_write, plane};
+use super::autoscaler::Queue;
+use super::{PATIENCE, calm, is_campaign, is_write, plane};
 
 const POOLS: usize = 20;
 /// So long without a write, and what came before is over: rates are the last to settle.
@@ -59,6 +60,34 @@ async fn at_rest_twenty_pools_make_no_write_but_of_the_lease_and_few_for_dead_le
         (pool["status"]["queue"]["deadLetters"].as_u64()? > 0).then_some(())
     })
     .await;
+}
+
+/// For how long numbers move, and how often they are written then.
+const MOVING: Duration = Duration::from_secs(12);
+const NUMBERS_EVERY: u64 = 2;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_that_move_are_written_every_two_seconds_at_most() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("moves", &["watchNamespace=moves"]);
+    let api = plane.api().await;
+    let _operator = Operator::of(&release.kubeconfig, "moves").start().await;
+    let pool = Pool::new("moves", "orders", &nats);
+    pool.create(&api, json!({"replicas": 0})).await;
+    pool.converged(&api, PATIENCE).await;
+    let is_status = |event: &Value| is_write(event) && event["objectRef"]["subresource"] == "status";
+    let written = || plane.asked_by(&release.user).into_iter().filter(is_status).count();
+    calm(written).await;
+    let (before, began) = (written(), Instant::now());
+    let queue = Queue::of(&nats, &pool).await;
+    while began.elapsed() < MOVING {
+        queue.fill(1).await;
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    let (writes, time) = (written() - before, began.elapsed());
+    // The first of it is news, and is written at once.
+    let most = 2 + usize::try_from(time.as_secs() / NUMBERS_EVERY).expect("few");
+    assert!((3..=most).contains(&writes), "{writes} writes of the status in {time:?}");
 }
 
 /// Dead letters of some pool, one a second; how many.

@@ -1,6 +1,7 @@
 //! What the author of a pool is told by conditions and events, and that what runs is left alone meanwhile.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use beamline_tests::api::Api;
 use beamline_tests::nats::NatsServer;
@@ -8,7 +9,7 @@ use beamline_tests::operator::Operator;
 use beamline_tests::plane::Release;
 use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
-use futures::future::join;
+use futures::future::{join, join_all};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -80,13 +81,92 @@ async fn o15_a_quota_on_a_child_and_a_claim_of_one_node_are_told_by_name_and_pas
     stage.says(&pool, "Degraded", "AsAsked").await;
 }
 
+/// A change of a pool that runs, and what is said of it.
+struct Change {
+    pool: &'static str,
+    spec: fn() -> Value,
+    says: (&'static str, &'static str),
+    mended: fn() -> Value,
+}
+
+const CHANGES: [Change; 4] = [
+    Change {
+        pool: "nodes",
+        spec: || json!({"worker": {"nodeSelector": {"no": "such-node"}}}),
+        says: ("Progressing", "Unschedulable"),
+        mended: || json!({"worker": {"nodeSelector": null}}),
+    },
+    Change {
+        pool: "claim",
+        spec: || {
+            let volume = json!({"persistentVolumeClaim": {"claimName": "none"}});
+            json!({"worker": {"filesystem": {"roots": [{"path": "/data", "volume": volume}]}}})
+        },
+        says: ("Progressing", "ReferenceMissing"),
+        mended: || json!({"worker": {"filesystem": null}}),
+    },
+    Change {
+        pool: "taken",
+        spec: || json!({"gpu": {"replicas": 1}, "worker": {"image": "worker:2"}}),
+        says: ("Ready", "NameConflict"),
+        mended: || json!({"gpu": null}),
+    },
+    // Of all that is changed this is the last: the quota is the namespace's.
+    Change {
+        pool: "quota",
+        spec: || json!({"worker": {"image": "worker:2"}}),
+        says: ("Progressing", "QuotaExceeded"),
+        mended: || json!({}),
+    },
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o16_what_cannot_be_made_is_told_within_half_a_minute_and_disturbs_nothing_that_runs() {
+    let stage = Stage::set("undisturbed").await;
+    let budget = json!({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "taken-gpu"},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": {"not": "ours"}}}});
+    stage.api.apply("/apis/policy/v1/namespaces/undisturbed/poddisruptionbudgets/taken-gpu", &budget).await;
+    let create = async |change: &Change| {
+        let pool = stage.pool(change.pool, json!({"replicas": 2})).await;
+        pool.converged(&stage.api, PATIENCE).await;
+        pool
+    };
+    let pools = join_all(CHANGES.iter().map(create)).await;
+    let before = stage.pods().await;
+    assert_eq!(before.len(), 2 * CHANGES.len());
+    let quota = "/api/v1/namespaces/undisturbed/resourcequotas/full";
+    for (change, pool) in CHANGES.iter().zip(&pools) {
+        if change.pool == "quota" {
+            let full = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"},
+                "spec": {"hard": {"pods": "0"}}});
+            stage.api.apply(quota, &full).await;
+            let is_counted = async || stage.api.get(quota).await?["status"]["used"].is_object().then_some(());
+            within(PATIENCE, "the quota is counted", is_counted).await;
+        }
+        let changed = Instant::now();
+        pool.change(&stage.api, (change.spec)()).await;
+        stage.says(pool, change.says.0, change.says.1).await;
+        assert!(changed.elapsed() < SAID_WITHIN, "{}: {:?}", change.pool, changed.elapsed());
+    }
+    stage.calm().await;
+    let after = stage.pods().await;
+    let gone: Vec<_> = before.iter().filter(|pod| !after.contains(pod)).collect();
+    assert!(gone.is_empty(), "{gone:?} are not there any more");
+    stage.api.delete(quota).await;
+    join_all(CHANGES.iter().zip(&pools).map(|(change, pool)| pool.change(&stage.api, (change.mended)()))).await;
+    join_all(pools.iter().map(|pool| pool.converged(&stage.api, PATIENCE))).await;
+}
+
+/// A condition names what is wrong within this.
+const SAID_WITHIN: Duration = Duration::from_secs(30);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn o12_what_is_deleted_under_way_stays_deleted() {
     let stage = Stage::set("deleted").await;
     // Made and deleted at once, before the first of its objects is there or while they are made.
     for round in 0..6 {
         let pool = stage.pool(&format!("short-{round}"), json!({"gpu": {"replicas": 1}})).await;
-        tokio::time::sleep(std::time::Duration::from_millis(40 * round)).await;
+        tokio::time::sleep(Duration::from_millis(40 * round)).await;
         stage.api.delete(&pool.path()).await;
     }
     let children = [
@@ -206,7 +286,7 @@ impl Stage {
     async fn pods(&self) -> Vec<(Value, Value)> {
         let pods = self.api.list(&format!("/api/v1/namespaces/{}/pods", self.name)).await;
         let both = |pod: &Value| (pod["metadata"]["uid"].clone(), pod["spec"]["containers"][0]["image"].clone());
-        pods.iter().map(both).collect()
+        pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()).map(both).collect()
     }
 
     async fn says(&self, pool: &Pool, kind: &str, reason: &str) -> Value {
