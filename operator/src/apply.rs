@@ -243,7 +243,8 @@ fn settled(object: &impl Resource, wish: u64) -> Settled {
     Settled { uid, version, wish, fields, at: Instant::now() }
 }
 
-fn fingerprint(value: &impl Serialize) -> u64 {
+/// The same for values that are the same.
+pub(crate) fn fingerprint(value: &impl Serialize) -> u64 {
     let mut hasher = DefaultHasher::new();
     // Maps are ordered here, so that the same value has the same text.
     serde_json::to_string(value).unwrap_or_default().hash(&mut hasher);

@@ -16,7 +16,7 @@ use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
 use kube::runtime::reflector::{self, Lookup, ObjectRef, Store};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::DefaultBackoff;
-use kube::runtime::{WatchStreamExt, predicates, watcher};
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
@@ -120,8 +120,7 @@ pub async fn run(
         liveness,
         worker_image: config.worker_image.clone(),
     });
-    // Our own writes of the status are no reason to look again.
-    let pool_changes = pool_changes.predicate_filter(predicates::generation, Default::default());
+    let pool_changes = pool_changes.predicate_filter(what_is_asked_for, Default::default());
     Controller::for_stream(pool_changes, pools)
         .with_config(ControllerConfig::default().concurrency(config.concurrency).debounce(DEBOUNCE))
         .owns_stream(account_changes)
@@ -253,6 +252,13 @@ impl Backoff for Pauses {
     fn reset(&mut self) {
         self.0.reset();
     }
+}
+
+/// Our own writes of the status are no reason to look again. A spec of the same generation may be: a watch that is older
+/// than its type shows what that one knew, until all is listed anew.
+fn what_is_asked_for(pool: &Watched) -> Option<u64> {
+    let spec = pool.0.as_ref().ok().map(|pool| &pool.spec);
+    Some(apply::fingerprint(&(pool.meta().generation, spec)))
 }
 
 fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {

@@ -38,6 +38,10 @@ mod refusals; // what the API server does not let through
 mod rest; // nothing to do
 #[path = "operator_plane/rights.rs"]
 mod rights; // what it may do, and what it does
+#[path = "operator_plane/scenario.rs"]
+mod scenario; // what a user does to a pool
+#[path = "operator_plane/stage.rs"]
+mod stage; // one case of the crash sweep
 #[path = "operator_plane/strangers.rs"]
 mod strangers; // objects and rules of others
 #[path = "operator_plane/told.rs"]

@@ -1,9 +1,12 @@
 //! The type of pools: missing, wider than the operator knows, narrower again. And what kubectl makes of it.
 
+use beamline_crds::WorkerPool;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
+use beamline_tests::plane::ControlPlane;
 use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
+use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
 use super::{PATIENCE, start_plane};
@@ -70,6 +73,22 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     broken.change(&api, json!({"worker": null})).await;
     broken.converged(&api, PATIENCE).await;
     assert_eq!(operator.get("/readyz").await.map(|(code, _)| code), Some(200));
+
+    // One that is older than this operator has no place for all that is said: workers are made all the same.
+    install_without(&plane, &[LATER.as_slice(), &[SAID_OF_ALL]].concat()).await;
+    let late = Pool::new("types", "late", &nats);
+    late.create(&api, json!({})).await;
+    let unknown = "the status cannot be written: ";
+    within(PATIENCE, "it is told", async || {
+        let lines = operator.lines();
+        lines.into_iter().find(|line| line.contains(unknown) && line.contains("specReplicas: field not declared"))
+    })
+    .await;
+    let deployment = "/apis/apps/v1/namespaces/types/deployments/late";
+    let works = async || (api.get(deployment).await?["status"]["readyReplicas"] == 1).then_some(());
+    within(PATIENCE, "its worker is ready", works).await;
+    upgrade(&plane).await;
+    late.converged(&api, PATIENCE).await;
 }
 
 #[track_caller]
@@ -82,4 +101,52 @@ fn shows(table: &str) {
     let name = cells.first().map(|name| name.trim_start_matches("workerpool.beamline.dev/"));
     assert_eq!((name, cells.get(1..3)), (Some("default"), Some(["1", "1"].as_slice())), "{table}");
     assert!(cells.contains(&"Manual") && cells.contains(&"WorkersReady"), "{table}");
+}
+
+/// What was not in the first version of the type, what a plain pool can do without, and no rule names.
+const LATER: [&str; 5] = [
+    "/spec/properties/tenants",
+    "/spec/properties/paused",
+    "/spec/properties/observability/properties/podMonitor",
+    "/status/properties/tenants",
+    "/status/properties/queue/properties/parked",
+];
+/// What was not in it either, and is said of every pool.
+const SAID_OF_ALL: &str = "/status/properties/scaling/properties/specReplicas";
+
+/// Installs an older version of the type, in which the status of a plain pool has a place.
+pub(super) async fn downgrade(plane: &ControlPlane) {
+    install_without(plane, &LATER).await;
+}
+
+async fn install_without(plane: &ControlPlane, later: &[&str]) {
+    let mut versions = versions();
+    let schema = &mut versions[0]["schema"]["openAPIV3Schema"]["properties"];
+    for path in later {
+        let (parent, field) = path.rsplit_once('/').expect("a path");
+        let fields = schema.pointer_mut(parent).and_then(Value::as_object_mut).expect("fields");
+        fields.remove(field).unwrap_or_else(|| panic!("there is no {path}"));
+    }
+    install(plane, &versions, false).await;
+}
+
+/// Installs the one that this operator knows.
+pub(super) async fn upgrade(plane: &ControlPlane) {
+    install(plane, &versions(), true).await;
+}
+
+fn versions() -> Value {
+    serde_json::to_value(WorkerPool::crd()).expect("plain data")["spec"]["versions"].take()
+}
+
+/// Until it is in force, which takes the API server a moment.
+async fn install(plane: &ControlPlane, versions: &Value, knows_all: bool) {
+    plane.api().await.merge(TYPE, &json!({"spec": {"versions": versions}})).await;
+    let probe = json!({"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool", "metadata": {"name": "probe"},
+        "spec": {"replicas": 1, "paused": true, "nats": {"url": "nats://nats:4222"}}});
+    let dry_run = ["create", "--dry-run=server", "--validate=strict", "--namespace=default", "-f", "-"];
+    within(PATIENCE, "the type is in force", async || {
+        (plane.try_kubectl(&dry_run, Some(&probe.to_string())).is_ok() == knows_all).then_some(())
+    })
+    .await;
 }
