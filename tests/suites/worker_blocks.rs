@@ -478,6 +478,48 @@ async fn the_sandbox_touches_nothing_and_says_so() {
 }
 
 #[tokio::test]
+async fn the_sandbox_refuses_what_a_worker_refuses_before_it_touches_anything() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("connections.yaml");
+    std::fs::write(
+        &list,
+        "[{name: outside, url: 'sqlite:///nowhere/x.db'}, {name: forbidden, url: 'mysql://bob:hunter2@169.254.1.1/x'}, \
+         {name: theirs, url: 'postgres://bob:hunter2@db.test/x', tenants: [other]}, {name: file, url: 'sqlite://x.db'}]",
+    )
+    .unwrap();
+    let flags = [format!("--sql-connections-file={}", list.display()), "--egress-deny=*.denied.test".to_owned()];
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let real = Rig::start(&flags).await;
+    let sandbox = Rig::start(&[&flags[..], &["--sandbox-mode"]].concat()).await;
+    let sql = |source: &str, query: &str| {
+        let field = if source.contains("://") { "connection_string" } else { "connection" };
+        json!({"type": "sql.query", field: source, "query": query})
+    };
+    let (postgres, mysql) = ("postgres://bob:hunter2@db.test/x", "mysql://bob:hunter2@db.test/x");
+    let mut by_name = sql(postgres, "SELECT 1");
+    by_name["parameters"] = json!({"a": 1});
+    for (id, code, job) in [
+        ("write", 2003, sql(postgres, "DELETE FROM accounts")),
+        ("two", 2003, sql(mysql, "SELECT 1; SELECT 2")),
+        ("sleep", 2003, sql(mysql, "SELECT sleep(1)")),
+        ("nothing", 2001, sql(postgres, "-- nothing")),
+        ("by-name", 2001, by_name),
+        ("file", 2003, sql("file", "DELETE FROM accounts")),
+        ("unknown", 2003, sql("nobodys", "SELECT 1")),
+        ("theirs", 2003, sql("theirs", "SELECT 1")),
+        ("outside", 2003, sql("outside", "SELECT 1")),
+        ("forbidden", 2003, sql("forbidden", "SELECT 1")),
+        ("denied-server", 2003, sql("postgres://bob:hunter2@db.denied.test/x", "SELECT 1")),
+        ("denied-peer", 2003, json!({"type": "http.request", "url": "http://peer.denied.test/"})),
+    ] {
+        let expected = fails(&real, id, job.clone(), code, false).await;
+        let mut refused = fails(&sandbox, id, job, code, false).await;
+        assert_eq!(refused["error"]["details"].as_object_mut().unwrap().remove("sandbox"), Some(json!(true)));
+        assert_eq!(refused["error"], expected["error"], "{id}");
+    }
+}
+
+#[tokio::test]
 async fn the_sandbox_fails_as_often_as_it_is_asked_to() {
     let rig = Rig::start(&["--sandbox-mode"]).await;
     let failing = |sandbox: Value| {

@@ -214,14 +214,40 @@ impl Blocks {
     /// # Errors
     /// The fault of this attempt.
     pub async fn run(self: &Arc<Self>, block: &Arc<Block>, scope: &Scope) -> Result<Output, Fault> {
-        let (blocks, block, scope) = (Arc::clone(self), Arc::clone(block), scope.clone());
-        let attempt = async move { metered(blocks.attempt(&block, &scope), &scope.cpu_time).await };
-        outcome(AbortOnDropHandle::new(self.runtime.spawn(attempt.in_current_span())).await)
+        let (blocks, block, of) = (Arc::clone(self), Arc::clone(block), scope.clone());
+        self.apart(scope, async move { blocks.attempt(&block, &of).await }).await
+    }
+
+    /// How an attempt begins: what it checks itself before it touches anything outside.
+    ///
+    /// # Errors
+    /// What it is refused for.
+    pub async fn check(self: &Arc<Self>, block: &Block, scope: &Scope) -> Result<(), Fault> {
+        match block {
+            Block::Http(request) => self.http.check(request),
+            // A statement may be long.
+            Block::Sql(query) => {
+                let (blocks, query, of) = (Arc::clone(self), query.clone(), scope.clone());
+                self.apart(scope, async move { blocks.sql.check(&query, &of) }).await
+            }
+            // A path is judged at the door, and nothing else can be told of a file.
+            Block::FsPut(_) | Block::FsGet(_) | Block::Human(_) => Ok(()),
+        }
     }
 
     /// Returns when no database server runs a query of ours any more.
     pub async fn stopped(&self) {
         self.sql.stopped().await;
+    }
+
+    async fn apart<T, F>(&self, scope: &Scope, work: F) -> Result<T, Fault>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
+    {
+        let cpu_time = scope.cpu_time.clone();
+        let work = async move { metered(work, &cpu_time).await };
+        outcome(AbortOnDropHandle::new(self.runtime.spawn(work.in_current_span())).await)
     }
 
     async fn attempt(&self, block: &Block, scope: &Scope) -> Result<Output, Fault> {

@@ -21,7 +21,7 @@ use crate::trace_context::TraceContext;
 pub enum Engine {
     /// The blocks themselves.
     Real(Arc<Blocks>),
-    /// Canned results: nothing outside is touched, but the blocks say what they would refuse.
+    /// Canned results: nothing outside is touched, but the blocks say what they would refuse before that.
     Sandbox(Arc<Blocks>),
 }
 
@@ -187,7 +187,10 @@ async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope) ->
         failpoint::reach(Point::BeforeEffect).await;
         let outcome = match engine {
             Engine::Real(blocks) => blocks.run(block, scope).await,
-            Engine::Sandbox(_) => sandbox::run(block, &assignment.sandbox, scope).await,
+            Engine::Sandbox(blocks) => match blocks.check(block, scope).await {
+                Ok(()) => sandbox::run(block, &assignment.sandbox, scope).await,
+                Err(refused) => Err(refused),
+            },
         };
         failpoint::reach(Point::AfterEffect).await;
         outcome

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use cpu_time::ThreadTime;
 
-use super::Output;
 use crate::fault::{Cause, Fault};
 
 thread_local! {
@@ -65,7 +64,7 @@ impl CpuTime {
 }
 
 /// Counts the CPU time of each poll, and ends the work when too much is used.
-pub async fn metered(work: impl Future<Output = Result<Output, Fault>>, cpu_time: &CpuTime) -> Result<Output, Fault> {
+pub async fn metered<T>(work: impl Future<Output = Result<T, Fault>>, cpu_time: &CpuTime) -> Result<T, Fault> {
     let mut work = pin!(work);
     poll_fn(|context| match cpu_time.count(|| work.as_mut().poll(context)) {
         Poll::Pending => cpu_time.check().map_or_else(|fault| Poll::Ready(Err(fault)), |()| Poll::Pending),

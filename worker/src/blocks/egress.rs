@@ -139,6 +139,20 @@ impl Policy {
         target.literal().map_or(Ok(()), |ip| self.check(target, ip))
     }
 
+    /// Judges a target by all that its host tells before it is resolved.
+    ///
+    /// # Errors
+    /// Why the literal is refused, or the name whatever it resolves to.
+    pub fn check_host(&self, target: &Target) -> Result<(), Refusal> {
+        if self.deny.iter().any(|entry| entry.names(target)) {
+            return Err(target.not_allowed("the deny list names it"));
+        }
+        if self.broker.iter().any(|broker| has_name_of(target, broker) && broker.port == target.port) {
+            return Err(target.not_allowed("it is the broker's own address"));
+        }
+        self.check_literal(target)
+    }
+
     /// Judges one address of a target. An address that carries another one inside is judged as both.
     ///
     /// # Errors
@@ -171,9 +185,13 @@ impl Policy {
 fn is_same_place(broker: &Target, target: &Target, ip: IpAddr) -> bool {
     let is_same_host = match broker.literal() {
         Some(literal) => range::is_same(literal, ip),
-        None => broker.name().is_some_and(|name| target.name().is_some_and(|other| name.eq_ignore_ascii_case(other))),
+        None => has_name_of(target, broker),
     };
     is_same_host && broker.port == target.port
+}
+
+fn has_name_of(target: &Target, broker: &Target) -> bool {
+    broker.name().is_some_and(|name| target.name().is_some_and(|other| name.eq_ignore_ascii_case(other)))
 }
 
 #[cfg(test)]

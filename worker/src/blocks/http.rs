@@ -71,11 +71,22 @@ impl Http {
         Some(Invalid::not_allowed("/job/url", format!("leads to a forbidden place: {refusal}")))
     }
 
+    /// Whether a name resolves or not, it may be one that is never called.
+    ///
+    /// # Errors
+    /// 2003 for such a host.
+    pub fn check(&self, request: &Request) -> Result<(), Fault> {
+        let target = egress::Target::of(&request.url);
+        let checked = target.map_or(Ok(()), |target| self.clients.policy().check_host(&target));
+        checked.map_err(|refusal| located(refusal.into(), request))
+    }
+
     /// One attempt.
     ///
     /// # Errors
     /// The fault of this attempt, with the URL of the hop that it happened at.
     pub async fn run(&self, request: &Request, scope: &Scope) -> Result<Output, Fault> {
+        self.check(request)?;
         let started = Instant::now();
         let client = self.clients.of(&scope.tenant, started)?;
         let mut hop = request.first_hop(scope);

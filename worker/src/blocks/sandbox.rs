@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
-use serde_json::value::to_raw_value;
 
 use super::human::Decision;
 use super::pieces::{Piece, Sink};
@@ -45,8 +44,8 @@ pub async fn run(block: &Block, sandbox: &SandboxJob, scope: &Scope) -> Result<O
     let attempt = scope.attempt;
     match failure(sandbox, attempt) {
         None => match &scope.sink {
-            Some(sink) => streamed(attempt, sink.as_ref()).await,
-            None => canned(block),
+            Some(sink) => streamed(sink.as_ref(), scope).await,
+            None => canned(block, scope),
         },
         Some(cause) => {
             let cause = if cause == Cause::DeadlinePassed { block.kind().deadline_passed() } else { cause };
@@ -89,9 +88,9 @@ fn cause(code: i64) -> Option<Cause> {
 }
 
 /// An empty body, in its one piece.
-async fn streamed(attempt: u32, sink: &dyn Sink) -> Result<Output, Fault> {
-    sink.take(Piece { attempt, seq: 0, data: Bytes::new(), is_last: true }).await;
-    encode(&Streamed {
+async fn streamed(sink: &dyn Sink, scope: &Scope) -> Result<Output, Fault> {
+    sink.take(Piece { attempt: scope.attempt, seq: 0, data: Bytes::new(), is_last: true }).await;
+    let answer = Streamed {
         status_code: 200,
         headers: NoHeaders {},
         latency_ms: 0,
@@ -99,42 +98,31 @@ async fn streamed(attempt: u32, sink: &dyn Sink) -> Result<Output, Fault> {
         chunks: 1,
         size_bytes: 0,
         sandbox: true,
-    })
+    };
+    Output::encode(&answer, scope)
 }
 
-fn canned(block: &Block) -> Result<Output, Fault> {
+fn canned(block: &Block, scope: &Scope) -> Result<Output, Fault> {
     match block {
         Block::Http(_) => {
-            encode(&Http { status_code: 200, body: "", headers: NoHeaders {}, latency_ms: 0, sandbox: true })
+            let answer = Http { status_code: 200, body: "", headers: NoHeaders {}, latency_ms: 0, sandbox: true };
+            Output::encode(&answer, scope)
         }
-        Block::FsPut(put) => encode(&File {
-            path: put.path(),
-            size_bytes: put.size_bytes(),
-            content_type: put.content_type(),
-            content: None,
-            sandbox: true,
-        }),
-        Block::FsGet(get) => encode(&File {
-            path: get.path(),
-            size_bytes: 0,
-            content_type: get.content_type(),
-            content: Some(""),
-            sandbox: true,
-        }),
-        Block::Sql(_) => encode(&Sql { rows: [], row_count: 0, sandbox: true }),
-        Block::Human(approval) => encode(&Decision {
-            approved: true,
-            approver: approval.approvers().first().map_or("", String::as_str),
-            comment: "",
-            approved_at: 0,
-            sandbox: Some(true),
-        }),
+        Block::FsPut(put) => {
+            let (path, size_bytes, content_type) = (put.path(), put.size_bytes(), put.content_type());
+            Output::encode(&File { path, size_bytes, content_type, content: None, sandbox: true }, scope)
+        }
+        Block::FsGet(get) => {
+            let (path, content_type) = (get.path(), get.content_type());
+            Output::encode(&File { path, size_bytes: 0, content_type, content: Some(""), sandbox: true }, scope)
+        }
+        Block::Sql(_) => Output::encode(&Sql { rows: [], row_count: 0, sandbox: true }, scope),
+        Block::Human(approval) => {
+            let approver = approval.approvers().first().map_or("", String::as_str);
+            let decision = Decision { approved: true, approver, comment: "", approved_at: 0, sandbox: Some(true) };
+            Output::encode(&decision, scope)
+        }
     }
-}
-
-fn encode(answer: &impl Serialize) -> Result<Output, Fault> {
-    let json = to_raw_value(answer);
-    json.map(Output).map_err(|error| Fault::new(Cause::Internal, format!("the result cannot be encoded: {error}")))
 }
 
 #[derive(Serialize)]

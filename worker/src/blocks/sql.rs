@@ -18,6 +18,7 @@ mod server; // reaching one, and what it says
 mod sqlite; // files
 mod statement; // what a server's statement does
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,33 +114,45 @@ impl Sql {
         }
     }
 
+    /// What is refused before a database is reached.
+    ///
+    /// # Errors
+    /// 2003 for a statement or place that is not allowed, 2001 for what is no statement or has names for parameters where
+    /// the database knows none, 2002 for an administrator's connection that cannot be read now.
+    pub fn check(&self, query: &Query, scope: &Scope) -> Result<(), Fault> {
+        let checked = self.database(query, scope).and_then(|database| match &*database {
+            Database::Sqlite(file) => self.sqlite.check(file, query),
+            Database::Server(server) => self.reading(query, server).map(drop),
+        });
+        checked.map_err(|fault| located(fault, query))
+    }
+
     /// Runs the statement. Dropped, it is stopped where it runs.
     ///
     /// # Errors
     /// 2003 for a statement, place or login that is not allowed, 2001 for SQL errors and missing files, 2002 for a busy
     /// database (retryable) and for too many rows or bytes, 3001 and 3002 for a server that cannot be reached.
     pub async fn run(&self, query: &Query, scope: &Scope) -> Result<Output, Fault> {
-        match query.source() {
-            Source::Inline(Database::Sqlite(file)) => self.sqlite.run(file, query, scope).await,
-            Source::Inline(Database::Server(server)) => {
-                let details = Details { url: Some(server.public()), ..Details::default() };
-                let outcome = self.on_server(server.clone(), None, query, scope).await;
-                outcome.map_err(|fault| fault.with(details))
-            }
-            // Where it leads is the administrator's to know: errors tell the name only, which the job has.
-            Source::Named(name) => match self.named(name, scope)? {
-                Database::Sqlite(file) => {
-                    let outcome = self.sqlite.run(&file, query, scope).await;
-                    outcome.map_err(|fault| fault.with(Details::default()))
-                }
-                Database::Server(server) => self.on_server(server, Some(name), query, scope).await,
-            },
-        }
+        let outcome = match self.database(query, scope) {
+            Ok(Cow::Borrowed(Database::Sqlite(file))) => self.sqlite.run(file, query, scope).await,
+            Ok(Cow::Owned(Database::Sqlite(file))) => self.sqlite.run(&file, query, scope).await,
+            Ok(Cow::Borrowed(Database::Server(server))) => self.on_server(server.clone(), query, scope).await,
+            Ok(Cow::Owned(Database::Server(server))) => self.on_server(server, query, scope).await,
+            Err(fault) => Err(fault),
+        };
+        outcome.map_err(|fault| located(fault, query))
     }
 
     /// Returns when every query has ended on its server, or the time to cancel it there is over.
     pub async fn stopped(&self) {
         self.pool.unused().await;
+    }
+
+    fn database<'q>(&self, query: &'q Query, scope: &Scope) -> Result<Cow<'q, Database>, Fault> {
+        match query.source() {
+            Source::Inline(database) => Ok(Cow::Borrowed(database)),
+            Source::Named(name) => self.named(name, scope).map(Cow::Owned),
+        }
     }
 
     fn named(&self, name: &str, scope: &Scope) -> Result<Database, Fault> {
@@ -153,15 +166,18 @@ impl Sql {
         })
     }
 
-    async fn on_server(
-        &self,
-        server: Server,
-        name: Option<&str>,
-        query: &Query,
-        scope: &Scope,
-    ) -> Result<Output, Fault> {
-        let server = Arc::new(server);
+    /// The statement as a server is sent it, where nothing forbids that which is known before it is reached.
+    fn reading<'q>(&self, query: &'q Query, server: &Server) -> Result<Reading<'q>, Fault> {
         let reading = statement::only(query.text(), server.engine)?;
+        query.parameters().unnamed()?;
+        let checked = self.dialer.policy().check_host(&server.target);
+        checked.map_err(|refusal| without_place(refusal.into(), query.source()))?;
+        Ok(reading)
+    }
+
+    async fn on_server(&self, server: Server, query: &Query, scope: &Scope) -> Result<Output, Fault> {
+        let server = Arc::new(server);
+        let reading = self.reading(query, &server)?;
         loop {
             let permit = self.pool.enter(&scope.tenant, &server, before(scope.deadline)).await.ok_or_else(|| {
                 Fault::new(
@@ -173,11 +189,7 @@ impl Sql {
                 Some(connection) => (connection, false),
                 None => {
                     let opened = Connection::open(&server, &self.dialer).await;
-                    let opened = opened.map_err(|fault| match name {
-                        Some(name) => without_place(fault, name),
-                        None => fault,
-                    });
-                    (opened?, true)
+                    (opened.map_err(|fault| without_place(fault, query.source()))?, true)
                 }
             };
             let mut held =
@@ -202,8 +214,21 @@ impl Sql {
     }
 }
 
+/// Where it went wrong. Where an administrator's connection leads is theirs to know: its errors tell the name only, which
+/// the job has.
+fn located(fault: Fault, query: &Query) -> Fault {
+    match query.source() {
+        Source::Inline(Database::Server(server)) => {
+            fault.with(Details { url: Some(server.public()), ..Details::default() })
+        }
+        Source::Inline(Database::Sqlite(_)) => fault,
+        Source::Named(_) => fault.with(Details::default()),
+    }
+}
+
 /// What went wrong on the way to an administrator's connection. The guard, the look-up and TLS name hosts: for the log.
-fn without_place(fault: Fault, connection: &str) -> Fault {
+fn without_place(fault: Fault, source: &Source) -> Fault {
+    let Source::Named(connection) = source else { return fault };
     tracing::warn!(connection, reason = fault.message, "a connection cannot be opened");
     let message = match fault.cause {
         Cause::NotAllowed => "the connection is not allowed or its login is refused: the worker's log says why",

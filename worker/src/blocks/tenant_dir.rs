@@ -80,8 +80,7 @@ impl TenantDirs {
     /// # Errors
     /// 2003 outside the roots or through a symbolic link, 2001 where a directory is missing or none.
     pub fn find<'p>(&self, tenant: &TenantId, path: &'p str, absent: Absent) -> Result<Place<'p>, Fault> {
-        let (root, names) =
-            self.locate(path).map_err(|reason| fault(Cause::NotAllowed, path, format!("the path {reason}")))?;
+        let (root, names) = self.allowed(path)?;
         let own = self.own_directory(root, tenant);
         let mut dir = match File::open(root) {
             Ok(root) => Dir::from_std_file(root),
@@ -92,6 +91,18 @@ impl TenantDirs {
             dir = descend(&dir, parent, absent).map_err(|error| explain_at(&dir, parent, &error, path))?;
         }
         Ok(Place { dir, name, path })
+    }
+
+    /// As [`Self::check`], for a path that no job names.
+    ///
+    /// # Errors
+    /// 2003.
+    pub fn allow(&self, path: &str) -> Result<(), Fault> {
+        self.allowed(path).map(drop)
+    }
+
+    fn allowed<'p>(&self, path: &'p str) -> Result<(&Path, Vec<&'p str>), Fault> {
+        self.locate(path).map_err(|reason| fault(Cause::NotAllowed, path, format!("the path {reason}")))
     }
 
     /// The root that a path lies below, and the names from there.

@@ -16,7 +16,7 @@ pub(super) async fn on_thread(
 }
 
 /// What came of work elsewhere. A panic goes on to whoever waits.
-pub(super) fn outcome(done: Result<Result<Output, Fault>, JoinError>) -> Result<Output, Fault> {
+pub(super) fn outcome<T>(done: Result<Result<T, Fault>, JoinError>) -> Result<T, Fault> {
     match done {
         Ok(outcome) => outcome,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

@@ -5,7 +5,6 @@ use super::rejection::Rejection;
 use crate::admission::{self, Refusal};
 use crate::assignment::{Assignment, Undecodable};
 use crate::blocks::Block;
-use crate::execute::Engine;
 use crate::fault::Invalid;
 use crate::intake::Delivery;
 
@@ -54,11 +53,7 @@ impl Pipeline {
 
     /// What waits for a person is kept by the broker.
     fn cannot_be_kept(&self, assignment: &Assignment) -> Option<Refusal> {
-        match (&*assignment.block, &self.engine) {
-            (Block::Human(_), Engine::Real(_)) if !self.has_jetstream() => {
-                Some(admission::no_jetstream(assignment.block.kind()))
-            }
-            _ => None,
-        }
+        let is_kept = matches!(&*assignment.block, Block::Human(_));
+        (is_kept && !self.has_jetstream()).then(|| admission::no_jetstream(assignment.block.kind()))
     }
 }

@@ -63,9 +63,7 @@ impl Guard {
     /// # Errors
     /// Why the target is not dialled.
     pub async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, Refusal> {
-        if self.policy.deny.iter().any(|entry| entry.names(target)) {
-            return Err(target.not_allowed("the deny list names it"));
-        }
+        self.policy.check_host(target)?;
         let addresses = self.lookup(target).await?;
         for ip in &addresses {
             self.check(target, *ip).await?;

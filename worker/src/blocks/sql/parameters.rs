@@ -85,16 +85,21 @@ impl Parameters {
         }
     }
 
-    /// All values for a statement that takes so many and names none.
-    pub(super) fn positional(&self, expected: usize) -> Result<&[Parameter], Fault> {
+    /// All values for a statement that names none.
+    pub(super) fn unnamed(&self) -> Result<&[Parameter], Fault> {
         match self {
-            Self::Positional(values) if values.len() == expected => Ok(values),
-            Self::Named(values) if !values.is_empty() => {
+            Self::Positional(values) => Ok(values),
+            Self::Named(values) if values.is_empty() => Ok(&[]),
+            Self::Named(_) => {
                 Err(Fault::new(Cause::ExecutionFailed, "this database takes parameters as an array, not by name"))
             }
-            _ if expected == 0 && self.len() == 0 => Ok(&[]),
-            _ => Err(mismatch(expected, self.len())),
         }
+    }
+
+    /// The same, for one that takes so many.
+    pub(super) fn positional(&self, expected: usize) -> Result<&[Parameter], Fault> {
+        let values = self.unnamed()?;
+        if values.len() == expected { Ok(values) } else { Err(mismatch(expected, values.len())) }
     }
 }
 

@@ -66,6 +66,16 @@ impl Sqlite {
         Some(Invalid { pointer: CONNECTION.to_owned(), ..invalid })
     }
 
+    /// What is refused before the file is looked for.
+    ///
+    /// # Errors
+    /// 2003 for a statement or path that is not allowed, 2001 for no statement at all.
+    pub(super) fn check(&self, file: &File, query: &Query) -> Result<(), Fault> {
+        let path = file.path(&self.dirs);
+        only(query, &path)?;
+        self.dirs.allow(&path)
+    }
+
     /// Runs the statement. Dropped, it stops within some thousand steps of SQLite's machine.
     ///
     /// # Errors
@@ -87,7 +97,7 @@ fn execute(
     scope: &Scope,
     stop: &Arc<Stop>,
 ) -> Result<Output, Fault> {
-    let text = statement::only(query.text()).map_err(|refused| fault(refused.cause, path, refused.message))?;
+    let text = only(query, path)?;
     let place = dirs.find(&scope.tenant, path, Absent::Refuse)?;
     let key = Key::of(&scope.tenant, &place)?;
     let permit = pool.enter(&scope.tenant).ok_or_else(|| {
@@ -108,6 +118,10 @@ fn execute(
         // What an unfinished statement left behind is not worth finding out: the connection is closed.
         Err(failure) => Err(explain(failure, &reader, stop, &place)),
     }
+}
+
+fn only<'q>(query: &'q Query, path: &str) -> Result<&'q str, Fault> {
+    statement::only(query.text()).map_err(|refused| fault(refused.cause, path, refused.message))
 }
 
 fn open(place: &Place<'_>, key: &Key, stop: &Arc<Stop>) -> Result<Reader, Fault> {
