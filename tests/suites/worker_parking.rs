@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use async_nats::HeaderMap;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::assignment;
@@ -176,6 +177,25 @@ async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
     kept_its_promise(&rig.router, &rig.peer).await;
     assert_eq!(rig.peer.hits("/ok").len(), 2, "the one that was cancelled never ran");
     assert_eq!(rig.router.story(&parked[1]).results.len(), 1);
+}
+
+#[tokio::test]
+async fn two_that_say_they_are_the_same_publication_are_both_parked_and_run() {
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let (running, _) = one_runs_and_others_are_parked(&rig, 0).await;
+    let mut copied = HeaderMap::new();
+    copied.insert("Beamline-Publication", "CAF_EXEC_ASSIGN,2026-11-26T01:02:03Z,1");
+    let twins = ["one", "two"].map(|id| assignment("acme", id, rig.call(&format!("/ok/{id}"))));
+    for one in &twins {
+        rig.router.submit_with(one, copied.clone()).await;
+    }
+    all_parked(&rig.worker, 2).await;
+    rig.peer.open("unit");
+    for one in twins.iter().chain([&running]) {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
 }
 
 #[tokio::test]

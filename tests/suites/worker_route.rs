@@ -169,19 +169,56 @@ async fn passed_on_twice_it_runs_once() {
     let first = rig.router.results(&payload, 1).await;
 
     // The second copy comes when the stream has forgotten the id of the first.
-    let record = rig.router.record(&payload).await.expect("a record");
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Publication", record.headers.get("Beamline-Answers").unwrap().clone());
-    rig.router
-        .jetstream()
-        .publish_with_headers(ROUTE, headers, payload.to_string().into())
-        .await
-        .unwrap()
-        .await
-        .unwrap();
+    let mut config = rig.router.stream(STREAM).await.cached_info().config.clone();
+    config.duplicate_window = Duration::from_millis(100);
+    rig.router.jetstream().update_stream(&config).await.expect("a stream that forgets soon");
+    let mut headers = first_identity(&rig.router, &payload).await;
+    let id = headers.get("Beamline-Publication").map(|publication| format!("{publication},gpu"));
+    headers.insert("Nats-Msg-Id", id.expect("a publication"));
+    until("the stream keeps the copy", async || {
+        let copy = payload.to_string().into();
+        let sent = rig.router.jetstream().publish_with_headers(ROUTE, headers.clone(), copy).await.unwrap();
+        !sent.await.unwrap().duplicate
+    })
+    .await;
     let results = rig.router.results(&payload, 2).await;
     assert_eq!(results[1], first[0], "the recorded bytes");
     assert_eq!(rig.peer.hits("/ok/once").len(), 1);
+}
+
+/// What a worker that passed it on would tell of its first identity.
+async fn first_identity(router: &Router, payload: &Value) -> HeaderMap {
+    let record = router.record(payload).await.expect("a record");
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Publication", record.headers.get("Beamline-Answers").expect("a publication").clone());
+    headers.insert("Beamline-Published", "2026-11-26T01:02:03Z");
+    headers
+}
+
+#[tokio::test]
+async fn an_identity_that_a_router_has_copied_means_nothing() {
+    let rig = Rig::start(&[]).await;
+    let _gpu = only_gpu(rig.another("gpu-1")).start(&rig.nats).await;
+    passes_on(&rig, "first").await;
+    let original = for_gpu("original", rig.call("/ok/original"));
+    rig.router.submit(&original).await;
+    rig.router.results(&original, 1).await;
+    let mut copied = first_identity(&rig.router, &original).await;
+
+    let other = for_gpu("other", rig.call("/ok/other"));
+    let sequence = rig.router.submit_with(&other, copied.clone()).await;
+    assert_eq!(rig.router.result(&other).await["status"], "success");
+    let answers = rig.router.record(&other).await.expect("a record").headers.get("Beamline-Answers").cloned();
+    assert!(answers.expect("a publication").as_str().ends_with(&format!(",{sequence}")));
+
+    // The same one once more, in the intake and on the route: a new publication each time.
+    copied.insert("Beamline-Replay", "true");
+    rig.router.submit_with(&original, copied.clone()).await;
+    rig.router.results(&original, 2).await;
+    let sent = rig.router.jetstream().publish_with_headers(ROUTE, copied, original.to_string().into()).await;
+    sent.unwrap().await.unwrap();
+    rig.router.results(&original, 3).await;
+    assert_eq!((rig.peer.hits("/ok/original").len(), rig.peer.hits("/ok/other").len()), (3, 1));
 }
 
 #[tokio::test]

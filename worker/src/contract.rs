@@ -61,8 +61,10 @@ pub const VERSION: &str = "1";
 
 /// Names the publication that a record answers: `<stream>,<stream's creation, RFC 3339>,<sequence>`.
 pub const HEADER_ANSWERS: &str = "Beamline-Answers";
-/// Keeps the first identity of a publication that was passed on to another subject.
+/// Keeps the first identity of a publication that a worker has passed on to another subject.
 pub const HEADER_PUBLICATION: &str = "Beamline-Publication";
+/// Beside it: when the broker got it, RFC 3339.
+pub const HEADER_PUBLISHED: &str = "Beamline-Published";
 /// `true` asks for a new execution of an id that has a record.
 pub const HEADER_REPLAY: &str = "Beamline-Replay";
 /// Ties an original on [`DLQ_RAW`] to its dead letter.

@@ -28,7 +28,7 @@ use crate::broker::{Broker, Session};
 use crate::contract;
 use crate::gate::Gate;
 use crate::health::{Concern, Health};
-use crate::publication::Publication;
+use crate::publication::{Elsewhere, FirstIdentity, Publication};
 use crate::pulse;
 use hold::Held;
 use load::{Counted, Flow, Waiting};
@@ -71,9 +71,8 @@ pub struct Delivery {
     headers: Option<Box<HeaderMap>>,
     broker: Broker,
     source: Source,
-    publication: Publication,
+    identity: FirstIdentity,
     delivered: i64,
-    published: Timestamp,
     held: Held,
     received: Instant,
     waiting: Option<Waiting>,
@@ -116,7 +115,12 @@ impl Delivery {
 
     /// Which publication it carries, under the first identity of one that was passed on.
     pub fn publication(&self) -> &Publication {
-        &self.publication
+        &self.identity.publication
+    }
+
+    /// What it is known by wherever it is put.
+    pub fn first_identity(&self) -> &FirstIdentity {
+        &self.identity
     }
 
     /// How often the broker has delivered it, this time included.
@@ -141,9 +145,9 @@ impl Delivery {
         self.held.hold().is_lapsed()
     }
 
-    /// When the broker stored it.
+    /// When the broker got it; one that was passed on, when it first did.
     pub fn published(&self) -> Timestamp {
-        self.published
+        self.identity.published
     }
 
     /// Whether it came, unasked for, to a worker without room.
@@ -431,18 +435,11 @@ impl Puller {
             tracing::error!(subject = %message.subject, "the broker sent a message that is no delivery");
             return None;
         };
-        let first_identity = headers.as_ref().and_then(|headers| headers.get(contract::HEADER_PUBLICATION));
-        let publication = first_identity.and_then(|header| Publication::parse(header.as_str()));
         Some(Delivery {
             broker: self.broker.clone(),
             source: self.source,
-            publication: publication.unwrap_or_else(|| Publication {
-                stream: Arc::clone(&self.from.stream),
-                created: Arc::clone(&self.from.created),
-                sequence: described.sequence,
-            }),
+            identity: self.first_identity(headers.as_ref()).unwrap_or_else(|| self.own_identity(&described)),
             delivered: described.delivered,
-            published: described.published,
             held: self.holds.take(Some(reply), gaps),
             received: Instant::now(),
             waiting: Some(Waiting::new(&self.flow)),
@@ -452,6 +449,25 @@ impl Puller {
             payload,
             headers: headers.map(Box::new),
         })
+    }
+
+    /// Of what a worker has put here. In the intake, where the Router speaks, its header means nothing.
+    fn first_identity(&self, headers: Option<&HeaderMap>) -> Option<FirstIdentity> {
+        let place = match self.source {
+            Source::Intake => return None,
+            Source::GpuRoute => Elsewhere::Gpu,
+            Source::Parked(_) => Elsewhere::Parked,
+        };
+        FirstIdentity::read(headers?, place)
+    }
+
+    fn own_identity(&self, described: &Described) -> FirstIdentity {
+        let publication = Publication {
+            stream: Arc::clone(&self.from.stream),
+            created: Arc::clone(&self.from.created),
+            sequence: described.sequence,
+        };
+        FirstIdentity { publication, published: described.published }
     }
 }
 

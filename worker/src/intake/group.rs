@@ -18,7 +18,7 @@ use super::load::{Counted, Waiting};
 use super::{CHUNK, Delivery, Parts, Room, TICK};
 use crate::broker::permissions::ASK_AGAIN;
 use crate::broker::streams::{Intake, Source};
-use crate::publication::Publication;
+use crate::publication::{FirstIdentity, Publication};
 use crate::pulse;
 
 /// How long a message waits for room: the time of the look-ahead.
@@ -196,9 +196,8 @@ impl<R: Fn() -> Room> Member<'_, R> {
             headers: message.headers.map(Box::new),
             broker: self.parts.broker.clone(),
             source: self.source,
-            publication: self.identities.next(),
+            identity: FirstIdentity { publication: self.identities.next(), published },
             delivered: 1,
-            published,
             held: self.parts.holds.take(None, pulse::gaps()),
             received: since,
             waiting: (!is_surplus).then(|| Waiting::new(self.parts.load.flow(self.source))),

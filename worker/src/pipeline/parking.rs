@@ -10,7 +10,7 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
 use bytes::Bytes;
 
-use super::route::first_identity;
+use super::route::headers_for;
 use super::{Arrival, Pipeline};
 use crate::admission::Refusal;
 use crate::admission::ceiling::Unit;
@@ -24,7 +24,7 @@ use crate::fault::{Cause, Fault};
 use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::{Allowance, Delivery, Settlement};
 use crate::pool::Pool;
-use crate::publication::Publication;
+use crate::publication::{Elsewhere, FirstIdentity};
 use crate::report::StepResult;
 use crate::report::outbox::Before;
 use crate::trace_context::TraceContext;
@@ -133,7 +133,7 @@ impl Pipeline {
         let Arrival { delivery, assignment, .. } = arrival;
         let token = contract::escape(assignment.key.tenant.as_str());
         let subject = self.settings.intake.parked_subject(parked, &token);
-        let (headers, payload) = (first_identity(delivery, "parked"), delivery.payload());
+        let (headers, payload) = (headers_for(Elsewhere::Parked, delivery), delivery.payload());
         let store = || async {
             // Where the broker takes less than before, no other try can succeed.
             if wire_len(&headers) + payload.len() > self.broker.max_payload() {
@@ -176,10 +176,8 @@ impl Pipeline {
     async fn end_parked(&self, key: &AssignmentKey, words: &str) -> bool {
         let Some((parked, place)) = self.find_parked(key).await else { return false };
         let Ok(assignment) = Assignment::decode(&parked.payload) else { return true };
-        let publication = parked.headers.get(contract::HEADER_PUBLICATION).map(|header| header.as_str());
-        let Some(publication) = publication.and_then(Publication::parse).filter(|_| assignment.key == *key) else {
-            return true;
-        };
+        let first = FirstIdentity::read(&parked.headers, Elsewhere::Parked).filter(|_| assignment.key == *key);
+        let Some(FirstIdentity { publication, .. }) = first else { return true };
         let cancelled = Execution::not_begun(Fault::new(Cause::Cancelled, words.to_owned()));
         let mut step = StepResult::of(cancelled, assignment.block.kind(), Duration::ZERO);
         let result = self.encode(&mut step, &assignment);

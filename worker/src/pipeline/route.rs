@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use async_nats::HeaderMap;
-use async_nats::header::NATS_MESSAGE_ID;
 
 use super::Pipeline;
 use super::rejection::Rejection;
@@ -11,10 +10,10 @@ use crate::admission::Refusal;
 use crate::assignment::Assignment;
 use crate::broker::streams::Source;
 use crate::broker::wire_len;
-use crate::contract;
 use crate::fault::Cause;
 use crate::intake::{Delivery, Settlement};
 use crate::pool::Pool;
+use crate::publication::Elsewhere;
 
 impl Pipeline {
     /// Whether workers of another class have the slots that this one lacks. What came from the route never goes there
@@ -28,7 +27,7 @@ impl Pipeline {
 
     /// No verdict: whoever has the slots says it, and finds by the first identity what is recorded.
     pub(super) async fn pass_on(self: Arc<Self>, (delivery, assignment): (Delivery, Assignment)) {
-        let (headers, payload) = (first_identity(&delivery, "gpu"), delivery.payload());
+        let (headers, payload) = (headers_for(Elsewhere::Gpu, &delivery), delivery.payload());
         let store = || async {
             // Where the broker takes less than before, no other try can succeed.
             if wire_len(&headers) + payload.len() > self.broker.max_payload() {
@@ -62,16 +61,14 @@ impl Pipeline {
 }
 
 /// The headers that it goes to another place with: those of the Router, but for what it told the broker about its own
-/// publish; the first identity; and an id by which the stream of that place knows a second try.
-pub(super) fn first_identity(delivery: &Delivery, place: &str) -> HeaderMap {
+/// publish, and the first identity.
+pub(super) fn headers_for(place: Elsewhere, delivery: &Delivery) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, values) in delivery.headers().into_iter().flat_map(HeaderMap::iter) {
         if !name.to_string().to_ascii_lowercase().starts_with("nats-") {
             values.iter().for_each(|value| headers.append(name.clone(), value.clone()));
         }
     }
-    let publication = delivery.publication().to_header();
-    headers.insert(NATS_MESSAGE_ID, format!("{publication},{place}"));
-    headers.insert(contract::HEADER_PUBLICATION, publication);
+    delivery.first_identity().add_to(&mut headers, place);
     headers
 }
