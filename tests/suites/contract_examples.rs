@@ -444,7 +444,8 @@ fn answer(fixture: &Fixture) -> Answer {
 fn decided(fixture: &Fixture, job: Value) {
     let answer = answer(&example_of(&["approval", "answer"]));
     let (request, _, approval) = requested(&job, answer.at(), answer.at());
-    let outcome = request.outcome(&approval, vec![answer], None, request.expires_at).expect("an outcome");
+    let outcome =
+        request.outcome(&approval, vec![answer], None, request.requested_at, request.expires_at).expect("an outcome");
     let output = request.execution(outcome, request.expires_at).outcome.expect("a decision");
     let written: Value = serde_json::from_str(output.0.get()).expect("JSON");
     assert_eq!(fixture.value(), written, "{fixture}: the example is left, what the code writes is right");

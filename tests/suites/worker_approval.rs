@@ -330,6 +330,30 @@ async fn a_replay_asks_anew_and_is_not_answered_by_what_was_said_before() {
     assert_eq!(rig.router.record(&payload).await.unwrap().payload, results[1]);
 }
 
+#[tokio::test]
+async fn a_replay_right_behind_a_cancel_is_asked_and_a_cancel_of_that_ends_it() {
+    const ROUNDS: usize = 20;
+    let rig = Rig::start(&[]).await;
+    let client = rig.router.client();
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    for round in 0..ROUNDS {
+        let payload = ask("acme", &format!("anew-{round}"), MINUTES);
+        say(&rig.router, &payload, "ann@example.com", true).await;
+        rig.router.submit(&payload).await;
+        rig.router.result(&payload).await;
+        let mut announced = announcements(&rig.router).await;
+        client.publish(CANCEL, cancel_of(&payload).to_string().into()).await.unwrap();
+        let again = payload.to_string().into();
+        client.publish_with_headers("caf.exec.assign.v1", headers.clone(), again).await.unwrap();
+        next(&mut announced).await;
+        assert_eq!(rig.router.story(&payload).results.len(), 1, "it waits for an answer to this");
+        cancel(&rig.router, &payload).await;
+        is_cancelled(&read(&rig.router.results(&payload, 2).await[1]));
+    }
+    router_is_done(&rig.router).await;
+}
+
 /// As after every test, but for the audit, which knows no replay.
 async fn router_is_done(router: &Router) {
     router.settled(LAPSE).await;

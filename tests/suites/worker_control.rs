@@ -370,16 +370,89 @@ async fn what_is_asked_for_anew_is_not_met_by_the_old_cancel() {
     let mut replayed = assignment("acme", "replayed", rig.call("/ok"));
     rig.router.submit(&replayed).await;
     is_cancelled(&rig.router.result(&replayed).await, 0);
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
-    rig.router.submit_with(&replayed, headers.clone()).await;
+    rig.router.submit_with(&replayed, replay()).await;
     assert_eq!(read(&rig.router.results(&replayed, 2).await[1])["status"], "success");
     replayed["job"] = rig.call("/gate/never");
-    rig.router.submit_with(&replayed, headers).await;
+    rig.router.submit_with(&replayed, replay()).await;
     rig.peer.arrived("/gate/never", 1).await;
     assert_eq!(outcome(&rig.router, "acme", "replayed").await, "cancelled");
     is_cancelled(&read(&rig.router.results(&replayed, 3).await[2]), 1);
     rig.router.settled(SOON).await;
+}
+
+fn replay() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    headers
+}
+
+#[tokio::test]
+async fn what_is_asked_for_anew_right_behind_a_cancel_runs() {
+    const ROUNDS: usize = 60;
+    let rig = Rig::start(&[]).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    let client = rig.router.client();
+    for round in 0..ROUNDS {
+        let id = format!("again-{round}");
+        // What has failed for now is run anew without being called a replay.
+        let (job, headers) = match round % 3 {
+            0 => (rig.call(&format!("/flaky/1?{round}")), HeaderMap::new()),
+            _ => (rig.call("/ok"), replay()),
+        };
+        let mut payload = assignment("acme", &id, job);
+        payload["retry_config"] = json!({"max_attempts": 1});
+        rig.router.submit(&payload).await;
+        rig.router.result(&payload).await;
+        let cancel = cancel("acme", &id).to_string().into();
+        if round % 2 == 0 {
+            client.publish(CANCEL, cancel).await.unwrap();
+        } else {
+            client.publish_with_reply(CANCEL, client.new_inbox(), cancel).await.unwrap();
+        }
+        client.publish_with_headers(ASSIGN, headers, payload.to_string().into()).await.unwrap();
+        client.flush().await.unwrap();
+        let again = read(&rig.router.results(&payload, 2).await[1]);
+        assert_eq!(again["status"], "success", "{again}");
+    }
+    nothing_waits(&rig.router).await;
+}
+
+#[tokio::test]
+async fn a_cancel_on_the_verdict_of_a_new_run_stops_it() {
+    const ROUNDS: usize = 30;
+    let rig = Rig::start(&["--io-pool-size=4"]).await;
+    for round in 0..ROUNDS {
+        let mut payload = assignment("acme", &format!("stopped-{round}"), rig.call("/ok"));
+        rig.router.submit(&payload).await;
+        rig.router.result(&payload).await;
+        payload["job"] = rig.call("/gate/never");
+        rig.router.submit_with(&payload, replay()).await;
+        rig.router.learn(&payload, "second verdict", |story| story.verdicts.get(1).cloned()).await;
+        send(&rig.router, &cancel("acme", &format!("stopped-{round}"))).await;
+        let stopped = read(&rig.router.results(&payload, 2).await[1]);
+        assert_eq!(stopped["error"]["code"], 5001, "{stopped}");
+    }
+}
+
+#[tokio::test]
+async fn a_cancel_meets_a_new_run_that_nobody_has_taken_if_it_was_sent_after_it() {
+    let mut rig = Rig::start(&[]).await;
+    let [before, after] = ["before", "after"].map(|id| assignment("acme", id, rig.call("/ok")));
+    for payload in [&before, &after] {
+        rig.router.submit(payload).await;
+        rig.router.result(payload).await;
+    }
+    rig.worker.kill();
+    send(&rig.router, &cancel("acme", "before")).await;
+    for payload in [&before, &after] {
+        rig.router.submit_with(payload, replay()).await;
+    }
+    // So far apart that the broker's times tell which came first.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    send(&rig.router, &cancel("acme", "after")).await;
+    let _next = rig.another("worker-2").start(&rig.nats).await;
+    assert_eq!(read(&rig.router.results(&before, 2).await[1])["status"], "success");
+    is_cancelled(&read(&rig.router.results(&after, 2).await[1]), 0);
 }
 
 #[tokio::test]

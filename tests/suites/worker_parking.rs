@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
-use beamline_tests::router::assignment;
+use beamline_tests::router::{assignment, json as json_of};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
@@ -177,6 +177,38 @@ async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
     kept_its_promise(&rig.router, &rig.peer).await;
     assert_eq!(rig.peer.hits("/ok").len(), 2, "the one that was cancelled never ran");
     assert_eq!(rig.router.story(&parked[1]).results.len(), 1);
+}
+
+#[tokio::test]
+async fn of_what_is_parked_to_run_anew_only_a_later_cancel_is_about_it() {
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let [runs, ends] = ["runs", "ends"].map(|id| assignment("acme", id, rig.call(&format!("/ok/{id}"))));
+    for one in [&runs, &ends] {
+        rig.router.submit(one).await;
+        rig.router.result(one).await;
+    }
+    let running = assignment("acme", "running", rig.call("/gate/unit"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/unit", 1).await;
+    let client = rig.router.client();
+    let cancel =
+        |of: &Value| json!({"version": "1", "tenant_id": "acme", "assignment_id": of["assignment_id"]}).to_string();
+    let mut replay = HeaderMap::new();
+    replay.insert("Beamline-Replay", "true");
+    for one in [&runs, &ends] {
+        client.publish("caf.exec.cancel.v1", cancel(one).into()).await.unwrap();
+        client.publish_with_headers("caf.exec.assign.v1", replay.clone(), one.to_string().into()).await.unwrap();
+    }
+    all_parked(&rig.worker, 2).await;
+    client.publish("caf.exec.cancel.v1", cancel(&ends).into()).await.unwrap();
+    let cancelled = json_of(&rig.router.results(&ends, 2).await[1]);
+    assert_eq!(cancelled["error"]["code"], 5001, "{cancelled}");
+    // Longer than a cancel is looked for.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    rig.peer.open("unit");
+    assert_eq!(json_of(&rig.router.results(&runs, 2).await[1])["status"], "success");
+    assert_eq!((rig.peer.hits("/ok/runs").len(), rig.peer.hits("/ok/ends").len()), (2, 1));
 }
 
 #[tokio::test]

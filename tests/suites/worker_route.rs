@@ -237,6 +237,31 @@ async fn a_replay_of_passed_on_work_runs_again() {
 }
 
 #[tokio::test]
+async fn a_cancel_from_before_it_was_passed_on_meets_what_was_published_earlier() {
+    let mut rig = Rig::start(&[]).await;
+    let mut gpu = only_gpu(rig.another("gpu-1")).start(&rig.nats).await;
+    passes_on(&rig, "first").await;
+    let payload = for_gpu("a1", rig.call("/ok/again"));
+    rig.router.submit(&payload).await;
+    rig.router.results(&payload, 1).await;
+    rig.worker.kill();
+    gpu.kill();
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    rig.router.submit_with(&payload, headers).await;
+    // So far apart that the broker's times tell which came first.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "a1"});
+    rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+    rig.router.client().flush().await.unwrap();
+    let _gpu = only_gpu(rig.another("gpu-2")).start(&rig.nats).await;
+    let _general = rig.another("worker-2").start(&rig.nats).await;
+    let again = json_of(&rig.router.results(&payload, 2).await[1]);
+    assert_eq!(again["error"]["code"], 5001, "{again}");
+    assert_eq!(rig.peer.hits("/ok/again").len(), 1);
+}
+
+#[tokio::test]
 async fn a_worker_with_only_gpu_slots_leaves_other_work_alone() {
     let nats = NatsServer::start();
     let files = tempfile::tempdir().unwrap();

@@ -7,6 +7,8 @@ pub mod answer; // what a person says
 pub mod deadlines; // when a request is to be looked at
 pub mod request; // what is kept while it waits, and what it comes to
 
+use jiff::Timestamp;
+
 use crate::broker::kv::{Bucket, Entry, ReadError};
 use crate::broker::streams::{ANSWER_BUCKET, APPROVAL_BUCKET, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::broker::{Broker, StoreError, Stored};
@@ -67,7 +69,8 @@ impl Approvals {
                 AfterAnEnd::AskAgain => self.requests.create(&key, request.encode()).await?,
             };
             if let Stored::At(revision) = stored {
-                return Ok(Opened::At(Entry { key, value: request.encode(), revision, stored: request.requested_at }));
+                // The broker has not said when; whoever reads it is told.
+                return Ok(Opened::At(Entry { key, value: request.encode(), revision, stored: Timestamp::MAX }));
             }
             let known = self.requests.get(&key).await.map_err(|error| unknown(&key, &error))?;
             let entry = match (known, after_an_end) {

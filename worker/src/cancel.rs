@@ -17,6 +17,9 @@ use crate::message::{self, version};
 const MAX_REASON_BYTES: usize = 1024;
 /// How long a cancel stands.
 const STANDS: SignedDuration = SignedDuration::from_hours(24);
+/// What the broker's times of two streams tell of an order: each stream is written by a task of its own, so that of two
+/// messages that were sent together the second may have the earlier time.
+const TOGETHER: SignedDuration = SignedDuration::from_millis(50);
 /// From this many on, those that stand no longer are forgotten now and then.
 const MANY: usize = 1024;
 
@@ -40,22 +43,22 @@ impl Cancel {
         Self::read(payload).map(|(cancel, _)| cancel)
     }
 
-    /// As it is kept; `at` is when it was sent, where that is known.
-    pub fn encode(&self, at: Option<Timestamp>) -> Bytes {
+    /// As it is kept; `sent` is when the broker got it, where that is known.
+    pub fn encode(&self, sent: Option<Timestamp>) -> Bytes {
         let wire = contract::Cancel {
             version: Some(contract::VERSION.into()),
             assignment_id: Some(Cow::Borrowed(&self.key.assignment_id)),
             tenant_id: Some(self.key.tenant.as_str().into()),
             reason: self.reason.as_deref().map(Cow::Borrowed),
             requested_by: self.requested_by.as_deref().map(Cow::Borrowed),
-            sent_at: at.map(|at| at.to_string().into()),
+            sent_at: sent.map(|sent| sent.to_string().into()),
         };
         contract::encode(&wire)
     }
 
-    /// The same, standing from this moment: later than everything that is here already, whatever the clocks say.
-    pub fn now(&self) -> Tombstone {
-        Tombstone { at: Timestamp::MAX, words: self.words() }
+    /// The same, as it stands from now on.
+    pub fn tombstone(&self, sent: Option<Timestamp>) -> Tombstone {
+        Tombstone { sent, kept: Timestamp::now(), words: self.words() }
     }
 
     fn read(payload: &[u8]) -> Result<(Self, Option<Timestamp>), Invalid> {
@@ -86,14 +89,17 @@ impl Cancel {
 /// A cancel that stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tombstone {
-    /// Since when, by the broker's clock.
-    pub at: Timestamp,
+    /// When the broker got it, as its stream says. Not known of one that is only heard, nor before its message has been
+    /// taken from there.
+    pub sent: Option<Timestamp>,
+    /// Since when it is kept.
+    pub kept: Timestamp,
     /// For the Router: who wants it, and why.
     pub words: Arc<str>,
 }
 
 impl Tombstone {
-    /// As the bucket keeps it: stored later than it was sent, where it had to wait for a worker.
+    /// As the bucket keeps it.
     ///
     /// # Errors
     /// Somebody else has written there.
@@ -102,9 +108,24 @@ impl Tombstone {
         if cancel.key.token() != entry.key {
             return Err(Invalid::input("", "is the cancel of another assignment than its key names"));
         }
-        let at = sent_at.unwrap_or(entry.stored);
         let words = cancel.words();
-        Ok((cancel.key, Self { at, words }))
+        Ok((cancel.key, Self { sent: sent_at, kept: entry.stored, words }))
+    }
+
+    /// Since when it stands, as far as that is known.
+    pub fn at(&self) -> Timestamp {
+        self.sent.unwrap_or(self.kept)
+    }
+
+    /// Whether it is about a run that somebody has asked for anew with a message that the broker got at `published`: it was
+    /// sent later than that, and not together with it.
+    pub fn is_after(&self, published: Timestamp) -> bool {
+        self.sent.is_some_and(|sent| sent.duration_since(published) > TOGETHER)
+    }
+
+    /// The same, where a worker has kept what it was asked for by `stored`: what came after that was sent later, too.
+    pub fn is_after_either(&self, published: Timestamp, stored: Timestamp) -> bool {
+        self.is_after(published) || self.sent.is_some_and(|sent| sent >= stored)
     }
 }
 
@@ -125,16 +146,13 @@ impl Tombstones {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).by_key.get(key).cloned()
     }
 
-    /// Notes a cancel, unless a later one is known.
+    /// Notes a cancel in the place of an earlier one: whoever keeps it knows what is known of that one.
     pub fn put(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         let mut standing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = standing.by_key.entry(key.clone()).or_insert_with(|| tombstone.clone());
-        if known.at < tombstone.at {
-            *known = tombstone.clone();
-        }
+        standing.by_key.insert(key.clone(), tombstone.clone());
         if standing.by_key.len() >= MANY.max(2 * standing.swept) {
             let oldest = Timestamp::now() - STANDS;
-            standing.by_key.retain(|_, tombstone| tombstone.at > oldest);
+            standing.by_key.retain(|_, tombstone| tombstone.kept > oldest);
             standing.swept = standing.by_key.len();
         }
     }
@@ -157,8 +175,9 @@ mod tests {
         let sent_at = Timestamp::from_nanosecond(5_000_000_001).unwrap();
         let words = "cancelled by me: why".into();
         let (key, tombstone) = Tombstone::read(&entry(cancel.encode(Some(sent_at)))).unwrap();
-        assert_eq!((key, tombstone), (cancel.key.clone(), Tombstone { at: sent_at, words }));
-        assert_eq!(Tombstone::read(&entry(cancel.encode(None))).unwrap().1.at, stored);
+        assert_eq!((key, tombstone), (cancel.key.clone(), Tombstone { sent: Some(sent_at), kept: stored, words }));
+        let undated = Tombstone::read(&entry(cancel.encode(None))).unwrap().1;
+        assert_eq!((undated.sent, undated.at()), (None, stored));
         let elsewhere = Entry { key: "t.b".to_owned(), ..entry(cancel.encode(None)) };
         assert!(Tombstone::read(&elsewhere).unwrap_err().reason.contains("another assignment"));
     }
@@ -182,15 +201,29 @@ mod tests {
     }
 
     #[test]
-    fn the_later_cancel_stands_and_old_ones_are_forgotten() {
+    fn the_last_that_was_told_stands_and_old_ones_are_forgotten() {
         let tombstones = Tombstones::default();
         let key = |number: usize| AssignmentKey::new("t", &number.to_string());
-        let at = |at| Tombstone { at, words: "cancelled".into() };
+        let kept = |kept| Tombstone { sent: None, kept, words: "cancelled".into() };
         let (old, now) = (Timestamp::from_second(1).unwrap(), Timestamp::now());
-        tombstones.put(&key(0), &at(now));
-        tombstones.put(&key(0), &at(old));
-        assert_eq!(tombstones.get(&key(0)), Some(at(now)));
-        (1..MANY).for_each(|number| tombstones.put(&key(number), &at(old)));
-        assert_eq!((tombstones.get(&key(1)), tombstones.get(&key(0))), (None, Some(at(now))));
+        tombstones.put(&key(0), &kept(old));
+        tombstones.put(&key(0), &kept(now));
+        assert_eq!(tombstones.get(&key(0)), Some(kept(now)));
+        (1..MANY).for_each(|number| tombstones.put(&key(number), &kept(old)));
+        assert_eq!((tombstones.get(&key(1)), tombstones.get(&key(0))), (None, Some(kept(now))));
+    }
+
+    #[test]
+    fn a_run_that_is_asked_for_anew_is_only_met_by_what_was_sent_later() {
+        let at = |millisecond| Timestamp::from_millisecond(millisecond).unwrap();
+        let sent = |sent: Option<i64>| Tombstone { sent: sent.map(at), kept: at(9_000), words: "cancelled".into() };
+        let published = at(1_000);
+        assert!(!sent(Some(900)).is_after(published));
+        assert!(!sent(Some(1_050)).is_after(published), "sent together");
+        assert!(sent(Some(1_051)).is_after(published));
+        assert!(!sent(None).is_after(published), "nobody knows yet when");
+        assert!(sent(Some(1_007)).is_after_either(published, at(1_007)), "its request was there already");
+        assert!(!sent(Some(1_006)).is_after_either(published, at(1_007)));
+        assert!(!sent(Some(1_051)).is_after(Timestamp::MAX));
     }
 }

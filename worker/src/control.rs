@@ -9,7 +9,6 @@ mod waiting; // what waits in the stream
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -171,10 +170,11 @@ async fn hear(desk: Arc<Desk>) {
     };
     while let Some(message) = messages.next().await {
         if let Ok(cancel) = Cancel::decode(&message.payload) {
-            desk.pipeline.stop_here(&cancel.key, &cancel.now());
+            let tombstone = cancel.tombstone(None);
+            desk.pipeline.hear_cancel(&cancel.key, &tombstone.words);
             if !desk.pipeline.has_jetstream() {
                 // Nobody keeps it but whoever hears it.
-                desk.pipeline.remember_cancel(&cancel.key, &Tombstone { at: Timestamp::now(), ..cancel.now() });
+                desk.pipeline.remember_cancel(&cancel.key, &tombstone);
             }
         }
     }

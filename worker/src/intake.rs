@@ -135,9 +135,7 @@ impl Delivery {
 
     /// Whether the Router asks for a new execution whatever is recorded.
     pub fn is_replay(&self) -> bool {
-        self.headers()
-            .and_then(|headers| headers.get(contract::HEADER_REPLAY))
-            .is_some_and(|value| value.as_str() == "true")
+        self.headers().is_some_and(is_replay)
     }
 
     /// Whether the broker may have given it to another worker by now: then nothing may start on it.
@@ -209,6 +207,11 @@ impl Delivery {
             tracing::debug!(%error, ?settlement, "cannot settle");
         }
     }
+}
+
+/// Whether these ask for a new execution whatever is recorded.
+pub fn is_replay(headers: &HeaderMap) -> bool {
+    headers.get(contract::HEADER_REPLAY).is_some_and(|value| value.as_str() == "true")
 }
 
 /// Takes deliveries from there, as many as there is room for, and sends them on in chunks until `stop`; starts anew

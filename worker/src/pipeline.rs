@@ -63,6 +63,7 @@ use crate::telemetry::{self, SpanIds};
 use crate::throttle::Throttle;
 use crate::trace_context::TraceContext;
 use crate::vital::Vital;
+use cancel::Stop;
 use deaths::{Deaths, DeliveryId, Suspicion};
 use durable::{Recorded, may_replace};
 use in_flight::{Flight, InFlight, Landed};
@@ -181,6 +182,8 @@ struct Arrival {
     is_deferred: bool,
     /// What counts for its tenant's ceiling.
     memory: Option<memory::Held>,
+    /// Whether it is still wanted.
+    stop: Arc<Stop>,
     /// The trace that it came with.
     trace: Option<TraceContext>,
     /// `worker.assignment.receive`: from its arrival to its settlement.
@@ -336,7 +339,17 @@ impl Pipeline {
     fn arrival(&self, delivery: Delivery, assignment: Assignment) -> Arrival {
         let trace = TraceContext::of(delivery.headers(), assignment.correlation.trace_id.as_deref());
         let span = telemetry::receive_span(trace.as_ref(), &self.span_ids(&assignment));
-        Arrival { delivery, assignment, charge: None, said: None, is_deferred: false, memory: None, trace, span }
+        Arrival {
+            delivery,
+            assignment,
+            charge: None,
+            said: None,
+            is_deferred: false,
+            memory: None,
+            stop: Arc::default(),
+            trace,
+            span,
+        }
     }
 
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
@@ -361,10 +374,9 @@ impl Pipeline {
                     Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
                 }
                 _ => {
-                    // A run that is asked for anew is not met by a cancel of the old one.
-                    let is_rerun = record.is_some() || arrival.delivery.is_replay();
-                    let since = if is_rerun { arrival.delivery.published() } else { Timestamp::MIN };
-                    self.execute_in_turn(arrival, expected, suspicion, self.called_off(flight.stop(), since)).await;
+                    let since = self.cancels_since(&arrival.delivery, record.is_some());
+                    let stop = Arc::clone(&arrival.stop);
+                    self.execute_in_turn(arrival, expected, suspicion, self.called_off(&stop, since)).await;
                 }
             },
         }

@@ -154,17 +154,24 @@ impl Request {
         Self { state: State::Ended { result, by }, ..self }
     }
 
+    /// Whether a cancel is about this request, which the broker has kept since `stored`.
+    fn is_met_by(&self, cancel: &Tombstone, stored: Timestamp) -> bool {
+        self.since.is_none_or(|published| cancel.is_after_either(published, stored))
+    }
+
     /// Whether what was said then is about this request.
     pub fn heeds(&self, said: Timestamp) -> bool {
         self.since.is_none_or(|since| said >= since)
     }
 
     /// What it comes to, from all that was said: the first that counts, and the deadline where nothing came before it.
+    /// `stored` is since when the broker has kept it.
     pub fn outcome(
         &self,
         approval: &Approval,
         answers: Vec<Answer>,
         cancelled: Option<Tombstone>,
+        stored: Timestamp,
         now: Timestamp,
     ) -> Option<Outcome> {
         let counts = |answer: &Answer| {
@@ -172,9 +179,9 @@ impl Request {
             was_asked && self.heeds(answer.at()) && answer.at() <= self.expires_at
         };
         let first = answers.into_iter().filter(counts).min_by_key(Answer::order);
-        let cancelled = cancelled.filter(|cancelled| self.heeds(cancelled.at));
+        let cancelled = cancelled.filter(|cancelled| self.is_met_by(cancelled, stored));
         match (first, cancelled) {
-            (Some(answer), Some(cancelled)) if cancelled.at < answer.at() => Some(Outcome::Cancelled(cancelled)),
+            (Some(answer), Some(cancelled)) if cancelled.at() < answer.at() => Some(Outcome::Cancelled(cancelled)),
             (Some(answer), _) => Some(Outcome::Answered(answer)),
             (None, Some(cancelled)) => Some(Outcome::Cancelled(cancelled)),
             (None, None) => (now >= self.expires_at).then_some(Outcome::NotAnswered),
@@ -253,12 +260,12 @@ mod tests {
     }
 
     fn cancelled(second: i64) -> Option<Tombstone> {
-        Some(Tombstone { at: at(second), words: "cancelled by me".into() })
+        Some(Tombstone { sent: Some(at(second)), kept: at(999), words: "cancelled by me".into() })
     }
 
     /// In short: who answered what, `cancelled`, `late` or nothing.
     fn outcome(request: &Request, answers: Vec<Answer>, cancelled: Option<Tombstone>, now: i64) -> String {
-        match request.outcome(&approval(), answers, cancelled, at(now)) {
+        match request.outcome(&approval(), answers, cancelled, at(100), at(now)) {
             Some(Outcome::Answered(answer)) => format!("{} {}", answer.said.approver, answer.said.approved),
             Some(Outcome::Cancelled(_)) => "cancelled".to_owned(),
             Some(Outcome::NotAnswered) => "late".to_owned(),
@@ -323,7 +330,8 @@ mod tests {
     #[test]
     fn what_was_said_before_a_request_that_asks_anew_is_not_about_it() {
         let anew = Request { since: Some(at(95)), ..request() };
-        assert_eq!(outcome(&anew, vec![answer("ann", true, 94)], cancelled(94), 121), "");
+        assert_eq!(outcome(&anew, vec![answer("ann", true, 94)], cancelled(95), 121), "");
+        assert_eq!(outcome(&anew, vec![], cancelled(96), 121), "cancelled");
         assert_eq!(outcome(&anew, vec![answer("ann", true, 95)], None, 121), "ann true");
     }
 

@@ -24,7 +24,7 @@ pub struct Cancel<'a> {
     /// Who wants it.
     #[serde(borrow, skip_serializing_if = "Option::is_none")]
     pub requested_by: Option<Cow<'a, str>>,
-    /// RFC 3339; only as it is kept, where it had to wait for a worker.
+    /// RFC 3339; only as it is kept: when the broker got it, or the last one of which that is known.
     #[serde(borrow, skip_serializing_if = "Option::is_none")]
     pub sent_at: Option<Cow<'a, str>>,
 }

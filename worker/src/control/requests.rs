@@ -50,7 +50,7 @@ impl Desk {
             Ok(cancel) => cancel,
             Err(invalid) => return Some(refusal(&invalid)),
         };
-        tokio::time::timeout(KEEPING, self.keep_new(&cancel)).await.ok()?;
+        tokio::time::timeout(KEEPING, self.keep_heard(&cancel)).await.ok()?;
         let outcome = self.outcome(&cancel.key).await;
         Some(contract::encode(&CancelAnswer { assignment_id: &cancel.key.assignment_id, outcome }))
     }

@@ -124,37 +124,40 @@ impl Desk {
 
     async fn cancel(&self, payload: &[u8], published: Timestamp) -> Result<(), Invalid> {
         let cancel = Cancel::decode(payload)?;
-        self.keep_cancel(&cancel, published).await;
-        self.pipeline.cancel_parked(&cancel);
-        self.pipeline.cancel_approval(&cancel.key).await;
+        self.carry_out(&cancel, Some(published)).await;
         Ok(())
     }
 
-    async fn keep_cancel(&self, cancel: &Cancel, published: Timestamp) {
+    /// Keeps a cancel that has just been heard: its time is known when its message comes from the stream. Where the broker
+    /// keeps nothing, every worker has heard it.
+    pub(super) async fn keep_heard(&self, cancel: &Cancel) {
+        if self.pipeline.has_jetstream() {
+            self.carry_out(cancel, None).await;
+        }
+    }
+
+    async fn carry_out(&self, cancel: &Cancel, sent: Option<Timestamp>) {
+        self.keep_cancel(cancel, sent).await;
+        self.pipeline.cancel_parked(cancel, sent);
+        self.pipeline.cancel_approval(&cancel.key).await;
+    }
+
+    /// Keeps it in the place of an earlier one, and of both the later time.
+    async fn keep_cancel(&self, cancel: &Cancel, sent: Option<Timestamp>) {
         let token = cancel.key.token();
         loop {
             let known = self.read(&token).await;
-            let is_later = |entry: &Entry| Tombstone::read(entry).is_ok_and(|(_, tombstone)| tombstone.at >= published);
-            if known.as_ref().is_some_and(is_later) {
+            let tombstone = known.as_ref().and_then(|entry| Tombstone::read(entry).ok());
+            let known_sent = tombstone.and_then(|(_, tombstone)| tombstone.sent);
+            if sent.is_some() && known_sent >= sent {
                 return;
             }
-            let value = cancel.encode(Some(published));
+            let value = cancel.encode(sent.max(known_sent));
             let revision = known.map(|entry| entry.revision);
             if let Stored::At(_) = self.until_definite(|| self.cancels.replace(&token, value.clone(), revision)).await {
                 return;
             }
         }
-    }
-
-    /// Keeps a cancel that has just been sent. Where the broker keeps nothing, every worker has heard it.
-    pub(super) async fn keep_new(&self, cancel: &Cancel) {
-        if !self.pipeline.has_jetstream() {
-            return;
-        }
-        let (token, value) = (cancel.key.token(), cancel.encode(None));
-        self.until_definite(|| self.cancels.put(&token, value.clone())).await;
-        self.pipeline.cancel_parked(cancel);
-        self.pipeline.cancel_approval(&cancel.key).await;
     }
 
     /// Repeats a write until the broker has definitely done or refused it. Unlike an outcome it may be given up: so nothing

@@ -228,7 +228,7 @@ impl Pipeline {
             let answers = self.until_read(|| self.approvals.answers_to(&request, approval.approvers())).await;
             let cancelled = self.until_read(|| self.approvals.cancel_of(&request)).await;
             let now = Timestamp::now();
-            match (request.outcome(approval, answers, cancelled, now), reason) {
+            match (request.outcome(approval, answers, cancelled, entry.stored, now), reason) {
                 (None, _) | (Some(Outcome::NotAnswered), Reason::News) => return Progress::Waits,
                 (Some(Outcome::NotAnswered), Reason::Due) if !has_heard_out => {
                     self.hear_out().await;

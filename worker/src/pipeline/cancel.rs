@@ -1,6 +1,6 @@
 //! Work that somebody wants stopped.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -9,6 +9,7 @@ use super::Pipeline;
 use crate::cancel::Tombstone;
 use crate::fault::{Cause, Fault};
 use crate::ids::AssignmentKey;
+use crate::intake::Delivery;
 use crate::report::ledger::Record;
 
 impl Pipeline {
@@ -16,7 +17,13 @@ impl Pipeline {
     pub(crate) fn cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         // In this order: work that comes in between meets the one or the other.
         self.remember_cancel(key, tombstone);
-        self.stop_here(key, tombstone);
+        self.in_flight.stop(key, tombstone);
+    }
+
+    /// Somebody has just cancelled this: stops what is here under this key, waiting for a slot, running, or between two
+    /// attempts.
+    pub(crate) fn hear_cancel(&self, key: &AssignmentKey, words: &Arc<str>) {
+        self.in_flight.hear(key, words);
     }
 
     /// Stops whatever arrives under this key while the cancel stands.
@@ -30,42 +37,60 @@ impl Pipeline {
         found.unwrap_or_default().into_values().next()
     }
 
-    /// Stops what is here under this key: waiting for a slot, running, or between two attempts.
-    pub(crate) fn stop_here(&self, key: &AssignmentKey, tombstone: &Tombstone) {
-        self.in_flight.stop(key, tombstone);
+    /// Since when cancels meet a delivery; all that stand do, unless it is to be run anew. What the broker forgets has no
+    /// time of the broker's: there only those count that are heard while it is here.
+    pub(super) fn cancels_since(&self, delivery: &Delivery, has_record: bool) -> Option<Timestamp> {
+        let is_anew = has_record || delivery.is_replay();
+        is_anew.then(|| if self.hands_back() { delivery.published() } else { Timestamp::MAX })
     }
 }
 
-/// Whether a piece of work is wanted no more.
+/// Whether a piece of work is wanted no more: from when this worker knows that it has it.
 #[derive(Debug, Default)]
 pub(super) struct Stop {
-    tombstone: Mutex<Option<Tombstone>>,
+    cancels: Mutex<Cancels>,
     raised: Notify,
 }
 
+#[derive(Debug, Default)]
+struct Cancels {
+    /// The one that stands. Few have one, and many may wait.
+    tombstone: Option<Box<Tombstone>>,
+    /// The words of one that was heard since the work is here. The broker sends a worker what is heard live before what has
+    /// to go through a stream: so it was sent after the work's own message.
+    heard: Option<Arc<str>>,
+}
+
 impl Stop {
-    /// The latest cancel counts.
     pub(super) fn raise(&self, tombstone: &Tombstone) {
-        let mut known = self.tombstone.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.as_ref().is_none_or(|known| known.at < tombstone.at) {
-            *known = Some(tombstone.clone());
-            self.raised.notify_waiters();
-        }
+        self.lock().tombstone = Some(Box::new(tombstone.clone()));
+        self.raised.notify_waiters();
     }
 
-    /// Returns when there is a cancel that is no older than `since`.
-    pub(super) async fn requested(&self, since: Timestamp) -> Fault {
+    pub(super) fn hear(&self, words: &Arc<str>) {
+        self.lock().heard = Some(Arc::clone(words));
+        self.raised.notify_waiters();
+    }
+
+    /// Returns when there is a cancel, and one from after `since` where that is given.
+    pub(super) async fn requested(&self, since: Option<Timestamp>) -> Fault {
         loop {
             let raised = self.raised.notified();
-            if let Some(tombstone) = self.since(since) {
-                return Fault::new(Cause::Cancelled, &*tombstone.words);
+            if let Some(words) = self.words(since) {
+                return Fault::new(Cause::Cancelled, &*words);
             }
             raised.await;
         }
     }
 
-    fn since(&self, since: Timestamp) -> Option<Tombstone> {
-        let known = self.tombstone.lock().unwrap_or_else(PoisonError::into_inner);
-        known.clone().filter(|tombstone| tombstone.at >= since)
+    fn words(&self, since: Option<Timestamp>) -> Option<Arc<str>> {
+        let cancels = self.lock();
+        let counts = |tombstone: &&Tombstone| since.is_none_or(|published| tombstone.is_after(published));
+        let standing = || cancels.tombstone.as_deref().filter(counts).map(|tombstone| Arc::clone(&tombstone.words));
+        cancels.heard.clone().or_else(standing)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cancels> {
+        self.cancels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -62,21 +62,18 @@ pub(super) enum Claim {
 pub(super) struct Flight {
     in_flight: InFlight,
     key: Option<AssignmentKey>,
-    stop: Arc<Stop>,
 }
 
 impl InFlight {
     pub(super) fn claim(&self, arrival: Arrival) -> Claim {
         match self.lock().entry(arrival.assignment.key.clone()) {
             Entry::Vacant(vacant) => {
-                let stop = Arc::new(Stop::default());
-                let flight =
-                    Flight { in_flight: self.clone(), key: Some(vacant.key().clone()), stop: Arc::clone(&stop) };
+                let flight = Flight { in_flight: self.clone(), key: Some(vacant.key().clone()) };
                 vacant.insert(Running {
                     which: DeliveryId::of(&arrival.delivery),
                     source: arrival.delivery.source(),
                     hold: arrival.delivery.hold(),
-                    stop,
+                    stop: Arc::clone(&arrival.stop),
                     lapsed_looks: 0,
                     copies: Vec::new(),
                     outcome: None,
@@ -96,10 +93,17 @@ impl InFlight {
         }
     }
 
-    /// Tells the work on this assignment that it is wanted no more.
+    /// Tells the work on this assignment of a cancel that stands; its copies look for it when it is their turn.
     pub(super) fn stop(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         if let Some(running) = self.lock().get(key) {
             running.stop.raise(tombstone);
+        }
+    }
+
+    /// Tells the work on this assignment, and the copies that wait for it, that somebody has just cancelled it.
+    pub(super) fn hear(&self, key: &AssignmentKey, words: &Arc<str>) {
+        if let Some(running) = self.lock().get(key) {
+            running.copies.iter().map(|copy| &copy.stop).chain([&running.stop]).for_each(|stop| stop.hear(words));
         }
     }
 
@@ -131,11 +135,6 @@ impl InFlight {
 }
 
 impl Flight {
-    /// Whether the work is still wanted.
-    pub(super) fn stop(&self) -> &Stop {
-        &self.stop
-    }
-
     /// Ends the claim and returns the copies that waited for it.
     pub(super) fn land(mut self) -> Landed {
         let Some(Running { copies, outcome, .. }) = self.end() else {

@@ -11,12 +11,16 @@ use crate::report;
 
 impl Pipeline {
     pub(super) async fn look_up(self: &Arc<Self>, arrivals: Vec<Arrival>) -> Vec<Accepted> {
+        if arrivals.iter().any(|arrival| arrival.delivery.is_replay()) {
+            // Whoever hears cancels has been woken for those that came before it.
+            tokio::task::yield_now().await;
+        }
         let mut claimed = Vec::with_capacity(arrivals.len());
         for arrival in arrivals {
             match self.in_flight.claim(arrival) {
                 Claim::First(arrival, flight) => {
                     if let Some(tombstone) = self.tombstones.get(&arrival.assignment.key) {
-                        flight.stop().raise(&tombstone);
+                        arrival.stop.raise(&tombstone);
                     }
                     claimed.push((Box::new(arrival), flight));
                 }

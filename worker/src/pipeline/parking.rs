@@ -2,6 +2,7 @@
 //!
 //! What is parked holds no slot and no delivery, and so it holds up nobody.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
 use bytes::Bytes;
+use futures::FutureExt;
+use jiff::Timestamp;
 
 use super::route::headers_for;
 use super::{Arrival, Pipeline};
@@ -22,7 +25,7 @@ use crate::contract;
 use crate::execute::Execution;
 use crate::fault::{Cause, Fault};
 use crate::ids::{AssignmentKey, TenantId};
-use crate::intake::{Allowance, Delivery, Settlement};
+use crate::intake::{Allowance, Delivery, Settlement, is_replay};
 use crate::pool::Pool;
 use crate::publication::{Elsewhere, FirstIdentity};
 use crate::report::StepResult;
@@ -94,7 +97,7 @@ impl Pipeline {
     }
 
     /// Parks it; what was parked already goes back to where it came from.
-    pub(super) async fn park_for_later(&self, mut arrival: Box<Arrival>) {
+    pub(super) async fn park_for_later(&self, mut arrival: Box<Arrival>, cancelled: impl Future<Output = Fault>) {
         arrival.memory = None;
         let (source, parked) = (arrival.delivery.source(), waits_for(arrival.assignment.pool));
         if let Source::Parked(parked) = source {
@@ -114,7 +117,7 @@ impl Pipeline {
             let reason = "the assignment and the headers of one that is parked are larger than the broker takes";
             return self.end_unrun(arrival, Cause::OverCap, reason).await;
         };
-        self.note_parked(&arrival.assignment.key, place).await;
+        self.note_parked(&arrival.assignment.key, place, cancelled).await;
         let Arrival { mut delivery, assignment, .. } = *arrival;
         self.metrics.parked();
         tracing::info!(
@@ -149,49 +152,61 @@ impl Pipeline {
     }
 
     /// Notes where it is, for whoever cancels it; a cancel that came just before is looked for after that.
-    async fn note_parked(&self, key: &AssignmentKey, place: u64) {
+    async fn note_parked(&self, key: &AssignmentKey, place: u64, cancelled: impl Future<Output = Fault>) {
         let value = Bytes::from(place.to_string());
         self.until_definite(|| self.broker.store(note(key), HeaderMap::new(), value.clone())).await;
-        if let Some(tombstone) = self.tombstones.get(key) {
-            self.end_parked(key, &tombstone.words).await;
+        if let Some(fault) = pin!(cancelled).now_or_never() {
+            self.end_parked(key, &fault.message, |_, _| true).await;
         }
     }
 
-    /// A cancel stands from now on: what is parked under this key ends, whether or not it may run.
-    pub(crate) fn cancel_parked(self: &Arc<Self>, cancel: &Cancel) {
+    /// A cancel stands from now on: what is parked under this key ends, whether or not it may run. `sent` is when the
+    /// broker got it, where that is known.
+    pub(crate) fn cancel_parked(self: &Arc<Self>, cancel: &Cancel, sent: Option<Timestamp>) {
         if !self.ledger.is_kept() {
             return;
         }
-        let (pipeline, key, words) = (Arc::clone(self), cancel.key.clone(), cancel.now().words);
+        let (pipeline, key, tombstone) = (Arc::clone(self), cancel.key.clone(), cancel.tombstone(sent));
         self.tasks.spawn(async move {
+            let meets = |published, parked| tombstone.is_after_either(published, parked);
             // It may just be on its way there, with a worker that has not heard of the cancel.
-            if !pipeline.end_parked(&key, &words).await {
+            if !pipeline.end_parked(&key, &tombstone.words, meets).await {
                 tokio::time::sleep(LOOK_AGAIN).await;
-                pipeline.end_parked(&key, &words).await;
+                pipeline.end_parked(&key, &tombstone.words, meets).await;
             }
         });
     }
 
-    /// Records that it was cancelled, publishes that and takes it out of the stream; whether there was any.
-    async fn end_parked(&self, key: &AssignmentKey, words: &str) -> bool {
+    /// Records that it was cancelled, publishes that and takes it out of the stream; whether there was any. What was parked
+    /// to be run anew ends only where that is so of when it was published and when it was parked.
+    async fn end_parked(
+        &self,
+        key: &AssignmentKey,
+        words: &str,
+        meets_anew: impl Fn(Timestamp, Timestamp) -> bool,
+    ) -> bool {
         let Some((parked, place)) = self.find_parked(key).await else { return false };
         let Ok(assignment) = Assignment::decode(&parked.payload) else { return true };
         let first = FirstIdentity::read(&parked.headers, Elsewhere::Parked).filter(|_| assignment.key == *key);
-        let Some(FirstIdentity { publication, .. }) = first else { return true };
+        let Some(FirstIdentity { publication, published }) = first else { return true };
+        let parked_at = Timestamp::from_nanosecond(parked.time.unix_timestamp_nanos()).unwrap_or_default();
         let cancelled = Execution::not_begun(Fault::new(Cause::Cancelled, words.to_owned()));
         let mut step = StepResult::of(cancelled, assignment.block.kind(), Duration::ZERO);
         let result = self.encode(&mut step, &assignment);
-        let mut expected = Expected::NOTHING;
-        while self.until_definite(|| self.ledger.write(key, &publication, expected, result.clone())).await
-            == Stored::Refused
-        {
-            match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
+        loop {
+            let record = self.read_records(std::slice::from_ref(key)).await.into_values().next();
+            let is_anew = record.is_some() || is_replay(&parked.headers);
+            match &record {
                 Some(record) if record.result == result => break,
-                // It was parked to be run again.
-                Some(record) if !record.answers(&publication) => expected = record.place,
                 // It has ended already: whoever takes it up answers it with that.
-                Some(_) => return true,
-                None => expected = Expected::NOTHING,
+                Some(record) if record.answers(&publication) => return true,
+                _ if is_anew && !meets_anew(published, parked_at) => return true,
+                _ => {}
+            }
+            let expected = record.map_or(Expected::NOTHING, |record| record.place);
+            let write = || self.ledger.write(key, &publication, expected, result.clone());
+            if self.until_definite(write).await != Stored::Refused {
+                break;
             }
         }
         self.note_outcome(&assignment, &step);

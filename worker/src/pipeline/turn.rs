@@ -62,7 +62,7 @@ impl Pipeline {
             // What waits for its turn is small, for there may be much of it; what runs has a place of its own.
             Ok(Ok(turn)) => Box::pin(self.execute(arrival, expected, turn, cancelled)).await,
             Ok(Err(NoTurn::Closed)) => Box::pin(self.hand_back(arrival.delivery)).await,
-            Ok(Err(NoTurn::NotYet)) => Box::pin(self.park_for_later(arrival)).await,
+            Ok(Err(NoTurn::NotYet)) => Box::pin(self.park_for_later(arrival, cancelled)).await,
             Err(fault) => {
                 arrival.delivery.started();
                 let queued = arrival.delivery.received().elapsed();
@@ -90,7 +90,7 @@ impl Pipeline {
     }
 
     /// Returns when the work shall not go on: it is cancelled, or nobody would do it after this worker's end.
-    pub(super) fn called_off(&self, stop: &Stop, since: Timestamp) -> impl Future<Output = Fault> {
+    pub(super) fn called_off(&self, stop: &Stop, since: Option<Timestamp>) -> impl Future<Output = Fault> {
         let cancelled = stop.requested(since);
         if self.hands_back() {
             return cancelled.left_future();
