@@ -309,6 +309,71 @@ async fn an_id_that_comes_twice_is_asked_once_and_answered_twice() {
     assert!(announced.next().now_or_never().is_none(), "nobody was asked again");
 }
 
+/// Something else that is published under the id of an approval.
+fn another_job(rig: &Rig, of: &Value) -> Value {
+    let mut payload = of.clone();
+    payload["job"] = rig.call("/ok");
+    payload
+}
+
+#[tokio::test]
+async fn another_job_under_the_id_of_an_open_approval_is_answered_by_it_and_never_runs() {
+    let rig = Rig::start(&[]).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    let mut announced = announcements(&rig.router).await;
+    let payload = ask("acme", "taken", MINUTES);
+    rig.router.submit(&payload).await;
+    next(&mut announced).await;
+    let job = another_job(&rig, &payload);
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    for _ in 0..10 {
+        rig.router.submit(&job).await;
+        rig.router.submit_with(&job, headers.clone()).await;
+    }
+    // Nor by a worker that has just begun, and that nobody has told what waits.
+    let _third = rig.another("worker-3").start(&rig.nats).await;
+    let mut last = 0;
+    for _ in 0..10 {
+        last = rig.router.submit(&job).await;
+    }
+    rig.router.settled(SOON).await;
+    let story = rig.router.story(&payload);
+    assert_eq!((story.verdicts.len(), story.results.len()), (31, 0), "accepted, and nothing is held for them");
+    assert!(story.verdicts.iter().all(|verdict| verdict["status"] == "accepted"), "{story:?}");
+    say(&rig.router, &payload, "ann@example.com", true).await;
+    assert_eq!(decision(&rig.router.result(&payload).await), (true, "ann@example.com"));
+    router_is_done(&rig.router).await;
+    let record = rig.router.record(&payload).await.unwrap();
+    let answers = record.headers.get("Beamline-Answers").unwrap().as_str();
+    assert!(answers.ends_with(&format!(",{last}")), "{answers}: it answers all of them");
+    rig.router.submit(&job).await;
+    let results = rig.router.results(&payload, 2).await;
+    assert!(results.iter().all(|result| *result == record.payload));
+    assert!(rig.peer.hits("/").is_empty() && announced.next().now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn another_job_that_comes_with_its_approval_waits_for_it_too() {
+    const EACH: usize = 20;
+    let rig = Rig::start(&[]).await;
+    let client = rig.router.client();
+    let payloads: Vec<_> = (0..EACH).map(|number| ask("acme", &format!("pair-{number}"), MINUTES)).collect();
+    for payload in &payloads {
+        for published in [payload.clone(), another_job(&rig, payload)] {
+            client.publish("caf.exec.assign.v1", published.to_string().into()).await.unwrap();
+        }
+    }
+    parked(&rig.router, EACH).await;
+    rig.router.settled(SOON).await;
+    for payload in &payloads {
+        cancel(&rig.router, payload).await;
+        is_cancelled(&rig.router.result(payload).await);
+    }
+    router_is_done(&rig.router).await;
+    assert!(rig.peer.hits("/").is_empty());
+}
+
 #[tokio::test]
 async fn a_replay_asks_anew_and_is_not_answered_by_what_was_said_before() {
     let rig = Rig::start(&[]).await;

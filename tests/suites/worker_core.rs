@@ -336,6 +336,24 @@ async fn an_approval_is_answered_once_whoever_heard_its_answer() {
 }
 
 #[tokio::test]
+async fn another_job_under_the_id_of_an_open_approval_is_answered_by_it_and_never_runs() {
+    let rig = Rig::start(&[CORE]).await;
+    let _second = another(&rig, "worker-2").await;
+    let approval = ask("taken", 60_000);
+    let mut announced = rig.router.client().subscribe("caf.human.request.v1").await.unwrap();
+    rig.router.send(&approval).await;
+    announced.next().await.expect("somebody is asked");
+    let job = assignment("acme", "taken", rig.call("/ok"));
+    for _ in 0..10 {
+        rig.router.send(&job).await;
+    }
+    rig.router.learn(&job, "11 verdicts", |story| story.verdicts.get(10).cloned()).await;
+    say(&rig.router, &approval, "ann").await;
+    assert_eq!(rig.router.result(&approval).await["result"]["approver"], "ann");
+    assert!(rig.peer.hits("/").is_empty());
+}
+
+#[tokio::test]
 async fn an_approval_ends_at_its_deadline() {
     let rig = Rig::start(&[CORE]).await;
     let payload = ask("late", 500);

@@ -13,6 +13,8 @@ use crate::broker::kv::{Bucket, Entry, ReadError};
 use crate::broker::streams::{ANSWER_BUCKET, APPROVAL_BUCKET, CANCEL_BUCKET, CONTROL_CONSUMER, CONTROL_STREAM};
 use crate::broker::{Broker, StoreError, Stored};
 use crate::cancel::Tombstone;
+use crate::ids::AssignmentKey;
+use crate::publication::Publication;
 use answer::Answer;
 use request::Request;
 
@@ -72,21 +74,47 @@ impl Approvals {
                 // The broker has not said when; whoever reads it is told.
                 return Ok(Opened::At(Entry { key, value: request.encode(), revision, stored: Timestamp::MAX }));
             }
-            let known = self.requests.get(&key).await.map_err(|error| unknown(&key, &error))?;
-            let entry = match (known, after_an_end) {
-                (Some(entry), _) => entry,
+            match (self.known(&key).await?, after_an_end) {
+                (Some(entry), _) => {
+                    if let Some(opened) = self.join_at(entry, &request.publication).await? {
+                        return Ok(opened);
+                    }
+                }
                 (None, AfterAnEnd::LookFirst) => return Ok(Opened::Before),
-                (None, AfterAnEnd::AskAgain) => continue,
-            };
-            let waits = match Request::decode(&entry) {
-                Some(ended) if ended.has_ended() => return Ok(Opened::Ended(entry, ended)),
-                known => known.and_then(|known| known.also_answering(&request.publication)),
-            };
-            let Some(waits) = waits else { return Ok(Opened::At(entry)) };
-            if let Stored::At(revision) = self.requests.update(&key, waits.encode(), entry.revision).await? {
-                return Ok(Opened::Joined(Entry { value: waits.encode(), revision, ..entry }));
+                (None, AfterAnEnd::AskAgain) => {}
             }
         }
+    }
+
+    /// Has the request that waits under an id answer this publication too.
+    ///
+    /// # Errors
+    /// Not known, or not possible now: store again.
+    pub async fn join(&self, key: &AssignmentKey, publication: &Publication) -> Result<Opened, StoreError> {
+        let key = key.token();
+        loop {
+            let Some(entry) = self.known(&key).await? else { return Ok(Opened::Before) };
+            if let Some(opened) = self.join_at(entry, publication).await? {
+                return Ok(opened);
+            }
+        }
+    }
+
+    /// `None` where somebody has changed it meanwhile.
+    async fn join_at(&self, entry: Entry, publication: &Publication) -> Result<Option<Opened>, StoreError> {
+        let waits = match Request::decode(&entry) {
+            Some(ended) if ended.has_ended() => return Ok(Some(Opened::Ended(entry, ended))),
+            known => known.and_then(|known| known.also_answering(publication)),
+        };
+        let Some(waits) = waits else { return Ok(Some(Opened::At(entry))) };
+        Ok(match self.requests.update(&entry.key, waits.encode(), entry.revision).await? {
+            Stored::At(revision) => Some(Opened::Joined(Entry { value: waits.encode(), revision, ..entry })),
+            Stored::Refused => None,
+        })
+    }
+
+    async fn known(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        self.requests.get(key).await.map_err(|error| unknown(key, &error))
     }
 
     /// What the approvers of a request have said so far, each the first that is about it.

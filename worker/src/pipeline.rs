@@ -22,7 +22,7 @@ mod activity; // what this worker does at the moment
 mod tenants; // and for whom
 mod drain; // the steps of a stop
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -38,6 +38,7 @@ use crate::admission::lease::{Budgets, Charge, Kept};
 use crate::admission::memory::{self, Memory};
 use crate::admission::{Admission, Payment};
 use crate::approval::Approvals;
+use crate::approval::deadlines::Deadlines;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
 use crate::broker::streams::{self, Mode, Ready};
@@ -143,6 +144,8 @@ pub struct Pipeline {
     streams: watch::Receiver<Ready>,
     ledger: Ledger,
     approvals: Approvals,
+    /// Requests that wait, as far as this worker has been told.
+    deadlines: Mutex<Deadlines>,
     outbox: Outbox,
     dead_letters: DeadLetters,
     schedule: Schedule,
@@ -196,9 +199,18 @@ struct Accepted {
     /// In a place of its own: each step that it is handed on to would have room for all of it, and many may wait.
     arrival: Box<Arrival>,
     record: Option<Box<Record>>,
+    /// Whether a request for approval waits under its id.
+    is_asked: bool,
     /// Workers that have died of it; looked up only where it is to be executed.
     deaths: u32,
     flight: Flight,
+}
+
+impl Arrival {
+    /// Nothing is executed for it.
+    fn costs_nothing(&mut self) {
+        self.charge.take().into_iter().for_each(Charge::give_back);
+    }
 }
 
 impl Pipeline {
@@ -219,6 +231,7 @@ impl Pipeline {
             parking,
             ledger: Ledger::new(broker.clone(), settings.mode),
             approvals: Approvals::new(&broker),
+            deadlines: Mutex::default(),
             outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
             dead_letters: DeadLetters::new(broker.clone(), streams.clone(), Arc::clone(&identity), dead_letters),
             deaths: Deaths::new(broker.clone()),
@@ -354,14 +367,14 @@ impl Pipeline {
 
     /// Executes what is accepted, or repeats what is recorded; then takes up the copies that waited for it.
     async fn carry_out(self: Arc<Self>, accepted: Accepted) {
-        let Accepted { mut arrival, record, deaths, flight } = accepted;
+        let Accepted { mut arrival, record, is_asked, deaths, flight } = accepted;
+        let mut comes_again = None;
         failpoint::reach(Point::LookedUp).await;
         let expected = record.as_ref().map_or(Expected::NOTHING, |record| record.place);
         match (record, Suspicion::after(deaths)) {
             (Some(record), _) if !may_replace(&record, &arrival.delivery) => {
                 self.metrics.result_replayed();
-                // Nothing is executed for it.
-                arrival.charge.take().into_iter().for_each(Charge::give_back);
+                arrival.costs_nothing();
                 Box::pin(self.answer(arrival, *record)).await;
             }
             (_, Suspicion::Poison(deaths)) => {
@@ -373,6 +386,7 @@ impl Pipeline {
                     let approval = approval.clone();
                     Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
                 }
+                _ if is_asked => comes_again = Box::pin(self.join(arrival)).await,
                 _ => {
                     let since = self.cancels_since(&arrival.delivery, record.is_some());
                     let stop = Arc::clone(&arrival.stop);
@@ -380,7 +394,8 @@ impl Pipeline {
                 }
             },
         }
-        let Landed { copies, outcome } = flight.land();
+        let Landed { mut copies, outcome } = flight.land();
+        copies.extend(comes_again);
         if !copies.is_empty() {
             let mut accepted = Box::pin(self.look_up(copies)).await;
             accepted.iter_mut().for_each(|copy| copy.record = copy.record.take().or_else(|| outcome.clone()));

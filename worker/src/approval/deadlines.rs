@@ -1,4 +1,5 @@
-//! When a request is to be looked at. Pure: no client, no clock. A worker's memory of a waiting approval is all here.
+//! When a request is to be looked at, and which there are. Pure: no client, no clock. A worker's memory of a waiting approval
+//! is all here.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -10,6 +11,8 @@ pub struct Deadlines {
     known: HashMap<Arc<str>, Option<i64>>,
     /// Exactly what is due in `known`, in order.
     due: BTreeSet<(i64, Arc<str>)>,
+    /// Whether all that there is has been told.
+    is_complete: bool,
 }
 
 impl Deadlines {
@@ -34,6 +37,21 @@ impl Deadlines {
         *self = Self::default();
     }
 
+    /// All that there is has been told.
+    pub fn complete(&mut self) {
+        self.is_complete = true;
+    }
+
+    /// Whether a request is there; `None` where that has not been told yet.
+    pub fn has(&self, key: &str) -> Option<bool> {
+        if self.known.contains_key(key) { Some(true) } else { self.is_complete.then_some(false) }
+    }
+
+    /// Whether it has been told that there is none at all.
+    pub fn has_none(&self) -> bool {
+        self.is_complete && self.known.is_empty()
+    }
+
     /// When the next one is due.
     pub fn next(&self) -> Option<i64> {
         self.due.first().map(|(due, _)| *due)
@@ -54,6 +72,13 @@ impl Deadlines {
         if let Some(taken @ None) = self.known.get_mut(key) {
             *taken = Some(due);
             self.due.insert((due, Arc::clone(key)));
+        }
+    }
+
+    /// One that was taken was not there any more.
+    pub fn forget(&mut self, key: &str) {
+        if self.known.get(key) == Some(&None) {
+            self.known.remove(key);
         }
     }
 
@@ -116,9 +141,34 @@ mod tests {
         assert_eq!((deadlines.next(), deadlines.len()), (Some(60), 1));
     }
 
+    #[test]
+    fn what_has_not_been_told_is_not_known() {
+        let mut deadlines = Deadlines::default();
+        assert_eq!((deadlines.has("a"), deadlines.has_none()), (None, false));
+        deadlines.complete();
+        assert_eq!((deadlines.has("a"), deadlines.has_none()), (Some(false), true));
+        deadlines.set("a", 10);
+        assert_eq!((deadlines.has("a"), deadlines.has_none()), (Some(true), false));
+        deadlines.clear();
+        assert_eq!((deadlines.has("a"), deadlines.has_none()), (None, false));
+    }
+
+    #[test]
+    fn what_is_not_there_any_more_is_forgotten_unless_it_has_come_again() {
+        let mut deadlines = Deadlines::default();
+        deadlines.set("a", 10);
+        let taken = deadlines.take(10).unwrap();
+        deadlines.set("a", 20);
+        deadlines.forget(&taken);
+        assert_eq!(deadlines.next(), Some(20));
+        let taken = deadlines.take(20).unwrap();
+        deadlines.forget(&taken);
+        assert!(deadlines.is_empty());
+    }
+
     proptest! {
         #[test]
-        fn the_two_tables_agree_whatever_happens(steps in prop::collection::vec((0..5_u8, 0..4_u8, 0..50_i64), 0..200)) {
+        fn the_two_tables_agree_whatever_happens(steps in prop::collection::vec((0..6_u8, 0..4_u8, 0..50_i64), 0..200)) {
             let mut deadlines = Deadlines::default();
             let mut taken: Option<Arc<str>> = None;
             for (step, key, time) in steps {
@@ -128,6 +178,7 @@ mod tests {
                     1 => deadlines.remove(&key),
                     2 => taken = deadlines.take(time).or(taken),
                     3 => if let Some(key) = taken.take() { deadlines.again(&key, time) },
+                    4 => if let Some(key) = taken.take() { deadlines.forget(&key) },
                     _ if time == 0 => deadlines.clear(),
                     _ => {}
                 }

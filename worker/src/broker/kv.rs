@@ -2,6 +2,7 @@
 //!
 //! Reads go to the stream's leader, never to a replica that lags: whoever stores first and looks second misses nothing.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use async_nats::header::{NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, NATS_LAST_CONSUMER, NATS_MESSAGE_TTL};
@@ -13,7 +14,7 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 
-use super::last::header;
+use super::last::{LookUpError, header};
 use super::{Broker, StoreError, Stored};
 use crate::backoff;
 use crate::health::{Concern, Health};
@@ -96,6 +97,17 @@ impl Bucket {
     /// Not known: ask again.
     pub async fn get(&self, key: &str) -> Result<Option<Entry>, ReadError> {
         Ok(self.last(key).await?.and_then(Kept::value))
+    }
+
+    /// Which of these keys have a value: asked with one request, and a replica may answer that lags.
+    ///
+    /// # Errors
+    /// Not known: ask again.
+    pub async fn having_values(&self, keys: &[String]) -> Result<HashSet<String>, LookUpError> {
+        let found = self.broker.last(&self.stream(), keys.iter().map(|key| self.subject(key)).collect()).await?;
+        let values = found.into_iter().filter(|(_, message)| !is_mark(message.headers.as_ref()));
+        let prefix = self.subject("");
+        Ok(values.filter_map(|(subject, _)| subject.strip_prefix(&prefix).map(str::to_owned)).collect())
     }
 
     /// Stores a value for a key that has none; [`Stored::Refused`] where it has one.
@@ -261,6 +273,11 @@ fn expecting(revision: u64) -> HeaderMap {
     headers
 }
 
+/// Whether a message says that its key has been removed.
+fn is_mark(headers: Option<&HeaderMap>) -> bool {
+    headers.is_some_and(|headers| headers.get(OPERATION).or_else(|| headers.get(MARKER)).is_some())
+}
+
 /// The last message of a key.
 enum Kept {
     Value(Entry),
@@ -269,7 +286,7 @@ enum Kept {
 
 impl Kept {
     fn read(key: String, headers: Option<&HeaderMap>, value: Bytes, revision: u64, stored: Timestamp) -> Self {
-        if headers.is_some_and(|headers| headers.get(OPERATION).or_else(|| headers.get(MARKER)).is_some()) {
+        if is_mark(headers) {
             Self::Removed { key, revision }
         } else {
             Self::Value(Entry { key, value, revision, stored })

@@ -3,7 +3,8 @@
 //! Every step stores first and looks second, and each can be repeated by any worker: the request's revision decides who
 //! ends it, the record what is published, and the request is removed last.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -78,25 +79,35 @@ async fn watch(pipeline: Arc<Pipeline>, stop: CancellationToken) {
         () = stop.cancelled() => return,
     }
     let mut changes = pipeline.approvals.requests().watch(pipeline.health.clone());
-    let (mut deadlines, mut looks) = (Deadlines::default(), FuturesUnordered::new());
+    let mut looks = FuturesUnordered::new();
     loop {
-        pipeline.metrics.set_approvals_open(deadlines.len());
         let now = Timestamp::now().as_millisecond();
-        while looks.len() < LOOKS
-            && let Some(key) = deadlines.take(now)
-        {
-            looks.push(pipeline.look_at(key));
-        }
-        let due_in = deadlines.next().map_or(i64::MAX, |due| due.saturating_sub(now)).max(0).unsigned_abs();
+        let due_in = {
+            let mut deadlines = pipeline.deadlines();
+            pipeline.metrics.set_approvals_open(deadlines.len());
+            while looks.len() < LOOKS
+                && let Some(key) = deadlines.take(now)
+            {
+                looks.push(pipeline.look_at(key));
+            }
+            deadlines.next().map_or(i64::MAX, |due| due.saturating_sub(now)).max(0).unsigned_abs()
+        };
         tokio::select! {
             change = changes.recv() => match change {
-                Some(Change::Anew) => deadlines.clear(),
-                Some(Change::Put(entry)) => deadlines.set(&entry.key, pipeline.due(&entry, now)),
-                Some(Change::Removed(key)) => deadlines.remove(&key),
-                Some(Change::Current) => {}
+                Some(Change::Anew) => pipeline.deadlines().clear(),
+                Some(Change::Put(entry)) => pipeline.note_open(&entry),
+                Some(Change::Removed(key)) => pipeline.deadlines().remove(&key),
+                Some(Change::Current) => pipeline.deadlines().complete(),
                 None => return,
             },
-            Some(key) = looks.next() => deadlines.again(&key, Timestamp::now().as_millisecond() + LOOK_AGAIN_MS),
+            Some((key, is_there)) = looks.next() => {
+                let mut deadlines = pipeline.deadlines();
+                if is_there {
+                    deadlines.again(&key, Timestamp::now().as_millisecond() + LOOK_AGAIN_MS);
+                } else {
+                    deadlines.forget(&key);
+                }
+            }
             () = tokio::time::sleep(Duration::from_millis(due_in).min(LONGEST_SLEEP)), if looks.len() < LOOKS => {}
             () = stop.cancelled() => break,
         }
@@ -122,7 +133,8 @@ impl Pipeline {
         }
         let mut after_an_end = AfterAnEnd::LookFirst;
         let (entry, is_asked) = loop {
-            match self.open(&arrival.delivery, &request, after_an_end).await {
+            let open = || self.approvals.open(&request, after_an_end);
+            match self.while_held(&arrival.delivery, open).await {
                 None => return,
                 Some(Opened::At(entry)) => break (entry, false),
                 Some(Opened::Joined(entry)) => break (entry, true),
@@ -147,13 +159,47 @@ impl Pipeline {
             after_an_end = AfterAnEnd::AskAgain;
         };
         failpoint::reach(Point::RequestStored).await;
+        // Before the watch says so: what waits here for this one comes next.
+        self.note_open(&entry);
         let progress = self.bring_forward(entry.clone(), Reason::News).await;
         let announcement = (progress == Progress::Waits && !is_asked).then(|| {
             // What waits may have been stored by an earlier delivery.
             let waits = Request::decode(&entry).unwrap_or(request);
             self.announcement(&waits, &arrival.assignment, approval)
         });
-        let Arrival { delivery, assignment, said, trace, .. } = *arrival;
+        if is_asked {
+            arrival.costs_nothing();
+        }
+        self.leave_to_its_request(arrival, announcement, begun).await;
+    }
+
+    /// Has the request that waits under its id answer this publication too: nothing else is run, whatever it asks for. It
+    /// comes back where no such request waits any more.
+    pub(super) async fn join(&self, mut arrival: Box<Arrival>) -> Option<Arrival> {
+        let begun = Instant::now();
+        let (key, publication) = (&arrival.assignment.key, arrival.delivery.publication());
+        match self.while_held(&arrival.delivery, || self.approvals.join(key, publication)).await? {
+            Opened::Before => {
+                self.deadlines().remove(&key.token());
+                Some(*arrival)
+            }
+            Opened::Ended(entry, ended) => {
+                self.conclude(&entry, &ended).await;
+                Some(*arrival)
+            }
+            // Where the bucket has no room for one more name, the result is published all the same.
+            Opened::At(_) | Opened::Joined(_) | Opened::TooLarge(_) => {
+                arrival.costs_nothing();
+                self.leave_to_its_request(arrival, None, begun).await;
+                None
+            }
+        }
+    }
+
+    /// Settles what a request answers from now on.
+    async fn leave_to_its_request(&self, arrival: Box<Arrival>, announcement: Option<Bytes>, begun: Instant) {
+        let Arrival { mut delivery, assignment, said, trace, .. } = *arrival;
+        delivery.started();
         let verdict = |at| self.verdict(&assignment, at);
         let before = said.as_ref().map(|said| Before { said, verdict: &verdict });
         self.outbox.park(announcement, before, trace).await;
@@ -161,6 +207,39 @@ impl Pipeline {
         self.load.flow(delivery.source()).finished(begun.elapsed());
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
+    }
+
+    /// Which of these have a request that waits, in their order; nothing where none has. What this worker has not been told
+    /// yet is asked for. To be asked before their records are read: a request goes when there is its record.
+    pub(super) async fn waiting_for_a_person(&self, keys: &[AssignmentKey]) -> Vec<bool> {
+        if self.deadlines().has_none() || !self.has_jetstream() {
+            return Vec::new();
+        }
+        let tokens: Vec<_> = keys.iter().map(AssignmentKey::token).collect();
+        let known: Vec<_> = {
+            let deadlines = self.deadlines();
+            tokens.iter().map(|token| deadlines.has(token)).collect()
+        };
+        let unknown = tokens.iter().zip(&known).filter(|(_, known)| known.is_none());
+        let unknown: Vec<_> = unknown.map(|(token, _)| token.clone()).collect();
+        let found = if unknown.is_empty() { HashSet::new() } else { self.ask_which_wait(&unknown).await };
+        tokens.iter().zip(known).map(|(token, known)| known.unwrap_or_else(|| found.contains(token))).collect()
+    }
+
+    /// Without an answer they count as none: whatever runs, the record decides.
+    async fn ask_which_wait(&self, tokens: &[String]) -> HashSet<String> {
+        let found = self.approvals.requests().having_values(tokens).await;
+        found.inspect_err(|error| tracing::debug!(%error, "cannot tell what waits for a person")).unwrap_or_default()
+    }
+
+    /// The request of an entry waits, as far as this worker knows.
+    fn note_open(&self, entry: &Entry) {
+        let due = self.due(entry, Timestamp::now().as_millisecond());
+        self.deadlines().set(&entry.key, due);
+    }
+
+    fn deadlines(&self) -> MutexGuard<'_, Deadlines> {
+        self.deadlines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A cancel stands from now on: what waits under this key ends, also where nobody waits for that any more.
@@ -346,13 +425,16 @@ impl Pipeline {
         announcement
     }
 
-    /// Stores the request, as long as the delivery is ours.
-    async fn open(&self, delivery: &Delivery, request: &Request, after_an_end: AfterAnEnd) -> Option<Opened> {
+    /// Stores until that is definite, as long as the delivery is ours.
+    async fn while_held<F>(&self, delivery: &Delivery, store: impl Fn() -> F) -> Option<Opened>
+    where
+        F: Future<Output = Result<Opened, StoreError>>,
+    {
         let store = || async {
             if delivery.is_lapsed() {
                 return Ok(None);
             }
-            match self.approvals.open(request, after_an_end).await {
+            match store().await {
                 Err(StoreError::TooLarge { limit, .. }) => Ok(Some(Opened::TooLarge(limit))),
                 outcome => outcome.map(Some),
             }
@@ -387,11 +469,14 @@ impl Pipeline {
         telemetry::outcome_span(request.trace.as_ref(), &self.span_ids(assignment))
     }
 
-    async fn look_at(&self, key: Arc<str>) -> Arc<str> {
-        if let Some(entry) = self.read_request(&key).await {
+    /// And whether it was there.
+    async fn look_at(&self, key: Arc<str>) -> (Arc<str>, bool) {
+        let entry = self.read_request(&key).await;
+        let is_there = entry.is_some();
+        if let Some(entry) = entry {
             self.bring_forward(entry, Reason::Due).await;
         }
-        key
+        (key, is_there)
     }
 
     /// When this worker should look at a request, in Unix milliseconds.

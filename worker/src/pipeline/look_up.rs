@@ -28,12 +28,14 @@ impl Pipeline {
             }
         }
         let keys: Vec<_> = claimed.iter().map(|(arrival, _)| arrival.assignment.key.clone()).collect();
+        let mut waiting = self.waiting_for_a_person(&keys).await.into_iter();
         let mut records = self.read_records(&keys).await;
         let accepted = claimed.into_iter().map(|(arrival, flight)| {
             // Usually nothing is recorded of any.
             let found = !records.is_empty();
             let record = found.then(|| records.remove(&report::ledger::subject(&arrival.assignment.key))).flatten();
-            Accepted { arrival, record: record.map(Box::new), deaths: 0, flight }
+            let is_asked = waiting.next().unwrap_or(false);
+            Accepted { arrival, record: record.map(Box::new), is_asked, deaths: 0, flight }
         });
         let mut accepted: Vec<_> = accepted.collect();
         Box::pin(self.count_deaths(&mut accepted)).await;
