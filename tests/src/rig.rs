@@ -1,5 +1,6 @@
 //! What most tests need: a broker, a worker that may touch the test's own directory and peer, and a Router.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use crate::audit::{Allowed, audit};
 use crate::nats::NatsServer;
 use crate::peer::Peer;
 use crate::router::Router;
+use crate::tcpfault::TcpFault;
 use crate::worker::{Setup, Worker};
 
 /// A hold lapses after 10 s; then the next worker needs a moment.
@@ -43,6 +45,16 @@ impl Rig {
         let worker = setup.start(&nats).await;
         let router = Router::connect(&nats.url()).await;
         Self { worker, router, peer: Peer::start().await, nats, files }
+    }
+
+    /// A worker of the same kind in the place of the first, with a network of its own that may break.
+    pub async fn moved_behind_a_link(&mut self) -> TcpFault {
+        self.worker.kill();
+        let network = TcpFault::before(SocketAddr::from(([127, 0, 0, 1], self.nats.port()))).await;
+        let setup = self.another("worker-2");
+        self.worker = setup.flag(format!("--nats-url=nats://127.0.0.1:{}", network.port())).spawn();
+        self.worker.ready().await;
+        network
     }
 
     /// Another worker of the same kind; not started yet.

@@ -19,6 +19,22 @@ pub enum Mode {
     BlackHole,
     /// Holds back what it has read for so long, in both directions.
     Delay(Duration),
+    /// Passes no more than so many bytes a second on, in each direction.
+    Rate(u32),
+}
+
+/// Pieces that a second's worth of bytes is passed on in.
+const PIECES: u32 = 50;
+
+impl Mode {
+    /// How much of what was read is passed on at once, and after what time.
+    fn pace(self, read: usize) -> (usize, Duration) {
+        match self {
+            Self::Pass | Self::Cut | Self::BlackHole => (read, Duration::ZERO),
+            Self::Delay(delay) => (read, delay),
+            Self::Rate(rate) => ((rate / PIECES).max(1).try_into().unwrap_or(read), Duration::from_secs(1) / PIECES),
+        }
+    }
 }
 
 /// A proxy in front of one address; it ends, and its connections with it, when it is dropped.
@@ -97,11 +113,12 @@ async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin,
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
         let Ok(mode) = mode.wait_for(|mode| *mode != Mode::BlackHole).await.map(|mode| *mode) else { return };
-        if let Mode::Delay(delay) = mode {
-            tokio::time::sleep(delay).await;
-        }
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
+        let (piece, wait) = mode.pace(count);
+        for piece in buffer[..count].chunks(piece) {
+            tokio::time::sleep(wait).await;
+            if to.write_all(piece).await.is_err() {
+                return;
+            }
         }
     }
 }
@@ -139,6 +156,17 @@ mod tests {
         assert!(says(&mut stream).await.is_err());
         let mut next = TcpStream::connect(("127.0.0.1", proxy.port())).await.unwrap();
         assert!(says(&mut next).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn no_more_than_its_rate_comes_through() {
+        let proxy = echo().await;
+        let mut stream = TcpStream::connect(("127.0.0.1", proxy.port())).await.unwrap();
+        proxy.set(Mode::Rate(100_000));
+        let started = std::time::Instant::now();
+        stream.write_all(&[b'x'; 20_000]).await.unwrap();
+        stream.read_exact(&mut [0; 20_000]).await.unwrap();
+        assert!(started.elapsed() >= Duration::from_millis(200), "{:?}", started.elapsed());
     }
 
     #[tokio::test]

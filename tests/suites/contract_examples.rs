@@ -345,6 +345,7 @@ fn dead_letter(fixture: &Fixture, stage: &str) {
                 error: report::public_error(fault),
             })
             .collect(),
+        attempts_omitted: example["attempts_omitted"].as_u64().and_then(|omitted| usize::try_from(omitted).ok()),
         deliveries: number(&example, "/deliveries").try_into().expect("a number of deliveries"),
         assignment_id: id("assignment_id"),
         request_id: id("request_id"),

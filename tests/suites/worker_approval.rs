@@ -600,6 +600,33 @@ async fn a_request_that_its_bucket_does_not_take_is_a_final_error() {
 }
 
 #[tokio::test]
+async fn a_decision_that_the_ledger_does_not_take_is_a_final_error() {
+    let rig = Rig::start(&[]).await;
+    let payload = ask("acme", "wordy", MINUTES);
+    rig.router.submit(&payload).await;
+    parked(&rig.router, 1).await;
+    let mut config = rig.router.stream("CAF_EXEC_RESULT").await.cached_info().config.clone();
+    config.max_message_size = 2048;
+    rig.router.jetstream().update_stream(&config).await.unwrap();
+    let answer = json!({
+        "assignment_id": "wordy",
+        "tenant_id": "acme",
+        "approver": "ann@example.com",
+        "approved": true,
+        "comment": "c".repeat(4_000),
+    });
+    rig.router.client().publish(ANSWER, answer.to_string().into()).await.unwrap();
+    let result = rig.router.result(&payload).await;
+    assert_eq!((&result["status"], &result["metadata"]["block_type"]), (&json!("error"), &json!("human.approval")));
+    assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(2002), &json!(false)));
+    let letter = rig.router.letter(&payload).await;
+    assert_eq!((&letter["stage"], &letter["request_id"]), (&json!("execute"), &payload["request_id"]));
+    assert_eq!(letter["omitted"], "the original: nobody has it any more");
+    rig.worker.ready().await;
+    kept_its_promise(&rig.router).await;
+}
+
+#[tokio::test]
 async fn in_the_sandbox_every_approval_is_granted_after_its_delay() {
     let rig = Rig::start(&["--sandbox-mode"]).await;
     let mut announced = announcements(&rig.router).await;

@@ -8,8 +8,10 @@ use std::time::Duration;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{DLQ, assignment, json as read};
+use beamline_tests::tcpfault::Mode;
 use beamline_tests::wait::{until, within};
 use beamline_tests::worker::Setup;
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 #[tokio::test]
@@ -175,6 +177,73 @@ async fn w08_a_broker_that_falls_silent_is_noticed_and_forgiven() {
     rig.peer.open("w08");
     within(LAPSE, "a record", async || rig.router.record(&running).await).await;
     kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+/// Bytes a second, in each direction of each connection.
+const SLOW: Mode = Mode::Rate(150_000);
+/// Large on such a link: six seconds' worth, and as many as a connection may need for two messages.
+const LARGE: usize = 900_000;
+/// The time that a few of them need, for the record and for the result, and half as much again.
+const SLOWLY: Duration = Duration::from_secs(90);
+
+/// Waits for so many results of an assignment that comes over a slow link.
+async fn results_in_time(rig: &Rig, assignment: &Value, count: usize) -> Vec<Bytes> {
+    let results = async || {
+        let results = rig.router.story(assignment).results;
+        (results.len() >= count).then_some(results)
+    };
+    within(SLOWLY, &format!("{count} results"), results).await
+}
+
+/// Nothing was asked for again or cut off.
+async fn went_smoothly(rig: &Rig) {
+    assert_eq!(rig.worker.metric("worker_publish_retries_total").await, 0.0);
+    let lines = rig.worker.lines().join("\n");
+    for trouble in ["lost the connection", "not sure", "again"] {
+        assert!(!lines.contains(trouble), "{lines}");
+    }
+}
+
+#[tokio::test]
+async fn w09_large_results_cross_a_slow_link_and_small_ones_with_them() {
+    let mut rig = Rig::start(&[]).await;
+    let link = rig.moved_behind_a_link().await;
+    link.set(SLOW);
+    let ask =
+        |kind: &str, number: usize, path: &str| assignment("acme", &format!("w09-{kind}-{number}"), rig.call(path));
+    let large: Vec<_> = (0..3).map(|number| ask("large", number, &format!("/gate/large/{LARGE}"))).collect();
+    let small: Vec<_> = (0..10).map(|number| ask("small", number, "/gate/small")).collect();
+    for payload in large.iter().chain(&small) {
+        rig.router.submit(payload).await;
+    }
+    rig.peer.arrived("/gate", large.len() + small.len()).await;
+    let _second = rig.another("worker-3").start(&rig.nats).await;
+    rig.peer.open("large");
+    rig.peer.open("small");
+    for payload in large.iter().chain(&small) {
+        let results = results_in_time(&rig, payload, 1).await;
+        let record = rig.router.record(payload).await.expect("a record");
+        assert!(results.iter().all(|result| *result == record.payload), "as it is recorded");
+    }
+    went_smoothly(&rig).await;
+    assert_eq!(rig.peer.hits("/gate").len(), large.len() + small.len(), "holds were kept: nothing was executed again");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn w09_a_large_record_that_comes_slowly_answers_a_new_publication() {
+    let mut rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "w09-again", rig.call(&format!("/bytes/{LARGE}")));
+    rig.router.submit(&payload).await;
+    rig.router.result(&payload).await;
+    let link = rig.moved_behind_a_link().await;
+    link.set(SLOW);
+    rig.router.submit(&payload).await;
+    let results = results_in_time(&rig, &payload, 2).await;
+    assert_eq!(results[0], results[1]);
+    went_smoothly(&rig).await;
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/bytes").len(), 1, "it is not executed again");
 }
 
 #[tokio::test]
@@ -363,7 +432,7 @@ async fn w18_an_error_that_no_stream_takes_whole_says_less_and_stops_nobody() {
     assert_eq!(result["error"]["details"]["body"], json!("\u{1}".repeat(2000)), "the Router is told all of it");
     let letter = kept_letter(&rig, "w18-page").await;
     assert_eq!((&letter["error"]["code"], &letter["error"]["details"]), (&json!(3003), &json!({})));
-    assert_eq!(letter["attempts"], json!([]));
+    assert_eq!((&letter["attempts"], &letter["attempts_omitted"]), (&json!([]), &json!(1)));
     let message = letter["error"]["message"].as_str().unwrap();
     assert!(message.starts_with("the peer answered 404"), "{message}");
 

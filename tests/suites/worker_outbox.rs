@@ -60,3 +60,31 @@ async fn an_outcome_in_memory_is_recorded_when_the_broker_is_back() {
     router.settled(LAPSE).await;
     assert_eq!(rig.peer.hits("/gate/back").len(), 1, "it has run once");
 }
+
+#[tokio::test]
+async fn an_outcome_on_the_disk_that_no_stream_takes_any_more_is_a_final_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let flag = format!("--outbox-dir={}", directory.path().display());
+    let mut rig = Rig::start(&[&flag]).await;
+    let payload = assignment("acme", "large", rig.call("/gate/large/50000"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/large", 1).await;
+    rig.nats.kill();
+    rig.worker.unready("connection").await;
+    rig.peer.open("large");
+    until("the outcome is on the disk", async || files(directory.path()) == 1).await;
+    rig.worker.kill();
+    rig.nats.restart();
+    let router = Router::connect(&rig.nats.url()).await;
+    let mut config = router.stream("CAF_EXEC_RESULT").await.cached_info().config.clone();
+    config.max_message_size = 16 * 1024;
+    router.jetstream().update_stream(&config).await.unwrap();
+    let second = rig.another("worker-2").flag(&flag).start(&rig.nats).await;
+    let result = router.result(&payload).await;
+    assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&2002.into(), &false.into()));
+    router.letter(&payload).await;
+    router.settled(LAPSE).await;
+    assert_eq!(rig.peer.hits("/gate/large").len(), 1, "it has run once");
+    assert_eq!(files(directory.path()), 0);
+    second.ready().await;
+}

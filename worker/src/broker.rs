@@ -4,6 +4,7 @@ mod asked; // requests to keep something, and their answers
 pub mod creds; // who we are there
 pub mod kv; // small values by key
 pub mod last; // what streams keep of many subjects
+mod patience; // how long an answer is waited for that may be large
 pub mod permissions; // what it does not let this worker do
 pub mod streams; // what the worker needs there, and how it must be set
 mod unreadable; // what the client loses its connection over
@@ -21,7 +22,6 @@ use async_nats::{
 };
 use bytes::Bytes;
 use futures::FutureExt;
-use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
@@ -29,14 +29,17 @@ use crate::backoff;
 use crate::health::{Concern, Health};
 use crate::trace_context::TraceContext;
 use asked::Asked;
+use creds::InAddress;
 use permissions::{ASK_AGAIN, Listener, Permission, Refusals};
 use version::Version;
 
 /// Begins the subjects that answers come on: other programs' answers are not for workers.
 const INBOX: &str = "_INBOX_WORKER";
-/// Two missed pings end a connection, so a silent broker is noticed within three of these.
+/// Two missed pings end a connection, so a silent broker is noticed within three of these. More would help no slow link: a
+/// delivery that takes as long to come is given to somebody else after [`streams::ACK_WAIT`].
 const PING_INTERVAL: Duration = Duration::from_secs(3);
-/// How long one request to the broker may take before its outcome counts as unknown.
+/// How long the answer to a small request may take, and to a write since the broker has read it, before its outcome counts
+/// as unknown.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(50);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
@@ -47,7 +50,7 @@ const SUBSCRIPTION_CAPACITY: usize = 1 << 18;
 /// How to reach the broker.
 #[derive(Clone, Debug)]
 pub struct Address {
-    /// Any of these.
+    /// Any of these; all with the same credentials, or without any.
     pub servers: Vec<ServerAddr>,
     /// A credentials file, read again on each connect.
     pub creds: Option<PathBuf>,
@@ -61,7 +64,8 @@ pub struct Address {
     pub intake: String,
 }
 
-/// A connection that comes back by itself, and a second one for look-ups: a large answer never delays a delivery.
+/// A connection that comes back by itself, and a second one for look-ups and renewals: a large answer never delays a
+/// delivery, and a large result no renewal.
 ///
 /// Cheap to clone: every delivery has one.
 #[derive(Clone, Debug)]
@@ -187,12 +191,12 @@ impl Broker {
         Ok(broker)
     }
 
-    /// The connection that everything but look-ups uses.
+    /// The connection that everything but look-ups and renewals uses.
     pub fn client(&self) -> &Client {
         &self.0.client
     }
 
-    /// The connection for look-ups.
+    /// The connection for look-ups and renewals.
     pub fn lookups(&self) -> &Client {
         &self.0.lookups
     }
@@ -257,7 +261,7 @@ impl Broker {
                 return Err(StoreError::Refused { subject, reason: "no stream listens there".to_owned() });
             }
             Ok(Some(answer)) => answer,
-            Ok(None) => return unknown(subject, format!("nothing came in {} s", REQUEST_TIMEOUT.as_secs())),
+            Ok(None) => return unknown(subject, format!("none in {} s since it was read", REQUEST_TIMEOUT.as_secs())),
             Err(error) => match error.kind() {
                 PublishErrorKind::MaxPayloadExceeded => return Err(StoreError::too_large_for_broker(subject)),
                 PublishErrorKind::InvalidSubject => {
@@ -354,9 +358,9 @@ fn options(address: &Address, purpose: &str) -> ConnectOptions {
     if let Some((cert, key)) = &address.tls_identity {
         options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
     }
-    options = match credentials_in_url(address) {
-        Some((user, Some(password))) => options.user_and_password(user, password),
-        Some((token, None)) => options.token(token),
+    options = match address.servers.first().and_then(InAddress::of) {
+        Some(InAddress::User(user, password)) => options.user_and_password(user, password),
+        Some(InAddress::Token(token)) => options.token(token),
         None => options,
     };
     options
@@ -366,12 +370,6 @@ fn options(address: &Address, purpose: &str) -> ConnectOptions {
         .request_timeout(Some(REQUEST_TIMEOUT))
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .reconnect_delay_callback(reconnect_delay)
-}
-
-/// The client itself ignores the credentials of an address: a user and a password, or a token alone.
-fn credentials_in_url(address: &Address) -> Option<(String, Option<String>)> {
-    let decoded = |part: &str| percent_decode_str(part).decode_utf8_lossy().into_owned();
-    address.servers.iter().find_map(|server| Some((decoded(server.username()?), server.password().map(decoded))))
 }
 
 fn reconnect_delay(attempt: usize) -> Duration {
@@ -461,7 +459,9 @@ fn note(event: &Event, health: &Health, connected: Option<&watch::Sender<u64>>) 
             connected.send_modify(|count| *count += 1);
         }
         Event::Disconnected | Event::Closed => {
-            tracing::warn!("lost the connection to NATS");
+            let if_again =
+                "where nothing else explains it, the link is too slow for max_payload: lower that of the broker";
+            tracing::warn!(if_again, "lost the connection to NATS");
             health.raise(Concern::NatsDisconnected, "the connection was lost");
         }
         Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {

@@ -341,9 +341,38 @@ mod tests {
             let problems = refused(args, env).join("\n");
             assert!(!problems.contains("hun"), "{problems}");
         }
-        let shown = format!("{:?}", accepted("--nats-url=nats://user:hunter2@host,tls://token@[::1]:1", ""));
-        assert!(shown.contains("nats://host:4222,tls://[::1]:1"), "{shown}");
-        assert!(!shown.contains("hunter2") && !shown.contains("token"), "{shown}");
+        for (servers, shown) in [
+            ("nats://user:hunter2@host,tls://user:hunter2@[::1]:1", "nats://host:4222,tls://[::1]:1"),
+            ("nats://hunter2@host", "nats://host:4222"),
+        ] {
+            let config = format!("{:?}", accepted(&format!("--nats-url={servers}"), ""));
+            assert!(config.contains(shown) && !config.contains("hunter2"), "{config}");
+        }
+    }
+
+    #[test]
+    fn servers_have_the_same_credentials_or_none() {
+        for good in [
+            "nats://a,nats://b",
+            "nats://u:p@a,tls://u:p@b",
+            "nats://u:p@a,nats://%75:%70@b",
+            "nats://token@a,nats://token@b,nats://token@c",
+        ] {
+            accepted(&format!("--nats-url={good}"), "");
+        }
+        for bad in [
+            "nats://u:hunter2@a,nats://u:hunter3@b",
+            "nats://hunter2@a,nats://hunter3@b",
+            "nats://hunter2:x@a,nats://hunter2@b",
+            "nats://hunter2@a,nats://hunter2@b,nats://c",
+            "nats://a,nats://hunter2@b",
+        ] {
+            let problems = refused("", &format!("NATS_URL={bad}"));
+            let [problem] = problems.as_slice() else { panic!("{problems:?}") };
+            assert!(problem.starts_with("NATS_URL: ") && !problem.contains("hunter"), "{problem}");
+            let allowed = "expected the same user and password, or the same token, for every server, or for none";
+            assert!(problem.ends_with(allowed), "{problem}");
+        }
     }
 
     #[test]

@@ -11,12 +11,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::assignment::{Addressee, Assignment};
 use crate::blocks::BlockKind;
-use crate::contract::{self, ExecResult, Metadata, PublicError, Refused, Status, Verdict};
+use crate::contract::{self, Details, ExecResult, Metadata, PublicError, Refused, Status, StoredError, Verdict};
 use crate::execute::Execution;
-use crate::fault::{Cause, Fault};
+use crate::fault::{Cause, Fault, short};
 
 /// How a step of a flow ended: what every execution comes to, whatever its block.
 #[derive(Debug)]
@@ -70,26 +71,15 @@ impl StepResult {
         encoded
     }
 
-    /// Whether [`Self::shorten`] leaves something out.
-    pub fn may_be_shorter(&self) -> bool {
-        self.outputs.is_some() || self.error.clone().is_some_and(|mut fault| fault.shorten())
-    }
-
     /// No result of so many bytes is taken. Outputs are never cut: they become an error that says so. An error says less.
     /// False where nothing is left to leave out.
     pub fn shorten(&mut self, assignment: &Assignment, bytes: usize) -> bool {
         if self.outputs.is_some() {
-            self.become_too_large(assignment, bytes);
+            let fault = too_large(bytes, Some(assignment.block.kind()));
+            (self.status, self.outputs, self.error) = (fault.cause.status(), None, Some(fault));
             return true;
         }
         self.error.as_mut().is_some_and(Fault::shorten)
-    }
-
-    fn become_too_large(&mut self, assignment: &Assignment, bytes: usize) {
-        let message = format!("the result has {bytes} bytes, more than the broker takes");
-        let mut fault = Fault::new(Cause::OverCap, message);
-        fault.details.block_type = Some(assignment.block.kind().as_str());
-        (self.status, self.outputs, self.error) = (fault.cause.status(), None, Some(fault));
     }
 
     fn to_json(&self, assignment: &Assignment, worker_id: &str) -> Bytes {
@@ -118,6 +108,45 @@ impl StepResult {
             completed_at: Timestamp::now().as_millisecond(),
         })
     }
+}
+
+/// The same for a result that is encoded already, where its step is not known any more; `None` where nothing is left to
+/// leave out. Of an error its number and the beginning of its message stay.
+pub fn shorter(result: &Bytes) -> Option<Bytes> {
+    let mut kept: Map<String, Value> = serde_json::from_slice(result).ok()?;
+    let (status, error) = if kept.remove("result").is_some() {
+        let kind = kept.get("metadata").and_then(|metadata| BlockKind::parse(metadata.get("block_type")?.as_str()?));
+        let fault = too_large(result.len(), kind);
+        (serde_json::to_value(fault.cause.status()), serde_json::to_value(public_error(&fault)))
+    } else {
+        let error: StoredError = serde_json::from_value(kept.remove("error")?).ok()?;
+        let bare =
+            StoredError { message: short(&error.message).to_owned(), details: Value::Object(Map::new()), ..error };
+        (Ok(kept.remove("status")?), serde_json::to_value(bare))
+    };
+    kept.extend([("status".to_owned(), status.ok()?), ("error".to_owned(), error.ok()?)]);
+    let encoded = contract::encode(&kept);
+    (encoded != *result).then_some(encoded)
+}
+
+/// Whom an encoded result is about.
+pub fn addressee_of(result: &Bytes) -> Addressee {
+    let result: Value = serde_json::from_slice(result).unwrap_or_default();
+    let id = |pointer| result.pointer(pointer).and_then(Value::as_str).map(Box::from);
+    Addressee {
+        assignment_id: id("/assignment_id"),
+        request_id: id("/request_id"),
+        tenant_id: id("/tenant_id"),
+        trace_id: id("/trace_id"),
+        run_id: id("/metadata/run_id"),
+    }
+}
+
+/// Outputs are never cut: they become this.
+fn too_large(bytes: usize, kind: Option<BlockKind>) -> Fault {
+    let message = format!("the result has {bytes} bytes, more than the broker takes");
+    let block_type = kind.map(BlockKind::as_str);
+    Fault::new(Cause::OverCap, message).with(Details { block_type, ..Details::NONE })
 }
 
 /// The verdict on an assignment that will run, or whose record answers it; `at` is Unix time in milliseconds.
@@ -160,5 +189,30 @@ pub fn public_error(fault: &Fault) -> PublicError<'_> {
         message: &fault.message,
         retryable: fault.cause.is_retryable(),
         details: &fault.details,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shortened(result: Value) -> Option<Value> {
+        let shorter = shorter(&contract::encode(&result))?;
+        Some(serde_json::from_slice(&shorter).expect("JSON"))
+    }
+
+    #[test]
+    fn an_encoded_result_says_less_step_by_step() {
+        let metadata = serde_json::json!({"block_type": "fs.get", "attempts": 1});
+        let success = serde_json::json!({"status": "success", "result": {"x": 1}, "metadata": metadata});
+        let too_large = shortened(success).expect("its output is left out");
+        assert_eq!((&too_large["status"], &too_large["metadata"]), (&"error".into(), &metadata));
+        let error = &too_large["error"];
+        assert_eq!((&error["code"], &error["details"]["block_type"]), (&2002.into(), &"fs.get".into()));
+        let bare = shortened(too_large.clone()).expect("its details are left out");
+        assert_eq!((&bare["error"]["code"], &bare["error"]["message"]), (&2002.into(), &error["message"]));
+        assert_eq!(bare["error"]["details"], serde_json::json!({}));
+        assert_eq!(shortened(bare), None);
+        assert_eq!(shorter(&Bytes::from_static(b"nonsense")), None);
     }
 }

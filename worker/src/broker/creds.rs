@@ -1,8 +1,31 @@
-//! A credentials file: who we are to the broker, and how we prove it.
+//! Who we are to the broker, and how we prove it: a credentials file, or what stands in an address.
 
 use std::path::Path;
 
+use async_nats::ServerAddr;
 use nkeys::KeyPair;
+use percent_encoding::percent_decode_str;
+
+/// What an address may hold. The client itself ignores it, and knows one set of credentials for all servers.
+#[derive(Clone, PartialEq, Eq)]
+pub enum InAddress {
+    /// A user and a password.
+    User(String, String),
+    /// A token.
+    Token(String),
+}
+
+impl InAddress {
+    /// The credentials of this address.
+    pub fn of(server: &ServerAddr) -> Option<Self> {
+        let decoded = |part: &str| percent_decode_str(part).decode_utf8_lossy().into_owned();
+        let name = decoded(server.username()?);
+        Some(match server.password().map(decoded) {
+            Some(password) => Self::User(name, password),
+            None => Self::Token(name),
+        })
+    }
+}
 
 /// The user's token, and the key that signs for it.
 ///

@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::last::{LookUpError, header};
-use super::{Broker, StoreError, Stored};
+use super::{Broker, StoreError, Stored, patience};
 use crate::backoff;
 use crate::health::{Concern, Health};
 
@@ -242,9 +242,12 @@ impl Bucket {
 
     /// The last message of a key, a mark included.
     async fn last(&self, key: &str) -> Result<Option<Kept>, ReadError> {
-        let stream = self.broker.jetstream().get_stream_no_info(self.stream()).await;
-        let stream = stream.map_err(|error| self.unread(&error))?;
-        match stream.get_last_raw_message_by_subject(&self.subject(key)).await {
+        let mut jetstream = self.broker.jetstream().clone();
+        jetstream.set_timeout(patience::LONGEST);
+        let stream = jetstream.get_stream_no_info(self.stream()).await.map_err(|error| self.unread(&error))?;
+        let subject = self.subject(key);
+        let found = patience::wait_for(self.broker.client(), stream.get_last_raw_message_by_subject(&subject)).await;
+        match found.ok_or_else(|| self.unread(&"no answer"))? {
             Ok(message) => {
                 let stored = Timestamp::from_nanosecond(message.time.unix_timestamp_nanos()).unwrap_or_default();
                 Ok(Some(Kept::read(key.to_owned(), Some(&message.headers), message.payload, message.sequence, stored)))

@@ -1,15 +1,12 @@
 //! The last messages of many subjects, read with one request.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use async_nats::{HeaderMap, Message};
 use futures::StreamExt;
 
-use super::Broker;
+use super::{Broker, patience};
 
-/// How long an answer may take before it counts as lost.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Subjects in one request: the broker answers at most 1 024 at once.
 const SUBJECTS: usize = 512;
 
@@ -77,26 +74,24 @@ impl Broker {
         let api = format!("$JS.API.DIRECT.GET.{stream}");
         client.publish_with_reply(api, inbox, request.into()).await.map_err(|error| failed(&error))?;
         let mut pending = 0_u64;
-        let collect = async {
-            while let Some(message) = answers.next().await {
-                let description = message.description.as_deref().unwrap_or_default();
-                match message.status.map(|status| status.as_u16()) {
-                    None => {
-                        let left = header(&message, "Nats-Num-Pending").and_then(|pending| pending.parse().ok());
-                        pending = left.unwrap_or(0);
-                        let subject = header(&message, "Nats-Subject").map(str::to_owned);
-                        found.extend(subject.map(|subject| (subject, message)));
-                    }
-                    // A byte limit of the broker may end an answer early.
-                    Some(204) if pending > 0 => return Ok(Answer::CutShort),
-                    Some(204) => return Ok(Answer::Complete),
-                    Some(404) if description.contains("No Results") => return Ok(Answer::Complete),
-                    Some(status) => return Err(failed(&format!("{status} {description}"))),
+        loop {
+            let next = patience::wait_for(client, answers.next()).await.ok_or_else(|| failed(&"no answer"))?;
+            let message = next.ok_or_else(|| failed(&"the connection ended"))?;
+            let description = message.description.as_deref().unwrap_or_default();
+            match message.status.map(|status| status.as_u16()) {
+                None => {
+                    let left = header(&message, "Nats-Num-Pending").and_then(|pending| pending.parse().ok());
+                    pending = left.unwrap_or(0);
+                    let subject = header(&message, "Nats-Subject").map(str::to_owned);
+                    found.extend(subject.map(|subject| (subject, message)));
                 }
+                // A byte limit of the broker may end an answer early.
+                Some(204) if pending > 0 => return Ok(Answer::CutShort),
+                Some(204) => return Ok(Answer::Complete),
+                Some(404) if description.contains("No Results") => return Ok(Answer::Complete),
+                Some(status) => return Err(failed(&format!("{status} {description}"))),
             }
-            Err(failed(&"the connection ended"))
-        };
-        tokio::time::timeout(ANSWER_TIMEOUT, collect).await.map_err(|_| failed(&"no answer"))?
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use crate::blocks::{egress, http, sql};
-use crate::broker::creds;
+use crate::broker::creds::{self, InAddress};
 use crate::broker::streams::Mode;
 use crate::ids::TenantId;
 use crate::pem;
@@ -56,7 +56,7 @@ impl Display for PoolName {
     }
 }
 
-/// The broker's servers: at least one. Its `Debug` and `Display` hold no credential.
+/// The broker's servers: at least one, all with the same credentials or without any. Its `Debug` and `Display` hold no credential.
 #[derive(Clone)]
 pub struct NatsServers(Vec<ServerAddr>);
 
@@ -69,11 +69,13 @@ impl NatsServers {
             let is_known = matches!(url.scheme(), "nats" | "tls");
             (is_known && is_bare && url.has_host() && !server.host().is_empty()).then_some(server)
         };
-        text.split(',')
-            .map(server)
-            .collect::<Option<Vec<_>>>()
-            .map(Self)
-            .ok_or_else(|| "servers such as nats://host:4222 or tls://host:4222, separated by commas".to_owned())
+        let servers = text.split(',').map(server).collect::<Option<Vec<_>>>();
+        let servers = servers.ok_or("servers such as nats://host:4222 or tls://host:4222, separated by commas")?;
+        // The client would show the credentials of one to all.
+        if servers.windows(2).any(|pair| pair.first().map(InAddress::of) != pair.last().map(InAddress::of)) {
+            return Err("the same user and password, or the same token, for every server, or for none".to_owned());
+        }
+        Ok(Self(servers))
     }
 
     /// To connect with; holds credentials where the URL does.

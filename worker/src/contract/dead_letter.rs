@@ -66,6 +66,9 @@ pub struct DeadLetter<'a> {
     pub redacted: Option<bool>,
     /// Those that failed, in order.
     pub attempts: Vec<AttemptRecord<'a>>,
+    /// How many of the earlier ones were left out, where not all fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempts_omitted: Option<usize>,
     /// How often the broker has delivered it.
     pub deliveries: i64,
     /// As the assignment says, where that can be read.

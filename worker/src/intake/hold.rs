@@ -161,7 +161,8 @@ impl Drop for Held {
 async fn renew_one(broker: &Broker, hold: Arc<Hold>) {
     let Some(reply) = hold.reply.clone() else { return };
     let asked = Instant::now();
-    match broker.client().request(reply, AckKind::Progress.into()).await {
+    // On a slow link, large results would hold it up on the connection that they go out on.
+    match broker.lookups().request(reply, AckKind::Progress.into()).await {
         Ok(_) => hold.renew_from(asked),
         Err(error) => tracing::debug!(%error, "a progress ack was not answered"),
     }

@@ -32,9 +32,10 @@ use crate::fault::{Cause, Fault, Invalid};
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
 use crate::metrics::IgnoredAnswer;
-use crate::report::StepResult;
+use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::outbox::Before;
+use crate::report::{self, StepResult};
 use crate::telemetry;
 use crate::vital::Vital;
 
@@ -342,23 +343,20 @@ impl Pipeline {
     ) -> Option<(Entry, Request)> {
         let mut step = StepResult::of(request.execution(outcome, now), assignment.block.kind(), request.queued);
         let by = format!("{},{:016x}", self.identity.worker_id, fastrand::u64(..));
-        let (ended, value, stored) = loop {
+        let end = |step: &mut StepResult| {
             let result = step.encode(assignment, &self.identity.worker_id, self.largest_output());
-            let result = String::from_utf8(result.into()).ok().and_then(|result| RawValue::from_string(result).ok())?;
-            let ended = request.clone().ended(result, by.clone());
-            let value = ended.encode();
-            let may_shrink = step.may_be_shorter();
-            let update = || async {
-                match self.approvals.requests().update(&entry.key, value.clone(), entry.revision).await {
-                    Err(StoreError::TooLarge { .. }) if may_shrink => Ok(None),
-                    outcome => outcome.map(Some),
-                }
-            };
-            match self.until_definite(update).await {
-                Some(stored) => break (ended, value, stored),
-                None => step.shorten(assignment, value.len()),
-            };
+            let result = RawValue::from_string(String::from_utf8(result.into()).ok()?).ok()?;
+            Some(request.clone().ended(result, by.clone()))
         };
+        let mut ended = end(&mut step)?;
+        let value = ended.encode();
+        let shorter = |value: &Bytes| {
+            let is_shorter = step.shorten(assignment, value.len());
+            ended = end(&mut step).filter(|_| is_shorter)?;
+            Some(ended.encode())
+        };
+        let update = |value| self.approvals.requests().update(&entry.key, value, entry.revision);
+        let (stored, value) = self.until_it_fits(value, shorter, update).await;
         let ours = match stored {
             Stored::At(revision) => Entry { value, revision, ..entry.clone() },
             // An earlier try of ours may have done it.
@@ -371,33 +369,42 @@ impl Pipeline {
         Some((ours, ended))
     }
 
-    /// Outcome recorded, result published, request removed, in this order.
+    /// Outcome recorded, dead letter kept, result published, request removed, in this order.
     async fn conclude(&self, entry: &Entry, request: &Request) {
         let State::Ended { result, .. } = &request.state else { return };
         failpoint::reach(Point::BeforeRecord).await;
-        let result = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
+        let record = self.record_ended(request, Bytes::copy_from_slice(result.get().as_bytes())).await;
         failpoint::reach(Point::AfterRecord).await;
+        if record.publication.as_ref() == Some(&request.publication)
+            && let Some(fault) = record.dead_letter(self.settings.letters)
+        {
+            let addressee = report::addressee_of(&record.result);
+            let came = Came { payload: None, headers: None, publication: &request.publication, delivered: 1 };
+            self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
+        }
         let id = self.result_id(&request.publication);
-        self.outbox.publish(result, None, id, request.trace.clone()).await;
+        self.outbox.publish(record.result, None, id, request.trace.clone()).await;
         failpoint::reach(Point::AfterResult).await;
         // Refused where somebody else has removed it.
         self.until_definite(|| self.approvals.requests().delete(&entry.key, entry.revision)).await;
         failpoint::reach(Point::RequestRemoved).await;
     }
 
-    /// Writes the record until its outcome is definite, and returns the bytes that stand in the end.
-    async fn record_ended(&self, request: &Request, result: Bytes) -> Bytes {
+    /// Writes the record until its outcome is definite, and returns what stands in the end.
+    async fn record_ended(&self, request: &Request, mut result: Bytes) -> Record {
         let (key, publication) = (&request.key, &request.publication);
         let mut expected = request.replaces;
         loop {
-            let write = || self.ledger.write(key, publication, expected, result.clone());
-            if let Stored::At(_) = self.until_definite(write).await {
-                return result;
+            let write = |result| self.ledger.write(key, publication, expected, result);
+            let (stored, written) = self.until_it_fits(result, report::shorter, write).await;
+            result = written;
+            if let Stored::At(sequence) = stored {
+                return Record::new(result, Expected::last(sequence), Some(publication.clone()));
             }
             match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
                 None => expected = Expected::NOTHING,
                 Some(record) if record.is_retryable() && !record.answers(publication) => expected = record.place,
-                Some(record) => return record.result,
+                Some(record) => return record,
             }
         }
     }

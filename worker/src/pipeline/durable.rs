@@ -21,10 +21,10 @@ use crate::health::Concern;
 use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::Delivery;
 use crate::publication::Publication;
-use crate::report::StepResult;
 use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::spool::SpooledOutcome;
+use crate::report::{self, StepResult};
 
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
@@ -57,25 +57,16 @@ impl Pipeline {
         let key = &assignment.key;
         let (mut expected, mut result) = (expected, result);
         loop {
-            let may_shrink = step.may_be_shorter();
-            let write = || async {
-                match self.ledger.write(key, delivery.publication(), expected, result.clone()).await {
-                    // No other try can succeed.
-                    Err(StoreError::TooLarge { .. }) if may_shrink => Ok(None),
-                    // The broker has come back with a smaller limit, and hangs up on whoever ignores it.
-                    Err(_) if may_shrink && result.len() > self.largest_result() => Ok(None),
-                    outcome => outcome.map(Some),
-                }
+            let write = |result| self.ledger.write(key, delivery.publication(), expected, result);
+            let shorter = |result: &Bytes| {
+                let is_shorter = step.shorten(assignment, result.len());
+                is_shorter.then(|| self.encode(step, assignment))
             };
-            let outcome = || outcome(delivery, key, expected, &result);
-            match self.spooled(outcome, self.until_definite(write)).await {
-                Some(Stored::At(_)) => return Recorded::Ours(result),
-                Some(Stored::Refused) => {}
-                None => {
-                    step.shorten(assignment, result.len());
-                    result = self.encode(step, assignment);
-                    continue;
-                }
+            let writing = self.until_it_fits(result.clone(), shorter, write);
+            let (stored, written) = self.spooled(|| outcome(delivery, key, expected, &result), writing).await;
+            result = written;
+            if let Stored::At(_) = stored {
+                return Recorded::Ours(result);
             }
             let stored = Box::pin(self.read_records(std::slice::from_ref(key))).await.into_values().next();
             match stored {
@@ -128,15 +119,16 @@ impl Pipeline {
         let assignment_id = outcome.assignment_id.as_str();
         let result = Bytes::copy_from_slice(outcome.result.get().as_bytes());
         let identity = TenantId::parse(&outcome.tenant_id).zip(Publication::parse(&outcome.publication));
-        let Some((tenant, publication)) = identity.filter(|_| result.len() <= self.largest_result()) else {
+        let Some((tenant, publication)) = identity else {
             return tracing::error!(assignment_id, "discarded an outcome from the disk that cannot be recorded");
         };
         if self.may_be_answered_already(outcome.published).await {
             return tracing::warn!(assignment_id, "discarded a late outcome from the disk");
         }
         let key = AssignmentKey { tenant, assignment_id: assignment_id.into() };
-        let write = || self.ledger.write(&key, &publication, outcome.expected, result.clone());
-        match self.until_definite(write).await {
+        let write = |result| self.ledger.write(&key, &publication, outcome.expected, result);
+        let (stored, result) = self.until_it_fits(result, report::shorter, write).await;
+        match stored {
             Stored::At(_) if !self.ledger.is_kept() => {
                 self.keep_letter_of(outcome, &result, &publication).await;
                 self.outbox.publish(result, None, Some(outcome.publication.clone()), None).await;
@@ -159,7 +151,7 @@ impl Pipeline {
             Ok(assignment) => assignment.addressee(),
             Err(undecodable) => undecodable.addressee,
         };
-        let came = Came { payload: &payload, headers: None, publication, delivered: 1 };
+        let came = Came { payload: Some(&payload), headers: None, publication, delivered: 1 };
         self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
     }
 
@@ -245,6 +237,37 @@ impl Pipeline {
             tokio::time::sleep(pause(attempt)).await;
             attempt += 1;
         }
+    }
+
+    /// The same for what may be larger than anybody takes: then it says less, as long as `shorter` finds something to leave
+    /// out. Returns the bytes too that were written in the end.
+    pub(super) async fn until_it_fits<T, F>(
+        &self,
+        mut message: Bytes,
+        mut shorter: impl FnMut(&Bytes) -> Option<Bytes>,
+        write: impl Fn(Bytes) -> F,
+    ) -> (T, Bytes)
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        loop {
+            let fitting = || async {
+                match write(message.clone()).await {
+                    // No other try can succeed.
+                    Err(StoreError::TooLarge { .. }) => Ok(None),
+                    // The broker has come back with a smaller limit, and hangs up on whoever ignores it.
+                    Err(_) if message.len() > self.largest_result() => Ok(None),
+                    outcome => outcome.map(Some),
+                }
+            };
+            if let Some(outcome) = self.until_definite(fitting).await {
+                return (outcome, message);
+            }
+            let Some(less) = shorter(&message) else { break };
+            message = less;
+        }
+        // Until somebody raises the limit.
+        (self.until_definite(|| write(message.clone())).await, message)
     }
 
     /// Says so on `/readyz`, and so has the streams looked at; a broker that is away explains enough.

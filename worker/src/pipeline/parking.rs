@@ -28,8 +28,8 @@ use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::{Allowance, Delivery, Settlement, is_replay};
 use crate::pool::Pool;
 use crate::publication::{Elsewhere, FirstIdentity};
-use crate::report::StepResult;
 use crate::report::outbox::Before;
+use crate::report::{self, StepResult};
 use crate::trace_context::TraceContext;
 
 /// What a message that is pulled has besides its payload, at most.
@@ -192,7 +192,7 @@ impl Pipeline {
         let parked_at = Timestamp::from_nanosecond(parked.time.unix_timestamp_nanos()).unwrap_or_default();
         let cancelled = Execution::not_begun(Fault::new(Cause::Cancelled, words.to_owned()));
         let mut step = StepResult::of(cancelled, assignment.block.kind(), Duration::ZERO);
-        let result = self.encode(&mut step, &assignment);
+        let mut result = self.encode(&mut step, &assignment);
         loop {
             let record = self.read_records(std::slice::from_ref(key)).await.into_values().next();
             let is_anew = record.is_some() || is_replay(&parked.headers);
@@ -204,8 +204,10 @@ impl Pipeline {
                 _ => {}
             }
             let expected = record.map_or(Expected::NOTHING, |record| record.place);
-            let write = || self.ledger.write(key, &publication, expected, result.clone());
-            if self.until_definite(write).await != Stored::Refused {
+            let write = |result| self.ledger.write(key, &publication, expected, result);
+            let (stored, written) = self.until_it_fits(result, report::shorter, write).await;
+            result = written;
+            if stored != Stored::Refused {
                 break;
             }
         }

@@ -37,8 +37,8 @@ pub struct Settings {
 /// A publication as it came.
 #[derive(Clone, Copy, Debug)]
 pub struct Came<'a> {
-    /// What was published.
-    pub payload: &'a Bytes,
+    /// What was published; `None` where nobody has it any more.
+    pub payload: Option<&'a Bytes>,
     /// The headers that it was published with.
     pub headers: Option<&'a HeaderMap>,
     /// Which publication it is.
@@ -50,7 +50,7 @@ pub struct Came<'a> {
 impl<'a> From<&'a Delivery> for Came<'a> {
     fn from(delivery: &'a Delivery) -> Self {
         Self {
-            payload: delivery.payload(),
+            payload: Some(delivery.payload()),
             headers: delivery.headers(),
             publication: delivery.publication(),
             delivered: delivery.delivered(),
@@ -122,6 +122,7 @@ impl DeadLetters {
             }
             Original::Raw(bytes) => letter.raw_base64 = Some(STANDARD.encode(bytes)),
             Original::Withheld => letter.redacted = Some(true),
+            Original::Gone => letter.omitted = Some("the original: nobody has it any more".to_owned()),
         }
         let trace = TraceContext::of(came.headers, addressee.trace_id.as_deref());
         let whole = contract::encode(&letter);
@@ -131,7 +132,7 @@ impl DeadLetters {
         (letter.assignment, letter.raw_base64) = (None, None);
         let original = original.bytes();
         let bytes = original.len();
-        if !fits(self.store_beside(&dlq_id, original).await)? {
+        if letter.omitted.is_none() && !fits(self.store_beside(&dlq_id, original).await)? {
             letter.omitted = Some(format!("the original of {bytes} bytes: no message of this size is taken here"));
         }
         loop {
@@ -169,6 +170,7 @@ impl DeadLetters {
             omitted: None,
             redacted: None,
             attempts,
+            attempts_omitted: None,
             deliveries,
             assignment_id: addressee.assignment_id.as_deref(),
             request_id: addressee.request_id.as_deref(),
@@ -212,7 +214,8 @@ impl DeadLetters {
         }
     }
 
-    fn original(&self, payload: &Bytes) -> Original {
+    fn original(&self, payload: Option<&Bytes>) -> Original {
+        let Some(payload) = payload else { return Original::Gone };
         match as_object(payload) {
             None if self.settings.redact => Original::Withheld,
             None => Original::Raw(payload.clone()),
@@ -236,14 +239,15 @@ fn as_object(payload: &[u8]) -> Option<&RawValue> {
 /// Says less: of the attempts the last one, which says most, then none; then the error's number and the beginning of its
 /// message. False where nothing is left to leave out.
 fn shorten(letter: &mut DeadLetter<'_>) -> bool {
-    match letter.attempts.len() {
-        0 => {
-            let Some(bare) = bare(&letter.error) else { return false };
-            letter.error = LetterError::New(bare);
-        }
-        1 => letter.attempts.clear(),
-        attempts => drop(letter.attempts.drain(..attempts - 1)),
+    let known = letter.attempts.len();
+    if known == 0 {
+        let Some(bare) = bare(&letter.error) else { return false };
+        letter.error = LetterError::New(bare);
+        return true;
     }
+    let omitted = if known == 1 { 1 } else { known - 1 };
+    letter.attempts.drain(..omitted);
+    *letter.attempts_omitted.get_or_insert_default() += omitted;
     true
 }
 
@@ -274,6 +278,8 @@ enum Original {
     Raw(Bytes),
     /// The same, where secrets are to be replaced: nothing in them can be told from one, so nothing is kept.
     Withheld,
+    /// Of an approval that has ended only its result is kept.
+    Gone,
 }
 
 impl Original {
@@ -281,7 +287,7 @@ impl Original {
         match self {
             Self::Object(object) | Self::Redacted(object) => Bytes::copy_from_slice(object.get().as_bytes()),
             Self::Raw(bytes) => bytes.clone(),
-            Self::Withheld => Bytes::new(),
+            Self::Withheld | Self::Gone => Bytes::new(),
         }
     }
 }
@@ -346,6 +352,38 @@ mod tests {
     fn redacted(original: serde_json::Value) -> serde_json::Value {
         let object = serde_json::value::to_raw_value(&original).expect("JSON");
         serde_json::from_str(redact(&object).get()).expect("JSON")
+    }
+
+    #[test]
+    fn a_letter_that_leaves_attempts_out_says_how_many() {
+        let fault = Fault::new(Cause::Network, "m".repeat(300));
+        let attempt = || AttemptRecord { started_at: 0, latency_ms: 0, error: public_error(&fault) };
+        let mut letter = DeadLetter {
+            version: contract::VERSION,
+            dlq_id: "S,t0,7,execute",
+            stage: Stage::Execute.as_str(),
+            error: LetterError::New(public_error(&fault)),
+            assignment: None,
+            raw_base64: None,
+            omitted: None,
+            redacted: None,
+            attempts: vec![attempt(), attempt(), attempt()],
+            attempts_omitted: None,
+            deliveries: 1,
+            assignment_id: None,
+            request_id: None,
+            tenant_id: None,
+            trace_id: None,
+            run_id: None,
+            worker_id: "worker-1",
+            pool: None,
+            failed_at: 0,
+        };
+        let mut steps = Vec::new();
+        while shorten(&mut letter) {
+            steps.push((letter.attempts.len(), letter.attempts_omitted));
+        }
+        assert_eq!(steps, [(1, Some(2)), (0, Some(3)), (0, Some(3))]);
     }
 
     #[test]

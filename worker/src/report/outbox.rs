@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use async_nats::header::NATS_MESSAGE_ID;
-use async_nats::{HeaderMap, Subject, Subscriber};
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
@@ -19,7 +19,7 @@ use crate::contract;
 use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 
-/// A fence that has not come back after this may be lost: the batch is sent again, the same bytes.
+/// A fence that has not come back after this may be lost: another one is sent.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After the broker refused a message, before the same one is tried again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
@@ -213,16 +213,13 @@ async fn send(broker: &Broker, verdicts: &Subject, batch: &[Outgoing]) -> Sent {
 async fn fenced(broker: &Broker, verdicts: &Subject, session: &Session, publishing: impl Future<Output = ()>) -> Sent {
     let subjects = [verdicts.as_str(), contract::RESULT, contract::APPROVAL_REQUEST];
     let refusal = broker.last_refusal(&subjects);
-    let inbox = broker.client().new_inbox();
-    let Ok(fence) = broker.client().subscribe(inbox.clone()).await else { return Sent::Perhaps };
     publishing.await;
-    broker.publish(inbox, Bytes::new()).await;
-    let is_back = came_back(fence).await;
+    let is_read = is_read(broker, session).await;
     // The client tells refusals by a task of its own, which has been woken before this one where they came first.
     tokio::task::yield_now().await;
     if broker.last_refusal(&subjects) > refusal {
         Sent::Refused
-    } else if is_back && broker.session() == *session {
+    } else if is_read {
         Sent::Certainly
     } else {
         Sent::Perhaps
@@ -254,6 +251,16 @@ async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result:
     }
 }
 
-async fn came_back(mut fence: Subscriber) -> bool {
-    tokio::time::timeout(FENCE_TIMEOUT, fence.next()).await.is_ok_and(|message| message.is_some())
+/// Whether the broker has read, in that session, what was published before this; however long that takes. A link may be
+/// slow: what is on its way is not sent again behind itself.
+async fn is_read(broker: &Broker, session: &Session) -> bool {
+    while broker.session() == *session {
+        let inbox = broker.client().new_inbox();
+        let Ok(mut fence) = broker.client().subscribe(inbox.clone()).await else { return false };
+        broker.publish(inbox, Bytes::new()).await;
+        if let Ok(back) = tokio::time::timeout(FENCE_TIMEOUT, fence.next()).await {
+            return back.is_some() && broker.session() == *session;
+        }
+    }
+    false
 }
