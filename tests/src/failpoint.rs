@@ -48,7 +48,14 @@ pub struct Trap {
 pub struct Caught {
     /// Which one, counted from 0.
     pub worker: usize,
-    _waits: UnixStream,
+    waits: UnixStream,
+}
+
+impl Caught {
+    /// It panics with these words where it is.
+    pub async fn panics(mut self, words: &str) {
+        self.waits.write_all(words.as_bytes()).await.expect("it waits");
+    }
 }
 
 impl Trap {
@@ -83,7 +90,7 @@ async fn serve(
         let mut reached = String::new();
         let is_here = stream.read_to_string(&mut reached).await.is_ok() && reached == point;
         if is_here && !is_sprung.swap(true, Ordering::Relaxed) {
-            let _ = caught.send(Caught { worker, _waits: stream }).await;
+            let _ = caught.send(Caught { worker, waits: stream }).await;
         }
     }
 }

@@ -9,8 +9,9 @@ use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
-use beamline_tests::rig::{Rig, kept_its_promise};
+use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{ASSIGN, DLQ, DLQ_RAW, Key, Kind, Router, Story, assignment, escape, json as read};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
@@ -720,6 +721,77 @@ async fn with_gpu_slots_gpu_work_runs() {
     payload["resources"] = json!({"pool": "gpu"});
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
+}
+
+/// No work for a worker that has [`LITTLE`] memory.
+fn roomy(id: &str, job: Value) -> Value {
+    let mut payload = assignment("acme", id, job);
+    payload["resources"] = json!({"memory_mb": 128});
+    payload
+}
+
+const LITTLE: &str = "--max-memory-mb=64";
+
+#[tokio::test]
+async fn what_was_accepted_and_may_not_run_at_the_next_worker_ends_as_an_error() {
+    let rig = Rig::start(&["--io-pool-size=1", "--cpu-pool-size=0"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/slot"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    let waiting = roomy("waiting", rig.call("/ok"));
+    rig.router.submit(&waiting).await;
+    assert_eq!(rig.router.verdict(&waiting).await["status"], "accepted");
+    rig.worker.terminate();
+    let _next = rig.another("worker-2").flag(LITTLE).start(&rig.nats).await;
+    let result = rig.router.result(&waiting).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("error"), &json!(2002)), "{result}");
+    assert_eq!(result["error"]["retryable"], false);
+    rig.peer.open("slot");
+    rig.router.settled(SOON).await;
+    let Story { verdicts, results, letters } = rig.router.story(&waiting);
+    assert!(verdicts.iter().all(|verdict| verdict["status"] == "accepted"), "{verdicts:?}");
+    assert_eq!((results.len(), letters.len()), (1, 1));
+    assert!(rig.peer.hits("/ok").is_empty());
+}
+
+#[tokio::test]
+async fn what_is_recorded_is_said_by_a_worker_that_would_not_run_it() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let sockets = tempfile::tempdir().unwrap();
+    let mut trap = Trap::at("after-record", sockets.path());
+    let mut first = rig.another("worker-2").env(failpoint::VARIABLE, &trap.socket(0)).start(&rig.nats).await;
+    let payload = roomy("recorded", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    let _caught = trap.caught().await;
+    first.kill();
+    let _next = rig.another("worker-3").flag(LITTLE).start(&rig.nats).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+    rig.router.settled(LAPSE).await;
+    let Story { verdicts, results, letters } = rig.router.story(&payload);
+    assert!(verdicts.iter().all(|verdict| verdict["status"] == "accepted"), "{verdicts:?}");
+    assert_eq!((results.len(), letters.len(), rig.peer.hits("/ok").len()), (1, 0, 1));
+}
+
+#[tokio::test]
+async fn a_panic_is_an_internal_error_that_says_nothing_of_what_it_was_about() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let sockets = tempfile::tempdir().unwrap();
+    let mut trap = Trap::at("before-effect", sockets.path());
+    let _worker = rig.another("worker-2").env(failpoint::VARIABLE, &trap.socket(0)).start(&rig.nats).await;
+    let payload = assignment("acme", "panics", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    trap.caught().await.panics("cannot log in with hunter2").await;
+    let result = rig.router.result(&payload).await;
+    let error = &result["error"];
+    assert_eq!((&error["code"], &error["retryable"]), (&json!(4001), &json!(true)), "{result}");
+    assert_eq!(result["metadata"]["attempts"], 1);
+    let Story { results, letters, .. } = rig.router.story(&payload);
+    assert!(letters.is_empty() && !String::from_utf8_lossy(&results[0]).contains("hunter2"), "{result}");
+    let next = assignment("acme", "next", rig.call("/ok"));
+    rig.router.submit(&next).await;
+    assert_eq!(rig.router.result(&next).await["status"], "success");
 }
 
 #[tokio::test]

@@ -199,9 +199,9 @@ async fn one_attempt(engine: &Engine, assignment: &Assignment, scope: &Scope) ->
     outcome.unwrap_or_else(|panic| Err(Fault::new(Cause::Internal, format!("internal error: {}", words(&*panic)))))
 }
 
-fn words(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("a panic without words")
+/// What stands in the source. What was made while the block ran may quote what it works on.
+fn words(panic: &(dyn std::any::Any + Send)) -> &'static str {
+    panic.downcast_ref::<&str>().copied().unwrap_or("a panic")
 }
 
 fn too_late(assignment: &Assignment) -> Fault {

@@ -98,12 +98,13 @@ impl Point {
 #[cfg(not(debug_assertions))]
 pub async fn reach(_point: Point) {}
 
-/// Waits for leave to go on, where somebody listens.
+/// Waits for leave to go on, where somebody listens; words instead of leave are what it panics with.
 #[cfg(debug_assertions)]
 pub async fn reach(point: Point) {
     if let Some(socket) = socket() {
         // Whoever listened has gone: there is nobody left to wait for.
-        let _ = ask(socket, point).await;
+        let words = ask(socket, point).await.unwrap_or_default();
+        assert!(words.is_empty(), "{words}");
     }
 }
 
@@ -122,12 +123,14 @@ pub async fn unless_it_ends(name: &str, task: impl Future<Output = ()>) {
 }
 
 #[cfg(debug_assertions)]
-async fn ask(socket: &std::path::Path, point: Point) -> std::io::Result<()> {
+async fn ask(socket: &std::path::Path, point: Point) -> std::io::Result<String> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::UnixStream::connect(socket).await?;
     stream.write_all(point.as_str().as_bytes()).await?;
     stream.shutdown().await?;
-    stream.read(&mut [0]).await.map(drop)
+    let mut words = String::new();
+    stream.read_to_string(&mut words).await?;
+    Ok(words)
 }
 
 #[cfg(debug_assertions)]

@@ -137,10 +137,10 @@ pub enum Letters {
 
 impl Letters {
     /// Whether an error with these public parts is one of them: so a record says it as well as its cause did. A bug, a
-    /// cancel and a deadline never are.
+    /// cancel, a deadline and a worker without room never are.
     pub const fn include(self, code: u16, retryable: bool) -> bool {
         match (code, retryable) {
-            (5001 | 5002, _) | (4001, true) => false,
+            (5001 | 5002, _) | (4001 | 4002, true) => false,
             (_, false) => true,
             (_, true) => matches!(self, Self::Exhausted),
         }
@@ -313,7 +313,7 @@ mod tests {
             assert!(Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
             assert!(!Letters::Final.include(cause.code(), cause.is_retryable()), "{cause:?}");
         }
-        for cause in [Cause::Internal, Cause::DeadlinePassed, Cause::Cancelled, Cause::NotAnswered] {
+        for cause in [Cause::Internal, Cause::Overloaded, Cause::DeadlinePassed, Cause::Cancelled, Cause::NotAnswered] {
             assert!(!Letters::Exhausted.include(cause.code(), cause.is_retryable()), "{cause:?}");
         }
     }

@@ -301,6 +301,7 @@ impl Pipeline {
         let (session, refusal) = (self.broker.session(), self.broker.last_refusal(&[&self.settings.verdict_subject]));
         let mut arrivals = Vec::with_capacity(judged.len());
         let judged = self.repeat_refusals(judged).await;
+        let judged = self.resolve_doubts(judged).await;
         // Empty where no tenant is bounded.
         let admissions = self.admit(&judged).await;
         self.note_charges(&judged, &admissions).await;
@@ -326,23 +327,29 @@ impl Pipeline {
                     let at = payment.moment().unwrap_or_else(|| Timestamp::now().as_millisecond());
                     let mut arrival = self.arrival(delivery, assignment);
                     (arrival.charge, arrival.is_deferred) = (payment.charge(), is_deferred);
-                    if !arrival.delivery.is_parked() {
-                        let verdict = self.verdict(&arrival.assignment, at);
-                        let subject = self.settings.verdict_subject.clone();
-                        self.broker.publish_in(arrival.trace.as_ref(), subject, verdict).await;
-                        failpoint::reach(Point::Accepted).await;
-                        arrival.said = Some(Said { at, session: session.clone(), refusal });
-                    }
+                    self.say_accepted(&mut arrival, Said { at, session: session.clone(), refusal }).await;
                     arrivals.push(arrival);
                 }
-                Ok(Judged::Ends(assignment, refusal)) => {
-                    let arrival = Box::new(self.arrival(delivery, assignment));
-                    self.spawn(Self::end_refused, (arrival, refusal));
+                Ok(Judged::Ends(assignment, fault)) => {
+                    let (at, mut arrival) = (Timestamp::now().as_millisecond(), self.arrival(delivery, assignment));
+                    self.say_accepted(&mut arrival, Said { at, session: session.clone(), refusal }).await;
+                    self.spawn(Self::end_refused, (Box::new(arrival), fault));
                 }
-                Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
+                Ok(Judged::Doubted(_, rejection)) | Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
         }
         self.look_up(arrivals).await
+    }
+
+    /// What was parked has been told so when it was.
+    async fn say_accepted(&self, arrival: &mut Arrival, said: Said) {
+        if !arrival.delivery.is_parked() {
+            let verdict = self.verdict(&arrival.assignment, said.at);
+            let subject = self.settings.verdict_subject.clone();
+            self.broker.publish_in(arrival.trace.as_ref(), subject, verdict).await;
+            failpoint::reach(Point::Accepted).await;
+            arrival.said = Some(said);
+        }
     }
 
     fn verdict(&self, assignment: &Assignment, at: i64) -> Bytes {

@@ -6,9 +6,10 @@
 //! assumed, so that the usual case costs nothing. Notes that are late, lost or too old only make fewer deaths, but for
 //! the one that is assumed.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use async_nats::HeaderMap;
+use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
 
 use crate::broker::streams::DELIVERY_BUCKET;
@@ -79,10 +80,27 @@ impl Deaths {
 
     /// For each delivery, the deaths before it.
     pub(super) async fn before(&self, deliveries: &[DeliveryId]) -> Vec<u32> {
+        let notes = self.of_earlier(deliveries).await;
+        let count = |notes: &HashMap<String, Message>| {
+            let note = |which: &DeliveryId| notes.get(&subject(which)).map(|message| message.payload.clone());
+            deliveries.iter().map(|which| count(which, note)).collect()
+        };
+        notes.as_ref().map_or_else(|| vec![0; deliveries.len()], count)
+    }
+
+    /// For each delivery, whether there is a note of an earlier one: only what was accepted has one.
+    pub(super) async fn are_noted(&self, deliveries: &[DeliveryId]) -> Vec<bool> {
+        let notes = self.of_earlier(deliveries).await.unwrap_or_default();
+        let is_noted = |which: &DeliveryId| which.earlier().any(|earlier| notes.contains_key(&subject(&earlier)));
+        deliveries.iter().map(is_noted).collect()
+    }
+
+    /// What is noted of earlier deliveries; `None` where that cannot be read.
+    async fn of_earlier(&self, deliveries: &[DeliveryId]) -> Option<HashMap<String, Message>> {
         let keys: Vec<String> =
             deliveries.iter().flat_map(DeliveryId::earlier).map(|earlier| subject(&earlier)).collect();
         if keys.is_empty() {
-            return vec![0; deliveries.len()];
+            return None;
         }
         let stream = kv::stream(DELIVERY_BUCKET);
         let mut notes = self.broker.last(&stream, keys.clone()).await;
@@ -92,16 +110,8 @@ impl Deaths {
                 notes = self.broker.last(&stream, keys.clone()).await;
             }
         }
-        match notes {
-            Ok(notes) => {
-                let note = |which: &DeliveryId| notes.get(&subject(which)).map(|message| message.payload.clone());
-                deliveries.iter().map(|which| count(which, note)).collect()
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot tell how often assignments have killed their workers");
-                vec![0; deliveries.len()]
-            }
-        }
+        let unknown = |error: &_| tracing::warn!(%error, "cannot tell how often assignments have killed their workers");
+        notes.inspect_err(unknown).ok()
     }
 
     /// The block of a redelivery begins. Where this cannot be noted in time, its death would not count.

@@ -5,7 +5,7 @@ use super::rejection::Rejection;
 use crate::admission::{self, Refusal};
 use crate::assignment::{Assignment, Undecodable};
 use crate::blocks::Block;
-use crate::fault::Invalid;
+use crate::fault::{Fault, Invalid};
 use crate::intake::Delivery;
 
 /// An assignment that is not refused.
@@ -14,8 +14,10 @@ pub(super) enum Judged {
     Runs(Assignment),
     /// It runs on another class of workers.
     PassesOn(Assignment),
-    /// It was accepted before it was parked, and cannot run here.
-    Ends(Assignment, Refusal),
+    /// It was accepted before, and cannot run here.
+    Ends(Assignment, Fault),
+    /// It cannot run here, and may have been accepted before.
+    Doubted(Assignment, Rejection),
 }
 
 impl Pipeline {
@@ -29,16 +31,21 @@ impl Pipeline {
             return Err(Rejection::undecodable(Undecodable { addressee, invalid }));
         }
         let assignment = decoded.map_err(Rejection::undecodable)?;
-        if let Some(invalid) = self.engine.refuses(&assignment) {
-            return Err(Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }));
-        }
-        if self.is_for_the_route(delivery, &assignment) {
-            return Ok(Judged::PassesOn(assignment));
-        }
-        match self.refusal(delivery, &assignment) {
-            None => Ok(Judged::Runs(assignment)),
-            Some(refusal) if delivery.is_parked() => Ok(Judged::Ends(assignment, refusal)),
-            Some(refusal) => Err(Rejection::refused(&assignment, refusal)),
+        let rejection = match self.engine.refuses(&assignment) {
+            Some(invalid) => Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }),
+            None if self.is_for_the_route(delivery, &assignment) => return Ok(Judged::PassesOn(assignment)),
+            None => match self.refusal(delivery, &assignment) {
+                None => return Ok(Judged::Runs(assignment)),
+                Some(refusal) => Rejection::refused(&assignment, refusal),
+            },
+        };
+        // Whoever accepted it may have had other settings.
+        if delivery.is_parked() {
+            Ok(Judged::Ends(assignment, rejection.into_fault()))
+        } else if delivery.delivered() > 1 {
+            Ok(Judged::Doubted(assignment, rejection))
+        } else {
+            Err(rejection)
         }
     }
 

@@ -15,7 +15,6 @@ use jiff::Timestamp;
 
 use super::route::headers_for;
 use super::{Arrival, Pipeline};
-use crate::admission::Refusal;
 use crate::admission::ceiling::Unit;
 use crate::assignment::Assignment;
 use crate::broker::streams::{DELIVERY_BUCKET, Parked, Source};
@@ -236,9 +235,9 @@ impl Pipeline {
         self.broker.jetstream().get_stream_no_info(name).await.ok()
     }
 
-    /// It was accepted when it was parked: what is refused now ends as a result.
-    pub(super) async fn end_refused(self: Arc<Self>, (arrival, refusal): (Box<Arrival>, Refusal)) {
-        self.end_unrun(arrival, refusal.cause, &refusal.message).await;
+    /// It was accepted before: what is refused now ends as a result.
+    pub(super) async fn end_refused(self: Arc<Self>, (arrival, fault): (Box<Arrival>, Fault)) {
+        self.end_unrun(arrival, fault.cause, &fault.message).await;
     }
 
     async fn end_unrun(&self, mut arrival: Box<Arrival>, cause: Cause, reason: &str) {

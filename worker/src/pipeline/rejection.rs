@@ -5,6 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Pipeline;
+use super::deaths::DeliveryId;
+use super::durable::may_replace;
 use super::judge::Judged;
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, Undecodable};
@@ -46,6 +48,11 @@ impl Rejection {
         };
         Self { addressee: assignment.addressee(), fault: Fault::new(refusal.cause, refusal.message), ends }
     }
+
+    /// Why, for a result.
+    pub(super) fn into_fault(self) -> Fault {
+        self.fault
+    }
 }
 
 /// A delivery, and what this worker makes of it.
@@ -55,9 +62,12 @@ pub(super) type Judgement = (Delivery, Result<Judged, Rejection>);
 fn refusable((delivery, judgement): &Judgement) -> Option<AssignmentKey> {
     let is_redelivery = delivery.delivered() > 1;
     match judgement {
-        Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment) | Judged::Ends(assignment, _)) => {
-            is_redelivery.then(|| assignment.key.clone())
-        }
+        Ok(
+            Judged::Runs(assignment)
+            | Judged::PassesOn(assignment)
+            | Judged::Ends(assignment, _)
+            | Judged::Doubted(assignment, _),
+        ) => is_redelivery.then(|| assignment.key.clone()),
         Err(Rejection { ends: RejectionEnd::Refused(key), .. }) => is_redelivery.then(|| key.clone()),
         Err(Rejection { ends: RejectionEnd::DeadLetter(_), .. }) => None,
     }
@@ -81,6 +91,31 @@ impl Pipeline {
             }
         }
         others
+    }
+
+    /// What a worker with other settings has accepted ends as a result: that is so where something is recorded or noted of
+    /// it. The rest is rejected, as it may have been before.
+    pub(super) async fn resolve_doubts(&self, judged: Vec<Judgement>) -> Vec<Judgement> {
+        let doubted = judged.iter().filter_map(|(delivery, judgement)| match judgement {
+            Ok(Judged::Doubted(assignment, _)) => Some((assignment.key.clone(), DeliveryId::of(delivery))),
+            _ => None,
+        });
+        let (keys, deliveries): (Vec<_>, Vec<_>) = doubted.unzip();
+        if keys.is_empty() {
+            return judged;
+        }
+        let records = self.read_records(&keys).await;
+        let mut noted = self.deaths.are_noted(&deliveries).await.into_iter();
+        let resolved = judged.into_iter().map(|(delivery, judgement)| {
+            let Ok(Judged::Doubted(assignment, rejection)) = judgement else { return (delivery, judgement) };
+            let record = records.get(&report::ledger::subject(&assignment.key));
+            let is_answered = record.is_some_and(|record| !may_replace(record, &delivery));
+            let was_accepted = noted.next().unwrap_or(false) || is_answered;
+            let judgement =
+                if was_accepted { Ok(Judged::Ends(assignment, rejection.into_fault())) } else { Err(rejection) };
+            (delivery, judgement)
+        });
+        resolved.collect()
     }
 
     async fn refuse_again(self: Arc<Self>, (delivery, verdict): (Delivery, Bytes)) {
