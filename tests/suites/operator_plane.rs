@@ -10,6 +10,8 @@
     reason = "helpers of tests: a failure here is a test's failure"
 )]
 
+#[path = "operator_plane/api_trouble.rs"]
+mod api_trouble; // an API server that fails: first by its name, since nobody waits for longer
 #[path = "operator_plane/autoscaler.rs"]
 mod autoscaler; // mode HPA, and what it asks the operator
 #[path = "operator_plane/cast.rs"]
@@ -46,8 +48,6 @@ mod stage; // one case of the crash sweep
 mod strangers; // objects and rules of others
 #[path = "operator_plane/told.rs"]
 mod told; // what a pool's author is told, and what is left alone meanwhile
-#[path = "operator_plane/trouble.rs"]
-mod trouble; // an API server that fails
 #[path = "operator_plane/versions.rs"]
 mod versions; // the type missing, older, newer
 
