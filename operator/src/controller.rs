@@ -293,3 +293,27 @@ fn on_error(pool: Arc<Watched>, error: &Error, ctx: Arc<Context>) -> Action {
     }
     Action::requeue(ctx.memory.backoff(&reference))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn asked_for(spec: serde_json::Value, depth: i64) -> Option<u64> {
+        let nats = json!({"url": "nats://nats:4222"});
+        let mut spec = spec;
+        spec["nats"] = nats;
+        let queue = json!({"depth": depth, "pending": depth, "inFlight": 0, "deadLetters": 0});
+        let pool = json!({"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool",
+            "metadata": {"name": "orders", "generation": 2}, "spec": spec, "status": {"queue": queue}});
+        what_is_asked_for(&serde_json::from_value(pool).expect("a WorkerPool"))
+    }
+
+    #[test]
+    fn a_spec_that_looks_different_is_a_reason_to_look_again_and_a_status_is_none() {
+        assert_eq!(asked_for(json!({}), 1), asked_for(json!({}), 2));
+        // The same generation, before and after its type was upgraded.
+        assert_ne!(asked_for(json!({}), 1), asked_for(json!({"paused": true}), 1));
+    }
+}
