@@ -176,17 +176,17 @@ impl Pipeline {
 
     /// Has the request that waits under its id answer this publication too: nothing else is run, whatever it asks for. It
     /// comes back where no such request waits any more.
-    pub(super) async fn join(&self, mut arrival: Box<Arrival>) -> Option<Arrival> {
+    pub(super) async fn join(&self, mut arrival: Box<Arrival>) -> Option<Box<Arrival>> {
         let begun = Instant::now();
         let (key, publication) = (&arrival.assignment.key, arrival.delivery.publication());
         match self.while_held(&arrival.delivery, || self.approvals.join(key, publication)).await? {
             Opened::Before => {
                 self.deadlines().remove(&key.token());
-                Some(*arrival)
+                Some(arrival)
             }
             Opened::Ended(entry, ended) => {
                 self.conclude(&entry, &ended).await;
-                Some(*arrival)
+                Some(arrival)
             }
             // Where the bucket has no room for one more name, the result is published all the same.
             Opened::At(_) | Opened::Joined(_) | Opened::TooLarge(_) => {
