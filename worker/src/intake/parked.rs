@@ -1,6 +1,6 @@
 //! Parked work: pulled a tenant at a time, in its order, and no more of it than may run now.
 //!
-//! No pull stays open: each takes what there is and ends. Which tenants have any is asked of the broker once a second, and
+//! No pull stays open for long: each takes what there is and ends. Which tenants have any is asked of the broker once a second, and
 //! not at all while nothing is parked.
 
 use std::sync::Arc;
@@ -24,7 +24,9 @@ use crate::pulse;
 const LOOK: Duration = Duration::from_secs(1);
 /// Tenants that are looked after in one round.
 const ROUND: usize = 256;
-/// The broker answers a pull that does not wait at once.
+/// How long a pull waits where the broker may not know what it has.
+const MOMENT: Duration = Duration::from_millis(100);
+/// The broker answers a pull that does not wait for longer than that at once.
 const ANSWER: Duration = Duration::from_secs(2);
 
 /// How much of a tenant's parked work may run now.
@@ -127,12 +129,18 @@ impl Shelf<'_> {
     async fn pull(&self, tenant: &TenantId, allowance: Allowance) -> Vec<Delivery> {
         let (asked, gaps) = (Instant::now(), pulse::gaps());
         let consumer = Intake::parked_group(self.parked, tenant);
-        let mut pulled = self.pull_once(&consumer, allowance).await;
+        let patience = self.lane.had_better_wait(tenant).then_some(MOMENT);
+        let mut pulled = self.pull_once(&consumer, allowance, patience).await;
         if pulled.1 == End::NoConsumer && self.make_consumer(tenant).await {
-            pulled = self.pull_once(&consumer, allowance).await;
+            pulled = self.pull_once(&consumer, allowance, patience).await;
         }
         let (messages, end) = pulled;
-        self.lane.pulled(tenant, !matches!(end, End::Exhausted | End::Served { more_waits: false }), asked);
+        self.lane.pulled(
+            tenant,
+            messages.len(),
+            !matches!(end, End::Exhausted | End::Served { more_waits: false }),
+            asked,
+        );
         if gaps != pulse::gaps() {
             tracing::info!("dropping parked work that arrived while this process was stopped");
             return Vec::new();
@@ -143,11 +151,17 @@ impl Shelf<'_> {
         messages.into_iter().filter_map(|message| puller.delivery(message, gaps)).collect()
     }
 
-    async fn pull_once(&self, consumer: &str, allowance: Allowance) -> (Vec<async_nats::Message>, End) {
+    async fn pull_once(
+        &self,
+        consumer: &str,
+        allowance: Allowance,
+        patience: Option<Duration>,
+    ) -> (Vec<async_nats::Message>, End) {
         let client = self.parts.broker.client();
         let inbox = client.new_inbox();
         let batch = allowance.messages.min(CHUNK);
-        let request = contract::encode(&Pull { batch, no_wait: true, max_bytes: allowance.bytes });
+        let expires = patience.map(|patience| patience.as_nanos());
+        let request = contract::encode(&Pull { batch, no_wait: true, expires, max_bytes: allowance.bytes });
         let api = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", self.work.stream);
         let _open = OpenPull::of(self.flow, batch);
         let Ok(messages) = client.subscribe(inbox.clone()).await else { return (Vec::new(), End::Early) };
@@ -214,6 +228,9 @@ fn tenant(subject: &str) -> Option<TenantId> {
 struct Pull {
     batch: usize,
     no_wait: bool,
+    /// In nanoseconds: it ends as soon as something has come, or then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires: Option<u128>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_bytes: Option<usize>,
 }

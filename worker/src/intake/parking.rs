@@ -14,6 +14,8 @@ use crate::ids::TenantId;
 
 /// After parked work could not start although there seemed to be room for it, before its tenant is looked at again.
 const REST: Duration = Duration::from_secs(1);
+/// Of so many pulls in vain for a tenant that has work in the stream, one waits for a moment.
+const IN_VAIN: u32 = 4;
 
 /// What is parked, by the class of workers that it waits for.
 #[derive(Debug, Default)]
@@ -38,6 +40,8 @@ struct Known {
     /// When it was looked after last.
     seen: Option<Instant>,
     rests_until: Option<Instant>,
+    /// Pulls since the last one that brought something.
+    in_vain: u32,
 }
 
 impl Parking {
@@ -92,7 +96,7 @@ impl Lane {
         let mut told = HashMap::new();
         for tenant in tenants {
             let before = known.remove(&tenant);
-            let rest = before.unwrap_or(Known { waits: true, since: asked, seen: None, rests_until: None });
+            let rest = before.unwrap_or(Known { waits: true, since: asked, seen: None, rests_until: None, in_vain: 0 });
             told.insert(tenant, Known { waits: true, ..rest });
         }
         // What was parked since then it did not know yet.
@@ -115,9 +119,18 @@ impl Lane {
         next.into_iter().map(seen).collect()
     }
 
-    /// Some of a tenant's work was asked for at `asked`, and this is whether more of it waits.
-    pub fn pulled(&self, tenant: &TenantId, more_waits: bool, asked: Instant) {
+    /// Some of a tenant's work was asked for at `asked`: so much came, and this is whether more of it waits.
+    pub fn pulled(&self, tenant: &TenantId, came: usize, more_waits: bool, asked: Instant) {
         self.note(tenant, more_waits, asked);
+        if let Some(known) = self.lock().get_mut(tenant) {
+            known.in_vain = if came == 0 { known.in_vain.wrapping_add(1) } else { 0 };
+        }
+    }
+
+    /// Whether a tenant's next pull had better wait for a moment. A broker that counts what waits wrongly answers those that
+    /// do not as if there were nothing: nats-server does where a message is deleted while its consumer is made.
+    pub fn had_better_wait(&self, tenant: &TenantId) -> bool {
+        self.lock().get(tenant).is_some_and(|known| known.in_vain % IN_VAIN == IN_VAIN - 1)
     }
 
     /// A tenant's work could not start after all.
@@ -131,7 +144,7 @@ impl Lane {
 
     fn note(&self, tenant: &TenantId, waits: bool, since: Instant) {
         let mut tenants = self.lock();
-        let new = Known { waits, since, seen: None, rests_until: None };
+        let new = Known { waits, since, seen: None, rests_until: None, in_vain: 0 };
         let known = tenants.entry(tenant.clone()).or_insert(new);
         if known.since <= since {
             (known.waits, known.since) = (waits, since);
@@ -158,9 +171,9 @@ mod tests {
         lane.parked(&a);
         assert!(lane.has_work_of(&a) && !lane.has_work_of(&tenant("b")));
         let asked = Instant::now();
-        lane.pulled(&a, true, asked);
+        lane.pulled(&a, 1, true, asked);
         assert!(lane.has_work_of(&a));
-        lane.pulled(&a, false, asked);
+        lane.pulled(&a, 1, false, asked);
         assert!(!lane.has_work_of(&a) && !lane.is_empty(), "it may run elsewhere");
         lane.told([], Instant::now());
         assert!(lane.is_empty());
@@ -171,9 +184,22 @@ mod tests {
         let (lane, a) = (Lane::default(), tenant("a"));
         let asked = Instant::now();
         lane.parked(&a);
-        lane.pulled(&a, false, asked - REST);
+        lane.pulled(&a, 0, false, asked - REST);
         lane.told([], asked);
         assert!(lane.has_work_of(&a));
+    }
+
+    #[test]
+    fn of_four_pulls_in_vain_one_waits_for_a_moment() {
+        let (lane, a) = (Lane::default(), tenant("a"));
+        let waits = |came: usize| {
+            lane.told([a.clone()], Instant::now());
+            let waits = lane.had_better_wait(&a);
+            lane.pulled(&a, came, false, Instant::now());
+            waits
+        };
+        assert_eq!([0; 8].map(waits), [false, false, false, true, false, false, false, true]);
+        assert_eq!([1, 0, 0, 0, 0].map(waits), [false, false, false, false, true]);
     }
 
     #[test]
