@@ -13,6 +13,8 @@ limit=90
 
 main() {
   require_root
+  # What the machine is looked at with, before anything comes up.
+  require ip=iproute2 nft=nftables
   local owner before left
   owner=$(bridge_owner)
   [[ -z $owner || $owner == "$state" ]] || die "a cluster is up: take it down first (its state is $owner)"
