@@ -24,9 +24,17 @@ require() {
   type -P apt-get >/dev/null || die "missing: ${missing[*]} (install them with your package manager)"
   ((EUID == 0)) || die "missing: ${missing[*]} (sudo apt-get install -y ${missing[*]})"
   say "installing Debian packages: ${missing[*]}"
+  install_packages "${missing[@]}" || die "apt-get could not install ${missing[*]}"
+}
+
+# Waits for whoever else installs something: it may be another script, or what one left behind that was interrupted.
+install_packages() {
+  local errors
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null ||
-    die "apt-get could not install ${missing[*]}"
+  until errors=$({ apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"; } 2>&1 >/dev/null); do
+    [[ $errors == *"get lock"* ]] || { say "$errors"; return 1; }
+    sleep 1
+  done
 }
 
 # The servers that sql.query is tested with. Debian keeps PostgreSQL's programs out of PATH; MariaDB needs no service.
