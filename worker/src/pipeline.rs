@@ -299,6 +299,7 @@ impl Pipeline {
             judged.push((delivery, judgement));
         }
         let (session, refusal) = (self.broker.session(), self.broker.last_refusal(&[&self.settings.verdict_subject]));
+        let said = |at| Said { at, session: session.clone(), refusal };
         let mut arrivals = Vec::with_capacity(judged.len());
         let judged = self.repeat_refusals(judged).await;
         let judged = self.resolve_doubts(judged).await;
@@ -327,15 +328,15 @@ impl Pipeline {
                     let at = payment.moment().unwrap_or_else(|| Timestamp::now().as_millisecond());
                     let mut arrival = self.arrival(delivery, assignment);
                     (arrival.charge, arrival.is_deferred) = (payment.charge(), is_deferred);
-                    self.say_accepted(&mut arrival, Said { at, session: session.clone(), refusal }).await;
+                    self.say_accepted(&mut arrival, said(at)).await;
                     arrivals.push(arrival);
                 }
                 Ok(Judged::Ends(assignment, fault)) => {
-                    let (at, mut arrival) = (Timestamp::now().as_millisecond(), self.arrival(delivery, assignment));
-                    self.say_accepted(&mut arrival, Said { at, session: session.clone(), refusal }).await;
+                    let mut arrival = self.arrival(delivery, assignment);
+                    self.say_accepted(&mut arrival, said(Timestamp::now().as_millisecond())).await;
                     self.spawn(Self::end_refused, (Box::new(arrival), fault));
                 }
-                Ok(Judged::Doubted(_, rejection)) | Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
+                Err(rejection) => self.spawn(Self::reject, (delivery, rejection)),
             }
         }
         self.look_up(arrivals).await
@@ -344,7 +345,7 @@ impl Pipeline {
     /// What was parked has been told so when it was.
     async fn say_accepted(&self, arrival: &mut Arrival, said: Said) {
         if !arrival.delivery.is_parked() {
-            let verdict = self.verdict(&arrival.assignment, said.at);
+            let verdict = report::accepted(&arrival.assignment, &self.identity.worker_id, said.at);
             let subject = self.settings.verdict_subject.clone();
             self.broker.publish_in(arrival.trace.as_ref(), subject, verdict).await;
             failpoint::reach(Point::Accepted).await;
@@ -352,8 +353,9 @@ impl Pipeline {
         }
     }
 
-    fn verdict(&self, assignment: &Assignment, at: i64) -> Bytes {
-        report::accepted(assignment, &self.identity.worker_id, at)
+    /// The verdict that comes before whatever else is said of it.
+    fn before<'a>(&'a self, said: Option<&'a Said>, assignment: &'a Assignment) -> Option<Before<'a>> {
+        said.map(|said| Before { said, assignment, worker_id: &self.identity.worker_id })
     }
 
     fn arrival(&self, delivery: Delivery, assignment: Assignment) -> Arrival {
@@ -535,8 +537,7 @@ impl Pipeline {
             self.in_flight.ended(&assignment.key, delivery.publication(), &result);
         }
         failpoint::reach(Point::BeforeResult).await;
-        let verdict = |at| self.verdict(&assignment, at);
-        let before = said.as_ref().map(|said| Before { said, verdict: &verdict });
+        let before = self.before(said.as_ref(), &assignment);
         let publishing = self.outbox.publish(result.clone(), before, id, trace).instrument(publish);
         self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
         failpoint::reach(Point::AfterResult).await;

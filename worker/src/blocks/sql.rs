@@ -18,7 +18,6 @@ mod server; // reaching one, and what it says
 mod sqlite; // files
 mod statement; // what a server's statement does
 
-use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -120,9 +119,9 @@ impl Sql {
     /// 2003 for a statement or place that is not allowed, 2001 for what is no statement or has names for parameters where
     /// the database knows none, 2002 for an administrator's connection that cannot be read now.
     pub fn check(&self, query: &Query, scope: &Scope) -> Result<(), Fault> {
-        let checked = self.database(query, scope).and_then(|database| match &*database {
-            Database::Sqlite(file) => self.sqlite.check(file, query),
-            Database::Server(server) => self.reading(query, server).map(drop),
+        let checked = self.database(query, scope).and_then(|database| match database {
+            Database::Sqlite(file) => self.sqlite.check(&file, query),
+            Database::Server(server) => self.reading(query, &server).map(drop),
         });
         checked.map_err(|fault| located(fault, query))
     }
@@ -134,10 +133,8 @@ impl Sql {
     /// database (retryable) and for too many rows or bytes, 3001 and 3002 for a server that cannot be reached.
     pub async fn run(&self, query: &Query, scope: &Scope) -> Result<Output, Fault> {
         let outcome = match self.database(query, scope) {
-            Ok(Cow::Borrowed(Database::Sqlite(file))) => self.sqlite.run(file, query, scope).await,
-            Ok(Cow::Owned(Database::Sqlite(file))) => self.sqlite.run(&file, query, scope).await,
-            Ok(Cow::Borrowed(Database::Server(server))) => self.on_server(server.clone(), query, scope).await,
-            Ok(Cow::Owned(Database::Server(server))) => self.on_server(server, query, scope).await,
+            Ok(Database::Sqlite(file)) => self.sqlite.run(&file, query, scope).await,
+            Ok(Database::Server(server)) => self.on_server(server, query, scope).await,
             Err(fault) => Err(fault),
         };
         outcome.map_err(|fault| located(fault, query))
@@ -148,10 +145,10 @@ impl Sql {
         self.pool.unused().await;
     }
 
-    fn database<'q>(&self, query: &'q Query, scope: &Scope) -> Result<Cow<'q, Database>, Fault> {
+    fn database(&self, query: &Query, scope: &Scope) -> Result<Database, Fault> {
         match query.source() {
-            Source::Inline(database) => Ok(Cow::Borrowed(database)),
-            Source::Named(name) => self.named(name, scope).map(Cow::Owned),
+            Source::Inline(database) => Ok(database.clone()),
+            Source::Named(name) => self.named(name, scope),
         }
     }
 

@@ -34,7 +34,6 @@ use crate::intake::{Delivery, Settlement};
 use crate::metrics::IgnoredAnswer;
 use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
-use crate::report::outbox::Before;
 use crate::report::{self, StepResult};
 use crate::telemetry;
 use crate::vital::Vital;
@@ -201,8 +200,7 @@ impl Pipeline {
     async fn leave_to_its_request(&self, arrival: Box<Arrival>, announcement: Option<Bytes>, begun: Instant) {
         let Arrival { mut delivery, assignment, said, trace, .. } = *arrival;
         delivery.started();
-        let verdict = |at| self.verdict(&assignment, at);
-        let before = said.as_ref().map(|said| Before { said, verdict: &verdict });
+        let before = self.before(said.as_ref(), &assignment);
         self.outbox.park(announcement, before, trace).await;
         failpoint::reach(Point::RequestAnnounced).await;
         self.load.flow(delivery.source()).finished(begun.elapsed());

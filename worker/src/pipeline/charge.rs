@@ -266,6 +266,6 @@ fn tenant(judgement: &Judgement) -> Option<&TenantId> {
 fn runs((delivery, judgement): &Judgement) -> Option<(&Delivery, &Assignment)> {
     match judgement {
         Ok(Judged::Runs(assignment)) => Some((delivery, assignment)),
-        Ok(Judged::PassesOn(_) | Judged::Ends(..) | Judged::Doubted(..)) | Err(_) => None,
+        Ok(Judged::PassesOn(_) | Judged::Ends(..)) | Err(_) => None,
     }
 }

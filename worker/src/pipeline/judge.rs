@@ -16,8 +16,6 @@ pub(super) enum Judged {
     PassesOn(Assignment),
     /// It was accepted before, and cannot run here.
     Ends(Assignment, Fault),
-    /// It cannot run here, and may have been accepted before.
-    Doubted(Assignment, Rejection),
 }
 
 impl Pipeline {
@@ -43,7 +41,7 @@ impl Pipeline {
         if delivery.is_parked() {
             Ok(Judged::Ends(assignment, rejection.into_fault()))
         } else if delivery.delivered() > 1 {
-            Ok(Judged::Doubted(assignment, rejection))
+            Err(rejection.doubted(assignment))
         } else {
             Err(rejection)
         }

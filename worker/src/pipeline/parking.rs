@@ -27,7 +27,6 @@ use crate::ids::{AssignmentKey, TenantId};
 use crate::intake::{Allowance, Delivery, Settlement, is_replay};
 use crate::pool::Pool;
 use crate::publication::{Elsewhere, FirstIdentity};
-use crate::report::outbox::Before;
 use crate::report::{self, StepResult};
 use crate::trace_context::TraceContext;
 
@@ -109,8 +108,7 @@ impl Pipeline {
             return self.end_unrun(arrival, Cause::Overloaded, "its tenant is at its ceiling: send it again").await;
         }
         // Whoever takes it up says no verdict.
-        let verdict = |at| self.verdict(&arrival.assignment, at);
-        let before = arrival.said.as_ref().map(|said| Before { said, verdict: &verdict });
+        let before = self.before(arrival.said.as_ref(), &arrival.assignment);
         self.outbox.park(None, before, arrival.trace.clone()).await;
         let Some(place) = self.store_parked(&arrival, parked).await else {
             let reason = "the assignment and the headers of one that is parked are larger than the broker takes";

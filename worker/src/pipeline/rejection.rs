@@ -24,6 +24,8 @@ pub(super) struct Rejection {
     addressee: Addressee,
     fault: Fault,
     ends: RejectionEnd,
+    /// What it is about, where another worker may have accepted that before.
+    doubted: Option<Box<Assignment>>,
 }
 
 enum RejectionEnd {
@@ -37,7 +39,7 @@ impl Rejection {
     pub(super) fn undecodable(undecodable: Undecodable) -> Self {
         let Undecodable { addressee, invalid } = undecodable;
         let fault = Fault::new(invalid.cause, invalid.to_string());
-        Self { addressee, fault, ends: RejectionEnd::DeadLetter(Stage::Decode) }
+        Self { addressee, fault, ends: RejectionEnd::DeadLetter(Stage::Decode), doubted: None }
     }
 
     pub(super) fn refused(assignment: &Assignment, refusal: Refusal) -> Self {
@@ -46,7 +48,13 @@ impl Rejection {
         } else {
             RejectionEnd::DeadLetter(Stage::Admit)
         };
-        Self { addressee: assignment.addressee(), fault: Fault::new(refusal.cause, refusal.message), ends }
+        let fault = Fault::new(refusal.cause, refusal.message);
+        Self { addressee: assignment.addressee(), fault, ends, doubted: None }
+    }
+
+    /// The same, unless what is known of the assignment tells that it was accepted.
+    pub(super) fn doubted(self, assignment: Assignment) -> Self {
+        Self { doubted: Some(Box::new(assignment)), ..self }
     }
 
     /// Why, for a result.
@@ -62,14 +70,10 @@ pub(super) type Judgement = (Delivery, Result<Judged, Rejection>);
 fn refusable((delivery, judgement): &Judgement) -> Option<AssignmentKey> {
     let is_redelivery = delivery.delivered() > 1;
     match judgement {
-        Ok(
-            Judged::Runs(assignment)
-            | Judged::PassesOn(assignment)
-            | Judged::Ends(assignment, _)
-            | Judged::Doubted(assignment, _),
-        ) => is_redelivery.then(|| assignment.key.clone()),
-        Err(Rejection { ends: RejectionEnd::Refused(key), .. }) => is_redelivery.then(|| key.clone()),
-        Err(Rejection { ends: RejectionEnd::DeadLetter(_), .. }) => None,
+        Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment) | Judged::Ends(assignment, _)) => {
+            is_redelivery.then(|| assignment.key.clone())
+        }
+        Err(Rejection { doubted, .. }) => doubted.as_ref().map(|assignment| assignment.key.clone()),
     }
 }
 
@@ -96,9 +100,9 @@ impl Pipeline {
     /// What a worker with other settings has accepted ends as a result: that is so where something is recorded or noted of
     /// it. The rest is rejected, as it may have been before.
     pub(super) async fn resolve_doubts(&self, judged: Vec<Judgement>) -> Vec<Judgement> {
-        let doubted = judged.iter().filter_map(|(delivery, judgement)| match judgement {
-            Ok(Judged::Doubted(assignment, _)) => Some((assignment.key.clone(), DeliveryId::of(delivery))),
-            _ => None,
+        let doubted = judged.iter().filter_map(|(delivery, judgement)| {
+            let assignment = judgement.as_ref().err()?.doubted.as_ref()?;
+            Some((assignment.key.clone(), DeliveryId::of(delivery)))
         });
         let (keys, deliveries): (Vec<_>, Vec<_>) = doubted.unzip();
         if keys.is_empty() {
@@ -107,13 +111,14 @@ impl Pipeline {
         let records = self.read_records(&keys).await;
         let mut noted = self.deaths.are_noted(&deliveries).await.into_iter();
         let resolved = judged.into_iter().map(|(delivery, judgement)| {
-            let Ok(Judged::Doubted(assignment, rejection)) = judgement else { return (delivery, judgement) };
-            let record = records.get(&report::ledger::subject(&assignment.key));
-            let is_answered = record.is_some_and(|record| !may_replace(record, &delivery));
-            let was_accepted = noted.next().unwrap_or(false) || is_answered;
-            let judgement =
-                if was_accepted { Ok(Judged::Ends(assignment, rejection.into_fault())) } else { Err(rejection) };
-            (delivery, judgement)
+            let resolved = judgement.or_else(|mut rejection| {
+                let Some(assignment) = rejection.doubted.take() else { return Err(rejection) };
+                let record = records.get(&report::ledger::subject(&assignment.key));
+                let is_answered = record.is_some_and(|record| !may_replace(record, &delivery));
+                let was_accepted = noted.next().unwrap_or(false) || is_answered;
+                if was_accepted { Ok(Judged::Ends(*assignment, rejection.into_fault())) } else { Err(rejection) }
+            });
+            (delivery, resolved)
         });
         resolved.collect()
     }
@@ -127,7 +132,7 @@ impl Pipeline {
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
     /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
-        let Rejection { addressee, fault, ends } = rejection;
+        let Rejection { addressee, fault, ends, doubted: _ } = rejection;
         let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.identity.worker_id);
         match &ends {
             RejectionEnd::DeadLetter(stage) => {

@@ -14,8 +14,10 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::assignment::Assignment;
 use crate::broker::{Broker, Session};
 use crate::contract;
+use crate::report;
 use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 
@@ -41,13 +43,21 @@ pub struct Said {
     pub refusal: u64,
 }
 
-/// What the Router hears before a message.
+/// The verdict that the Router hears before a message. Its bytes are needed again so rarely that nobody keeps them.
 #[derive(Clone, Copy)]
 pub struct Before<'a> {
-    /// Its verdict was said.
+    /// When it was said, and how.
     pub said: &'a Said,
-    /// Its bytes, made again from when it was said: they are needed so rarely that nobody keeps them.
-    pub verdict: &'a (dyn Fn(i64) -> Bytes + Sync),
+    /// What it is about.
+    pub assignment: &'a Assignment,
+    /// Who has said it.
+    pub worker_id: &'a str,
+}
+
+impl Before<'_> {
+    fn again(&self) -> Bytes {
+        report::accepted(self.assignment, self.worker_id, self.said.at)
+    }
 }
 
 #[derive(Debug)]
@@ -127,7 +137,7 @@ impl Outbox {
             }
             match (answered.await, before) {
                 (Ok(Answer::VerdictIsLost(unsaid)), Some(before)) => {
-                    (words, verdict) = (unsaid, Verdict::Again((before.verdict)(before.said.at)));
+                    (words, verdict) = (unsaid, Verdict::Again(before.again()));
                 }
                 _ => return,
             }
