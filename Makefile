@@ -49,8 +49,8 @@ test-operator: ## The operator killed around its writes, with an API server in t
 test-keda: ## The operator with the real KEDA: from zero to many and back. KEDA is built first, some minutes
 	@tests/run.sh keda
 
-fuzz: ## Random input for all that judges what comes from outside: TIME seconds (60) for each target
-	@TIME=$${TIME:-60} tests/run.sh fuzz
+fuzz: ## Random input for all that judges what comes from outside: TIME seconds (60) for each target, SEED
+	@TIME=$${TIME:-60} SEED=$${SEED:-0} tests/run.sh fuzz
 
 campaign-kill: ## The same at length, with pauses and partitions: N assignments (2000000), SEED
 	@tests/run.sh campaign-kill

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Random input, made from the corpus, for all that judges what comes from outside.
-# usage: run.sh SECONDS [TARGET…]   (all targets by default)
+# usage: [SEED=N] run.sh SECONDS [TARGET…]   (all targets by default; SEED 0, the default, is one by chance)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
@@ -31,8 +31,8 @@ run() {
   local target=$1 log=$results/$1.log input
   mkdir -p "$results/found/$target"
   say "fuzz $target: $2 s"
-  "$programs/$target" -max_total_time="$2" -timeout=10 -artifact_prefix="$results/$target-" -print_final_stats=1 \
-    "$results/found/$target" "$results/seeds/$target" >"$log" 2>&1 || {
+  "$programs/$target" -seed="${SEED:-0}" -max_total_time="$2" -timeout=10 -artifact_prefix="$results/$target-" \
+    -print_final_stats=1 "$results/found/$target" "$results/seeds/$target" >"$log" 2>&1 || {
     grep -aE -A 2 'panicked at|^SUMMARY' "$log" | cut -c -300 >&2 || tail -n 20 "$log" >&2
     input=$(grep -ao "$results/$target-[a-z]*-[0-9a-f]*" "$log" | tail -n 1)
     die "fuzz $target has found something (all of it: $log); again: $programs/$target $input"

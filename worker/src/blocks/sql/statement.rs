@@ -24,6 +24,8 @@ const SMALL_STRUCTURE: usize = 100;
 /// Sixty-four kilobytes for each level: an unoptimised build uses more than twenty.
 const DEEP_STACK_BYTES: usize = MAX_STRUCTURE * 64 * 1024;
 
+const NO_LOCKS: &str = "locks (FOR UPDATE, FOR SHARE) are not allowed";
+
 /// A statement that only reads.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Reading<'a> {
@@ -118,6 +120,9 @@ fn check_words(tokens: &[TokenWithSpan], engine: Engine) -> Result<usize, Fault>
         if is_call && forbidden::is_forbidden(&word.value, engine) {
             return Err(not_allowed(format!("the function {} is not allowed", shown(word))));
         }
+        if next.is_some_and(|next| is_lock(word, next)) {
+            return Err(not_allowed(NO_LOCKS.to_owned()));
+        }
         let is_schema = next.is_some_and(|next| matches!(next, Token::Period));
         if forbidden::is_hidden(&word.value, engine) || (is_schema && forbidden::is_hidden_schema(&word.value, engine))
         {
@@ -131,6 +136,14 @@ fn check_words(tokens: &[TokenWithSpan], engine: Engine) -> Result<usize, Fault>
         }
     }
     Ok(structure)
+}
+
+/// Whether two words begin what locks rows, as no other clause does. The parser may take `FOR` for a name: MySQL's
+/// `BINARY FOR UPDATE` is to it a column with an alias.
+fn is_lock(word: &Word, next: &Token) -> bool {
+    let Token::Word(next) = next else { return false };
+    let (word, next) = (word.keyword, next.keyword);
+    word == Keyword::FOR && matches!(next, Keyword::UPDATE | Keyword::SHARE | Keyword::NO | Keyword::KEY)
 }
 
 fn is_blank(token: &Token) -> bool {
@@ -195,7 +208,7 @@ impl Visitor for OnlyReading {
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<String> {
         if !query.locks.is_empty() {
-            return refuse("locks (FOR UPDATE, FOR SHARE) are not allowed");
+            return refuse(NO_LOCKS);
         }
         check_body(&query.body)
     }
