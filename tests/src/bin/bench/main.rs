@@ -7,6 +7,7 @@
 mod noop; // the worker beside the bare loop
 mod bare; // what the broker allows, with nothing around it
 mod gate; // the rate and the latencies that a worker must reach
+mod cancel; // how soon running work ends
 mod memory; // what a worker holds
 mod tenants; // what tenants do to each other, and what their bounds cost
 mod operator; // many pools
@@ -45,6 +46,8 @@ enum Group {
     Noop,
     /// Rate and latencies of all blocks.
     Gate,
+    /// How soon running work ends that is cancelled.
+    Cancel,
     /// What a worker holds.
     Memory,
 }
@@ -106,6 +109,9 @@ async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
     }
     if wants(Group::Gate) {
         gate::run(arguments.seconds, &mut table).await?;
+    }
+    if wants(Group::Cancel) {
+        cancel::run(&mut table).await?;
     }
     if wants(Group::Noop) {
         noop::run(arguments.tasks, arguments.rounds, &mut table).await?;
