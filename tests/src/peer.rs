@@ -2,7 +2,7 @@
 //!
 //! `/ok`, `/echo`, `/status/<code>`, `/flaky/<n>` and `/retry-after/<seconds>/<n>` (the first `n` requests with the same
 //! `Idempotency-Key` get 503), `/slow/<ms>`, `/gate/<name>/<n>` (answers, with `n` bytes if it says so, when the test
-//! opens it), `/reset`, `/redirect/<n>`,
+//! opens it), `/cookie` (sets one), `/reset`, `/redirect/<n>`,
 //! `/gzip`, `/bytes/<n>`, `/garbled/<code>/<n>` (`n` control characters). A query only tells cases apart. `/hits` tells how often each `Idempotency-Key` came, and
 //! `/kept/<word>` what came to paths that begin with that word, in base64. It takes a collector's traces, too.
 
@@ -202,6 +202,7 @@ fn answer(state: &Arc<State>, hit: &Hit) -> impl Future<Output = Option<Answer>>
                 let _ = changed.wait_for(|_| state.open.lock().unwrap().contains(&gate)).await;
                 if second > 0 { Answer::bytes(second) } else { Answer::ok() }
             }
+            "cookie" => Answer::ok().with("set-cookie", "session=of-a-tenant"),
             "reset" => return None,
             "redirect" if first > 0 => Answer::status(302).with("location", format!("/redirect/{}", first - 1)),
             "redirect" => Answer::ok(),

@@ -400,6 +400,17 @@ async fn w28_a_certificate_that_nobody_vouches_for_or_that_has_ended_is_final() 
 }
 
 #[tokio::test]
+async fn s22_a_cookie_that_a_peer_sets_comes_back_from_nobody() {
+    let rig = Rig::start(&[]).await;
+    for (tenant, id) in [("a", "1"), ("a", "2"), ("b", "1")] {
+        let result = run(&rig, tenant, id, rig.call("/cookie")).await;
+        assert_eq!(result["result"]["headers"]["Set-Cookie"], "session=of-a-tenant", "{result}");
+    }
+    let cookies: Vec<_> = rig.peer.hits("/cookie").iter().map(|hit| hit.headers.get("cookie").cloned()).collect();
+    assert_eq!(cookies, [None, None, None]);
+}
+
+#[tokio::test]
 async fn s22_tenants_share_no_connection_and_no_tls_session() {
     for protocols in [&["http/1.1"][..], &["h2"]] {
         let origin = Origin::start(protocols, 2100).await;
