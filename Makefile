@@ -64,6 +64,9 @@ campaign-rollout: ## Workers replaced under load: N generations (20), SEED
 campaign-scale-in: ## Workers taken away under load by the operator, N (200) of them: nothing is cut or done twice
 	@tests/run.sh campaign-scale-in
 
+campaign-flips: ## /scale written N times (300), once a second: the operator follows or ignores it and writes nothing else
+	@tests/run.sh campaign-flips
+
 campaign-budgets: ## Budgets of tenants in virtual time, under every fault: SEEDS (100000) from SEED
 	@tests/run.sh campaign-budgets
 
@@ -85,4 +88,4 @@ bench-scale: ## On a real Kubernetes: from work that comes to workers that do it
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator bench bench-tenants bench-operator bench-scale bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-flips campaign-budgets campaign-operator bench bench-tenants bench-operator bench-scale bench-scale-sim

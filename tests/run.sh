@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-tenants bench-operator bench-scale
-#   bench-scale-sim campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-budgets campaign-operator
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-tenants
+#   bench-operator bench-scale bench-scale-sim campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-flips
+#   campaign-budgets campaign-operator
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -111,6 +112,12 @@ campaign-operator() {
   BEAMLINE_CAMPAIGN=yes operator_plane --nocapture --test-threads 1
 }
 
+# In mode HPA, where it is followed, and in mode Operator, where it has no effect.
+campaign-flips() {
+  cargo build --workspace --bins
+  FLIPS=${N:-300} operator_plane --nocapture that_flips
+}
+
 operator_plane() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
@@ -175,10 +182,11 @@ for step; do
   case $step in
     check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench) ;;
     bench-tenants | bench-operator | bench-scale | bench-scale-sim) ;;
-    campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-budgets | campaign-operator) ;;
-    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda, bench," \
-      "bench-tenants, bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout," \
-      "campaign-scale-in, campaign-budgets, campaign-operator" ;;
+    campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-flips) ;;
+    campaign-budgets | campaign-operator) ;;
+    *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda," \
+      "bench, bench-tenants, bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout," \
+      "campaign-scale-in, campaign-flips, campaign-budgets, campaign-operator" ;;
   esac
   say "== $step"
   started=$SECONDS

@@ -31,6 +31,7 @@ pub mod pool; // WorkerPools in it
 pub mod keda; // who scales them
 pub mod apifault; // an API server that is in trouble
 pub mod operator; // the other program under test
+pub mod clock; // what time it takes it for
 pub mod tool; // pinned programs
 pub mod process; // children that end with their owner
 pub mod wait; // until something is so

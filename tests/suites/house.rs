@@ -5,16 +5,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use beamline_crds::WorkerPool;
 use beamline_operator::config::Config as OperatorConfig;
+use beamline_operator::desired::metrics::{DEPTH, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL};
+use beamline_operator::pool::validate;
+use beamline_operator::scale::{Flow, Learned, Need, Rules, Scaler, Seen, Work, Workers};
 use beamline_tests::failpoint::POINTS;
 use beamline_worker::config::Invocation;
 use beamline_worker::failpoint::Point;
 use beamline_worker::metrics::Metrics;
 use clap::CommandFactory;
 use kube::CustomResourceExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const OURS: [&str; 4] = ["beamline-crds", "beamline-operator", "beamline-tests", "beamline-worker"];
 
@@ -436,6 +440,60 @@ fn operations_lists_every_series_of_the_operator() {
     for name in names {
         let is_listed = rows.iter().any(|row| row.starts_with(&format!("`{name}`")));
         assert!(is_listed, "docs/operations.md has no row for {name}");
+    }
+}
+
+/// What a Prometheus adapter and a HorizontalPodAutoscaler are told to ask for.
+#[test]
+fn operations_gives_a_prometheus_adapter_the_names_that_the_operator_serves() {
+    let page = read("docs/operations.md");
+    let rule = page.lines().find(|line| line.starts_with("- seriesQuery:")).expect("the adapter's rule");
+    let (prefix, rest) = rule.split_once("__name__=~\"").and_then(|(_, rest)| rest.split_once('(')).expect("names");
+    let (endings, _) = rest.split_once(')').expect("names");
+    let asked: BTreeSet<_> = endings.split('|').map(|ending| format!("{prefix}{ending}")).collect();
+    assert_eq!(asked, [DEPTH, PENDING, IN_FLIGHT, OLDEST_AGE].map(str::to_owned).into());
+    assert!(rule.contains(&format!("{POOL_LABEL}!=")), "{rule}");
+    let source = read("operator/src/metrics/pools.rs");
+    for name in asked {
+        assert!(source.contains(&format!("(\"{name}\"")) || source.contains(&format!("\"{name}\",")), "{name}");
+    }
+}
+
+/// The example is worked by hand on the page, and by the scaler here.
+#[test]
+fn the_worked_example_of_scaling_is_what_the_scaler_decides() {
+    let page = read("docs/operations.md").replace('\n', " ");
+    let (_, example) = page.split_once("A worked example. ").expect("the example");
+    let (example, _) = example.split_once(" - **Up in one step,**").expect("its end");
+    let (given, table) = example.split_once(" | ").expect("a table");
+    let digits = given.split(|letter: char| !letter.is_ascii_digit());
+    let given: Vec<f64> = digits.filter_map(|number| number.parse().ok()).collect();
+    let [pending, in_flight, arrivals, rate, start, backlog, rest] = given[..] else { panic!("{given:?}") };
+    let pool = json!({"apiVersion": "beamline.dev/v1alpha1", "kind": "WorkerPool",
+        "metadata": {"name": "flows", "namespace": "default", "uid": "1"}, "spec": {"nats": {"url": "nats://nats:4222"}}});
+    let pool: WorkerPool = serde_json::from_value(pool).expect("a pool");
+    let pool = validate(&pool, "beamline:1").expect("a valid pool");
+    let rules = Rules::of(&pool, &pool.general);
+    assert_eq!(rules.backlog.as_secs_f64(), backlog, "it is the default");
+    let flow = |seconds: f64| Flow { messages: (arrivals * seconds) as i64, seconds };
+    let (recent, lately) = (flow(5.0), flow(30.0));
+    let (pending, in_flight) = (pending as i64, in_flight as i64);
+    let work = Work { pending, in_flight, due: Some(0), recent, lately, ended: 0 };
+    let seen = Seen { work: Some(work), workers: Workers { asked: Some(2), ready: 2, ..Workers::default() } };
+    let learned = Learned { rate: Some(rate), start: Some(start) };
+    let decision = Scaler::after(Some(2), learned).decide(&rules, &seen, Duration::ZERO);
+
+    let depth = pending + in_flight;
+    let Need::Rate { backlog: for_backlog, steady, .. } = decision.why.need else { panic!("{:?}", decision.why) };
+    assert_eq!((depth as f64 / (rate * rest)).ceil(), f64::from(for_backlog), "of {backlog} s {rest} s remain");
+    let desired = decision.desired;
+    for said in [
+        format!("| backlog | {depth} ÷ ({rate:.1}/s × {rest} s) | {for_backlog} |"),
+        format!("| arrivals | {arrivals:.1}/s ÷ {rate:.1}/s | {steady} |"),
+        format!("| **{desired}** |"),
+        format!("`status.scaling.reason` then says `{}`", decision.why),
+    ] {
+        assert!(table.contains(&said), "not on the page: {said}");
     }
 }
 

@@ -18,6 +18,8 @@ mod autoscaler; // mode HPA, and what it asks the operator
 mod cast; // workers that are played
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
+#[path = "operator_plane/decides.rs"]
+mod decides; // mode Operator, as the API server sees it
 #[path = "operator_plane/keda.rs"]
 mod keda; // mode KEDA, without KEDA and with it
 #[path = "operator_plane/lacks.rs"]

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,9 +24,10 @@ use beamline_operator::pool::{ValidPool, validate};
 use beamline_operator::scale::as_written;
 use beamline_operator::signals::{Readable, Reading, Route, Signals};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::process::free_port;
 use beamline_tests::trust::{Accounts, Certificate};
 use beamline_tests::wait::{SOON, within};
-use beamline_tests::worker::Worker;
+use beamline_tests::worker::{Worker, get};
 use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
 use k8s_openapi::api::core::v1::Pod;
@@ -465,6 +467,23 @@ async fn a_core_queue_group_needs_no_jetstream() {
         (reading.readable, reading.streams, reading.queue),
         (Some(Ok(Readable::NoQueue)), Some(Ok(vec![])), None)
     );
+}
+
+#[tokio::test]
+async fn all_pools_at_a_broker_are_asked_about_on_one_connection() {
+    let monitoring = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+    let nats = NatsServer::with(&format!("http: \"{monitoring}\"\n"));
+    let mut operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    for name in ["second", "third"] {
+        operator.also(name, json!({"nats": {"url": nats.url(), "subject": format!("work.{name}")}}));
+    }
+    for name in ["default", "second", "third"] {
+        let is_read = async || (operator.reading_of(name).readable == Some(Ok(Readable::Own))).then_some(());
+        within(SOON * 2, name, is_read).await;
+    }
+    let (_, connections) = get(monitoring, "/connz").await.expect("the broker answers");
+    let connections: Value = serde_json::from_str(&connections).expect("JSON");
+    assert_eq!(connections["total"], 1, "{connections:#}");
 }
 
 #[tokio::test]

@@ -469,6 +469,15 @@ fn a_budget_that_was_used_up_is_told_for_an_hour_and_costs_no_writes() {
 }
 
 #[test]
+fn the_last_scaling_is_that_of_the_last_change_of_the_number() {
+    let one = first(&workers(1, 1), &healthy());
+    let three = then(&one, &workers(3, 1), &healthy(), 5);
+    let later = then(&three, &workers(3, 3), &healthy(), 60);
+    let since = |status: &WorkerPoolStatus| status.scaling.as_ref().and_then(|scaling| scaling.last_scale_time.clone());
+    assert_eq!([one, three, later].map(|status| since(&status)), [None, Some(Time(at(5))), Some(Time(at(5)))]);
+}
+
+#[test]
 fn moving_numbers_wait_and_news_does_not() {
     let with_depth =
         |depth| WorkerPoolStatus { queue: Some(Queue { depth, ..Queue::default() }), ..WorkerPoolStatus::default() };

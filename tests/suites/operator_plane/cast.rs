@@ -34,8 +34,12 @@ pub(super) enum Part {
 /// All workers of a pool; nobody plays any more when this is dropped.
 pub(super) struct Cast {
     part: Arc<Mutex<Part>>,
+    pulls: Pulls,
     playing: JoinHandle<()>,
 }
+
+/// Who was told to take work, or not to.
+type Pulls = Arc<Mutex<HashMap<String, bool>>>;
 
 impl Cast {
     /// Whoever is a pod of this pool has a worker from now on.
@@ -45,8 +49,10 @@ impl Cast {
         let mut orders = client.subscribe("caf.worker.control.v1.*").await.expect("a subscription");
         let part = Arc::new(Mutex::new(Part::Honest));
         let (told, api, pool) = (Arc::clone(&part), api.clone(), pool.clone());
+        let pulls = Pulls::default();
+        let heard = Arc::clone(&pulls);
         let playing = tokio::spawn(async move {
-            let (mut pulls, mut round) = (HashMap::new(), 0_u64);
+            let mut round = 0_u64;
             loop {
                 let next = tokio::time::sleep(EVERY);
                 tokio::pin!(next);
@@ -55,7 +61,8 @@ impl Cast {
                         () = &mut next => break,
                         Some(order) = orders.next() => {
                             let name = order.subject.rsplit('.').next().unwrap_or_default().to_owned();
-                            pulls.insert(name, order.payload.as_ref() == br#"{"pull":true}"#);
+                            let pull = order.payload.as_ref() == br#"{"pull":true}"#;
+                            heard.lock().expect("no panic").insert(name, pull);
                         }
                     }
                 }
@@ -65,7 +72,7 @@ impl Cast {
                     continue;
                 }
                 for (number, (name, class)) in pods(&api, &pool).await.into_iter().enumerate() {
-                    let pulling = pulls.get(&name).copied().unwrap_or(true);
+                    let pulling = heard.lock().expect("no panic").get(&name).copied().unwrap_or(true);
                     let subject = format!("caf.worker.report.v1.{name}");
                     let says = if number == 0 || matches!(part, Part::Busy(_)) { part } else { Part::Honest };
                     let report = report(&pool, &name, &class, pulling, says, round);
@@ -73,7 +80,12 @@ impl Cast {
                 }
             }
         });
-        Self { part, playing }
+        Self { part, pulls, playing }
+    }
+
+    /// Who was told to take work, or not to, and has obeyed.
+    pub(super) fn told(&self, pull: bool) -> usize {
+        self.pulls.lock().expect("no panic").values().filter(|told| **told == pull).count()
     }
 
     /// From now on.

@@ -7,6 +7,7 @@ use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::{self, AckKind, Context};
 use beamline_operator::streams::intake_stream;
 use beamline_tests::api::Api;
+use beamline_tests::clock::Clock;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::pool::Pool;
@@ -25,6 +26,9 @@ const EACH: usize = 10;
 const STALE: Duration = Duration::from_secs(5);
 /// How long what came seconds ago is taken to be on its way.
 const RECENT: Duration = Duration::from_secs(6);
+
+/// Hours ahead of the right time. Back, certificates are not valid yet.
+const JUMPS: [i64; 3] = [25, -1, 0];
 
 /// Which workers.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -72,6 +76,26 @@ async fn the_consumer_is_missing() {
     row.pool.change(&row.api, manage(true)).await;
     row.is_readable().await;
     row.all_would_go().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_jumps() {
+    let clock = Clock::new();
+    let row = Row::set_by("jumps", Class::General, Some(&clock)).await;
+    for hours in JUMPS {
+        clock.jump(hours);
+        row.nobody_goes("the clock jumps while there is work").await;
+    }
+    row.cast.say(Part::Busy(1));
+    row.empty().await;
+    row.decides(0).await;
+    for hours in JUMPS {
+        clock.jump(hours);
+        row.nobody_goes("the clock jumps while workers that are to go are busy").await;
+    }
+    clock.jump(0);
+    row.cast.say(Part::Honest);
+    row.all_go().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,10 +183,19 @@ struct Row {
 
 impl Row {
     async fn set(name: &str, class: Class) -> Self {
+        Self::set_by(name, class, None).await
+    }
+
+    /// With an operator that goes by this clock.
+    async fn set_by(name: &str, class: Class, clock: Option<&Clock>) -> Self {
         let name = if class == Class::Gpu { format!("matrix-{name}-gpu") } else { format!("matrix-{name}") };
         let (api, nats) = (plane().api().await, NatsServer::start());
         let release = plane().install(&name, &[&format!("watchNamespace={name}")]);
-        let operator = Operator::of(&release.kubeconfig, &name).flag("--leader-election=false").start().await;
+        let mut operator = Operator::of(&release.kubeconfig, &name).flag("--leader-election=false");
+        for (variable, value) in clock.iter().flat_map(|clock| clock.variables()) {
+            operator = operator.env(variable, &value);
+        }
+        let operator = operator.start().await;
         let pool = Pool::new(&name, "orders", &nats);
         let mut spec = json!({"scaling": {"mode": "Operator", "maxReplicas": WORKERS + 2,
             "target": {"queueDepthPerReplica": EACH}, "scaleDown": {"stabilizationSeconds": 0, "idleSecondsToZero": 0}}});
@@ -176,7 +209,7 @@ impl Row {
         let cast = Cast::play(&api, &pool, &nats).await;
         let row = Self { class, api, jetstream, pool, cast, _operator: operator, nats };
         row.fill().await;
-        let all = async || (row.workers().await == Some(WORKERS)).then_some(());
+        let all = async || (row.workers().await == Some(WORKERS) && row.ready().await == WORKERS).then_some(());
         within(PATIENCE, "as many work as are needed", all).await;
         row
     }
@@ -208,6 +241,13 @@ impl Row {
         let name = if self.class == Class::Gpu { format!("{name}-gpu") } else { name.clone() };
         let deployment = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
         self.api.get(&deployment).await?["spec"]["replicas"].as_i64()
+    }
+
+    /// How many take work.
+    async fn ready(&self) -> i64 {
+        let status = self.status().await;
+        let class = if self.class == Class::Gpu { &status["gpu"] } else { &status };
+        class["readyReplicas"].as_i64().unwrap_or(0)
     }
 
     async fn status(&self) -> Value {

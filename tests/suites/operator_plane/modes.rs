@@ -25,39 +25,51 @@ async fn g14_a_number_that_flips_every_second_is_followed_and_nothing_else_is_wr
     stage.asks(2).await;
     super::calm(|| stage.writes()).await;
     let (before, generation) = (stage.writes(), stage.generation().await);
-    let seconds = if is_campaign() { 300 } else { 30 };
-    let mut flips = 0;
-    for second in 0..seconds {
-        let next = Instant::now() + Duration::from_secs(1);
-        let replicas = [7, 3][second % 2];
-        stage.api.merge(&format!("{}/scale", stage.pool.path()), &json!({"spec": {"replicas": replicas}})).await;
-        flips += 1;
-        while Instant::now() < next {
-            let asked = stage.workers().await;
-            assert!([2, 3, 7].contains(&asked), "{asked} workers were asked for by nobody");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-    stage.asks([7, 3][(seconds - 1) % 2]).await;
+    let last = stage.flip(flips(), &[2, 3, 7]).await;
+    stage.asks(last).await;
     super::calm(|| stage.writes()).await;
     let (writes, changes) = (stage.writes() - before, stage.generation().await - generation);
-    assert!(writes <= flips, "{writes} writes to the Deployment for {flips} flips");
-    assert!(changes <= flips as i64, "{changes} changes of the Deployment for {flips} flips");
-    eprintln!("{flips} flips of /scale: {writes} writes to the Deployment, none without a flip");
+    assert!(writes <= flips(), "{writes} writes to the Deployment for {} flips", flips());
+    assert!(changes <= flips() as i64, "{changes} changes of the Deployment for {} flips", flips());
+    eprintln!("{} flips of /scale in mode HPA: {writes} writes to the Deployment, none without a flip", flips());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_mode_hpa_a_pause_freezes_the_pods_and_a_lower_limit_counts_at_once() {
-    let stage = Stage::set("hpa-limits", json!({"replicas": 4, "scaling": {"mode": "HPA", "maxReplicas": 9}})).await;
-    stage.asks(4).await;
-    stage.pool.change(&stage.api, json!({"paused": true})).await;
-    stage.says("paused").await;
-    stage.api.merge(&format!("{}/scale", stage.pool.path()), &json!({"spec": {"replicas": 6}})).await;
-    stage.stays(4).await;
-    stage.pool.change(&stage.api, json!({"paused": false})).await;
+async fn g14_in_mode_operator_a_number_that_flips_every_second_changes_nothing() {
+    let stage = Stage::set("flips-in-vain", json!({"scaling": {"mode": "Operator", "minReplicas": 2}})).await;
+    stage.asks(2).await;
+    super::calm(|| stage.writes()).await;
+    let (before, generation) = (stage.writes(), stage.generation().await);
+    stage.flip(flips(), &[2]).await;
+    super::calm(|| stage.writes()).await;
+    let (writes, changes) = (stage.writes() - before, stage.generation().await - generation);
+    assert_eq!((writes, changes), (0, 0), "writes to the Deployment, and changes of it");
+    eprintln!("{} flips of /scale in mode Operator: {writes} writes to the Deployment", flips());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_mode_hpa_a_lower_limit_counts_at_once() {
+    let stage = Stage::set("hpa-limits", json!({"replicas": 6, "scaling": {"mode": "HPA", "maxReplicas": 9}})).await;
     stage.asks(6).await;
     stage.pool.change(&stage.api, json!({"scaling": {"maxReplicas": 2}})).await;
     stage.asks(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_freezes_the_pods_whoever_decides_on_them() {
+    let stage = Stage::set("frozen", json!({"replicas": 4})).await;
+    for mode in ["Manual", "HPA", "KEDA"] {
+        stage.pool.change(&stage.api, json!({"scaling": {"mode": mode}})).await;
+        stage.acts_in(mode).await;
+        stage.pool.change(&stage.api, json!({"paused": true})).await;
+        stage.says("spec.paused is true: 4 as before").await;
+        stage.scale(6).await;
+        stage.stays(4).await;
+        stage.pool.change(&stage.api, json!({"paused": false})).await;
+        stage.asks(6).await;
+        stage.scale(4).await;
+        stage.asks(4).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,44 +137,66 @@ async fn pods_with_gpus_stay_as_many_as_they_are_when_a_person_decides_on_them()
     }
 }
 
-fn operator(most: i32) -> Value {
+/// One a second; `make campaign-flips` takes more.
+#[expect(clippy::disallowed_methods, reason = "what a test may take is no flag of a program")]
+fn flips() -> usize {
+    let asked = std::env::var("FLIPS").ok().and_then(|flips| flips.parse().ok());
+    asked.unwrap_or(if is_campaign() { 300 } else { 30 })
+}
+
+/// Decided by the operator, without waiting before fewer are wanted.
+pub(super) fn operator(most: i32) -> Value {
     json!({"scaling": {"mode": "Operator", "maxReplicas": most, "target": {"queueDepthPerReplica": WORK / 4},
         "scaleDown": {"stabilizationSeconds": 0, "idleSecondsToZero": 0}}})
 }
 
 /// A pool with an operator and a broker of its own.
-struct Stage {
-    api: Api,
-    release: Release,
-    pool: Pool,
-    _operator: Operator,
-    nats: NatsServer,
+pub(super) struct Stage {
+    pub(super) api: Api,
+    pub(super) release: Release,
+    pub(super) pool: Pool,
+    pub(super) operator: Operator,
+    pub(super) nats: NatsServer,
 }
 
 impl Stage {
-    async fn set(name: &str, spec: Value) -> Self {
+    pub(super) async fn set(name: &str, spec: Value) -> Self {
         let (api, nats) = (plane().api().await, NatsServer::start());
         let release = plane().install(name, &[&format!("watchNamespace={name}")]);
-        let operator = Operator::of(&release.kubeconfig, name).flag("--leader-election=false").start().await;
+        let operator = Self::start(&release).await;
         let pool = Pool::new(name, "orders", &nats);
         pool.create(&api, spec).await;
         pool.converged(&api, PATIENCE).await;
-        Self { api, release, pool, _operator: operator, nats }
+        Self { api, release, pool, operator, nats }
+    }
+
+    /// Another operator takes its place.
+    pub(super) async fn restart(&mut self) {
+        self.operator = Self::start(&self.release).await;
+    }
+
+    async fn start(release: &Release) -> Operator {
+        Operator::of(&release.kubeconfig, &release.namespace).flag("--leader-election=false").start().await
     }
 
     async fn jetstream(&self) -> jetstream::Context {
         jetstream::new(async_nats::connect(self.nats.url()).await.expect("a connection"))
     }
 
-    async fn fill(&self) {
+    /// Work for four.
+    pub(super) async fn fill(&self) {
+        self.fill_with(WORK).await;
+    }
+
+    pub(super) async fn fill_with(&self, work: usize) {
         let jetstream = self.jetstream().await;
-        for _ in 0..WORK {
+        for _ in 0..work {
             let sent = jetstream.publish("work.orders", "{}".into()).await.expect("it is sent");
             sent.await.expect("it is kept");
         }
     }
 
-    async fn empty(&self) {
+    pub(super) async fn empty(&self) {
         let name = beamline_operator::streams::intake_stream("work.orders");
         let stream = self.jetstream().await.get_stream(name).await.expect("a stream");
         stream.purge().await.expect("it is emptied");
@@ -173,7 +207,7 @@ impl Stage {
         self.api.get(&path).await.expect("a Deployment")
     }
 
-    async fn workers(&self) -> i64 {
+    pub(super) async fn workers(&self) -> i64 {
         self.deployment("orders").await["spec"]["replicas"].as_i64().expect("a number")
     }
 
@@ -182,19 +216,45 @@ impl Stage {
     }
 
     /// The operator's writes to Deployments so far.
-    fn writes(&self) -> usize {
-        let asked = plane().asked_by(&self.release.user);
-        asked.iter().filter(|event| is_write(event) && event["objectRef"]["resource"] == "deployments").count()
+    pub(super) fn writes(&self) -> usize {
+        self.written().iter().filter(|resource| *resource == "deployments").count()
+    }
+
+    /// What the operator has written to so far, in order.
+    pub(super) fn written(&self) -> Vec<String> {
+        let asked = plane().asked_by(&self.release.user).into_iter().filter(is_write);
+        asked.filter_map(|event| Some(event["objectRef"]["resource"].as_str()?.to_owned())).collect()
+    }
+
+    /// As `kubectl scale` does.
+    async fn scale(&self, replicas: i64) {
+        let scale = format!("{}/scale", self.pool.path());
+        self.api.merge(&scale, &json!({"spec": {"replicas": replicas}})).await;
+    }
+
+    /// Writes one of two numbers each second, and the Deployment asks for one of these all the time; the last one written.
+    async fn flip(&self, flips: usize, allowed: &[i64]) -> i64 {
+        let numbers = [7, 3];
+        for replicas in numbers.into_iter().cycle().take(flips) {
+            let next = Instant::now() + Duration::from_secs(1);
+            self.scale(replicas).await;
+            while Instant::now() < next {
+                let asked = self.workers().await;
+                assert!(allowed.contains(&asked), "{asked} workers were asked for by nobody");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        numbers[(flips - 1) % 2]
     }
 
     /// Waits until the Deployment asks for as many.
-    async fn asks(&self, workers: i64) {
+    pub(super) async fn asks(&self, workers: i64) {
         let what = format!("{workers} workers are asked for");
         within(PATIENCE, &what, async || (self.workers().await == workers).then_some(())).await;
     }
 
     /// The Deployment goes on to ask for as many.
-    async fn stays(&self, workers: i64) {
+    pub(super) async fn stays(&self, workers: i64) {
         let began = Instant::now();
         while began.elapsed() < WATCHED {
             assert_eq!(self.workers().await, workers, "{:#}", self.status().await);
@@ -203,7 +263,7 @@ impl Stage {
     }
 
     /// Waits until the operator wants as many, whatever becomes of it.
-    async fn decides(&self, desired: i64) {
+    pub(super) async fn decides(&self, desired: i64) {
         let what = format!("{desired} are wanted");
         within(PATIENCE, &what, async || (self.status().await["desiredReplicas"] == desired).then_some(())).await;
     }
@@ -214,14 +274,14 @@ impl Stage {
     }
 
     /// Waits until the reason for the number contains this.
-    async fn says(&self, words: &str) {
+    pub(super) async fn says(&self, words: &str) {
         within(PATIENCE, words, async || {
             self.status().await["scaling"]["reason"].as_str()?.contains(words).then_some(())
         })
         .await;
     }
 
-    async fn status(&self) -> Value {
+    pub(super) async fn status(&self) -> Value {
         self.api.get(&self.pool.path()).await.expect("the pool")["status"].take()
     }
 }
