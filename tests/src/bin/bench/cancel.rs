@@ -1,4 +1,5 @@
 //! Cancels of running work: from the Router's publish to the result in its hands.
+#![expect(clippy::indexing_slicing, reason = "a missing field of a JSON value is null")]
 
 use std::time::{Duration, Instant};
 
