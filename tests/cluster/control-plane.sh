@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Starts a control plane without a kubelet, as many side by side as the machine carries: etcd, API server with an audit
-# log, controller manager, scheduler, and kwok, which says of every pod that it runs. Prints the directory with
-# kubeconfig, audit.log and log/ when it is ready. When its standard input ends, all of it ends and is removed.
+# log, controller manager, scheduler, and kwok, which says of every pod that it runs, unless its image is one of
+# nowhere/. Prints the directory with kubeconfig, audit.log and log/ when it is ready. When its standard input ends, all of
+# it ends and is removed.
 # usage: control-plane.sh API_PORT ETCD_PORT PEER_PORT
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -37,8 +38,8 @@ main() {
     sed "s|@NAME@|fake-$i|" etc/node.yaml
   done >etc/nodes.yaml
   kubectl create -f etc/nodes.yaml >log/nodes.log 2>&1 || fail nodes "cannot create nodes"
-  run kwok kwok --kubeconfig kubeconfig --config "$(dirname "$(type -P kwok)")/stages.yaml" --manage-all-nodes \
-    --node-lease-duration-seconds 40
+  run kwok kwok --kubeconfig kubeconfig --config "$(dirname "$(type -P kwok)")/stages.yaml" --config etc/stages.yaml \
+    --manage-all-nodes --node-lease-duration-seconds 40
   wait_for kwok kubectl wait --for=condition=Ready nodes --all --timeout=5s
   wait_for kube-controller-manager kubectl get serviceaccount default
   echo "$state"

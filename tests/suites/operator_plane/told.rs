@@ -89,7 +89,14 @@ struct Change {
     mended: fn() -> Value,
 }
 
-const CHANGES: [Change; 4] = [
+const CHANGES: [Change; 5] = [
+    // The kubelet's words change every second.
+    Change {
+        pool: "image",
+        spec: || json!({"worker": {"image": "nowhere/worker:2"}}),
+        says: ("Progressing", "ImagePullBackOff"),
+        mended: || json!({"worker": {"image": null}}),
+    },
     Change {
         pool: "nodes",
         spec: || json!({"worker": {"nodeSelector": {"no": "such-node"}}}),
