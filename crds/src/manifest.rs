@@ -1,5 +1,6 @@
 //! The committed manifest is what the types say, and what an API server can live with.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use kube::CustomResourceExt;
@@ -65,6 +66,24 @@ fn every_string_list_and_map_is_bounded() {
             assert!(schema.contains_key(keyword), "{path} has no {keyword}");
         }
     });
+}
+
+/// Two managers may each have entries of their own, and none is there twice.
+#[test]
+fn every_list_of_ours_whose_entries_have_names_is_a_map() {
+    let count = Cell::new(0);
+    each_schema(|path, schema| {
+        // Kubernetes' own lists inside of ours are as Kubernetes has them.
+        let is_ours = path.starts_with("spec") && !path.contains("[]") && !path.contains("ffinity");
+        let fields = schema.get("items").and_then(|items| items.get("properties"));
+        let is_named =
+            ["name", "id", "path"].iter().any(|name| fields.is_some_and(|fields| fields.get(name).is_some()));
+        if is_ours && is_named {
+            assert_eq!(schema.get("x-kubernetes-list-type"), Some(&"map".into()), "{path}");
+            count.set(count.get() + 1);
+        }
+    });
+    assert!(count.get() > 7, "only {} lists were found", count.get());
 }
 
 #[test]

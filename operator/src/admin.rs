@@ -16,9 +16,9 @@ use kube::runtime::reflector::ObjectRef;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::controller::Watched;
 use crate::lock::lock;
 use crate::metrics::Metrics;
+use crate::watched::Watched;
 
 /// What the operator needs to do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

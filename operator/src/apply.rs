@@ -28,7 +28,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::controller::{Context, Watched};
+use crate::controller::Context;
 use crate::desired::{Desired, Workload, names, policy_hash};
 use crate::error::Error;
 use crate::failpoint;
@@ -36,6 +36,7 @@ use crate::memory::{Child, Settled, Since};
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
+use crate::watched::Watched;
 
 use addon::Outcome;
 pub use retire::retire;

@@ -5,13 +5,11 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use beamline_crds::WorkerPool;
 use futures::future::ready;
 use futures::{FutureExt, Stream, StreamExt, stream};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
-use kube::core::DeserializeGuard;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
 use kube::runtime::reflector::{self, Lookup, ObjectRef, Store};
 use kube::runtime::utils::Backoff;
@@ -37,9 +35,7 @@ use crate::reconcile::reconcile;
 use crate::run::Clients;
 use crate::signals::Signals;
 use crate::telemetry::spans;
-
-/// One object that does not fit the types must not stop the watch of all others.
-pub type Watched = DeserializeGuard<WorkerPool>;
+use crate::watched::Watched;
 
 /// Every pool is looked at this often even if nothing seems to happen.
 pub const RESYNC: Duration = Duration::from_secs(300);
@@ -257,8 +253,8 @@ impl Backoff for Pauses {
 /// Our own writes of the status are no reason to look again. A spec of the same generation may be: a watch that is older
 /// than its type shows what that one knew, until all is listed anew.
 fn what_is_asked_for(pool: &Watched) -> Option<u64> {
-    let spec = pool.0.as_ref().ok().map(|pool| &pool.spec);
-    Some(apply::fingerprint(&(pool.meta().generation, spec)))
+    let spec = pool.pool.as_ref().ok().map(|pool| &pool.spec);
+    Some(apply::fingerprint(&(pool.meta().generation, spec, &pool.unknown)))
 }
 
 fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {
@@ -270,7 +266,7 @@ fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {
 async fn guarded(pool: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
     let started = Instant::now();
     let reference = pool.to_object_ref(());
-    let _look = ctx.liveness.looks_at(&reference);
+    let (_look, _running) = (ctx.liveness.looks_at(&reference), ctx.metrics.runs());
     let span = spans::reconcile(reference.namespace.as_deref().unwrap_or_default(), &reference.name);
     let unwound =
         AssertUnwindSafe(reconcile(Arc::clone(&pool), Arc::clone(&ctx))).catch_unwind().instrument(span.clone()).await;

@@ -5,9 +5,9 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
 
-use crate::controller::Watched;
 use crate::desired::names;
 use crate::error::{Error, explain};
+use crate::watched::Watched;
 use crate::{failpoint, reason, status};
 
 /// Writes events.

@@ -30,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Readiness;
 use crate::config::Config;
-use crate::controller::Watched;
 use crate::run::Clients;
+use crate::watched::Watched;
 
 use answers::Refusal;
 use certificate::Keeper;
@@ -162,7 +162,7 @@ async fn values(
     let now = Timestamp::now();
     source.heart.beats(now).map_err(|why| Refusal::unavailable(&why))?;
     let pools = source.pools.state_filter(|pool| {
-        pool.0.as_ref().map_or_else(
+        pool.pool.as_ref().map_or_else(
             |invalid| invalid.metadata.namespace.as_deref() == Some(&namespace),
             |pool| pool.metadata.namespace.as_deref() == Some(&namespace),
         )

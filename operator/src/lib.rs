@@ -2,6 +2,7 @@
 
 pub mod config; // what whoever runs the operator may tune
 
+pub mod watched; // a pool as the API server shows it
 pub mod controller; // wiring only
 pub mod reconcile; // the whole story
 

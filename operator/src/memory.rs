@@ -8,11 +8,11 @@ use beamline_crds::WorkerPoolStatus;
 use kube::api::DynamicObject;
 use kube::runtime::reflector::{ObjectRef, Store};
 
-use crate::controller::Watched;
 use crate::lock::lock;
 use crate::notice::Notice;
 use crate::pool::Kind;
 use crate::scale::Scaler;
+use crate::watched::Watched;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Half of the time that may pass between the end of an outage and the moment when all is as it should be.
@@ -23,6 +23,8 @@ const WATCH_LAG: Duration = Duration::from_secs(30);
 const AT_ONCE: u32 = 5;
 /// Further ones this often: that a look comes as often is seen to by what is said of it.
 const TRUCE: Duration = Duration::from_secs(15);
+/// For so long a type that had no place for something is taken to have none.
+const SAME_TYPE: Duration = Duration::from_secs(30);
 /// Changes that lie further apart have nothing to do with each other.
 const CONTEST: Duration = Duration::from_secs(60);
 
@@ -38,6 +40,7 @@ struct Notes {
     settled: HashMap<Child, Settled>,
     contests: HashMap<Child, Contest>,
     published: Option<Published>,
+    unplaced: Option<(Instant, Vec<String>)>,
     looks: HashMap<&'static str, Look>,
     scalers: HashMap<Kind, Scaler>,
     failures: u32,
@@ -234,6 +237,18 @@ impl Memory {
     pub fn publish(&self, pool: &ObjectRef<Watched>, uid: Option<String>, status: WorkerPoolStatus) {
         let published = Published { uid, at: Instant::now(), status };
         self.note(pool, |notes| notes.published = Some(published));
+    }
+
+    /// Notes fields of the status that the type has no place for.
+    pub fn misplaces(&self, pool: &ObjectRef<Watched>, fields: Vec<String>) {
+        self.note(pool, |notes| notes.unplaced = Some((Instant::now(), fields)));
+    }
+
+    /// These fields. Now and then it is tried whether there is a place: the type may have been upgraded.
+    pub fn unplaced(&self, pool: &ObjectRef<Watched>) -> Vec<String> {
+        let notes = self.notes();
+        let unplaced = notes.get(pool).and_then(|notes| notes.unplaced.as_ref());
+        unplaced.filter(|(since, _)| since.elapsed() < SAME_TYPE).map(|(_, fields)| fields.clone()).unwrap_or_default()
     }
 
     /// How long to wait after another failure: doubling, never longer than a quarter of a minute.

@@ -6,6 +6,7 @@ mod pools;
 use std::sync::OnceLock;
 use std::time::Instant;
 
+use axum::http::StatusCode;
 use jiff::Timestamp;
 use kube::runtime::reflector::Store;
 use prometheus::{
@@ -13,7 +14,7 @@ use prometheus::{
     process_collector::ProcessCollector,
 };
 
-use crate::controller::Watched;
+use crate::watched::Watched;
 
 pub use pools::series;
 
@@ -24,9 +25,21 @@ pub struct Metrics {
     reconciles: IntCounterVec,
     seconds: Histogram,
     applies: IntCounterVec,
+    running: IntGauge,
+    calls: IntCounterVec,
     statuses: IntCounter,
     scalings: IntCounterVec,
     leader: IntGauge,
+}
+
+/// A reconcile that is under way for as long as this is held.
+#[must_use = "it counts until it is dropped"]
+pub struct Running(IntGauge);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 impl Metrics {
@@ -41,6 +54,17 @@ impl Metrics {
             "beamline_operator_reconcile_seconds",
             "How long a reconcile takes",
         ))?;
+        let running = IntGauge::new(
+            "beamline_operator_reconciles_running",
+            "Reconciles under way: as many as --concurrency while pools wait for their turn",
+        )?;
+        let calls = IntCounterVec::new(
+            Opts::new(
+                "beamline_operator_api_calls_total",
+                "Calls of the API server, by the code of its answer, or none",
+            ),
+            &["code"],
+        )?;
         let applies =
             IntCounterVec::new(Opts::new("beamline_operator_applies_total", "Writes of children, by kind"), &["kind"])?;
         let statuses = IntCounter::new("beamline_operator_status_writes_total", "Writes of a WorkerPool's status")?;
@@ -54,18 +78,32 @@ impl Metrics {
         let leader = IntGauge::new("beamline_operator_leader", "1 while this operator is the one that acts")?;
         registry.register(Box::new(reconciles.clone()))?;
         registry.register(Box::new(seconds.clone()))?;
+        registry.register(Box::new(running.clone()))?;
+        registry.register(Box::new(calls.clone()))?;
         registry.register(Box::new(applies.clone()))?;
         registry.register(Box::new(statuses.clone()))?;
         registry.register(Box::new(scalings.clone()))?;
         registry.register(Box::new(leader.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
-        Ok(Self { registry, pools: OnceLock::new(), reconciles, seconds, applies, statuses, scalings, leader })
+        let pools = OnceLock::new();
+        Ok(Self { registry, pools, reconciles, seconds, running, calls, applies, statuses, scalings, leader })
+    }
+
+    /// A reconcile begins.
+    pub fn runs(&self) -> Running {
+        self.running.inc();
+        Running(self.running.clone())
     }
 
     /// A reconcile ended.
     pub fn reconciled(&self, result: &'static str, started: Instant) {
         self.reconciles.with_label_values(&[result]).inc();
         self.seconds.observe(started.elapsed().as_secs_f64());
+    }
+
+    /// The API server was asked, and answered with this code or not at all.
+    pub fn called(&self, code: Option<StatusCode>) {
+        self.calls.with_label_values(&[code.as_ref().map_or("none", StatusCode::as_str)]).inc();
     }
 
     /// A child is written.
@@ -101,7 +139,7 @@ impl Metrics {
         let mut families = self.registry.gather();
         if let Some(pools) = self.pools.get() {
             let pools = pools.state();
-            families.extend(series(pools.iter().filter_map(|pool| pool.0.as_ref().ok()), Timestamp::now())?);
+            families.extend(series(pools.iter().filter_map(|pool| pool.pool.as_ref().ok()), Timestamp::now())?);
         }
         TextEncoder::new().encode_to_string(&families)
     }

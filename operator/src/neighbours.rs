@@ -8,10 +8,10 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use sha2::{Digest, Sha256};
 
 use crate::broker::qualified;
-use crate::controller::Watched;
 use crate::lock::lock;
 use crate::pool::meeting_point;
 use crate::streams::{Demand, intake_stream};
+use crate::watched::Watched;
 
 /// Names the pool whose word counts for a stream, as namespace/name.
 const MANAGED_BY: &str = "beamline.dev/managed-by";
@@ -104,7 +104,7 @@ impl Neighbours {
         let intake = intake_stream(&demand.nats.subject);
         let mut slots = GpuSlots::None;
         for other in self.others(demand, |_| true) {
-            let Ok(pool) = &other.0 else {
+            let Ok(pool) = &other.pool else {
                 slots = GpuSlots::Perhaps;
                 continue;
             };
@@ -141,7 +141,7 @@ impl Neighbours {
     /// Whether another pool has workers that take what waits for GPU slots here.
     pub fn take_gpu_work(&self, demand: &Demand) -> bool {
         let sharing = self.sharing(demand);
-        sharing.iter().filter_map(|other| self.find(other)).any(|other| other.0.as_ref().is_ok_and(takes_gpu_work))
+        sharing.iter().filter_map(|other| self.find(other)).any(|other| other.pool.as_ref().is_ok_and(takes_gpu_work))
     }
 
     /// Pools that take from the same queue, sorted.
@@ -158,7 +158,7 @@ impl Neighbours {
     fn at(&self, demand: &Demand, subject: &str, group: &str) -> Vec<String> {
         let url = qualified(&demand.nats.url, &demand.namespace);
         let is_there = |other: &Watched| {
-            other.0.as_ref().is_ok_and(|pool| {
+            other.pool.as_ref().is_ok_and(|pool| {
                 let namespace = pool.metadata.namespace.as_deref().unwrap_or_default();
                 meeting_point(&pool.spec.nats) == (subject, group) && qualified(&pool.spec.nats.url, namespace) == url
             })
@@ -198,7 +198,7 @@ fn name(pool: &Watched) -> String {
 
 /// One that cannot be read is taken to manage what it managed.
 fn manages(pool: &Watched, stream: &str) -> bool {
-    let Ok(pool) = &pool.0 else { return true };
+    let Ok(pool) = &pool.pool else { return true };
     let crds::Nats { streams, delivery, .. } = &pool.spec.nats;
     let manage = streams.as_ref().and_then(|streams| streams.manage).unwrap_or(true);
     let is_intake = stream.starts_with("CAF_POOL_") || stream == "CAF_EXEC_ASSIGN";

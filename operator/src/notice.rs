@@ -89,6 +89,26 @@ impl Notice {
         Self { reason: reason::KEDA_MISSING, message: message.to_owned() }
     }
 
+    /// The type has no place for these fields of the pool's status.
+    pub fn type_outdated(fields: &[String]) -> Self {
+        let message = format!(
+            "the type workerpools.beamline.dev is older than the operator and has no place for {}, which {} not shown; \
+             upgrade the type",
+            fields.join(", "),
+            if fields.len() == 1 { "is" } else { "are" }
+        );
+        Self { reason: reason::TYPE_OUTDATED, message }
+    }
+
+    /// The operator does not know these fields of the pool's spec.
+    pub fn operator_outdated(fields: &[String]) -> Self {
+        let message = format!(
+            "the operator is older than the type workerpools.beamline.dev and does nothing for {}; upgrade the operator",
+            fields.join(", ")
+        );
+        Self { reason: reason::OPERATOR_OUTDATED, message }
+    }
+
     /// Somebody else changes again and again what is ours in an object of the pool: what, and who, where that is known.
     pub fn contested(kind: &str, name: &str, who: Option<&str>) -> Self {
         let who = who.map_or_else(|| "somebody changes it".to_owned(), |who| format!("others set {who}"));

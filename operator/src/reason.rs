@@ -82,6 +82,10 @@ pub const CLAIM_NOT_SHARED: &str = "ClaimNotShared";
 pub const FIELD_CONTESTED: &str = "FieldContested";
 /// Pods cannot be annotated.
 pub const PODS_NOT_ANNOTATED: &str = "PodsNotAnnotated";
+/// The type has no place for all that the operator says.
+pub const TYPE_OUTDATED: &str = "TypeOutdated";
+/// The type lets in what the operator does not know.
+pub const OPERATOR_OUTDATED: &str = "OperatorOutdated";
 /// There is no such type as PodMonitor.
 pub const POD_MONITOR_MISSING: &str = "PodMonitorMissing";
 

@@ -11,7 +11,7 @@ use kube::runtime::reflector::Lookup;
 use tracing::Span;
 
 use crate::apply::{Applied, apply, retire};
-use crate::controller::{Context, RESYNC, Watched};
+use crate::controller::{Context, RESYNC};
 use crate::desired::desired;
 use crate::error::Error;
 use crate::notice::Notice;
@@ -23,6 +23,7 @@ use crate::sizing::{self, Sizing};
 use crate::status;
 use crate::streams::route_subject;
 use crate::telemetry::spans;
+use crate::watched::Watched;
 
 /// What a pool refers to has no watch: while something is wrong with it, it is looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(20);
@@ -51,13 +52,13 @@ pub struct Converged {
 
 /// Makes a pool what it should be and says how that went.
 pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
-    let pool = watched.0.as_ref().map_err(|invalid| Error::Unreadable(invalid.error.clone()))?;
+    let pool = watched.pool.as_ref().map_err(|invalid| Error::Unreadable(invalid.error.clone()))?;
     if pool.metadata.deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
     let reading = ctx.signals.reading(&watched.to_object_ref(()));
     let before = status::current(&ctx, pool);
-    let outcome = converge(pool, &ctx, &reading, &before).await;
+    let outcome = converge(pool, &ctx, &reading, &before, versions(&ctx, &watched)).await;
     let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
     let says = status::ready(&after).map(|ready| ready.reason.clone());
     let next = step("publish", status::publish(&ctx, pool, &before, after)).await?;
@@ -84,6 +85,7 @@ async fn converge(
     ctx: &Context,
     reading: &Reading,
     before: &WorkerPoolStatus,
+    versions: Vec<Notice>,
 ) -> Result<Converged, Error> {
     let valid = validate(pool, &ctx.worker_image)?;
     let observed = step("observe", observe(ctx, &valid)).await?;
@@ -92,12 +94,21 @@ async fn converge(
     let unmarked = step("retire", retire(ctx, &valid, &sizing)).await?;
     let applied = step("apply", apply(ctx, &valid, &observed, &desired)).await?;
     ctx.signals.follow(&valid, &sizing.decisions);
-    let notices = observed.surroundings.notices.into_iter().chain(unmarked).chain(applied.notices.clone()).collect();
+    let notices = observed.surroundings.notices.into_iter().chain(unmarked).chain(applied.notices.clone());
+    let notices = notices.chain(versions).collect();
     let draining = observed.gpu_stays.then(|| route_subject(&valid.nats));
     let some_may_go = sizing.some_may_go();
     let Sizing { decisions, demand, .. } = sizing;
     let (paused, pods) = (valid.paused, observed.pods);
     Ok(Converged { paused, decisions, applied, pods, notices, draining, some_may_go, demand })
+}
+
+/// What comes of a type that is newer or older than the operator.
+fn versions(ctx: &Context, watched: &Watched) -> Vec<Notice> {
+    let unplaced = ctx.memory.unplaced(&watched.to_object_ref(()));
+    let newer = (!watched.unknown.is_empty()).then(|| Notice::operator_outdated(&watched.unknown));
+    let older = (!unplaced.is_empty()).then(|| Notice::type_outdated(&unplaced));
+    newer.into_iter().chain(older).collect()
 }
 
 fn step<T>(name: &'static str, work: impl Future<Output = Result<T, Error>>) -> impl Future<Output = Result<T, Error>> {

@@ -4,10 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use axum::http::Response;
+use kube::client::{ClientBuilder, DynBody};
 use kube::{Client, Config as KubeConfig};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tower::BoxError;
+use tower::util::MapResultLayer;
 
 use crate::admin::{self, Liveness, Readiness, Topic};
 use crate::config::Config;
@@ -39,23 +43,32 @@ pub struct Clients {
 
 impl Clients {
     /// From the kubeconfig, or from the service account.
-    async fn connect() -> anyhow::Result<Self> {
+    async fn connect(metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
         let mut config = KubeConfig::infer().await?;
         // What fails is tried again by whoever asked, who counts it and says so.
         config.default_retry = false;
-        let watches = Client::try_from(config.clone())?;
+        let watches = counted(config.clone(), metrics)?;
         config.read_timeout = Some(ANSWER);
         config.reset_reader_on_write = true;
-        Ok(Self { calls: Client::try_from(config)?, watches })
+        Ok(Self { calls: counted(config, metrics)?, watches })
     }
+}
+
+fn counted(config: KubeConfig, metrics: &Arc<Metrics>) -> kube::Result<Client> {
+    let metrics = Arc::clone(metrics);
+    let counts = MapResultLayer::new(move |answer: Result<Response<Box<DynBody>>, BoxError>| {
+        metrics.called(answer.as_ref().ok().map(Response::status));
+        answer
+    });
+    Ok(ClientBuilder::try_from(config)?.with_layer(&counts).build())
 }
 
 /// Runs the operator until it is told to stop, or another one leads.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     tokio::spawn(stop_on_signal(stop.clone())?);
-    let clients = Clients::connect().await.context("no way to reach Kubernetes")?;
     let metrics = Arc::new(Metrics::register()?);
+    let clients = Clients::connect(&metrics).await.context("no way to reach Kubernetes")?;
     let (liveness, readiness) = (Liveness::within(config.stall_after), Readiness::default());
     let listener = TcpListener::bind(config.admin_endpoint)
         .await

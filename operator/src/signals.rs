@@ -21,7 +21,6 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::broker::{Broker, BrokerError, Brokers, Rest, Shared};
-use crate::controller::Watched;
 use crate::lock::lock;
 use crate::memory::Memory;
 use crate::neighbours::Neighbours;
@@ -32,6 +31,7 @@ use crate::scale::{Decisions, Flow};
 use crate::streams::{self, Demand, Refusals, Remark};
 use crate::telemetry::spans;
 use crate::tenants::Tenants;
+use crate::watched::Watched;
 
 /// How often a healthy broker is asked how much waits: more workers are asked for within a second.
 const POLL: Duration = Duration::from_millis(500);

@@ -4,7 +4,7 @@ use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 
-use crate::controller::{Context, Watched};
+use crate::controller::Context;
 use crate::error::Error;
 use crate::observe::Observed;
 use crate::pool::{Class, Kind, Mode, ValidPool};
@@ -13,6 +13,7 @@ use crate::retire::{Plan, plan, stay};
 use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written, fixed};
 use crate::seen::{demand, is_hidden, seen};
 use crate::signals::Reading;
+use crate::watched::Watched;
 use crate::{handover, status};
 
 /// How many workers, and the way there.

@@ -3,6 +3,7 @@
 mod cause;
 mod class;
 mod conditions;
+mod fit;
 mod tenants;
 
 use std::time::Duration;
@@ -15,7 +16,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource};
 use serde_json::json;
 
-use crate::controller::{Context, RESYNC, Watched};
+use crate::controller::{Context, RESYNC};
 use crate::desired::names;
 use crate::error::Error;
 use crate::failpoint;
@@ -23,6 +24,7 @@ use crate::pool::Kind;
 use crate::reconcile::Converged;
 use crate::scale::{self, Decisions, Scaler};
 use crate::signals::{Readable, Reading};
+use crate::watched::Watched;
 
 use class::ClassState;
 pub use conditions::{degraded, ready};
@@ -194,13 +196,14 @@ pub fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
     Scaler::after(desired.filter(|_| was_ours), learned)
 }
 
-/// Writes the status if it changed, and says when to come back.
+/// Writes the status if it changed, as far as the type has a place for it, and says when to come back.
 pub async fn publish(
     ctx: &Context,
     pool: &WorkerPool,
     before: &WorkerPoolStatus,
     next: WorkerPoolStatus,
 ) -> Result<Duration, Error> {
+    let next = fit::without(next, &ctx.memory.unplaced(&reference(pool)));
     let published = ctx.memory.published(&reference(pool), pool.metadata.uid.as_deref());
     match due(before, &next, published.map(|published| published.at.elapsed())) {
         Due::Nothing => Ok(RESYNC),
@@ -289,7 +292,14 @@ async fn write(ctx: &Context, pool: &WorkerPool, status: &WorkerPoolStatus) -> R
         Ok(_) => Ok(()),
         // Deleted meanwhile: there is nobody left to tell.
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(source) => Err(Error::Publish(source)),
+        Err(source) => {
+            let unplaced = fit::unplaced(&source);
+            if !unplaced.is_empty() {
+                // What is left is written by the next look, which says so too.
+                ctx.memory.misplaces(&reference(pool), unplaced);
+            }
+            Err(Error::Publish(source))
+        }
     }
 }
 

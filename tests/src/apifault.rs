@@ -97,6 +97,8 @@ struct Trouble {
     strike: Option<(&'static str, &'static str, Fault)>,
     /// Events that watches still tell before one of them breaks, and how.
     breaks: Option<(usize, Break)>,
+    /// A field of pools' specs that is shown to nobody.
+    hides: Option<&'static str>,
 }
 
 impl ApiFault {
@@ -143,6 +145,11 @@ impl ApiFault {
         self.shared.trouble.lock().expect("nobody panics in there").breaks.is_some()
     }
 
+    /// From now on lists and watches show pools without this field of their spec, as an older type has it.
+    pub fn hide(&self, field: &'static str) {
+        self.be(Trouble { hides: Some(field), ..Trouble::default() });
+    }
+
     fn be(&self, trouble: Trouble) {
         *self.shared.trouble.lock().expect("nobody panics in there") = trouble;
     }
@@ -185,7 +192,14 @@ impl Shared {
             }
             None => {}
         }
-        Some(Ok(line))
+        Some(Ok(match trouble.hides {
+            Some(field) => without(&line, field),
+            None => line,
+        }))
+    }
+
+    fn hides(&self) -> Option<&'static str> {
+        self.trouble.lock().expect("nobody panics in there").hides
     }
 
     fn has_trouble(&self) -> bool {
@@ -253,16 +267,20 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
         Some(Fault::CutAfter) | None => {}
     }
     let cuts = is_watch(&request).then(|| cut_watch(Arc::clone(&shared)));
+    let hides = shared.hides().filter(|_| request.method() == "GET");
     let (mut head, body) = request.into_parts();
     head.headers.remove("host");
     let body = axum::body::to_bytes(Body::new(body), usize::MAX).await.map_err(|_| Cut)?;
     let request = Request::from_parts(head, kube::client::Body::from(body.to_vec()));
-    let answer = upstream.send(request).await.map_err(|_| Cut)?;
+    let mut answer = upstream.send(request).await.map_err(|_| Cut)?;
+    if hides.is_some() {
+        answer.headers_mut().remove("content-length");
+    }
     if fault == Some(Fault::CutAfter) {
         return Err(Cut);
     }
-    Ok(answer.map(|body| match cuts {
-        Some(cut) => {
+    Ok(answer.map(|body| match (cuts, hides) {
+        (Some(cut), _) => {
             let told = lines(Body::new(body)).filter_map(move |line| {
                 ready(match line {
                     Ok(line) => shared.tells(line),
@@ -272,8 +290,15 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
             let told = told.take_until(cut);
             Body::from_stream(told.chain(stream::once(async { Err(Cut) })))
         }
-        None => Body::new(body),
+        (None, Some(field)) => {
+            Body::from_stream(stream::once(whole(body)).map(move |text| text.map(|text| without(&text, field))))
+        }
+        (None, None) => Body::new(body),
     }))
+}
+
+async fn whole(body: kube::client::Body) -> Result<Bytes, Cut> {
+    axum::body::to_bytes(Body::new(body), usize::MAX).await.map_err(|_| Cut)
 }
 
 /// A watch tells an event a line.
@@ -291,6 +316,21 @@ fn lines(body: Body) -> impl Stream<Item = Result<Bytes, Cut>> {
             }
         }
     })
+}
+
+/// What is said of a pool, or of several, without this field of the spec.
+fn without(text: &Bytes, field: &str) -> Bytes {
+    let Ok(mut said) = serde_json::from_slice::<Value>(text) else { return text.clone() };
+    let items = said.get_mut("items").and_then(Value::as_array_mut).into_iter().flatten();
+    items.for_each(|pool| drop_field(pool, field));
+    said.get_mut("object").into_iter().for_each(|pool| drop_field(pool, field));
+    format!("{said}\n").into()
+}
+
+fn drop_field(pool: &mut Value, field: &str) {
+    if let Some(spec) = pool.get_mut("spec").and_then(Value::as_object_mut) {
+        spec.remove(field);
+    }
 }
 
 fn gone() -> Bytes {

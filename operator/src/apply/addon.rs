@@ -9,7 +9,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
 
 use super::{fingerprint, removal, settled, slim};
-use crate::controller::{Context, RESYNC, Watched};
+use crate::controller::{Context, RESYNC};
 use crate::desired::{names, pod_monitors, scaled_objects};
 use crate::error::Error;
 use crate::failpoint;
@@ -17,6 +17,7 @@ use crate::memory::{Look, Since};
 use crate::notice::Notice;
 use crate::observe::foreign;
 use crate::pool::ValidPool;
+use crate::watched::Watched;
 
 /// How often a missing type is looked for.
 const RETRY: Duration = Duration::from_secs(20);

@@ -6,12 +6,13 @@ use futures::{StreamExt, TryStreamExt, stream};
 use kube::runtime::reflector::ObjectRef;
 
 use crate::apply::annotate::{AT_ONCE, annotate};
-use crate::controller::{Context, Watched};
+use crate::controller::Context;
 use crate::error::Error;
 use crate::notice::Notice;
 use crate::pool::ValidPool;
 use crate::retire::{DELETION_COST, FIRST, Plan};
 use crate::sizing::Sizing;
+use crate::watched::Watched;
 
 /// Tells workers, and marks pods. Those that cannot be marked stay.
 pub async fn retire(ctx: &Context, pool: &ValidPool, sizing: &Sizing) -> Result<Option<Notice>, Error> {

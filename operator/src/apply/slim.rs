@@ -1,17 +1,16 @@
 //! What is kept of an object: caches of every pool's children and pods are most of what the operator holds.
 
-use beamline_crds::WorkerPool;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::DynamicObject;
-use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
 use super::fingerprint;
 use crate::desired::names;
+use crate::watched::Watched;
 
 /// An object of which only a part is read here.
 pub trait Slim: Resource {
@@ -19,7 +18,7 @@ pub trait Slim: Resource {
     fn drop_unread(&mut self) {}
 }
 
-impl Slim for DeserializeGuard<WorkerPool> {}
+impl Slim for Watched {}
 
 impl Slim for ServiceAccount {}
 

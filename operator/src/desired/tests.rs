@@ -399,6 +399,8 @@ fn the_labels_that_select_pods_cannot_be_taken_away() {
 fn a_budget_says_what_may_be_missing_or_what_must_stay() {
     let limits = |spec| {
         let budget = wanted(spec).general.budget.spec.expect("a spec");
+        // Workers that do not work keep no node.
+        assert_eq!(budget.unhealthy_pod_eviction_policy.as_deref(), Some("AlwaysAllow"));
         (budget.max_unavailable, budget.min_available)
     };
     assert_eq!(limits("{}"), (Some(IntOrString::Int(1)), None));

@@ -6,8 +6,8 @@ use beamline_crds::{Mode, Queue, WorkerPool};
 use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 
-use crate::controller::Watched;
 use crate::desired::metrics::{DEPTH, GROUP, GROUP_VERSION, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL, VERSION};
+use crate::watched::Watched;
 
 const METRICS: [&str; 4] = [DEPTH, PENDING, IN_FLIGHT, OLDEST_AGE];
 
@@ -118,7 +118,7 @@ pub(super) fn queue(pool: Option<&Watched>, now: Timestamp) -> Result<Value, Ref
 }
 
 fn is_keda(pool: &Watched) -> bool {
-    let scaling = pool.0.as_ref().ok().and_then(|pool| pool.spec.scaling.as_ref());
+    let scaling = pool.pool.as_ref().ok().and_then(|pool| pool.spec.scaling.as_ref());
     scaling.is_some_and(|scaling| scaling.mode == Some(Mode::Keda))
 }
 
@@ -137,13 +137,13 @@ fn number_of(metric: &str) -> Option<fn(&Queue, Timestamp) -> i64> {
 }
 
 fn name(pool: &Watched) -> &str {
-    let metadata = pool.0.as_ref().map_or_else(|invalid| &invalid.metadata, |pool| &pool.metadata);
+    let metadata = pool.pool.as_ref().map_or_else(|invalid| &invalid.metadata, |pool| &pool.metadata);
     metadata.name.as_deref().unwrap_or_default()
 }
 
 /// The queue, if it is readable now.
 fn readable(pool: &Watched) -> Result<&Queue, String> {
-    let pool: &WorkerPool = pool.0.as_ref().map_err(|invalid| invalid.error.clone())?;
+    let pool: &WorkerPool = pool.pool.as_ref().map_err(|invalid| invalid.error.clone())?;
     let status = pool.status.as_ref().ok_or("the operator has not looked at it yet")?;
     let condition = status.conditions.iter().find(|condition| condition.type_ == "QueueReadable");
     match condition {

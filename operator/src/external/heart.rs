@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::apply;
 use crate::config::Config;
-use crate::controller::{WATCH_ERROR, Watched, changes};
+use crate::controller::{WATCH_ERROR, changes};
 use crate::desired::names;
 use crate::error::{explain, explain_watch};
 use crate::lock::lock;
+use crate::watched::Watched;
 
 /// How often the Lease is looked at.
 const LOOK: Duration = Duration::from_secs(5);

@@ -62,6 +62,11 @@ async fn while_the_api_is_in_trouble_the_operator_asks_little_and_afterwards_it_
     let mut faults = BTreeMap::<_, usize>::new();
     calls.iter().filter_map(|call| call.fault).for_each(|fault| *faults.entry(fault).or_default() += 1);
     assert!(Fault::ENDING.iter().all(|fault| faults.contains_key(fault)), "not every fault was met: {faults:?}");
+    // What it meets it counts, those that were cut too.
+    for code in ["429", "500", "409", "none"] {
+        let series = format!("beamline_operator_api_calls_total{{code=\"{code}\"}}");
+        assert!(operator.metric(&series).await > 0.0, "no {series}");
+    }
     let rate = calls.len() as f64 / time.as_secs_f64() / POOLS as f64;
     eprintln!(
         "trouble: {} calls in {time:?}, {rate:.1} a second for each pool, faults {faults:?}; all asked for {:.1} s after",

@@ -1,15 +1,17 @@
 //! The type of pools: missing, wider than the operator knows, narrower again. And what kubectl makes of it.
 
 use beamline_crds::WorkerPool;
+use beamline_tests::api::Api;
+use beamline_tests::apifault::ApiFault;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::plane::ControlPlane;
 use beamline_tests::pool::Pool;
-use beamline_tests::wait::within;
+use beamline_tests::wait::{SOON, within};
 use kube::CustomResourceExt;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, start_plane};
+use super::{PATIENCE, calm, condition, is_write, plane, start_plane};
 
 const TYPE: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/workerpools.beamline.dev";
 
@@ -52,20 +54,15 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     let status = format!("{}/status", healthy.path());
     api.merge(&status, &json!({"status": {"future": "kept"}})).await;
     broken.create(&api, json!({"worker": "many"})).await;
-    let events = "/apis/events.k8s.io/v1/namespaces/types/events";
-    within(PATIENCE, "it is told", async || {
-        let events = api.list(events).await;
-        let is_told = |event: &Value| event["regarding"]["name"] == "broken" && event["reason"] == "UnreadableSpec";
-        events.into_iter().find(is_told)
-    })
-    .await;
+    told(&api, "broken", "UnreadableSpec").await;
     healthy.change(&api, json!({"replicas": 3})).await;
     healthy.converged(&api, PATIENCE).await;
     let after = api.get(&healthy.path()).await.expect("it is there");
     assert_eq!((&after["spec"]["future"]["deep"], &after["status"]["future"]), (&json!([1, 2]), &json!("kept")));
-    // An operator that starts now finds it too.
+    // An operator that starts now finds it too, and says what it does nothing for.
     drop(operator);
     let operator = Operator::by(&plane.kubeconfig()).flag("--leader-election=false").start().await;
+    says(&api, &healthy, "OperatorOutdated", "does nothing for spec.future;").await;
     healthy.change(&api, json!({"replicas": 1})).await;
     healthy.converged(&api, PATIENCE).await;
 
@@ -74,7 +71,10 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     broken.converged(&api, PATIENCE).await;
     assert_eq!(operator.get("/readyz").await.map(|(code, _)| code), Some(200));
 
-    // One that is older than this operator has no place for all that is said: workers are made all the same.
+    healthy.change(&api, json!({"replicas": 2})).await;
+    says(&api, &healthy, "AsAsked", "").await;
+
+    // One that is older than this operator has no place for all that is said: the rest is, and workers are made.
     install_without(&plane, &[LATER.as_slice(), &[SAID_OF_ALL]].concat()).await;
     let late = Pool::new("types", "late", &nats);
     late.create(&api, json!({})).await;
@@ -87,8 +87,84 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     let deployment = "/apis/apps/v1/namespaces/types/deployments/late";
     let works = async || (api.get(deployment).await?["status"]["readyReplicas"] == 1).then_some(());
     within(PATIENCE, "its worker is ready", works).await;
-    upgrade(&plane).await;
     late.converged(&api, PATIENCE).await;
+    says(&api, &late, "TypeOutdated", "has no place for status.scaling.specReplicas, which is not shown").await;
+    told(&api, "late", "TypeOutdated").await;
+    upgrade(&plane).await;
+    says(&api, &late, "AsAsked", "").await;
+    let shown = api.get(&late.path()).await.expect("it is there")["status"]["scaling"]["specReplicas"].clone();
+    assert_eq!(shown, 1);
+}
+
+/// Waits until the pool says this in its condition `Degraded`.
+async fn says(api: &Api, pool: &Pool, reason: &str, words: &str) {
+    let is_so = async || {
+        let said = condition(api, pool, "Degraded").await;
+        (said["reason"] == reason && said["message"].as_str()?.contains(words)).then_some(())
+    };
+    within(PATIENCE, reason, is_so).await;
+}
+
+/// Waits for an event of this pool.
+async fn told(api: &Api, pool: &str, reason: &str) {
+    let is_told = |event: &Value| event["regarding"]["name"] == pool && event["reason"] == reason;
+    let events = "/apis/events.k8s.io/v1/namespaces/types/events";
+    within(PATIENCE, reason, async || api.list(events).await.into_iter().find(is_told)).await;
+}
+
+/// A watch goes on for a moment with the type that it began with.
+#[tokio::test(flavor = "multi_thread")]
+async fn o10_what_a_watch_leaves_out_that_is_older_than_its_type_is_acted_on_once_it_is_shown() {
+    let (plane, nats) = (plane(), NatsServer::start());
+    let release = plane.install("outlives", &["watchNamespace=outlives"]);
+    let proxy = ApiFault::before(&release.kubeconfig).await;
+    let api = plane.api().await;
+    let _operator = Operator::of(proxy.kubeconfig(), "outlives").start().await;
+    let pool = Pool::new("outlives", "orders", &nats);
+    pool.create(&api, json!({})).await;
+    pool.converged(&api, PATIENCE).await;
+    proxy.hide("paused");
+    pool.change(&api, json!({"paused": true})).await;
+    let says = async |reason: &str| {
+        let generation = api.get(&pool.path()).await?["metadata"]["generation"].clone();
+        let ready = condition(&api, &pool, "Ready").await;
+        (ready["reason"] == reason && ready["observedGeneration"] == generation).then_some(())
+    };
+    within(PATIENCE, "it answers what it was shown", async || says("WorkersReady").await).await;
+    // What comes of itself is over: nothing else is left to make it look again.
+    calm(|| plane.asked_by(&release.user).into_iter().filter(is_write).count()).await;
+    proxy.set(&[]);
+    api.merge(&pool.path(), &json!({"metadata": {"annotations": {"shown": "anew"}}})).await;
+    within(SOON, "the pool is paused", async || says("Paused").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_explains_a_pool_and_its_parts_in_the_words_of_its_type() {
+    plane().install("explained", &["watchNamespace=explained"]);
+    let schema = versions()[0]["schema"]["openAPIV3Schema"]["properties"].clone();
+    for part in ["spec", "status"] {
+        let path = format!("workerpool.{part}");
+        is_explained(&path, &schema[part]);
+        for (name, field) in schema[part]["properties"].as_object().expect("fields") {
+            if field["properties"].is_object() {
+                is_explained(&format!("{path}.{name}"), field);
+            }
+        }
+    }
+}
+
+fn is_explained(path: &str, schema: &Value) {
+    let said = words(&plane().kubectl(&["explain", path], None));
+    for (name, field) in schema["properties"].as_object().expect("fields") {
+        let text = field["description"].as_str().unwrap_or_default();
+        let is_said = !text.is_empty() && said.contains(&words(text)) && said.contains(&format!(" {name} <"));
+        assert!(is_said, "{path}.{name} is not explained: {said}");
+    }
+}
+
+/// Without the ends of lines.
+fn words(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[track_caller]
