@@ -266,10 +266,19 @@ async fn w11_a_full_dead_letter_stream_stops_intake_and_loses_nothing() {
     assert!(reasons.contains(DLQ), "{reasons}");
     let said = rig.router.all("CAF_EXEC_DLQ", DLQ).await.len();
     assert!(said < letters, "the stream is full with {said}");
+    // Open pulls last a second; then what comes stays where others may take it.
+    let waiting = async || rig.router.consumer().await.map(|consumer| consumer.num_waiting);
+    until("nobody pulls", async || waiting().await == Some(0)).await;
+    let later = assignment("acme", "w11-later", rig.call("/ok"));
+    rig.router.submit(&later).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let consumer = rig.router.consumer().await.unwrap();
+    assert_eq!((consumer.num_pending, consumer.num_waiting), (1, 0), "nothing is pulled");
 
     config.max_bytes = 16 << 20;
     rig.router.jetstream().update_stream(&config).await.unwrap();
     worker.ready().await;
+    assert_eq!(rig.router.result(&later).await["status"], "success");
     kept_its_promise(&rig.router, &rig.peer).await;
     assert_eq!(rig.router.all("CAF_EXEC_DLQ", DLQ).await.len(), letters, "each letter once");
     for number in 0..letters {

@@ -1,15 +1,17 @@
-//! Who holds a delivery, and until when: what waits goes where there is room, and nothing starts on what has lapsed.
+//! Who holds a delivery, and until when: no more is taken than there is room for, what waits goes where there is some, and
+//! nothing starts on what has lapsed.
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::time::Duration;
 
-use async_nats::HeaderMap;
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::{HeaderMap, Subscriber};
 use beamline_tests::rig::{Rig, kept_its_promise};
-use beamline_tests::router::{Key, assignment};
-use beamline_tests::wait::{SOON, until};
+use beamline_tests::router::{Key, assignment, json as read};
+use beamline_tests::wait::{SOON, until, within};
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 
 /// Longer than what counts as a pause, shorter than a hold.
@@ -24,6 +26,106 @@ async fn one_runs_and_one_waits(rig: &Rig) -> (Value, Value) {
     rig.router.submit(&waiting).await;
     rig.router.verdict(&waiting).await;
     (running, waiting)
+}
+
+/// What workers ask the intake for.
+async fn pulls(rig: &Rig) -> Subscriber {
+    let asked = "$JS.API.CONSUMER.MSG.NEXT.CAF_EXEC_ASSIGN.caf-workers";
+    let pulls = rig.router.client().subscribe(asked).await.expect("a subscription");
+    rig.router.client().flush().await.expect("the broker answers");
+    pulls
+}
+
+/// Waits for a pull of exactly so many, and sees none of more.
+async fn asks_for(pulls: &mut Subscriber, count: u64) {
+    within(SOON, &format!("a pull of {count}"), async || {
+        let asked = read(&pulls.next().await?.payload)["batch"].as_u64()?;
+        assert!(asked <= count, "{asked} are asked for, and there is room for {count}");
+        (asked == count).then_some(())
+    })
+    .await;
+}
+
+/// Nothing is asked for any more, for longer than an open pull lasts.
+async fn asks_for_nothing(rig: &Rig) {
+    let mut pulls = pulls(rig).await;
+    until("open pulls end", async || rig.router.consumer().await.is_some_and(|info| info.num_waiting == 0)).await;
+    while pulls.next().now_or_never().is_some() {}
+    let asked = tokio::time::timeout(Duration::from_secs(2), pulls.next()).await;
+    assert!(asked.is_err(), "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_worker_asks_for_its_free_slots_and_as_many_again_as_it_has() {
+    let rig = Rig::start(&["--io-pool-size=4", "--cpu-pool-size=0"]).await;
+    for taken in 0..4 {
+        // Of what was asked for before, the rest is still open.
+        let mut pulls = pulls(&rig).await;
+        asks_for(&mut pulls, 8 - taken).await;
+        rig.router.submit(&assignment("acme", &format!("{taken}"), rig.call("/gate/slot"))).await;
+        rig.peer.arrived("/gate/slot", usize::try_from(taken + 1).expect("a small number")).await;
+    }
+    for waiting in 0..4 {
+        rig.router.submit(&assignment("acme", &format!("waits-{waiting}"), rig.call("/gate/slot"))).await;
+    }
+    let left = assignment("acme", "left", rig.call("/ok"));
+    rig.router.submit(&left).await;
+    asks_for_nothing(&rig).await;
+    let consumer = rig.router.consumer().await.expect("the workers' consumer");
+    assert_eq!((consumer.num_ack_pending, consumer.num_pending), (8, 1), "the stream keeps what there is no room for");
+    rig.peer.open("slot");
+    assert_eq!(rig.router.result(&left).await["status"], "success");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn a_worker_looks_as_far_ahead_as_it_gets_in_a_tenth_of_a_second() {
+    let rig = Rig::start(&["--sandbox-mode", "--io-pool-size=1", "--cpu-pool-size=0", "--log-level=warn"]).await;
+    let mut asked = pulls(&rig).await;
+    let job = json!({"type": "http.request", "url": "http://peer.test/"});
+    for number in 0..4000 {
+        let payload = assignment("acme", &number.to_string(), job.clone()).to_string();
+        rig.router.client().publish("caf.exec.assign.v1", payload.into()).await.expect("the client takes it");
+    }
+    rig.router.settled(SOON * 4).await;
+    let mut largest = 0;
+    while let Some(Some(pull)) = asked.next().now_or_never() {
+        largest = read(&pull.payload)["batch"].as_u64().expect("a number").max(largest);
+    }
+    // One slot, and so a look-ahead of one, but for the rate.
+    assert!((8..=1001).contains(&largest), "{largest} at once");
+}
+
+#[tokio::test]
+async fn a_full_pool_stops_the_intake_and_leaves_the_rest_to_others() {
+    let rig = Rig::start(&["--io-pool-size=1", "--cpu-pool-size=2"]).await;
+    let held: Vec<_> = (0..30).map(|number| assignment("acme", &number.to_string(), rig.call("/gate/io"))).collect();
+    let (full, rest) = held.split_at(4);
+    for payload in full {
+        rig.router.submit(payload).await;
+    }
+    rig.peer.arrived("/gate/io", 1).await;
+    asks_for_nothing(&rig).await;
+    // There are slots for this one, but what comes with it may be for the full pool.
+    let mut other = assignment("acme", "cpu", rig.call("/ok"));
+    other["resources"] = json!({"pool": "cpu"});
+    for payload in rest.iter().chain([&other]) {
+        rig.router.submit(payload).await;
+    }
+    asks_for_nothing(&rig).await;
+    let consumer = rig.router.consumer().await.expect("the workers' consumer");
+    assert_eq!((consumer.num_ack_pending, consumer.num_pending), (4, 27), "the stream keeps the rest");
+
+    let _second = rig.another("worker-2").flag("--io-pool-size=40").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&other).await["metadata"]["worker_id"], "worker-2");
+    rig.peer.arrived("/gate/io", 30).await;
+    rig.peer.open("io");
+    let mut by_first = 0;
+    for payload in &held {
+        by_first += usize::from(rig.router.result(payload).await["metadata"]["worker_id"] == "worker-1");
+    }
+    assert_eq!(by_first, 1, "what waited there went to whoever had room");
+    kept_its_promise(&rig.router, &rig.peer).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use async_nats::HeaderMap;
+use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{assignment, json as json_of};
@@ -274,6 +275,81 @@ async fn work_for_gpu_slots_is_parked_for_those_who_have_some() {
     assert_eq!(rig.router.result(&second).await["metadata"]["worker_id"], "gpu-1");
     assert_eq!(rig.router.result(&general).await["metadata"]["worker_id"], "worker-1");
     until("nothing is parked any more", async || rig.router.parked().await == 0).await;
+}
+
+#[tokio::test]
+async fn parked_work_that_may_not_run_where_it_is_taken_up_ends_as_an_error() {
+    let policy = acme("{concurrent: 1}");
+    let mut rig = Rig::start(&[&policy.flag()]).await;
+    let (running, _) = one_runs_and_others_are_parked(&rig, 0).await;
+    let [mut large, mut on_cpu, small] =
+        ["large", "on-cpu", "small"].map(|id| assignment("acme", id, rig.call(&format!("/ok/{id}"))));
+    large["resources"] = json!({"memory_mb": 64});
+    on_cpu["resources"] = json!({"pool": "cpu"});
+    for one in [&large, &on_cpu, &small] {
+        rig.router.submit(one).await;
+        assert_eq!(rig.router.verdict(one).await["status"], "accepted");
+    }
+    all_parked(&rig.worker, 3).await;
+    rig.worker.terminate();
+    rig.peer.open("unit");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+    assert_eq!(rig.worker.ended().await, Some(0));
+
+    let lesser = ["--max-memory-mb=16", "--cpu-pool-size=0"];
+    let lesser = lesser.iter().fold(rig.another("worker-2").flag(policy.flag()), |setup, flag| setup.flag(*flag));
+    let _lesser = lesser.start(&rig.nats).await;
+    for (one, is_retryable) in [(&large, false), (&on_cpu, true)] {
+        let result = rig.router.result(one).await;
+        assert_eq!((&result["status"], &result["error"]["code"]), (&json!("error"), &json!(2002)), "{result}");
+        assert_eq!((&result["error"]["retryable"], &result["metadata"]["attempts"]), (&json!(is_retryable), &json!(0)));
+    }
+    assert_eq!(rig.router.result(&small).await["status"], "success");
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1, "only the small one ran");
+    for one in [&large, &on_cpu, &small] {
+        assert_eq!(rig.router.story(one).verdicts.len(), 1, "what was accepted is not refused later");
+    }
+    assert_eq!(rig.router.letter(&large).await["stage"], "execute");
+    assert!(rig.router.story(&on_cpu).letters.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_too_large_to_be_parked_ends_as_an_error_and_others_are_parked() {
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::at(NatsServer::with("max_payload: 65536"), &[&policy.flag()]).await;
+    let (running, _) = one_runs_and_others_are_parked(&rig, 0).await;
+    let mut large = assignment("acme", "large", rig.call("/ok/large"));
+    large["padding"] = json!("");
+    large["padding"] = json!("p".repeat(65_536 - large.to_string().len()));
+    let small = assignment("acme", "small", rig.call("/ok/small"));
+    for one in [&large, &small] {
+        rig.router.submit(one).await;
+        assert_eq!(rig.router.verdict(one).await["status"], "accepted");
+    }
+    let result = rig.router.result(&large).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("error"), &json!(2002)), "{result}");
+    assert_eq!((&result["error"]["retryable"], &result["metadata"]["attempts"]), (&json!(false), &json!(0)));
+    let said = result["error"]["message"].as_str().unwrap();
+    assert!(said.contains("larger than the broker takes"), "{said}");
+    let letter = rig.router.letter(&large).await;
+    assert_eq!((&letter["stage"], &letter["error"]["code"]), (&json!("execute"), &json!(2002)));
+    assert!(rig.router.story(&running).results.is_empty());
+    rig.peer.open("unit");
+    for one in [&running, &small] {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+
+    // Sent again when there is room, it is answered by its record; as a replay it runs.
+    let mut replay = HeaderMap::new();
+    replay.insert("Beamline-Replay", "true");
+    let mut fits = large.clone();
+    fits["padding"] = json!("p");
+    rig.router.submit_with(&fits, replay).await;
+    assert_eq!(json_of(&rig.router.results(&large, 2).await[1])["status"], "success");
+    rig.worker.ready().await;
 }
 
 #[tokio::test]
