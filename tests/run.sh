@@ -31,6 +31,7 @@ worker() {
   local tools suite suites=()
   tools=$(tests/cluster/tools.sh --path nats-server)
   require_databases
+  require strace=strace
   for suite in tests/suites/*.rs; do
     [[ $suite == */cluster*.rs || $suite == */operator_plane.rs ]] || suites+=(--test "$(basename "$suite" .rs)")
   done

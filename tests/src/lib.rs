@@ -12,6 +12,7 @@
 pub mod rig; // one of each
 pub mod nats; // a broker that can be killed, paused and brought back
 pub mod worker; // the program under test
+pub mod calls; // what it asks of the kernel
 pub mod policy; // what it is told about tenants
 pub mod router; // publishes assignments, hears what is said about them
 pub mod failpoint; // where a worker can be held

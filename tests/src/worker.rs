@@ -1,5 +1,6 @@
 //! `beamline_worker` as its users run it: flags and variables in, HTTP, log lines and an exit code out.
 
+use std::ffi::OsStr;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
@@ -127,11 +128,34 @@ impl Setup {
 
     /// In a mount namespace of its own, where this is the `/etc/resolv.conf`.
     #[must_use]
-    pub fn resolv_conf(mut self, file: &Path) -> Self {
-        let mut command = Command::new("/usr/bin/unshare");
-        command.env_clear().args(["--mount", "--", "/bin/sh", "-c"]);
-        command.arg(r#"/bin/mount --bind "$0" /etc/resolv.conf && exec "$@""#).arg(file);
-        command.arg(self.command.get_program()).args(self.command.get_args());
+    pub fn resolv_conf(self, file: &Path) -> Self {
+        self.after_mounting(r#"/bin/mount --bind "$0" /etc/resolv.conf && exec "$@""#, file)
+    }
+
+    /// In a mount namespace of its own, where this directory is a disk of 64 KiB.
+    #[must_use]
+    pub fn small_disk(self, directory: &Path) -> Self {
+        self.after_mounting(r#"/bin/mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@""#, directory)
+    }
+
+    fn after_mounting(self, script: &str, place: &Path) -> Self {
+        let unshare = ["--mount", "--", "/bin/sh", "-c", script];
+        self.run_by("/usr/bin/unshare", unshare.map(OsStr::new).into_iter().chain([place.as_os_str()]))
+    }
+
+    /// Its system calls of these names are written into a file, with their files and the beginning of their bytes.
+    #[must_use]
+    pub fn traced(self, calls: &str, file: &Path) -> Self {
+        let filter = format!("trace={calls}");
+        // The worker stays the child of its test: the tracer is a grandchild.
+        let options = ["-D", "-f", "-y", "-s", "4096", "-e", &filter, "-o"].map(OsStr::new);
+        self.run_by("/usr/bin/strace", options.into_iter().chain([file.as_os_str()]))
+    }
+
+    /// Another program becomes the worker in the end.
+    fn run_by<'a>(mut self, program: &str, args: impl IntoIterator<Item = &'a OsStr>) -> Self {
+        let mut command = Command::new(program);
+        command.env_clear().args(args).arg(self.command.get_program()).args(self.command.get_args());
         command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         self.command = command;
         self

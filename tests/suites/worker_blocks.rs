@@ -3,12 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+use beamline_tests::calls;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::{Hit, Peer};
 use beamline_tests::process::free_port;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{DLQ, assignment, json as read};
-use beamline_tests::wait::SOON;
+use beamline_tests::router::{DLQ, Router, assignment, json as read};
+use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
 
@@ -250,7 +251,7 @@ async fn the_deadline_counts_over_all_attempts_and_no_delay_is_waited_for_that_p
 async fn loopback_is_refused_unless_it_is_allowed() {
     let (nats, peer) = (NatsServer::start(), Peer::start().await);
     let _worker = Worker::named("strict").flag("--fs-roots=/nowhere").start(&nats).await;
-    let router = beamline_tests::router::Router::connect(&nats.url()).await;
+    let router = Router::connect(&nats.url()).await;
     let port = peer.url("").rsplit_once(':').unwrap().1.to_owned();
     // A literal is seen at the door; a name only when it is resolved.
     for (id, host) in [("v4", "127.0.0.1"), ("hex", "0x7f000001"), ("v6", "[::1]"), ("mapped", "[::ffff:127.0.0.1]")] {
@@ -279,6 +280,68 @@ async fn nothing_lifts_the_refusal_of_the_broker() {
     let mut others = rig.call("/ok");
     others["url"] = json!(rig.peer.url("/ok").replace("127.0.0.1", "localhost"));
     assert_eq!(run(&rig, "peer", others).await["status"], "success", "other ports are allowed");
+}
+
+#[tokio::test]
+async fn a_denied_range_is_refused_whatever_is_allowed() {
+    let rig = Rig::start(&["--egress-deny=127.0.0.2/31"]).await;
+    let denied = Peer::on("127.0.0.2:0").await;
+    for (id, host) in [("literal", "127.0.0.2"), ("hex", "0x7f000002"), ("mapped", "[::ffff:127.0.0.3]")] {
+        let url = denied.url("/ok").replace("127.0.0.2", host);
+        let payload = assignment("acme", id, json!({"type": "http.request", "url": url}));
+        rig.router.submit(&payload).await;
+        let verdict = rig.router.verdict(&payload).await;
+        assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(2003)), "{verdict}");
+    }
+    assert_eq!(run(&rig, "beside", rig.call("/ok")).await["status"], "success", "the rest of what is allowed stays so");
+    assert_eq!(denied.hits("/").len(), 0);
+}
+
+#[tokio::test]
+async fn proxy_variables_lead_nothing_around_the_guard() {
+    let (nats, peer, proxy) = (NatsServer::start(), Peer::start().await, Peer::start().await);
+    let setup = Worker::named("worker-1").flag("--egress-allow=127.0.0.1/32").flag("--fs-roots=/nowhere");
+    let setup = setup.flag(format!("--approval-webhook={}", peer.url("/ok/webhook")));
+    let names = ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let setup = names.into_iter().fold(setup, |setup, name| setup.env(name, &proxy.url("")));
+    let _worker = setup.start(&nats).await;
+    let router = Router::connect(&nats.url()).await;
+    let ask = |id: &str, url: &str| {
+        let job = json!({"type": "http.request", "url": url, "retry_config": {"max_attempts": 1}});
+        assignment("acme", id, job)
+    };
+    let allowed = ask("allowed", &peer.url("/ok"));
+    router.submit(&allowed).await;
+    assert_eq!(router.result(&allowed).await["status"], "success");
+    assert_eq!(peer.hits("/ok").len(), 1);
+    // What a proxy would be asked for without anybody looking at it.
+    let secret = peer.url("/ok").replace("http:", "https:");
+    for (id, url) in [("name", "http://no-such-name.invalid/"), ("tls", secret.as_str())] {
+        router.submit(&ask(id, url)).await;
+        assert_eq!(router.result(("acme", id)).await["error"]["code"], 3001, "{id}");
+    }
+    let approval = json!({"type": "human.approval", "prompt": "May I?", "approvers": ["ann"]});
+    router.submit(&assignment("acme", "approval", approval)).await;
+    peer.arrived("/ok/webhook", 1).await;
+    assert_eq!(proxy.hits("").len(), 0, "nobody asks the proxy");
+}
+
+#[tokio::test]
+async fn public_only_refuses_private_addresses_that_no_entry_allows() {
+    let allow = "--egress-allow=10.1.0.0/16";
+    let usual = Rig::start(&["--sandbox-mode", allow]).await;
+    let public_only = Rig::start(&["--sandbox-mode", allow, "--egress-policy=public-only"]).await;
+    let all_private = ["10.2.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "[fd00::1]", "[::ffff:10.2.0.1]"];
+    for host in all_private.into_iter().chain(["10.1.0.1", "8.8.8.8", "[2001:4860:4860::8888]"]) {
+        let payload = assignment("acme", host, json!({"type": "http.request", "url": format!("http://{host}/")}));
+        for rig in [&usual, &public_only] {
+            rig.router.submit(&payload).await;
+        }
+        assert_eq!(usual.router.result(&payload).await["status"], "success", "{host}");
+        let verdict = public_only.router.verdict(&payload).await;
+        let refused = all_private.contains(&host).then(|| json!(2003));
+        assert_eq!(verdict["error"].get("code"), refused.as_ref(), "{host}: {verdict}");
+    }
 }
 
 // fs.put, fs.get
@@ -330,6 +393,52 @@ async fn files_fail_as_the_table_says() {
     fails(&rig, "huge", get("huge"), 2002, false).await;
     let result = run(&rig, "directory", get("directory")).await;
     assert_eq!((&result["status"], &result["error"]["retryable"]), (&json!("error"), &json!(false)), "{result}");
+}
+
+#[tokio::test]
+async fn a_full_disk_is_temporary_and_leaves_no_trace() {
+    let (nats, files) = (NatsServer::start(), tempfile::tempdir().unwrap());
+    let setup = Worker::named("worker-1").flag(format!("--fs-roots={}", files.path().display()));
+    let worker = setup.small_disk(files.path()).start(&nats).await;
+    let rig = Rig { worker, router: Router::connect(&nats.url()).await, peer: Peer::start().await, nats, files };
+    assert_eq!(run(&rig, "first", rig.put("x", "old")).await["status"], "success");
+    let mut too_much = rig.put("x", &"n".repeat(128 * 1024));
+    too_much["retry_config"] = json!({"max_attempts": 2, "base_delay_ms": 1});
+    let result = fails(&rig, "too-much", too_much, 2002, true).await;
+    assert_eq!((&result["error"]["message"], &result["metadata"]["attempts"]), (&json!("the disk is full"), &json!(2)));
+    let old = run(&rig, "old", json!({"type": "fs.get", "path": rig.path("x")})).await;
+    assert_eq!(old["result"]["content"], "old");
+    assert_eq!(
+        run(&rig, "room", rig.put("y", &"y".repeat(40 * 1024))).await["status"],
+        "success",
+        "no rest takes room"
+    );
+    assert!(!rig.file_of("acme", "x").exists(), "the small disk is the worker's own");
+}
+
+#[tokio::test]
+async fn a_file_is_on_the_disk_before_its_record_is_written() {
+    let (nats, files) = (NatsServer::start(), tempfile::tempdir().unwrap());
+    let log = files.path().join("calls");
+    let setup = Worker::named("worker-1").flag(format!("--fs-roots={}", files.path().display()));
+    let worker = setup.traced(calls::TOLD, &log).start(&nats).await;
+    let rig = Rig { worker, router: Router::connect(&nats.url()).await, peer: Peer::start().await, nats, files };
+    assert_eq!(run(&rig, "safe", rig.put("new/safe.txt", "safe")).await["status"], "success");
+    let calls = within(SOON, "the record is written", async || {
+        let calls = calls::calls(&log);
+        calls::find(&calls, &["PUB caf.exec.ledger.acme.safe "]).is_some().then_some(calls)
+    })
+    .await;
+    let find = |parts: &[&str]| calls::find(&calls, parts).unwrap_or_else(|| panic!("no {parts:?} in {calls:#?}"));
+    let directories =
+        [find(&["fsync(", "/acme>)"]), find(&["fsync(", &format!("{}>)", rig.path("").trim_end_matches('/'))])];
+    let file = find(&["fsync(", "/acme/new/."]);
+    let renamed = find(&["rename", "safe.txt"]);
+    let entry = find(&["fsync(", "/acme/new>)"]);
+    let recorded = find(&["PUB caf.exec.ledger.acme.safe "]);
+    assert!(directories.iter().all(|directory| directory.done < renamed.begun), "{directories:?} {renamed:?}");
+    assert!(file.done < renamed.begun, "{file:?} {renamed:?}");
+    assert!(renamed.done < entry.begun && entry.done < recorded.begun, "{renamed:?} {entry:?} {recorded:?}");
 }
 
 #[tokio::test]

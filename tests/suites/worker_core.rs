@@ -122,6 +122,18 @@ async fn two_workers_share_the_work_and_each_assignment_runs_once() {
 }
 
 #[tokio::test]
+async fn each_queue_group_is_given_all_that_is_published() {
+    let rig = Rig::start(&[CORE]).await;
+    let night_shift = rig.another("worker-2").flag(CORE).env("WORKER_NATS_QUEUE_GROUP", "night-shift");
+    let _night_shift = night_shift.start(&rig.nats).await;
+    let payload = assignment("acme", "both", rig.call("/ok"));
+    rig.router.send(&payload).await;
+    let results = rig.router.results(&payload, 2).await;
+    let workers: BTreeSet<_> = results.iter().map(|result| read(result)["metadata"]["worker_id"].to_string()).collect();
+    assert_eq!(workers.len(), 2, "{workers:?}");
+}
+
+#[tokio::test]
 async fn a_worker_without_room_says_so_and_takes_work_again_when_it_has_some() {
     let rig = Rig::start(&TINY).await;
     let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/room")));

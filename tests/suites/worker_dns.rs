@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 const PEER: Ipv4Addr = Ipv4Addr::LOCALHOST;
 /// Where clouds keep credentials.
 const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Where nobody of these tests is.
+const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 53, 53, 53);
 
 /// A worker that asks the test's own name server, and those it works for and with. Fields end in this order.
 struct World {
@@ -64,6 +66,7 @@ fn names(name: &str) -> Option<Answer> {
         "pool" => Answer::Alias("loop.test."),
         "thousand" => Answer::Addresses((0..1000).map(|_| PEER).chain([METADATA]).collect()),
         "mixed" => Answer::Addresses(vec![PEER, METADATA]),
+        "private" => Answer::Addresses(vec![PRIVATE]),
         "rebinds" => Answer::First(PEER, METADATA),
         _ => return None,
     };
@@ -118,6 +121,18 @@ async fn w25_every_address_of_a_name_is_checked_and_what_was_checked_is_dialled(
     let error = world.run("globex", "then", "rebinds.test").await["error"].take();
     assert_eq!(error["code"], 2003, "{error}");
     assert_eq!(world.peer.hits("/ok").len(), 1);
+}
+
+#[tokio::test]
+async fn a_name_is_judged_by_public_only_and_the_deny_list_when_it_is_resolved() {
+    let world = World::start(&["--egress-policy=public-only"]).await;
+    let denying = World::start(&["--egress-deny=127.0.0.0/31"]).await;
+    for (world, host) in [(&world, "private.test"), (&denying, "peer.test")] {
+        let error = world.run("acme", host, host).await["error"].take();
+        assert_eq!((&error["code"], &error["retryable"]), (&json!(2003), &json!(false)), "{host}: {error}");
+    }
+    assert_eq!(world.run("acme", "allowed", "peer.test").await["status"], "success");
+    assert_eq!(denying.peer.hits("/").len(), 0);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use beamline_tests::calls;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Router, assignment};
 use beamline_tests::wait::{until, within};
@@ -40,6 +41,32 @@ async fn an_outcome_survives_its_worker_while_the_broker_is_away() {
     assert_eq!(second.metric("worker_results_replayed_total").await, 1.0, "the redelivery was answered by the record");
     let result: serde_json::Value = serde_json::from_slice(&record.payload).unwrap();
     assert_eq!(result["metadata"]["worker_id"], "worker-1");
+}
+
+#[tokio::test]
+async fn an_outcome_is_on_the_disk_to_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    let (outbox, log) = (directory.path().join("outbox"), directory.path().join("calls"));
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let setup = rig.another("worker-2").flag(format!("--outbox-dir={}", outbox.display()));
+    let worker = setup.traced(calls::TOLD, &log).start(&rig.nats).await;
+    let payload = assignment("acme", "kept", rig.call("/gate/kept"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/kept", 1).await;
+    rig.nats.kill();
+    worker.unready("connection").await;
+    rig.peer.open("kept");
+    let entry = format!("{}>)", outbox.display());
+    let (file, renamed, entry) = within(LAPSE, "the outcome is on the disk", async || {
+        let calls = calls::calls(&log);
+        let renamed = calls::find(&calls, &["rename", ".json"])?.clone();
+        let later: Vec<_> = calls.iter().filter(|call| call.begun > renamed.done).cloned().collect();
+        let file = calls::find(&calls, &["sync(", "/outbox/", ".tmp"])?.clone();
+        Some((file, renamed, calls::find(&later, &["sync(", &entry])?.clone()))
+    })
+    .await;
+    assert!(file.done < renamed.begun && renamed.done < entry.begun, "{file:?} {renamed:?} {entry:?}");
 }
 
 #[tokio::test]

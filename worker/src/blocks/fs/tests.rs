@@ -181,25 +181,6 @@ async fn a_failed_write_leaves_the_old_file_and_no_other() {
     assert_eq!(disk.get("acme", "x").await.unwrap()["content"], "old");
 }
 
-/// `/dev/full` cannot be a regular file in a tenant's directory, so the disk is a small one of its own where the
-/// tests may mount one.
-#[tokio::test]
-async fn a_full_disk_is_temporary_and_leaves_no_trace() {
-    let disk = Disk::new();
-    let mount = |args: &[&str]| std::process::Command::new("mount").args(args).output();
-    let root = disk.root.path().to_str().unwrap();
-    if !mount(&["-t", "tmpfs", "-o", "size=64k", "tmpfs", root]).is_ok_and(|output| output.status.success()) {
-        return;
-    }
-    disk.put("acme", "x", "old").await.unwrap();
-    let full = disk.put("acme", "x", &"n".repeat(128 * 1024)).await;
-    let (names, old) = (disk.names("acme"), disk.get("acme", "x").await);
-    assert!(std::process::Command::new("umount").arg(root).status().unwrap().success());
-    let cause = full.unwrap_err().cause;
-    assert_eq!((cause, cause.is_retryable()), (Cause::ResourceUnavailable, true));
-    assert_eq!((names, old.unwrap()["content"].as_str()), (vec!["x".to_owned()], Some("old")));
-}
-
 #[tokio::test]
 async fn a_file_that_no_result_can_hold_is_refused_by_its_size() {
     let disk = Disk::new();
