@@ -928,12 +928,25 @@ fn bucket(name: &str, hours: u64, common: &Config) -> Config {
     }
 }
 
+const MADE: [&str; 10] = [
+    "CAF_EXEC_ASSIGN",
+    "CAF_EXEC_RESULT",
+    "CAF_EXEC_DLQ",
+    "CAF_EXEC_CONTROL",
+    "CAF_EXEC_PARKED",
+    "KV_caf-cancel",
+    "KV_caf-approvals",
+    "KV_caf-answers",
+    "KV_caf-deliveries",
+    "KV_caf-quota",
+];
+
 /// The streams and the consumer that another worker has made, so that a test can make them anew with a change.
 async fn made_by_a_worker() -> (Rig, Vec<Config>, pull::Config) {
     let mut rig = Rig::start(&[]).await;
     rig.worker.kill();
     let mut configs = Vec::new();
-    for name in ["CAF_EXEC_ASSIGN", "CAF_EXEC_RESULT", "CAF_EXEC_DLQ", "CAF_EXEC_CONTROL", "KV_caf-cancel"] {
+    for name in MADE {
         configs.push(rig.router.stream(name).await.cached_info().config.clone());
     }
     let consumer = pull::Config {
@@ -960,33 +973,47 @@ async fn make_anew(router: &Router, config: &Config) {
 #[tokio::test]
 async fn a_stream_that_breaks_the_contract_ends_the_worker_and_stays_as_it_is() {
     let (rig, good, _) = made_by_a_worker().await;
-    let change = |stream: usize, change: fn(&mut Config)| {
-        let mut config = good[stream].clone();
+    let find = |stream: &str| good.iter().find(|good| good.name == stream).unwrap();
+    let change = |stream: &str, change: fn(&mut Config)| {
+        let mut config = find(stream).clone();
         change(&mut config);
         config
     };
-    let cases = [
-        ("subjects", change(0, |config| config.subjects = vec!["caf.exec.assign.*".to_owned()])),
-        ("retention", change(0, |config| config.retention = RetentionPolicy::Limits)),
-        ("storage", change(0, |config| config.storage = StorageType::Memory)),
-        ("discard", change(0, |config| config.discard = DiscardPolicy::Old)),
-        ("no_ack", change(0, |config| config.no_ack = true)),
-        ("max_msgs_per_subject", change(1, |config| config.max_messages_per_subject = 2)),
-        ("allow_direct", change(1, |config| config.allow_direct = false)),
-        ("storage", change(1, |config| config.storage = StorageType::Memory)),
-        ("subjects", change(2, |config| config.subjects = vec![DLQ.to_owned()])),
-        ("discard", change(2, |config| config.discard = DiscardPolicy::Old)),
-        ("no_ack", change(3, |config| config.no_ack = false)),
-        ("max_msgs_per_subject", change(4, |config| config.max_messages_per_subject = 2)),
-        ("allow_msg_ttl", change(4, |config| config.allow_message_ttl = false)),
+    let mut cases = vec![
+        ("subjects", change("CAF_EXEC_ASSIGN", |config| config.subjects = vec!["caf.exec.assign.*".to_owned()])),
+        ("retention", change("CAF_EXEC_ASSIGN", |config| config.retention = RetentionPolicy::Limits)),
+        ("storage", change("CAF_EXEC_ASSIGN", |config| config.storage = StorageType::Memory)),
+        ("discard", change("CAF_EXEC_ASSIGN", |config| config.discard = DiscardPolicy::Old)),
+        ("no_ack", change("CAF_EXEC_ASSIGN", |config| config.no_ack = true)),
+        ("max_msgs_per_subject", change("CAF_EXEC_RESULT", |config| config.max_messages_per_subject = 2)),
+        ("allow_direct", change("CAF_EXEC_RESULT", |config| config.allow_direct = false)),
+        ("storage", change("CAF_EXEC_RESULT", |config| config.storage = StorageType::Memory)),
+        ("subjects", change("CAF_EXEC_DLQ", |config| config.subjects = vec![DLQ.to_owned()])),
+        ("discard", change("CAF_EXEC_DLQ", |config| config.discard = DiscardPolicy::Old)),
+        ("no_ack", change("CAF_EXEC_CONTROL", |config| config.no_ack = false)),
+        ("retention", change("CAF_EXEC_CONTROL", |config| config.retention = RetentionPolicy::Limits)),
+        ("storage", change("CAF_EXEC_CONTROL", |config| config.storage = StorageType::Memory)),
+        ("subjects", change("CAF_EXEC_CONTROL", |config| config.subjects = vec!["caf.exec.cancel.v1".to_owned()])),
+        ("discard", change("CAF_EXEC_PARKED", |config| config.discard = DiscardPolicy::Old)),
+        ("retention", change("CAF_EXEC_PARKED", |config| config.retention = RetentionPolicy::Interest)),
+        ("storage", change("CAF_EXEC_PARKED", |config| config.storage = StorageType::Memory)),
+        ("subjects", change("CAF_EXEC_PARKED", |config| config.subjects = vec!["caf.exec.parked.>".to_owned()])),
     ];
-    let two = change(0, |config| (config.retention, config.discard) = (RetentionPolicy::Limits, DiscardPolicy::Old));
+    for bucket in MADE.into_iter().filter(|name| name.starts_with("KV_")) {
+        cases.extend([
+            ("max_msgs_per_subject", change(bucket, |config| config.max_messages_per_subject = 2)),
+            ("allow_msg_ttl", change(bucket, |config| config.allow_message_ttl = false)),
+        ]);
+    }
+    let two = change("CAF_EXEC_ASSIGN", |config| {
+        (config.retention, config.discard) = (RetentionPolicy::Limits, DiscardPolicy::Old);
+    });
     make_anew(&rig.router, &two).await;
     let ending = rig.another("refuses").flag(format!("--nats-url={}", rig.nats.url())).end().await;
     for says in ["retention Limits, but the contract needs WorkQueue", "discard Old, but the contract needs New"] {
         assert!(ending.said.contains(says), "{says}: {}", ending.said);
     }
-    make_anew(&rig.router, &good[0]).await;
+    make_anew(&rig.router, find("CAF_EXEC_ASSIGN")).await;
     for (field, config) in cases {
         make_anew(&rig.router, &config).await;
         let before = rig.router.stream(&config.name).await.cached_info().config.clone();
@@ -995,33 +1022,68 @@ async fn a_stream_that_breaks_the_contract_ends_the_worker_and_stays_as_it_is() 
         let says = format!("stream {} has {field} ", config.name);
         assert!(ending.said.contains(&says), "{says}: {}", ending.said);
         assert_eq!(rig.router.stream(&config.name).await.cached_info().config, before);
-        let good = good.iter().find(|good| good.name == config.name).unwrap();
-        make_anew(&rig.router, good).await;
+        make_anew(&rig.router, find(&config.name)).await;
     }
 }
 
 #[tokio::test]
 async fn a_consumer_that_breaks_the_contract_ends_the_worker() {
-    let (rig, _, good) = made_by_a_worker().await;
-    let change = |change: fn(&mut pull::Config)| {
+    let (rig, _, assign) = made_by_a_worker().await;
+    let control = pull::Config { filter_subject: String::new(), ..named("caf-control", &assign) };
+    let change = |good: &pull::Config, change: fn(&mut pull::Config)| {
         let mut config = good.clone();
         change(&mut config);
         config
     };
+    let ack_wait = |config: &mut pull::Config| config.ack_wait = std::time::Duration::from_secs(30);
     let cases = [
-        ("filter_subject", change(|config| config.filter_subject = String::new())),
-        ("ack_wait", change(|config| config.ack_wait = std::time::Duration::from_secs(30))),
-        ("max_deliver", change(|config| config.max_deliver = 5)),
+        ("filter_subject", change(&assign, |config| config.filter_subject = String::new())),
+        ("ack_wait", change(&assign, ack_wait)),
+        ("max_deliver", change(&assign, |config| config.max_deliver = 5)),
+        ("filter_subject", change(&control, |config| config.filter_subject = "caf.exec.cancel.v1".to_owned())),
+        ("ack_wait", change(&control, ack_wait)),
+        ("max_deliver", change(&control, |config| config.max_deliver = 5)),
     ];
-    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
     for (field, config) in cases {
-        let _ = stream.delete_consumer("caf-workers").await;
+        let name = config.durable_name.clone().unwrap();
+        let good = if name == "caf-control" { &control } else { &assign };
+        let stream = if name == "caf-control" { "CAF_EXEC_CONTROL" } else { "CAF_EXEC_ASSIGN" };
+        let stream = rig.router.stream(stream).await;
+        let _ = stream.delete_consumer(&name).await;
         stream.create_consumer(config).await.unwrap();
+        let before = stream.consumer_info(&name).await.unwrap().config;
         let ending = rig.another("refuses").flag(format!("--nats-url={}", rig.nats.url())).end().await;
         assert_eq!(ending.code, Some(1), "{field}: {}", ending.said);
-        let says = format!("consumer caf-workers of stream CAF_EXEC_ASSIGN has {field} ");
+        let says = format!("consumer {name} of stream {} has {field} ", stream.cached_info().config.name);
         assert!(ending.said.contains(&says), "{says}: {}", ending.said);
+        assert_eq!(stream.consumer_info(&name).await.unwrap().config, before, "it stays as it is");
+        stream.delete_consumer(&name).await.unwrap();
+        stream.create_consumer(good.clone()).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_setting_that_is_changed_under_a_running_worker_is_told_until_it_is_mended() {
+    let rig = Rig::start(&[]).await;
+    let stream = rig.router.stream("CAF_EXEC_CONTROL").await;
+    let good = pull::Config {
+        durable_name: Some("caf-control".to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: std::time::Duration::from_secs(10),
+        max_deliver: -1,
+        max_waiting: 16_384,
+        ..pull::Config::default()
+    };
+    stream.update_consumer(pull::Config { max_deliver: 5, ..good.clone() }).await.unwrap();
+    let reasons = rig.worker.unready("streams unavailable").await;
+    let says = "consumer caf-control of stream CAF_EXEC_CONTROL has max_deliver 5, but the contract needs -1";
+    assert!(reasons.contains(says), "{reasons}");
+    assert_eq!(stream.consumer_info("caf-control").await.unwrap().config.max_deliver, 5, "it is left as it is");
+    let payload = assignment("acme", "works", rig.put("works", "x"));
+    rig.router.submit(&payload).await;
+    assert_eq!(rig.router.result(&payload).await["status"], "success", "what can be done is done");
+    stream.update_consumer(good).await.unwrap();
+    rig.worker.ready().await;
 }
 
 #[tokio::test]
@@ -1082,6 +1144,29 @@ async fn another_subject_has_a_stream_and_verdicts_of_its_own() {
     assert!(router.jetstream().get_stream("CAF_EXEC_ASSIGN").await.is_err(), "the usual stream is not needed");
     assert!(router.heard().iter().any(|heard| heard.kind == Kind::Verdict));
     assert!(rig.router.heard().iter().all(|heard| heard.kind != Kind::Verdict), "nothing on {ASSIGN}.ack");
+}
+
+#[tokio::test]
+async fn workers_of_another_queue_group_share_the_work_under_its_name() {
+    let nats = NatsServer::start();
+    let night_shift = |name: &str| Worker::named(name).env("WORKER_NATS_QUEUE_GROUP", "night-shift");
+    let workers = ["worker-1", "worker-2"].map(|name| night_shift(name).flag("--gpu-pool-size=1"));
+    let [first, second] = workers.map(|setup| setup.flag("--sandbox-mode"));
+    let _workers = [first.start(&nats).await, second.start(&nats).await];
+    let router = Router::connect(&nats.url()).await;
+    let job = json!({"type": "http.request", "url": "http://peer.test/", "sandbox": {"delay_ms": 20}});
+    let payloads: Vec<_> = (0..100).map(|number| assignment("acme", &number.to_string(), job.clone())).collect();
+    for payload in &payloads {
+        router.submit(payload).await;
+    }
+    let mut workers = BTreeSet::new();
+    for payload in &payloads {
+        workers.insert(router.result(payload).await["metadata"]["worker_id"].to_string());
+    }
+    assert_eq!(workers.len(), 2, "{workers:?}");
+    let stream = router.stream("CAF_EXEC_ASSIGN").await;
+    let consumers: BTreeSet<String> = stream.consumer_names().try_collect().await.unwrap();
+    assert_eq!(consumers, ["night-shift", "night-shift-gpu"].map(str::to_owned).into());
 }
 
 /// Where this server says that it is of another version.

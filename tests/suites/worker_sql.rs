@@ -1,6 +1,8 @@
 //! `sql.query` on real servers: what comes back, what is refused, what is left behind.
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
+use std::time::{Duration, Instant};
+
 use beamline_tests::mariadb::MariaDb;
 use beamline_tests::postgres::Postgres;
 use beamline_tests::process::free_port;
@@ -638,6 +640,27 @@ async fn a_full_pool_is_waited_for_and_then_busy() {
     locked["timeout_ms"] = json!(2000);
     locked["retry_config"] = json!({"max_attempts": 1});
     fails(&rig, "busy", locked, 2002, true).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_nobody_uses_is_closed_after_half_a_minute() {
+    let (rig, postgres, mariadb) = (Rig::start(&[]).await, Postgres::shared().await, MariaDb::shared().await);
+    let (pg, my) = (postgres.database("idle", "").await, mariadb.database("idle", &[]).await);
+    let (pg_admin, mut my_admin) = (postgres.admin("idle").await, mariadb.admin("mysql").await);
+    for (id, url) in [("pg", &pg), ("my", &my)] {
+        assert_eq!(run(&rig, "acme", id, job(url, "SELECT 1 AS a", json!([]))).await["status"], "success");
+    }
+    let used = Instant::now();
+    let mut open = async || {
+        let pg = pg_admin.query("SELECT 1 FROM pg_stat_activity WHERE usename = 'idle'", &[]).await.unwrap();
+        let my = "SELECT id FROM information_schema.processlist WHERE user = 'idle'";
+        let my: Vec<u64> = my_admin.query(my).await.unwrap();
+        [pg.len(), my.len()]
+    };
+    assert_eq!(open().await, [1, 1], "both wait for the next query");
+    within(SOON * 4, "both are closed", async || (open().await == [0, 0]).then_some(())).await;
+    let waited = used.elapsed();
+    assert!(waited >= Duration::from_secs(29), "closed after {waited:?}");
 }
 
 #[tokio::test]

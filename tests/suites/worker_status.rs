@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::assignment;
-use beamline_tests::wait::{SOON, until};
+use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -74,6 +74,38 @@ async fn without_its_broker_a_worker_lives_and_is_not_ready_until_the_broker_is_
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
     until("the metric follows", async || rig.worker.metric("worker_nats_connected").await == 1.0).await;
+}
+
+#[tokio::test]
+async fn a_pool_that_starts_nothing_for_half_a_minute_is_overloaded_and_its_worker_stays_ready() {
+    let rig = Rig::start(&["--io-pool-size=1"]).await;
+    let health = async || {
+        let (code, body) = rig.worker.get("/_health").await.unwrap();
+        (code, serde_json::from_str::<Value>(&body).unwrap())
+    };
+    let mut running = assignment("acme", "running", rig.call("/gate/slot"));
+    running["job"]["timeout_ms"] = json!(600_000);
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/slot", 1).await;
+    let waiting = assignment("acme", "waiting", rig.call("/ok"));
+    rig.router.submit(&waiting).await;
+    rig.router.verdict(&waiting).await;
+    let since = Instant::now();
+    let unhealthy = within(SOON * 4, "the pool is overloaded", async || {
+        let (code, health) = health().await;
+        (code == 503).then_some(health)
+    })
+    .await;
+    let after = since.elapsed();
+    assert!(after >= Duration::from_secs(25), "after {after:?}");
+    assert_eq!(
+        (&unhealthy["status"], &unhealthy["reasons"]),
+        (&json!("unhealthy"), &json!(["pool overloaded: work waits for io slots"]))
+    );
+    rig.worker.ready().await;
+    rig.peer.open("slot");
+    rig.router.result(&waiting).await;
+    until("it is healthy again", async || health().await.0 == 200).await;
 }
 
 #[tokio::test]
@@ -274,6 +306,26 @@ async fn each_log_line_has_the_published_shape() {
         assert!(parsed["timestamp"].as_str().unwrap().parse::<Timestamp>().is_ok(), "{line}");
         assert!(["ERROR", "WARN", "INFO"].contains(&parsed["level"].as_str().unwrap()), "{line}");
         assert!(parsed["message"].is_string() && parsed["fields"].is_object(), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_text_log_has_the_same_in_one_line_for_a_person() {
+    let rig = Rig::start(&["--log-format=text"]).await;
+    let mut payload = assignment("tenant-789", "assign-123", rig.call("/ok"));
+    payload["trace_id"] = json!("trace abc");
+    rig.router.submit(&payload).await;
+    rig.router.result(&payload).await;
+    let completed = async || rig.worker.lines().into_iter().find(|line| line.contains(": Step execution completed "));
+    let line = within(SOON, "the block's end is logged", completed).await;
+    for part in [" assignment_id=assign-123 ", " block_type=http.request ", " status=success ", " latency_ms="] {
+        assert!(line.contains(part), "{part:?} is in {line}");
+    }
+    assert!(line.ends_with(r#" trace_id="trace abc" tenant_id=tenant-789"#), "{line}");
+    for line in rig.worker.lines() {
+        let (timestamp, rest) = line.split_once(' ').unwrap();
+        assert!(timestamp.parse::<Timestamp>().is_ok(), "{line}");
+        assert!(["ERROR ", "WARN  ", "INFO  "].iter().any(|level| rest.starts_with(level)), "{line}");
     }
 }
 

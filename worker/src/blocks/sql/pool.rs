@@ -128,7 +128,7 @@ impl Permit {
 
     /// Lets a connection wait for the next query; it has been reset.
     pub(super) fn put_back(self, connection: Connection) {
-        if connection.opened().elapsed() >= MAX_AGE {
+        if is_spent(connection.opened().elapsed(), Duration::ZERO) {
             return;
         }
         let (oldest, is_swept) = {
@@ -153,12 +153,30 @@ impl State {
     }
 
     fn expired(&mut self) -> Vec<Idle> {
-        let fresh = self.idle.iter().position(|idle| idle.since.elapsed() < MAX_IDLE_TIME);
-        self.idle.drain(..fresh.unwrap_or(self.idle.len())).collect()
+        let is_spent = |idle: &mut Idle| is_spent(idle.connection.opened().elapsed(), idle.since.elapsed());
+        self.idle.extract_if(.., is_spent).collect()
     }
 
     fn forget_places(&mut self) {
         let idle: Vec<Key> = self.idle.iter().map(|idle| idle.key.clone()).collect();
         self.places.retain(|key, place| Arc::strong_count(place) > 1 || idle.contains(key));
+    }
+}
+
+/// Whether a connection is used no more that is so old and has waited for so long.
+fn is_spent(age: Duration, idle: Duration) -> bool {
+    age >= MAX_AGE || idle >= MAX_IDLE_TIME
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_waits_for_half_a_minute_and_is_used_for_five() {
+        let seconds = Duration::from_secs;
+        assert!(!is_spent(seconds(299), seconds(29)));
+        assert!(is_spent(seconds(31), seconds(30)), "it has waited too long");
+        assert!(is_spent(seconds(300), seconds(0)), "it has been used too long");
     }
 }
