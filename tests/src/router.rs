@@ -151,7 +151,12 @@ impl Router {
 
     /// Publishes bytes, whatever they are.
     pub async fn submit_bytes(&self, payload: impl Into<Bytes>) -> u64 {
-        self.publish(payload.into(), HeaderMap::new()).await
+        self.submit_bytes_with(payload, HeaderMap::new()).await
+    }
+
+    /// The same, with headers.
+    pub async fn submit_bytes_with(&self, payload: impl Into<Bytes>, headers: HeaderMap) -> u64 {
+        self.publish(payload.into(), headers).await
     }
 
     /// Publishes an assignment to whoever listens: for workers that no stream stands before.

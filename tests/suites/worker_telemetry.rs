@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex};
 use async_nats::HeaderMap;
 use axum::body::Bytes;
 use axum::routing::post;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD as STANDARD;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Key, Kind, assignment};
+use beamline_tests::router::{Key, Kind, assignment, json as json_of};
 use beamline_tests::tool;
 use beamline_tests::wait::SOON;
 use futures::StreamExt;
@@ -20,6 +22,7 @@ use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::net::TcpListener;
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -236,7 +239,7 @@ const CREDENTIAL: &str = "hunter2-credential";
 const CONTENT: &str = "hunter2-content";
 
 fn with_secrets(rig: &Rig, path: &str) -> Value {
-    let mut job = rig.call(&format!("{path}?token={CREDENTIAL}"));
+    let mut job = rig.call(&format!("{path}?token={CREDENTIAL}#{CREDENTIAL}"));
     let names = [
         "Authorization",
         "Cookie",
@@ -257,76 +260,163 @@ fn with_secrets(rig: &Rig, path: &str) -> Value {
     job
 }
 
-#[tokio::test]
-async fn s14_no_secret_leaves_but_where_it_is_meant_to() {
-    let collector = Collector::start().await;
-    let flags = ["--log-level=trace", "--dlq-redact", "--dlq-exhausted", &collector.flag()];
-    let mut rig = Rig::start(&flags).await;
+/// Jobs of every kind and with every end, each with secrets wherever it may have some.
+fn jobs_with_secrets(rig: &Rig) -> Vec<(&'static str, Value)> {
     let own = json!({"type": "http.request", "url": rig.peer.url("/ok"), "headers": {"Authorization": CREDENTIAL}});
     let mut broken = own.clone();
     broken["headers"]["Authorization"] = json!(format!("{CREDENTIAL}\r\nx: y"));
     let mut listed = own.clone();
     listed["headers"] = json!([format!("Authorization: {CREDENTIAL}")]);
-    let userinfo = format!("http://u:{CREDENTIAL}@127.0.0.1/?k={CREDENTIAL}");
-    let unparsable = format!("{CREDENTIAL}@nowhere");
-    let database = format!("postgres://me:{CREDENTIAL}@127.0.0.1:1/db?sslpassword={CREDENTIAL}");
-    let jobs = [
-        ("succeeds", with_secrets(&rig, "/ok")),
-        ("fails", with_secrets(&rig, "/status/404")),
-        ("exhausted", with_secrets(&rig, "/status/503")),
-        ("breaks", with_secrets(&rig, "/reset")),
-        ("redirected", with_secrets(&rig, "/redirect/9")),
-        (
-            "nowhere",
-            json!({"type": "http.request", "url": format!("http://no-such-name.invalid/?k={CREDENTIAL}"), "timeout_ms": 3000}),
-        ),
-        ("userinfo", json!({"type": "http.request", "url": userinfo})),
-        ("no-url", json!({"type": "http.request", "url": unparsable})),
+    let mut in_bytes = with_secrets(rig, "/status/404");
+    in_bytes.as_object_mut().unwrap().remove("body");
+    in_bytes["body_base64"] = json!(STANDARD.encode(CONTENT));
+    let mut in_both = in_bytes.clone();
+    in_both["body"] = json!(CONTENT);
+    let mut bad_base64 = in_bytes.clone();
+    bad_base64["body_base64"] = json!(format!("{CONTENT}!"));
+    let request = |url: String| json!({"type": "http.request", "url": url, "timeout_ms": 3000});
+    let put = |path: &str, field: &str, content: Value| json!({"type": "fs.put", "path": path, field: content});
+    let sql = |url: &str, query: &str, parameters: Value| {
+        json!({
+            "type": "sql.query", "connection_string": url, "query": query, "parameters": parameters, "timeout_ms": 3000,
+        })
+    };
+    let login = |scheme: &str, rest: &str| format!("{scheme}://me:{CREDENTIAL}@{rest}");
+    let approval = json!({"type": "human.approval", "prompt": CONTENT, "approvers": [CONTENT], "timeout_ms": 200});
+    let missing = format!("sqlite://{}", rig.path("no.db"));
+    vec![
+        ("succeeds", with_secrets(rig, "/ok")),
+        ("fails", with_secrets(rig, "/status/404")),
+        ("exhausted", with_secrets(rig, "/status/503")),
+        ("breaks", with_secrets(rig, "/reset")),
+        ("redirected", with_secrets(rig, "/redirect/9")),
+        ("bytes", in_bytes),
+        ("both-bodies", in_both),
+        ("bad-bytes", bad_base64),
+        ("nowhere", request(format!("http://no-such-name.invalid/?k={CREDENTIAL}#{CREDENTIAL}"))),
+        ("userinfo", request(format!("http://u:{CREDENTIAL}@127.0.0.1/?k={CREDENTIAL}"))),
+        ("user", request(format!("https://{CREDENTIAL}@127.0.0.1/"))),
+        ("no-url", request(format!("{CREDENTIAL}@nowhere"))),
+        ("no-port", request(format!("http://u:{CREDENTIAL}@127.0.0.1:99999/"))),
+        ("refused-address", request(format!("http://169.254.169.254/?k={CREDENTIAL}"))),
         ("broken-header", broken),
         ("listed-header", listed),
-        ("put", json!({"type": "fs.put", "path": "/etc/passwd", "content": CONTENT})),
-        (
-            "missing",
-            json!({"type": "sql.query", "connection_string": format!("sqlite://{}", rig.path("no.db")), "query": "SELECT ?", "parameters": [CONTENT]}),
-        ),
+        ("put", put("/etc/passwd", "content", json!(CONTENT))),
+        ("put-bytes", put("/etc/passwd", "content_base64", json!(STANDARD.encode(CONTENT)))),
+        ("put-bad-bytes", put(&rig.path("x"), "content_base64", json!(format!("{CONTENT}!")))),
+        ("put-number", put(&rig.path("x"), "content", json!({"secret": CONTENT}))),
+        ("put-well", put(&rig.path("x"), "content", json!(CONTENT))),
+        ("missing", sql(&missing, "SELECT ?", json!([CONTENT, {"base64": STANDARD.encode(CONTENT)}]))),
+        ("by-name", sql(&missing, "SELECT :a", json!({"a": CONTENT}))),
+        ("bad-parameters", sql(&missing, "SELECT ?", json!(CONTENT))),
         (
             "database",
-            json!({"type": "sql.query", "connection_string": database, "query": "SELECT 1", "parameters": [CONTENT], "timeout_ms": 3000}),
+            sql(&login("postgres", &format!("127.0.0.1:1/db?sslpassword={CREDENTIAL}")), "SELECT 1", json!([CONTENT])),
         ),
-    ];
-    for (id, job) in jobs {
+        ("closed", sql(&login("postgres", "127.0.0.1:1/db"), "SELECT $1", json!([CONTENT]))),
+        ("closed-mysql", sql(&login("mysql", "127.0.0.1:1/db"), "SELECT ?", json!([CONTENT]))),
+        ("bad-scheme", sql(&login("oracle", "127.0.0.1/db"), "SELECT 1", json!([]))),
+        ("bad-login", sql(&format!("postgres://me:{CREDENTIAL}%zz@127.0.0.1:x/db"), "SELECT 1", json!([]))),
+        ("no-scheme", sql(CREDENTIAL, "SELECT 1", json!([]))),
+        ("writes", sql(&login("mysql", "127.0.0.1:1/db"), "DELETE FROM t", json!([CONTENT]))),
+        ("approval", approval),
+    ]
+}
+
+/// Submits all of them, with secrets in what surrounds a job too, and a payload that is no JSON.
+async fn submit_secrets(rig: &Rig) {
+    for (id, job) in jobs_with_secrets(rig) {
         let mut payload = assignment("acme", id, job);
-        payload["executor"]["endpoint"] = json!(format!("https://u:{CREDENTIAL}@h/v1?k={CREDENTIAL}"));
-        rig.router.submit(&payload).await;
+        payload["executor"]["endpoint"] = json!(format!("https://u:{CREDENTIAL}@h/v1?k={CREDENTIAL}#{CREDENTIAL}"));
+        payload["unknown"] = json!({"note": CONTENT});
+        let mut headers = HeaderMap::new();
+        headers.insert("X-Router", CONTENT);
+        rig.router.submit_with(&payload, headers).await;
     }
-    rig.router
-        .submit_bytes(format!(
-            r#"{{"assignment_id":"raw","request_id":"r","tenant_id":"acme","job":{{"url":"{CREDENTIAL}"#
-        ))
-        .await;
-    rig.router.settled(SOON * 2).await;
-    let letters = rig.router.heard().iter().filter(|heard| heard.kind == Kind::Letter).count();
-    assert!(letters >= 12, "{letters} dead letters");
+    let cut = format!(r#"{{"assignment_id":"raw","request_id":"r","tenant_id":"acme","job":{{"url":"{CREDENTIAL}"#);
+    rig.router.submit_bytes(cut).await;
+    rig.router.settled(SOON * 4).await;
+    rig.router.result(("acme", "approval")).await;
+}
+
+/// Whether a text holds one of the secrets, whatever it is encoded in.
+fn tells(text: &str) -> bool {
+    text.contains("hunter2") || text.contains(&STANDARD.encode(CONTENT)) || text.contains(&STANDARD.encode(CREDENTIAL))
+}
+
+/// Ends the worker, and holds all that it has said but messages to having told nothing.
+async fn told_nobody_else(mut rig: Rig, collector: &Collector) -> Rig {
     let (_, metrics) = rig.worker.get("/metrics").await.unwrap();
     let (_, health) = rig.worker.get("/_health").await.unwrap();
     end(&mut rig).await;
-
-    for heard in rig.router.heard() {
-        let said = format!("{} {:?}", String::from_utf8_lossy(&heard.payload), heard.headers);
-        assert!(!said.contains(CREDENTIAL), "{:?}: {said}", heard.kind);
-        let is_letter = matches!(heard.kind, Kind::Letter | Kind::Original);
-        assert!(is_letter || !said.contains(CONTENT), "{:?}: {said}", heard.kind);
-    }
     let spans = collector.bodies.lock().unwrap().concat();
     let spans = String::from_utf8_lossy(&spans).into_owned();
     assert!(spans.contains("worker.block.execute"));
     let lines = rig.worker.lines();
     assert!(lines.len() > 20, "there are lines at all");
     for place in lines.iter().chain([&metrics, &health, &spans]) {
-        assert!(!place.contains("hunter2"), "{place}");
+        assert!(!tells(place), "{place}");
     }
     let kept = rig.router.all("CAF_EXEC_RESULT", ">").await;
-    assert!(kept.iter().all(|kept| !String::from_utf8_lossy(&kept.payload).contains("hunter2")));
+    assert!(kept.iter().all(|kept| !tells(&format!("{} {:?}", String::from_utf8_lossy(&kept.payload), kept.headers))));
+    rig
+}
+
+/// Where credentials stand in what the administrator sets.
+fn secret_flags(directory: &TempDir) -> Vec<String> {
+    let list = directory.path().join("connections.yaml");
+    let closed = format!("postgres://me:{CREDENTIAL}@127.0.0.1:1/db");
+    std::fs::write(&list, format!("[{{name: closed, url: '{closed}'}}]")).unwrap();
+    vec![
+        format!("--sql-connections-file={}", list.display()),
+        format!("--approval-webhook=http://127.0.0.1:1/hook/{CREDENTIAL}"),
+        "--log-level=trace".to_owned(),
+        "--dlq-exhausted".to_owned(),
+    ]
+}
+
+#[tokio::test]
+async fn s14_no_secret_leaves_but_where_it_is_meant_to() {
+    let (collector, directory) = (Collector::start().await, tempfile::tempdir().unwrap());
+    let mut flags = secret_flags(&directory);
+    flags.extend(["--dlq-redact".to_owned(), collector.flag()]);
+    let rig = Rig::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    submit_secrets(&rig).await;
+    let named = json!({"type": "sql.query", "connection": "closed", "query": "SELECT $1", "parameters": [CONTENT]});
+    let named = assignment("acme", "named", named);
+    rig.router.submit(&named).await;
+    rig.router.result(&named).await;
+    let letters = rig.router.heard().iter().filter(|heard| heard.kind == Kind::Letter).count();
+    assert!(letters >= 25, "{letters} dead letters");
     let raw = rig.router.find(Kind::Letter, "what is no JSON", |letter| letter["error"]["code"] == 1001).await;
     assert_eq!((&raw["redacted"], raw.get("raw_base64")), (&json!(true), None));
+    let rig = told_nobody_else(rig, &collector).await;
+    for heard in rig.router.heard() {
+        let said = format!("{} {:?}", String::from_utf8_lossy(&heard.payload), heard.headers);
+        let is_letter = matches!(heard.kind, Kind::Letter | Kind::Original);
+        let told = if is_letter { said.contains(CREDENTIAL) } else { tells(&said) };
+        assert!(!told, "{:?}: {said}", heard.kind);
+    }
+}
+
+#[tokio::test]
+async fn s14_without_redaction_a_letter_repeats_secrets_only_in_its_original() {
+    let (collector, directory) = (Collector::start().await, tempfile::tempdir().unwrap());
+    let mut flags = secret_flags(&directory);
+    flags.push(collector.flag());
+    let rig = Rig::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    submit_secrets(&rig).await;
+    let rig = told_nobody_else(rig, &collector).await;
+    let mut originals = 0;
+    for heard in rig.router.heard() {
+        let mut said = json_of(&heard.payload);
+        if heard.kind == Kind::Letter {
+            let letter = said.as_object_mut().unwrap();
+            let original = letter.remove("assignment").or_else(|| letter.remove("raw_base64"));
+            originals += usize::from(original.is_some());
+        }
+        let said = format!("{said} {:?}", heard.headers);
+        assert!(!tells(&said), "{:?}: {said}", heard.kind);
+    }
+    assert!(originals >= 25, "{originals} dead letters with their originals");
 }
