@@ -578,6 +578,42 @@ async fn a_replay_is_executed_whatever_is_recorded() {
 }
 
 #[tokio::test]
+async fn of_two_replays_that_run_at_once_the_later_gives_way_to_a_final_outcome_and_replaces_a_retryable_one() {
+    let rig = Rig::start(&[]).await;
+    let mut replay = HeaderMap::new();
+    replay.insert("Beamline-Replay", "true");
+    let at_gate = |id: &str, gate: &str| assignment("acme", id, rig.call(&format!("/gate/{gate}")));
+    let (good, mut late) = (at_gate("good", "good"), at_gate("late", "never"));
+    late["job"]["timeout_ms"] = json!(2000);
+    for payload in [&good, &late] {
+        let before = assignment("acme", Key::from(payload).id.as_str(), rig.call("/ok"));
+        rig.router.submit(&before).await;
+        rig.router.result(&before).await;
+        rig.router.submit_with(payload, replay.clone()).await;
+    }
+    rig.peer.arrived("/gate", 2).await;
+    let stop = r#"{"pull":false}"#.into();
+    rig.router.client().request("caf.worker.control.v1.worker-1", stop).await.expect("it obeys");
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    for id in ["good", "late"] {
+        rig.router.submit_with(&at_gate(id, "second"), replay.clone()).await;
+    }
+    rig.peer.arrived("/gate/second", 2).await;
+    rig.peer.open("good");
+    for payload in [&good, &late] {
+        rig.router.results(payload, 2).await;
+    }
+    rig.peer.open("second");
+    let (good, late) = (rig.router.results(&good, 3).await, rig.router.results(&late, 3).await);
+    assert_eq!(good[2], good[1], "the stored bytes, and not its own");
+    let ends = late.iter().map(|result| read(result)["status"].clone()).collect::<Vec<_>>();
+    assert_eq!(ends, ["success", "timeout", "success"]);
+    for (id, results) in [("good", good), ("late", late)] {
+        assert_eq!(rig.router.record(("acme", id)).await.expect("a record").payload, results[2]);
+    }
+}
+
+#[tokio::test]
 async fn copies_in_flight_execute_once() {
     let rig = Rig::start(&[]).await;
     let payload = assignment("acme", "copied", rig.call("/gate/copies"));

@@ -401,7 +401,7 @@ impl Pipeline {
             }
             match self.read_records(std::slice::from_ref(key)).await.into_values().next() {
                 None => expected = Expected::NOTHING,
-                Some(record) if record.is_retryable() && !record.answers(publication) => expected = record.place,
+                Some(record) if record.gives_way_to(publication) => expected = record.place,
                 Some(record) => return record,
             }
         }

@@ -72,7 +72,7 @@ impl Pipeline {
             match stored {
                 None => expected = Expected::NOTHING,
                 Some(record) if record.result == result => return Recorded::Ours(result),
-                Some(record) if may_replace(&record, delivery) => expected = record.place,
+                Some(record) if record.gives_way_to(delivery.publication()) => expected = record.place,
                 Some(record) => return Recorded::Theirs(record),
             }
         }

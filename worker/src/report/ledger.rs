@@ -46,6 +46,12 @@ impl Record {
         self.publication.as_ref().is_some_and(|recorded| recorded.answers(publication))
     }
 
+    /// Whether it gives way to an outcome of `publication` that ran meanwhile: not so where it is final, whatever was asked
+    /// for before it was there.
+    pub fn gives_way_to(&self, publication: &Publication) -> bool {
+        self.is_retryable() && !self.answers(publication)
+    }
+
     /// A result as it was recorded.
     pub fn new(result: Bytes, place: Expected, publication: Option<Publication>) -> Self {
         let stored: Option<StoredResult> = serde_json::from_slice(&result).ok();
