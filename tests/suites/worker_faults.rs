@@ -9,7 +9,7 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{DLQ, assignment, json as read};
 use beamline_tests::tcpfault::Mode;
-use beamline_tests::wait::{until, within};
+use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Setup;
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -78,12 +78,76 @@ async fn w04_a_worker_that_was_paused_past_its_hold_publishes_what_another_recor
         let results = rig.router.results(("acme", id.as_str()), 2).await;
         assert!(results.iter().all(|result| *result == results[0]), "the stored bytes, whoever says them");
     }
+    rig.worker.says("superseded by a recorded outcome").await;
     rig.worker.ready().await;
     kept_its_promise(&rig.router, &rig.peer).await;
+    assert_eq!(written(&rig).await, 5, "one record each");
     // It is of use again.
     let payload = assignment("acme", "w04-after", rig.call("/ok"));
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
+}
+
+/// How many records have ever been written.
+async fn written(rig: &Rig) -> u64 {
+    rig.router.stream("CAF_EXEC_RESULT").await.cached_info().state.last_sequence
+}
+
+/// Drops all records, as their age does.
+async fn forget_records(rig: &Rig) {
+    rig.router.stream("CAF_EXEC_RESULT").await.purge().await.unwrap();
+}
+
+#[tokio::test]
+async fn w04_a_late_outcome_is_discarded_where_the_record_of_another_may_be_gone() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "w04-late", rig.call("/gate/late"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/late", 1).await;
+    let _second = rig.another("worker-2").start(&rig.nats).await;
+    rig.worker.pause();
+    rig.peer.arrived("/gate/late", 2).await;
+    rig.peer.open("late");
+    assert_eq!(rig.router.result(&payload).await["metadata"]["worker_id"], "worker-2");
+    rig.router.settled(LAPSE).await;
+    forget_records(&rig).await;
+    rig.worker.resume();
+    let line = rig.worker.says("discarded a late outcome").await;
+    assert_eq!(line["fields"]["assignment_id"], "w04-late");
+    rig.worker.terminate();
+    let Rig { mut worker, router, .. } = rig;
+    assert_eq!(worker.ended().await, Some(0), "nothing is under way any more");
+    router.settled(LAPSE).await;
+    assert_eq!(router.story(&payload).results.len(), 1);
+    assert_eq!(router.stream("CAF_EXEC_RESULT").await.cached_info().state.last_sequence, 1, "one record, once");
+}
+
+#[tokio::test]
+async fn a_redelivery_of_what_this_very_worker_runs_renews_the_hold_and_starts_nothing() {
+    let rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "w04-own", rig.call("/gate/own"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/own", 1).await;
+    rig.worker.pause();
+    // More than counts as a pause of the process: it renews nothing any more.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    rig.worker.resume();
+    let redelivered = async || (rig.worker.metric("worker_redeliveries_total").await == 1.0).then_some(());
+    within(LAPSE, "it is delivered again", redelivered).await;
+    rig.router.learn(&payload, "two verdicts", |story| (story.verdicts.len() == 2).then_some(())).await;
+    // On a lapsed hold its outcome would be discarded now.
+    let other = assignment("acme", "w04-other", rig.call("/ok"));
+    rig.router.submit(&other).await;
+    rig.router.result(&other).await;
+    forget_records(&rig).await;
+    // The time itself is what is tested: the hold is renewed for more than it lasts.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    rig.peer.open("own");
+    assert_eq!(rig.router.result(&payload).await["status"], "success");
+    rig.router.settled(SOON).await;
+    assert_eq!(rig.worker.metric("worker_redeliveries_total").await, 1.0);
+    assert_eq!((rig.peer.hits("/gate/own").len(), rig.router.story(&payload).results.len()), (1, 1));
+    assert!(rig.router.record(&payload).await.is_some());
 }
 
 #[tokio::test]
