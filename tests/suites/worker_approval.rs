@@ -138,6 +138,17 @@ async fn a_person_who_was_asked_decides_and_nothing_is_held_meanwhile() {
 }
 
 #[tokio::test]
+async fn a_request_that_names_no_time_waits_for_a_day() {
+    let rig = Rig::start(&[]).await;
+    let mut announced = announcements(&rig.router).await;
+    let mut payload = ask("acme", "patient", MINUTES);
+    payload["job"].as_object_mut().unwrap().remove("timeout_ms");
+    rig.router.submit(&payload).await;
+    let told = next(&mut announced).await;
+    assert_eq!(told["expires_at"].as_i64().unwrap() - told["requested_at"].as_i64().unwrap(), 86_400_000);
+}
+
+#[tokio::test]
 async fn a_refusal_is_a_decision_too() {
     let rig = Rig::start(&[]).await;
     let payload = ask("acme", "refused", MINUTES);

@@ -245,6 +245,26 @@ async fn the_deadline_counts_over_all_attempts_and_no_delay_is_waited_for_that_p
     assert!(attempts < 10, "{attempts} attempts: a deadline of each would allow a hundred");
 }
 
+#[tokio::test]
+async fn a_block_that_names_no_time_has_30_s() {
+    let rig = Rig::start(&[]).await;
+    let again_after = |delay_ms: u64| {
+        let mut job = rig.call(&format!("/status/503?{delay_ms}"));
+        job["retry_config"] = json!({"base_delay_ms": delay_ms, "max_delay_ms": delay_ms, "jitter": 0});
+        job
+    };
+    let waits = assignment("acme", "waits", again_after(27_000));
+    rig.router.submit(&waits).await;
+    rig.peer.arrived("/status/503?27000", 1).await;
+    let result = run(&rig, "ends", again_after(31_000)).await;
+    let (code, attempts) = (&result["error"]["code"], &result["metadata"]["attempts"]);
+    assert_eq!((code, attempts), (&json!(3003), &json!(1)), "the next one would begin after the deadline");
+    assert_eq!(rig.router.story(&waits).results.len(), 0, "this one may still be waited for");
+    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "waits"});
+    let cancelled = rig.router.client().request("caf.exec.cancel.v1", cancel.to_string().into()).await;
+    assert_eq!(read(&cancelled.unwrap().payload)["outcome"], "cancelled");
+}
+
 // Addresses.
 
 #[tokio::test]
