@@ -199,6 +199,85 @@ async fn a_collector_gets_three_spans_of_each_assignment_in_the_routers_trace() 
     assert!(passed_on(PARENT), "the Router gets its own context back");
 }
 
+/// The ids of a span, its own and its parent's, and its attributes.
+fn described(span: &Span) -> (String, String, BTreeMap<&str, &str>) {
+    (hex(&span.trace_id), hex(&span.parent_span_id), attributes(&span.attributes))
+}
+
+/// All spans that came.
+fn spans(requests: &[ExportTraceServiceRequest]) -> Vec<&Span> {
+    let resources = requests.iter().flat_map(|request| &request.resource_spans);
+    resources.flat_map(|resource| &resource.scope_spans).flat_map(|scope| &scope.spans).collect()
+}
+
+#[tokio::test]
+async fn what_is_said_and_done_about_an_approval_belongs_to_its_trace() {
+    let collector = Collector::start().await;
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let hook = format!("--approval-webhook={}", rig.peer.url("/ok/hook"));
+    rig.worker = rig.another("worker-2").flag(hook).flag(collector.flag()).start(&rig.nats).await;
+    let mut announced = rig.router.client().subscribe("caf.human.request.v1").await.unwrap();
+    let job = json!({"type": "human.approval", "prompt": "May it?", "approvers": ["ann"]});
+    rig.router.submit_with(&assignment("acme", "asks", job), traced()).await;
+    let announcement = announced.next().await.unwrap().headers.unwrap();
+    let hit = &rig.peer.arrived("/ok/hook", 1).await[0];
+    for (name, value) in [("traceparent", PARENT), ("tracestate", "router=1")] {
+        assert_eq!((announcement.get(name).unwrap().as_str(), hit.headers[name].as_str()), (value, value));
+    }
+    let answer = json!({"assignment_id": "asks", "tenant_id": "acme", "approver": "ann", "approved": true});
+    rig.router.client().publish("caf.human.response.v1", answer.to_string().into()).await.unwrap();
+    rig.router.result(("acme", "asks")).await;
+    end(&mut rig).await;
+
+    let said = [Kind::Verdict, Kind::Result].map(|kind| (kind, Some(PARENT.to_owned()), Some("router=1".to_owned())));
+    assert_eq!(contexts(&rig, ("acme", "asks")), said);
+    let requests = collector.requests();
+    let spans: BTreeMap<_, _> = spans(&requests).into_iter().map(|span| (span.name.as_str(), span)).collect();
+    let execute = spans["worker.block.execute"];
+    let expected = BTreeMap::from([("tenant_id", "acme"), ("block_type", "human.approval"), ("worker_id", "worker-2")]);
+    let router = "b7ad6b7169203331".to_owned();
+    let parents = [
+        ("worker.assignment.receive", &router),
+        ("worker.block.execute", &router),
+        ("worker.result.publish", &hex(&execute.span_id)),
+    ];
+    for (name, parent) in parents {
+        assert_eq!(described(spans[name]), (TRACE.to_owned(), parent.clone(), expected.clone()), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_has_the_span_of_its_arrival_marked_as_failed() {
+    let collector = Collector::start().await;
+    let mut rig = Rig::start(&[&collector.flag()]).await;
+    let mut payload = assignment("acme", "gpu", rig.call("/ok"));
+    (payload["resources"], payload["run_id"]) = (json!({"pool": "gpu"}), json!("run-1"));
+    rig.router.submit_with(&payload, traced()).await;
+    rig.router.submit_bytes("nonsense").await;
+    end(&mut rig).await;
+
+    let requests = collector.requests();
+    let spans = spans(&requests);
+    assert_eq!(spans.len(), 2, "{spans:#?}");
+    for span in &spans {
+        assert_eq!(
+            (span.name.as_str(), span.status.as_ref().map(|status| status.code)),
+            ("worker.assignment.receive", Some(2))
+        );
+    }
+    let known = BTreeMap::from([
+        ("tenant_id", "acme"),
+        ("run_id", "run-1"),
+        ("block_type", "http.request"),
+        ("worker_id", "worker-1"),
+    ]);
+    let refused = spans.iter().find(|span| hex(&span.trace_id) == TRACE).unwrap();
+    assert_eq!(described(refused), (TRACE.to_owned(), "b7ad6b7169203331".to_owned(), known));
+    let nonsense = spans.iter().find(|span| hex(&span.trace_id) != TRACE).unwrap();
+    assert_eq!(attributes(&nonsense.attributes), BTreeMap::from([("worker_id", "worker-1")]));
+}
+
 // Metrics.
 
 #[tokio::test]

@@ -293,11 +293,7 @@ impl Broker {
     pub async fn publish_in(&self, trace: Option<&TraceContext>, subject: impl Into<Subject>, payload: Bytes) {
         let said = match trace {
             None => self.0.client.publish(subject.into(), payload).await,
-            Some(trace) => {
-                let mut headers = HeaderMap::new();
-                trace.add_to(&mut headers);
-                self.0.client.publish_with_headers(subject.into(), headers, payload).await
-            }
+            Some(trace) => self.0.client.publish_with_headers(subject.into(), trace.to_headers(), payload).await,
         };
         if let Err(error) = said {
             tracing::warn!(%error, "cannot publish");

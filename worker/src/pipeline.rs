@@ -576,10 +576,10 @@ impl Pipeline {
 
     fn span_ids<'a>(&'a self, assignment: &'a Assignment) -> SpanIds<'a> {
         SpanIds {
-            tenant_id: assignment.key.tenant.as_str(),
+            tenant_id: Some(assignment.key.tenant.as_str()),
             trace_id: assignment.correlation.trace_id.as_deref(),
             run_id: assignment.correlation.run_id.as_deref(),
-            block_type: assignment.block.kind().as_str(),
+            block_type: Some(assignment.block.kind().as_str()),
             worker_id: &self.identity.worker_id,
         }
     }

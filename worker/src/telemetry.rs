@@ -181,10 +181,10 @@ mod tests {
 
     const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
     const IDS: SpanIds<'static> = SpanIds {
-        tenant_id: "tenant-789",
+        tenant_id: Some("tenant-789"),
         trace_id: Some(TRACE_ID),
         run_id: Some("run-def"),
-        block_type: "http.request",
+        block_type: Some("http.request"),
         worker_id: "worker-1",
     };
 

@@ -36,6 +36,13 @@ impl TraceContext {
         self.pairs().for_each(|(name, value)| headers.insert(name, value));
     }
 
+    /// The headers of a NATS message that nothing else stands beside.
+    pub fn to_headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        self.add_to(&mut headers);
+        headers
+    }
+
     fn of_headers(headers: &HeaderMap) -> Option<Self> {
         let parent = header(headers, TRACEPARENT).filter(|parent| is_traceparent(parent))?;
         let is_state =

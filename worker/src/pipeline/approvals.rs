@@ -36,6 +36,7 @@ use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::{self, StepResult};
 use crate::telemetry;
+use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 
 /// Requests that are looked at at once when many are due.
@@ -377,7 +378,9 @@ impl Pipeline {
             && let Some(fault) = record.dead_letter(self.settings.letters)
         {
             let addressee = report::addressee_of(&record.result);
-            let came = Came { payload: None, headers: None, publication: &request.publication, delivered: 1 };
+            let headers = request.trace.as_ref().map(TraceContext::to_headers);
+            let (headers, publication) = (headers.as_ref(), &request.publication);
+            let came = Came { payload: None, headers, publication, delivered: 1 };
             self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
         }
         let id = self.result_id(&request.publication);
@@ -419,9 +422,9 @@ impl Pipeline {
         );
         if let Some(webhook) = self.engine.approval_webhook() {
             let (metrics, assignment_id) = (Arc::clone(&self.metrics), Arc::clone(&request.key.assignment_id));
-            let body = announcement.clone();
+            let (body, trace) = (announcement.clone(), request.trace.clone());
             tokio::spawn(async move {
-                if let Err(fault) = webhook.post(body).await {
+                if let Err(fault) = webhook.post(body, trace.as_ref()).await {
                     tracing::warn!(%assignment_id, reason = fault.message, "cannot tell the approval webhook");
                     metrics.webhook_failed();
                 }

@@ -30,7 +30,7 @@ impl Pipeline {
         }
         let assignment = decoded.map_err(Rejection::undecodable)?;
         let rejection = match self.engine.refuses(&assignment) {
-            Some(invalid) => Rejection::undecodable(Undecodable { addressee: assignment.addressee(), invalid }),
+            Some(invalid) => Rejection::not_allowed(&assignment, invalid),
             None if self.is_for_the_route(delivery, &assignment) => return Ok(Judged::PassesOn(assignment)),
             None => match self.refusal(delivery, &assignment) {
                 None => return Ok(Judged::Runs(assignment)),

@@ -10,18 +10,22 @@ use super::durable::may_replace;
 use super::judge::Judged;
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, Undecodable};
+use crate::blocks::BlockKind;
 use crate::contract::Stage;
 use crate::failpoint::{self, Point};
-use crate::fault::{Cause, Fault};
+use crate::fault::{Cause, Fault, Invalid};
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
 use crate::report;
 use crate::report::ledger::refused_subject;
+use crate::telemetry::{self, SpanIds};
 use crate::trace_context::TraceContext;
 
 /// Why a delivery does not run.
 pub(super) struct Rejection {
     addressee: Addressee,
+    /// What it asks for, where that could be read.
+    kind: Option<BlockKind>,
     fault: Fault,
     ends: RejectionEnd,
     /// What it is about, where another worker may have accepted that before.
@@ -39,7 +43,13 @@ impl Rejection {
     pub(super) fn undecodable(undecodable: Undecodable) -> Self {
         let Undecodable { addressee, invalid } = undecodable;
         let fault = Fault::new(invalid.cause, invalid.to_string());
-        Self { addressee, fault, ends: RejectionEnd::DeadLetter(Stage::Decode), doubted: None }
+        Self { addressee, kind: None, fault, ends: RejectionEnd::DeadLetter(Stage::Decode), doubted: None }
+    }
+
+    /// What its block refuses before it touches anything.
+    pub(super) fn not_allowed(assignment: &Assignment, invalid: Invalid) -> Self {
+        let undecodable = Undecodable { addressee: assignment.addressee(), invalid };
+        Self { kind: Some(assignment.block.kind()), ..Self::undecodable(undecodable) }
     }
 
     pub(super) fn refused(assignment: &Assignment, refusal: Refusal) -> Self {
@@ -49,7 +59,8 @@ impl Rejection {
             RejectionEnd::DeadLetter(Stage::Admit)
         };
         let fault = Fault::new(refusal.cause, refusal.message);
-        Self { addressee: assignment.addressee(), fault, ends, doubted: None }
+        let kind = Some(assignment.block.kind());
+        Self { addressee: assignment.addressee(), kind, fault, ends, doubted: None }
     }
 
     /// The same, unless what is known of the assignment tells that it was accepted.
@@ -132,7 +143,10 @@ impl Pipeline {
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
     /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
-        let Rejection { addressee, fault, ends, doubted: _ } = rejection;
+        let Rejection { addressee, kind, fault, ends, doubted: _ } = rejection;
+        let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
+        let span = telemetry::receive_span(trace.as_ref(), &self.ids_of(&addressee, kind));
+        telemetry::mark_failed(&span);
         let verdict = report::rejected(&addressee, fault.cause, &fault.message, &self.identity.worker_id);
         match &ends {
             RejectionEnd::DeadLetter(stage) => {
@@ -161,11 +175,20 @@ impl Pipeline {
         );
         if let Some(verdict) = verdict {
             failpoint::reach(Point::BeforeResult).await;
-            let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
             self.outbox.refuse(verdict, trace).await;
         }
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
+    }
+
+    fn ids_of<'a>(&'a self, addressee: &'a Addressee, kind: Option<BlockKind>) -> SpanIds<'a> {
+        SpanIds {
+            tenant_id: addressee.tenant_id.as_deref(),
+            trace_id: addressee.trace_id.as_deref(),
+            run_id: addressee.run_id.as_deref(),
+            block_type: kind.map(BlockKind::as_str),
+            worker_id: &self.identity.worker_id,
+        }
     }
 }

@@ -28,14 +28,14 @@ fn is_on() -> bool {
 /// The public attributes of every span.
 #[derive(Clone, Copy, Debug)]
 pub struct SpanIds<'a> {
-    /// The tenant whose work it is.
-    pub tenant_id: &'a str,
+    /// The tenant whose work it is; `None` where that could not be read.
+    pub tenant_id: Option<&'a str>,
     /// As the Router wrote it.
     pub trace_id: Option<&'a str>,
     /// Which run of the flow.
     pub run_id: Option<&'a str>,
-    /// `job.type`.
-    pub block_type: &'static str,
+    /// `job.type`; `None` where that is not known.
+    pub block_type: Option<&'static str>,
     /// The id of this worker.
     pub worker_id: &'a str,
 }

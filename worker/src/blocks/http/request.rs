@@ -81,10 +81,7 @@ impl Request {
             hop.headers.entry(IDEMPOTENCY_KEY).or_insert(key);
         }
         if !hop.headers.contains_key(TRACEPARENT) {
-            for (name, value) in scope.trace.iter().flat_map(TraceContext::pairs) {
-                hop.headers
-                    .extend(HeaderValue::try_from(value).ok().map(|value| (HeaderName::from_static(name), value)));
-            }
+            add_trace(&mut hop.headers, scope.trace.as_ref());
         }
         hop
     }
@@ -144,6 +141,13 @@ pub(super) fn callable(url: Url) -> Result<Url, &'static str> {
         return Err("is too long, or no URL that HTTP can carry");
     }
     Ok(url)
+}
+
+/// Passes a trace context on.
+pub(super) fn add_trace(headers: &mut HeaderMap, trace: Option<&TraceContext>) {
+    for (name, value) in trace.into_iter().flat_map(TraceContext::pairs) {
+        headers.extend(HeaderValue::try_from(value).ok().map(|value| (HeaderName::from_static(name), value)));
+    }
 }
 
 fn method(name: Option<&str>) -> Result<Method, Invalid> {

@@ -11,8 +11,10 @@ use tokio::sync::Semaphore;
 
 use super::Request;
 use super::client::Client;
+use super::request::add_trace;
 use crate::backoff;
 use crate::fault::{Cause, Fault};
+use crate::trace_context::TraceContext;
 
 /// What is told at once; the rest waits its turn.
 const CALLS: usize = 16;
@@ -37,17 +39,17 @@ impl Webhook {
         Self { client, url, places: Semaphore::new(WAITING), turns: Semaphore::new(CALLS) }
     }
 
-    /// Posts, and tries again where that may help. Redirects are not followed.
+    /// Posts, with the trace that it belongs to, and tries again where that may help. Redirects are not followed.
     ///
     /// # Errors
     /// The fault of the last try.
-    pub async fn post(&self, body: Bytes) -> Result<(), Fault> {
+    pub async fn post(&self, body: Bytes, trace: Option<&TraceContext>) -> Result<(), Fault> {
         let full = |_| Fault::new(Cause::ResourceUnavailable, format!("{WAITING} notices wait for it already"));
         let _place = self.places.try_acquire().map_err(full)?;
         let _turn = self.turns.acquire().await;
         let mut attempt = 0;
         loop {
-            let answered = tokio::time::timeout(LIMIT, self.post_once(body.clone())).await;
+            let answered = tokio::time::timeout(LIMIT, self.post_once(body.clone(), trace)).await;
             let outcome = answered.unwrap_or_else(|_| Err(Fault::new(Cause::DeadlinePassed, "it does not answer")));
             attempt += 1;
             match outcome {
@@ -60,9 +62,10 @@ impl Webhook {
         }
     }
 
-    async fn post_once(&self, body: Bytes) -> Result<(), Fault> {
+    async fn post_once(&self, body: Bytes, trace: Option<&TraceContext>) -> Result<(), Fault> {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        add_trace(&mut headers, trace);
         let url = self.url.clone();
         let request = Request { method: Method::POST, url, headers, body, is_streamed: false };
         let response = self.client.send(&request).await?;
