@@ -268,6 +268,28 @@ fn the_crash_sweep_knows_every_point_of_the_worker() {
 }
 
 #[test]
+fn the_list_of_vital_tasks_is_that_of_those_that_are_started() {
+    let mut started = BTreeSet::new();
+    for file in files("rs").iter().filter(|file| file.starts_with("worker/src")) {
+        let source = read(file);
+        let program = source.split("#[cfg(test)]").next().unwrap_or_default();
+        for start in ["vital.spawn(", "vital.watched(", "control.spawn(", "self.spawn("] {
+            started.extend(program.split(start).skip(1).filter_map(first_text).map(str::to_owned));
+        }
+    }
+    let suite = read("tests/suites/worker_status.rs");
+    let list = suite.split("const VITAL_TASKS").nth(1).and_then(|rest| rest.split("];").next());
+    let lines = list.unwrap_or_default().lines();
+    let listed: BTreeSet<_> = lines.filter_map(first_text).map(str::to_owned).collect();
+    assert_eq!(listed, started);
+}
+
+/// The text that something begins with, where it does with one.
+fn first_text(source: &str) -> Option<&str> {
+    source.trim_start().strip_prefix('"')?.split('"').next()
+}
+
+#[test]
 fn shipped_programs_have_no_fail_points() {
     for profile in ["profile.release", "profile.fast"] {
         let manifest = read("Cargo.toml");
