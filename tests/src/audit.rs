@@ -124,6 +124,9 @@ pub struct Findings {
     pub violations: Vec<String>,
 }
 
+/// Half of the orphaned work runs again within this, in milliseconds, however busy the machine is: a hold lapses after 10 s.
+const PROMISED: i64 = 12_000;
+
 /// How long orphaned work waited until it ran again, in milliseconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Recovery {
@@ -142,6 +145,17 @@ impl Recovery {
             times.get(index.min(times.len().saturating_sub(1))).copied().unwrap_or(0)
         };
         Self { samples: times.len(), p50: at(0.5), p99: at(0.99), max: at(1.0) }
+    }
+
+    /// How many there were.
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+
+    /// I8: half of it within what is promised, and ninety-nine of a hundred within `p99`. What does not hold of that.
+    pub fn too_slow(&self, p99: Duration) -> Option<String> {
+        let is_slow = self.p50 > PROMISED || u128::try_from(self.p99).is_ok_and(|slow| slow > p99.as_millis());
+        is_slow.then(|| format!("I8: after the death of its worker, orphaned work waited too long: {self:?}"))
     }
 }
 
@@ -479,6 +493,15 @@ mod tests {
     fn what_a_listener_may_have_missed_is_counted_and_not_held_against_anybody() {
         let missed = [&GOOD[..4], &[Fact::Missed]].concat();
         assert_eq!(is_fine(&missed, &[record(FINAL)]).unheard, 1);
+    }
+
+    #[test]
+    fn orphaned_work_that_waits_for_longer_than_it_may_is_noticed() {
+        let bound = Duration::from_secs(20);
+        let too_slow = |times: Vec<i64>| Recovery::of(times).too_slow(bound).is_some();
+        assert!(!too_slow(vec![9_000, 10_000, 19_000]) && !too_slow(Vec::new()));
+        assert!(too_slow(vec![9_000, 10_000, 21_000]), "one of a hundred");
+        assert!(too_slow(vec![9_000, 13_000, 14_000]), "most of it");
     }
 
     #[test]

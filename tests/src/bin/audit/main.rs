@@ -19,6 +19,9 @@ use serde::Serialize;
 /// The files of facts, in the order in which they are read: what was submitted, what was heard, what was done.
 const FACTS: [&str; 3] = ["router", "heard", "effects"];
 
+/// Orphaned by the death of its worker alone.
+const WORKER_KILL: &str = "worker-kill";
+
 #[derive(Parser)]
 struct Arguments {
     /// The broker of the campaign, where everything is settled.
@@ -39,6 +42,9 @@ struct Arguments {
     /// After so many seconds, nobody is still at what has a final record.
     #[arg(long, value_parser = seconds)]
     at_it: Option<Duration>,
+    /// Within so many seconds after the death of its worker, ninety-nine of a hundred orphans run again.
+    #[arg(long, value_parser = seconds)]
+    recovery: Option<Duration>,
     /// `kind=count`: with fewer faults of this kind the campaign does not count.
     #[arg(long, value_parser = least)]
     least: Vec<(String, u64)>,
@@ -103,6 +109,12 @@ async fn audit(arguments: &Arguments) -> anyhow::Result<bool> {
     let left = streams::read(&arguments.nats_url, &mut audit).await?;
     let mut found = audit.end(left);
     let faults = Faults::read(&arguments.journal.join("faults"))?;
+    let recoveries = recoveries(&found.recoveries, &faults.broker_kills);
+    if let Some(bound) = arguments.recovery {
+        let recovery = recoveries.get(WORKER_KILL);
+        let unknown = || Some("nothing was orphaned and ran again".to_owned());
+        found.violations.extend(recovery.map_or_else(unknown, |recovery| recovery.too_slow(bound)));
+    }
     for (kind, least) in &arguments.least {
         let landed = faults.landed.get(kind).copied().unwrap_or(0);
         if landed < *least {
@@ -113,11 +125,17 @@ async fn audit(arguments: &Arguments) -> anyhow::Result<bool> {
         found.violations.push("nothing was submitted".to_owned());
     }
     found.violations.iter().for_each(|violation| eprintln!("{violation}"));
-    println!("{}", serde_json::to_string(&line(arguments, &found, &faults, left.deliveries))?);
+    println!("{}", serde_json::to_string(&line(arguments, &found, &faults, recoveries, left.deliveries))?);
     Ok(found.violations.is_empty())
 }
 
-fn line<'a>(arguments: &'a Arguments, found: &Findings, faults: &'a Faults, deliveries: u64) -> Line<'a> {
+fn line<'a>(
+    arguments: &'a Arguments,
+    found: &Findings,
+    faults: &'a Faults,
+    recovery_ms: BTreeMap<&'static str, Recovery>,
+    deliveries: u64,
+) -> Line<'a> {
     Line {
         goal: &arguments.goal,
         ok: found.violations.is_empty(),
@@ -137,7 +155,7 @@ fn line<'a>(arguments: &'a Arguments, found: &Findings, faults: &'a Faults, deli
         effects: found.effects,
         repeated: found.repeated,
         unheard: found.unheard,
-        recovery_ms: recoveries(&found.recoveries, &faults.broker_kills),
+        recovery_ms,
         seconds: faults.seconds,
         seed: arguments.seed,
         commit: &arguments.commit,
@@ -150,7 +168,7 @@ fn recoveries(found: &[(i64, i64)], broker_kills: &[i64]) -> BTreeMap<&'static s
     for (orphaned, again) in found {
         let (whose, since) = match broker_kills.iter().rfind(|kill| (orphaned..again).contains(kill)) {
             Some(kill) => ("broker-kill", kill),
-            None => ("worker-kill", orphaned),
+            None => (WORKER_KILL, orphaned),
         };
         times.entry(whose).or_default().push(again - since);
     }

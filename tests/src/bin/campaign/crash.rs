@@ -4,6 +4,7 @@ pub(crate) mod work; // what runs
 mod case; // one assignment, one fault
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use beamline_tests::audit::Recovery;
 use clap::Args;
@@ -20,6 +21,9 @@ pub(crate) struct Plan {
     /// Which faults.
     #[arg(long, value_delimiter = ',', default_value = "kill,cut,black-hole,stall,duplicate")]
     faults: Vec<Fault>,
+    /// Within so many seconds after the death of its worker, ninety-nine of a hundred cases have ended.
+    #[arg(long, default_value_t = 12.0)]
+    recovery: f64,
     /// Only cases whose name contains this: `<work> <point> <Fault>`.
     #[arg(long, default_value = "")]
     only: String,
@@ -68,14 +72,18 @@ pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
             (case, Err(panic)) => failed.push(format!("{}: {panic}", case.name())),
         }
     }
+    let recovery_ms: BTreeMap<_, _> =
+        recoveries.into_iter().map(|(fault, times)| (fault, Recovery::of(times))).collect();
+    let killed = recovery_ms.get(&format!("{:?}", Fault::Kill));
+    failed.extend(killed.and_then(|recovery| recovery.too_slow(Duration::from_secs_f64(plan.recovery))));
     failed.iter().for_each(|case| eprintln!("{case}"));
     let line = Line {
         goal: "G3",
         ok: failed.is_empty() && !cases.is_empty(),
         n: cases.len(),
-        faults: recoveries.iter().map(|(fault, times)| (fault.clone(), times.len())).collect(),
+        faults: recovery_ms.iter().map(|(fault, recovery)| (fault.clone(), recovery.samples())).collect(),
         failed: failed.len(),
-        recovery_ms: recoveries.into_iter().map(|(fault, times)| (fault, Recovery::of(times))).collect(),
+        recovery_ms,
         seconds: started.elapsed().as_secs(),
         seed: origin.seed,
         commit: &origin.commit,

@@ -35,6 +35,9 @@ pub(crate) struct Plan {
     /// `kind=count`: with fewer faults of this kind the run does not count.
     #[arg(long)]
     least: Vec<String>,
+    /// Within so many seconds after the death of its worker, ninety-nine of a hundred orphans run again.
+    #[arg(long, default_value_t = 12.0)]
+    recovery: f64,
     /// Where facts are written down; removed again where everything holds.
     #[arg(long, default_value = "target/campaign/kill")]
     journal: PathBuf,
@@ -65,7 +68,8 @@ pub(crate) async fn run(plan: &Plan, origin: &Origin) -> anyhow::Result<bool> {
         eprintln!("not everything is settled after {DRAIN:?}");
     }
     crew::dismiss(&mut nemesis.crew).await?;
-    let mut rules = vec![format!("--at-it={}", plan.rhythm.at_it().as_secs_f64())];
+    let mut rules =
+        vec![format!("--at-it={}", plan.rhythm.at_it().as_secs_f64()), format!("--recovery={}", plan.recovery)];
     rules.extend(plan.least.iter().map(|least| format!("--least={least}")));
     scene.holds("G1", &url, rules, origin).await
 }
