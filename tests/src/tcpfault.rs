@@ -19,6 +19,8 @@ pub enum Mode {
     BlackHole,
     /// Holds back what it has read for so long, in both directions.
     Delay(Duration),
+    /// Takes the precondition off every write to a stream: whoever is behind it writes over what others have written.
+    Unconditional,
     /// Passes no more than so many bytes a second on, in each direction.
     Rate(u32),
 }
@@ -30,7 +32,7 @@ impl Mode {
     /// How much of what was read is passed on at once, and after what time.
     fn pace(self, read: usize) -> (usize, Duration) {
         match self {
-            Self::Pass | Self::Cut | Self::BlackHole => (read, Duration::ZERO),
+            Self::Pass | Self::Cut | Self::BlackHole | Self::Unconditional => (read, Duration::ZERO),
             Self::Delay(delay) => (read, delay),
             Self::Rate(rate) => ((rate / PIECES).max(1).try_into().unwrap_or(read), Duration::from_secs(1) / PIECES),
         }
@@ -113,6 +115,9 @@ async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin,
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
         let Ok(mode) = mode.wait_for(|mode| *mode != Mode::BlackHole).await.map(|mode| *mode) else { return };
+        if mode == Mode::Unconditional {
+            forget_preconditions(&mut buffer[..count]);
+        }
         let (piece, wait) = mode.pace(count);
         for piece in buffer[..count].chunks(piece) {
             tokio::time::sleep(wait).await;
@@ -120,6 +125,16 @@ async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin,
                 return;
             }
         }
+    }
+}
+
+/// Turns them into headers that no server knows.
+fn forget_preconditions(bytes: &mut [u8]) {
+    const PRECONDITION: &[u8] = b"Nats-Expected-Last-Subject-Sequence";
+    let mut next = 0;
+    while let Some(at) = bytes[next..].windows(PRECONDITION.len()).position(|window| window == PRECONDITION) {
+        bytes[next + at] = b'X';
+        next += at + 1;
     }
 }
 

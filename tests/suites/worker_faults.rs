@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use beamline_tests::audit::{Allowed, audit};
+use beamline_tests::failpoint::{Trap, VARIABLE};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{DLQ, assignment, json as read};
@@ -546,6 +548,48 @@ async fn w18_what_cannot_be_said_shorter_names_the_stream_and_the_setting() {
     bound(&rig, "CAF_EXEC_RESULT", -1).await;
     assert_eq!(rig.router.result(&payload).await["error"]["code"], 2002);
     rig.worker.ready().await;
+}
+
+// The auditor itself: it notices what a worker does that breaks the promise.
+
+/// Whether something was found that breaks this invariant.
+async fn is_found(rig: &Rig, invariant: &str) -> bool {
+    rig.router.settled(LAPSE).await;
+    let found = audit(&rig.router, &rig.peer.hits("/"), Allowed { attempts: 3 }).await;
+    found.iter().any(|violation| violation.starts_with(invariant))
+}
+
+#[tokio::test]
+async fn a_worker_that_records_without_a_precondition_is_found_out() {
+    let mut rig = Rig::start(&[]).await;
+    let link = rig.moved_behind_a_link().await;
+    link.set(Mode::Unconditional);
+    let payload = assignment("acme", "unconditional", rig.call("/gate/both"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/both", 1).await;
+    let _second = rig.another("worker-3").start(&rig.nats).await;
+    rig.worker.pause();
+    rig.peer.arrived("/gate/both", 2).await;
+    rig.peer.open("both");
+    rig.router.result(&payload).await;
+    rig.worker.resume();
+    rig.router.results(&payload, 2).await;
+    assert!(is_found(&rig, "I2").await);
+}
+
+#[tokio::test]
+async fn a_worker_that_settles_before_it_records_is_found_out() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let mut trap = Trap::at("before-record", rig.files.path());
+    let mut worker = rig.another("worker-2").env(VARIABLE, &trap.socket(0)).start(&rig.nats).await;
+    rig.router.submit(&assignment("acme", "hasty", rig.call("/ok"))).await;
+    let _caught = trap.caught().await;
+    // The first delivery of the first message, settled in its place; then it dies.
+    let settlement = "$JS.ACK.CAF_EXEC_ASSIGN.caf-workers.1.1.1.0.0";
+    rig.router.client().publish(settlement, Bytes::new()).await.unwrap();
+    worker.kill();
+    assert!(is_found(&rig, "I1").await);
 }
 
 /// 2 000 assignments of every kind, while workers are killed one after the other and the broker once.
