@@ -289,11 +289,13 @@ async fn w09_large_results_cross_a_slow_link_and_small_ones_with_them() {
     for payload in large.iter().chain(&small) {
         let results = results_in_time(&rig, payload, 1).await;
         let record = rig.router.record(payload).await.expect("a record");
-        assert!(results.iter().all(|result| *result == record.payload), "as it is recorded");
+        assert_eq!(results, [record.payload], "as it is recorded");
     }
     went_smoothly(&rig).await;
     assert_eq!(rig.peer.hits("/gate").len(), large.len() + small.len(), "holds were kept: nothing was executed again");
     kept_its_promise(&rig.router, &rig.peer).await;
+    let said = |payload: &Value| rig.router.story(payload).results.len();
+    assert_eq!(large.iter().chain(&small).map(said).sum::<usize>(), large.len() + small.len(), "each was told once");
 }
 
 #[tokio::test]

@@ -64,8 +64,8 @@ pub struct Address {
     pub intake: String,
 }
 
-/// A connection that comes back by itself, and a second one for look-ups and renewals: a large answer never delays a
-/// delivery, and a large result no renewal.
+/// A connection that comes back by itself, and a second one for look-ups, renewals and settlements: a large answer never
+/// delays a delivery, and a large result none of these.
 ///
 /// Cheap to clone: every delivery has one.
 #[derive(Clone, Debug)]
@@ -191,12 +191,12 @@ impl Broker {
         Ok(broker)
     }
 
-    /// The connection that everything but look-ups and renewals uses.
+    /// The connection that everything but look-ups, renewals and settlements uses.
     pub fn client(&self) -> &Client {
         &self.0.client
     }
 
-    /// The connection for look-ups and renewals.
+    /// The connection for look-ups, renewals, and the word that a delivery is done.
     pub fn lookups(&self) -> &Client {
         &self.0.lookups
     }
@@ -319,9 +319,10 @@ impl Broker {
         }
     }
 
-    /// The same, but not for longer than `limit`.
+    /// The same on both connections, but not for longer than `limit`.
     pub async fn flush_within(&self, limit: Duration) {
-        let _ = tokio::time::timeout(limit, self.0.client.flush()).await;
+        let both = futures::future::join(self.0.client.flush(), self.0.lookups.flush());
+        let _ = tokio::time::timeout(limit, both).await;
     }
 }
 
