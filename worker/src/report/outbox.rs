@@ -27,6 +27,9 @@ const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
+/// Bytes in one batch, unless a message has more: as many as the largest message usually has. On a slow link the client gives a
+/// connection up on which nothing comes back for long, so each batch has its fence before more follow.
+const BATCH_BYTES: usize = 1024 * 1024;
 
 /// Publishes in the order in which it was handed in.
 #[derive(Clone, Debug)]
@@ -78,6 +81,16 @@ enum Message {
     Result { result: Bytes, id: Option<String> },
     Parked { announcement: Option<Bytes> },
     Refusal { verdict: Bytes },
+}
+
+impl Message {
+    fn len(&self) -> usize {
+        match self {
+            Self::Result { result, .. } => result.len(),
+            Self::Parked { announcement } => announcement.as_ref().map_or(0, Bytes::len),
+            Self::Refusal { verdict } => verdict.len(),
+        }
+    }
 }
 
 /// The verdict that comes before a message.
@@ -151,7 +164,7 @@ async fn publish(broker: Broker, verdicts: Subject, mut waiting: mpsc::Receiver<
         let mut at_once = batch.len();
         loop {
             ask_for_lost_verdicts(&broker, &verdicts, &mut batch);
-            let next = at_once.min(batch.len());
+            let next = at_once.min(fitting(&batch));
             if next == 0 {
                 break;
             }
@@ -180,6 +193,16 @@ fn ask_for_lost_verdicts(broker: &Broker, verdicts: &Subject, batch: &mut Vec<Ou
     for Outgoing { words, answer, .. } in batch.extract_if(.., is_lost) {
         let _ = answer.send(Answer::VerdictIsLost(words));
     }
+}
+
+/// How many of these make one batch: one at least, where there is any.
+fn fitting(waiting: &[Outgoing]) -> usize {
+    let mut bytes = 0;
+    let fits = |outgoing: &&Outgoing| {
+        bytes += outgoing.words.message.len();
+        bytes <= BATCH_BYTES
+    };
+    waiting.iter().take_while(fits).count().max(1).min(waiting.len())
 }
 
 /// What became of a batch.
@@ -273,4 +296,28 @@ async fn is_read(broker: &Broker, session: &Session) -> bool {
         }
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_has_no_more_bytes_than_a_message_may_have() {
+        let outgoing = |bytes: usize| {
+            let message = Message::Result { result: vec![0; bytes].into(), id: None };
+            let words = Box::new(Words { message, trace: None });
+            Outgoing { words, verdict: Verdict::Settled, answer: oneshot::channel().0 }
+        };
+        for (sizes, fit) in [
+            (&[][..], 0),
+            (&[500; 3], 3),
+            (&[900_000, 900_000], 1),
+            (&[2 * BATCH_BYTES, 500], 1),
+            (&[500, 2 * BATCH_BYTES], 1),
+        ] {
+            let waiting: Vec<_> = sizes.iter().map(|bytes| outgoing(*bytes)).collect();
+            assert_eq!(fitting(&waiting), fit, "{sizes:?}");
+        }
+    }
 }
