@@ -92,8 +92,8 @@ async fn a_worker_looks_as_far_ahead_as_it_gets_in_a_tenth_of_a_second() {
     while let Some(Some(pull)) = asked.next().now_or_never() {
         largest = read(&pull.payload)["batch"].as_u64().expect("a number").max(largest);
     }
-    // One slot, and so a look-ahead of one, but for the rate.
-    assert!((8..=1001).contains(&largest), "{largest} at once");
+    // One slot, and so a look-ahead of one, but for the rate: forty a second are reached on any machine.
+    assert!((4..=1001).contains(&largest), "{largest} at once");
 }
 
 #[tokio::test]
