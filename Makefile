@@ -49,6 +49,9 @@ test-operator: ## The operator killed around its writes, with an API server in t
 test-keda: ## The operator with the real KEDA: from zero to many and back. KEDA is built first, some minutes
 	@tests/run.sh keda
 
+test-cert-manager: ## The operator with the real cert-manager, which makes its certificate. It is built first, some minutes
+	@tests/run.sh cert-manager
+
 fuzz: ## Random input for all that judges what comes from outside: TIME seconds (60) for each target, SEED
 	@TIME=$${TIME:-60} SEED=$${SEED:-0} tests/run.sh fuzz
 
@@ -88,4 +91,4 @@ bench-scale: ## On a real Kubernetes: from work that comes to workers that do it
 bench-scale-sim: ## How many workers the operator decides for, beside an oracle, in virtual time: HOURS (1000), SEED
 	@tests/run.sh bench-scale-sim
 
-.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-flips campaign-budgets campaign-operator bench bench-tenants bench-operator bench-scale bench-scale-sim
+.PHONY: help demo cluster-up cluster-down kubeconfig image programs crds check test test-worker test-cluster test-faults test-operator test-keda test-cert-manager fuzz campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-flips campaign-budgets campaign-operator bench bench-tenants bench-operator bench-scale bench-scale-sim

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the steps of `make test` that are named, in their order, and says how long each took.
-# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda bench bench-tenants
+# usage: run.sh STEP …, of check unit fuzz worker faults operator cluster demo keda cert-manager bench bench-tenants
 #   bench-operator bench-scale bench-scale-sim campaign-kill campaign-crash campaign-rollout campaign-scale-in campaign-flips
 #   campaign-budgets campaign-operator
 set -euo pipefail
@@ -135,6 +135,14 @@ keda() {
   PATH=$tools:$PATH cargo test --workspace --test operator_plane -- --ignored --nocapture real_keda
 }
 
+# Not either: cert-manager.
+cert-manager() {
+  local tools
+  cargo build --workspace --bins
+  tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm cert-manager)
+  PATH=$tools:$PATH cargo test --workspace --test operator_plane -- --ignored --nocapture real_cert_manager
+}
+
 bench-operator() {
   local tools
   tools=$(tests/cluster/tools.sh --path nats-server kubernetes etcd kwok helm)
@@ -182,12 +190,12 @@ require_rust
 require cc=gcc
 for step; do
   case $step in
-    check | unit | fuzz | worker | faults | operator | cluster | demo | keda | bench) ;;
+    check | unit | fuzz | worker | faults | operator | cluster | demo | keda | cert-manager | bench) ;;
     bench-tenants | bench-operator | bench-scale | bench-scale-sim) ;;
     campaign-kill | campaign-crash | campaign-rollout | campaign-scale-in | campaign-flips) ;;
     campaign-budgets | campaign-operator) ;;
     *) die "there is no step $step: choose from check, unit, fuzz, worker, faults, operator, cluster, demo, keda," \
-      "bench, bench-tenants, bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout," \
+      "cert-manager, bench, bench-tenants, bench-operator, bench-scale, bench-scale-sim, campaign-kill, campaign-crash, campaign-rollout," \
       "campaign-scale-in, campaign-flips, campaign-budgets, campaign-operator" ;;
   esac
   say "== $step"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds the programs that the cluster and the tests run, from the modules pinned in tools/, into the user's cache.
-# usage: tools.sh [--path] [TOOL…]   (all tools but KEDA by default; --path also prints their directories for PATH)
+# usage: tools.sh [--path] [TOOL…]   (all but KEDA and cert-manager by default; --path also prints their directories for PATH)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 all=(nats-server etcd kubernetes coredns kwok helm helm3 kubeconform promtool)
 # These are built where somebody asks for them by name.
-others=(keda)
+others=(keda cert-manager)
 
 main() {
   local print_path='' path='' tool dir
@@ -69,6 +69,10 @@ recipe() {
     keda)
       module=github.com/kedacore/keda/v2 duration="12 minutes" finish=write_keda_types
       programs=("keda-operator=$module/cmd/operator" "keda-adapter=$module/cmd/adapter")
+      ;;
+    cert-manager)
+      module=github.com/cert-manager/cert-manager duration="3 minutes" finish=write_cert_manager_types
+      programs=("cert-manager=.")
       ;;
     *) die "there is no tool $1: choose from ${all[*]} ${others[*]}" ;;
   esac
@@ -148,13 +152,15 @@ compile_tagged() {
     -tags "$tags" -o "$2" "$3"
 }
 
-# Every kind of the cluster's Kubernetes, and of the Prometheus Operator, as JSON schemas beside kubeconform.
+# Every kind of the cluster's Kubernetes, and of the Prometheus Operator and cert-manager, as JSON schemas beside kubeconform.
 write_schemas() {
-  local kubernetes monitoring
+  local kubernetes monitoring certificates
   kubernetes=$(module_directory kubernetes k8s.io/kubernetes)
   monitoring=$(module_directory kubeconform github.com/prometheus-operator/prometheus-operator)
+  certificates=$(module_directory kubeconform github.com/cert-manager/cert-manager)
   "$1/schemas" "$1/json" "$kubernetes/api/openapi-spec/swagger.json" \
-    "$monitoring"/example/prometheus-operator-crd/*_{servicemonitors,podmonitors,prometheusrules}.yaml
+    "$monitoring"/example/prometheus-operator-crd/*_{servicemonitors,podmonitors,prometheusrules}.yaml \
+    "$certificates"/deploy/crds/cert-manager.io_certificates.yaml
 }
 
 # How a fake node becomes ready, and how its pods start and go: at once.
@@ -167,6 +173,11 @@ write_stages() {
 # The types that KEDA brings.
 write_keda_types() {
   cat "$(module_directory keda github.com/kedacore/keda/v2)"/config/crd/bases/*.yaml >"$1/crds.yaml"
+}
+
+# The types that cert-manager brings.
+write_cert_manager_types() {
+  cat "$(module_directory cert-manager github.com/cert-manager/cert-manager)"/deploy/crds/*.yaml >"$1/crds.yaml"
 }
 
 # module_directory TOOL MODULE: where the source of the pinned version lies.

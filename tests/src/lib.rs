@@ -30,6 +30,7 @@ pub mod plane; // a Kubernetes without nodes, of a test's own
 pub mod api; // what it says
 pub mod pool; // WorkerPools in it
 pub mod keda; // who scales them
+pub mod cert_manager; // who signs what it believes
 pub mod apifault; // an API server that is in trouble
 pub mod operator; // the other program under test
 pub mod clock; // what time it takes it for

@@ -80,10 +80,20 @@ impl ControlPlane {
 
     fn install_type(&self) {
         self.apply(&render("type", &["crd"], &[]));
+        self.types_are_known();
+    }
+
+    /// Installs the types of a file.
+    pub fn install_types(&self, file: &Path) {
+        self.kubectl(&["create", "-f", &file.to_string_lossy()], None);
+        self.types_are_known();
+    }
+
+    fn types_are_known(&self) {
         // kubectl gives up on a type that is so new that it has no conditions yet.
-        let established = ["wait", "--for=condition=Established", "crd/workerpools.beamline.dev", "--timeout=60s"];
-        let is_there = (0..20).any(|_| self.try_kubectl(&established, None).is_ok());
-        assert!(is_there, "the type is not established");
+        let established = ["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"];
+        let are_there = (0..20).any(|_| self.try_kubectl(&established, None).is_ok());
+        assert!(are_there, "types are not established");
     }
 
     /// An API server that is busy gives up.

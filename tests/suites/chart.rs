@@ -13,7 +13,7 @@ use serde_json::Value;
 const HELMS: [&str; 2] = ["helm", "helm3"];
 
 /// Everything that a user may switch, and what it must be for each mode of the operator.
-const MODES: [(&str, &[&str]); 6] = [
+const MODES: [(&str, &[&str]); 7] = [
     ("as it comes", &[]),
     (
         "all that is optional",
@@ -49,6 +49,15 @@ const MODES: [(&str, &[&str]); 6] = [
         ],
     ),
     ("mode KEDA", &["keda.enabled=true"]),
+    (
+        "cert-manager",
+        &[
+            "externalMetrics.enabled=true",
+            "externalMetrics.certManager.enabled=true",
+            "externalMetrics.certManager.issuerRef.name=ca",
+            "externalMetrics.certManager.issuerRef.kind=ClusterIssuer",
+        ],
+    ),
     ("Secrets of two namespaces", &["rbac.secretNamespaces={shop,billing}"]),
     ("one namespace", &["watchNamespace=shop", "networkPolicy.enabled=true"]),
     (
@@ -244,9 +253,9 @@ fn no_mode_grants_a_wildcard_or_more_of_a_secret_than_to_get_it() {
             let is_plain = !["escalate", "bind", "impersonate"].iter().any(|verb| holds("verbs", verb));
             assert!(is_plain && !holds("resources", "pods/exec"), "{mode}: {rule}");
             if holds("resources", "secrets") {
-                // It writes the certificate that it shows to the API server, and no other Secret.
+                // It writes the certificate that it shows to the API server, unless another makes it, and no other Secret.
                 let is_own = rule["resourceNames"] == serde_json::json!(["beamline-external-metrics"]);
-                let verbs: &[&str] = if is_own { &["get", "patch"] } else { &["get"] };
+                let verbs: &[&str] = if is_own && mode != "cert-manager" { &["get", "patch"] } else { &["get"] };
                 assert_eq!((list(&rule["resources"]).len(), list(&rule["verbs"])), (1, &*verbs_of(verbs)), "{mode}");
             }
         }

@@ -16,6 +16,8 @@ mod api_trouble; // an API server that fails: first by its name, since nobody wa
 mod autoscaler; // mode HPA, and what it asks the operator
 #[path = "operator_plane/cast.rs"]
 mod cast; // workers that are played
+#[path = "operator_plane/certificate.rs"]
+mod certificate; // what is shown to the API server
 #[path = "operator_plane/crash.rs"]
 mod crash; // killed before and after each write
 #[path = "operator_plane/decides.rs"]

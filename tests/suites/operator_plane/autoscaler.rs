@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::{PATIENCE, start_plane};
 
-const API_SERVICE: &str = "/apis/apiregistration.k8s.io/v1/apiservices/v1beta1.external.metrics.k8s.io";
+pub(super) const API_SERVICE: &str = "/apis/apiregistration.k8s.io/v1/apiservices/v1beta1.external.metrics.k8s.io";
 const SERVICE: &str = "beamline-external-metrics";
 
 /// An operator that serves external metrics to this API server.
