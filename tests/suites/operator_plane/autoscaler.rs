@@ -172,8 +172,12 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) async fn of(nats: &NatsServer, pool: &Pool) -> Self {
+        Self::on(nats, &format!("work.{}", pool.name)).await
+    }
+
+    pub(super) async fn on(nats: &NatsServer, subject: &str) -> Self {
         let client = async_nats::connect(nats.url()).await.expect("a connection");
-        Self { jetstream: jetstream::new(client), subject: format!("work.{}", pool.name) }
+        Self { jetstream: jetstream::new(client), subject: subject.to_owned() }
     }
 
     pub(super) async fn fill(&self, count: usize) {

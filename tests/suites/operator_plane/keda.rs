@@ -8,6 +8,7 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::plane::ControlPlane;
 use beamline_tests::pool::Pool;
+use beamline_tests::process::free_port;
 use beamline_tests::wait::within;
 use serde_json::{Value, json};
 
@@ -219,4 +220,35 @@ async fn the_real_keda_takes_a_pool_from_zero_to_many_and_back() {
     assert_eq!(lowest.seen(), 4, "a change of modes took workers away");
     api.delete(&pool.path()).await;
     drop(keda);
+}
+
+/// As docs/operations.md shows it, but for the address of the broker's monitoring.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "make test-keda: KEDA takes minutes to build"]
+async fn the_real_keda_scales_a_pool_by_its_own_trigger_on_the_stream() {
+    let plane = ControlPlane::start();
+    let api = plane.api().await;
+    let monitoring = format!("127.0.0.1:{}", free_port());
+    let nats = NatsServer::with(&format!("http: \"{monitoring}\"\n"));
+    let release = plane.install("own-trigger", &[]);
+    let _operator = Operator::by(&release.kubeconfig).flag("--lease-namespace=own-trigger").start().await;
+    let _keda = Keda::start(&plane.kubeconfig(), &api, None).await;
+    let pool = Pool::new("own-trigger", "flows", &nats);
+    pool.create(&api, json!({"nats": {"subject": "caf.exec.assign.v1"}})).await;
+    scaled(&api, &pool, 1).await;
+    let page = include_str!("../../../docs/operations.md");
+    let (_, example) = page.split_once("**KEDA's own `nats-jetstream` trigger**").expect("the example");
+    let manifest = example.split("```").nth(1).and_then(|block| block.strip_prefix("yaml\n")).expect("a manifest");
+    let manifest = manifest.replace("nats.nats.svc:8222", &monitoring);
+    plane.kubectl(&["create", "--namespace=own-trigger", "-f", "-"], Some(&manifest));
+
+    // Four, since each is to have a hundred at most.
+    Queue::on(&nats, "caf.exec.assign.v1").await.fill(350).await;
+    scaled(&api, &pool, 4).await;
+    assert_eq!(writers(&api, &pool).await, ["beamline-operator"], "one writes the Deployment's replicas");
+    let status = api.get(&pool.path()).await.expect("the pool")["status"].clone();
+    assert_eq!(
+        (&status["scaling"]["mode"], &status["scaling"]["reason"]),
+        (&json!("Manual"), &json!("spec.replicas is 4"))
+    );
 }
