@@ -183,6 +183,33 @@ async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
 }
 
 #[tokio::test]
+async fn a_cancel_of_a_second_publication_that_is_parked_leaves_the_success_of_the_first_alone() {
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let [first, between] = ["first", "between"].map(|id| assignment("acme", id, rig.call(&format!("/gate/{id}"))));
+    rig.router.submit(&first).await;
+    rig.peer.arrived("/gate/first", 1).await;
+    let stop = r#"{"pull":false}"#.into();
+    rig.router.client().request("caf.worker.control.v1.worker-1", stop).await.expect("it obeys");
+    let second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
+    for (count, one) in [(1, &between), (2, &first)] {
+        rig.router.submit(one).await;
+        all_parked(&second, count).await;
+    }
+    rig.peer.open("first");
+    let success = rig.router.results(&first, 1).await.remove(0);
+    rig.peer.arrived("/gate/between", 1).await;
+    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "first"}).to_string();
+    rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+    // Longer than what is parked is looked for.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(rig.router.record(&first).await.expect("a record").payload, success);
+    rig.peer.open("between");
+    assert_eq!(rig.router.results(&first, 2).await, [success.clone(), success], "both publications have that answer");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
 async fn of_what_is_parked_to_run_anew_only_a_later_cancel_is_about_it() {
     let policy = acme("{concurrent: 1}");
     let rig = Rig::start(&[&policy.flag()]).await;

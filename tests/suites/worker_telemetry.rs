@@ -113,12 +113,10 @@ async fn a_trace_context_is_passed_on_with_all_that_is_said_and_to_the_peer() {
     let chunk = streams.next().await.unwrap();
     assert_eq!(chunk.headers.unwrap().get("traceparent").unwrap().as_str(), PARENT);
     let made = format!("00-{TRACE}-8448eb211c80319c-01");
-    assert!(
-        contexts(&rig, ("acme", "by-id"))
-            .iter()
-            .all(|(_, parent, state)| parent.as_ref() == Some(&made) && state.is_none())
-    );
-    assert!(contexts(&rig, ("acme", "none")).iter().all(|(_, parent, state)| parent.is_none() && state.is_none()));
+    for (id, parent) in [("by-id", Some(made.clone())), ("none", None)] {
+        let expected = [Kind::Verdict, Kind::Result].map(|kind| (kind, parent.clone(), None));
+        assert_eq!(contexts(&rig, ("acme", id)), expected, "{id}");
+    }
     let record = rig.router.record(("acme", "fails")).await.unwrap();
     assert_eq!(record.payload, rig.router.story(&fails).results[0]);
 

@@ -16,7 +16,7 @@ pub enum Concern {
     StorageRefused,
     /// The broker does not let this worker publish or hear something that it needs.
     NotPermitted,
-    /// A pool's queue is at its limit.
+    /// Work has waited for a pool's slots for long, and none has started meanwhile.
     PoolOverloaded,
     /// Payloads and results fill the memory that may be held.
     MemoryFull,

@@ -203,7 +203,8 @@ impl Delivery {
             Settlement::PutOff(wait) => AckKind::Nak(Some(wait)),
         };
         let Some(reply) = self.held.hold().reply().cloned() else { return };
-        // On a slow link, large results would hold it up on the connection that they go out on until the hold has lapsed.
+        // On a slow link, large results would hold it up on the connection that they go out on until the hold has lapsed. What
+        // is handed back goes behind the note that says so.
         let connection = if settlement == Settlement::Done { self.broker.lookups() } else { self.broker.client() };
         if let Err(error) = connection.publish(reply, kind.into()).await {
             tracing::debug!(%error, ?settlement, "cannot settle");

@@ -25,6 +25,7 @@ use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::spool::SpooledOutcome;
 use crate::report::{self, StepResult};
+use crate::trace_context::TraceContext;
 
 /// What the names and numbers around a result may need of the broker's largest message: nine ids of at most 256 bytes,
 /// each byte escaped, and the fixed fields.
@@ -131,7 +132,8 @@ impl Pipeline {
         match stored {
             Stored::At(_) if !self.ledger.is_kept() => {
                 self.keep_letter_of(outcome, &result, &publication).await;
-                self.outbox.publish(result, None, Some(outcome.publication.clone()), None).await;
+                let trace = TraceContext::of(None, report::addressee_of(&result).trace_id.as_deref());
+                self.outbox.publish(result, None, Some(outcome.publication.clone()), trace).await;
                 tracing::info!(assignment_id, "published an outcome from the disk");
             }
             Stored::At(_) => tracing::info!(assignment_id, "recorded an outcome from the disk"),
@@ -318,10 +320,9 @@ impl Pipeline {
     }
 }
 
-/// Whether a delivery is executed although there is a record: it is a new publication, and either the recorded error
-/// says that a retry may help, or the Router asks for it.
+/// Whether a delivery is executed although there is a record.
 pub(super) fn may_replace(record: &Record, delivery: &Delivery) -> bool {
-    !record.answers(delivery.publication()) && (record.is_retryable() || delivery.is_replay())
+    record.may_be_replaced_by(delivery.publication(), delivery.is_replay())
 }
 
 /// Between two tries of a write.

@@ -190,13 +190,15 @@ impl Pipeline {
         let cancelled = Execution::not_begun(Fault::new(Cause::Cancelled, words.to_owned()));
         let mut step = StepResult::of(cancelled, assignment.block.kind(), Duration::ZERO);
         let mut result = self.encode(&mut step, &assignment);
+        // What is recorded meanwhile gives way to a replay no more than to anything else.
+        let mut replays = is_replay(&parked.headers);
         loop {
             let record = self.read_records(std::slice::from_ref(key)).await.into_values().next();
             let is_anew = record.is_some() || is_replay(&parked.headers);
             match &record {
                 Some(record) if record.result == result => break,
                 // It has ended already: whoever takes it up answers it with that.
-                Some(record) if record.answers(&publication) => return true,
+                Some(record) if !record.may_be_replaced_by(&publication, replays) => return true,
                 _ if is_anew && !meets_anew(published, parked_at) => return true,
                 _ => {}
             }
@@ -207,6 +209,7 @@ impl Pipeline {
             if stored != Stored::Refused {
                 break;
             }
+            replays = false;
         }
         self.note_outcome(&assignment, &step);
         let trace = TraceContext::of(Some(&parked.headers), assignment.correlation.trace_id.as_deref());

@@ -135,7 +135,7 @@ impl Pipeline {
     }
 
     async fn refuse_again(self: Arc<Self>, (delivery, verdict): (Delivery, Bytes)) {
-        let trace = TraceContext::of(delivery.headers(), None);
+        let trace = TraceContext::of(delivery.headers(), report::addressee_of(&verdict).trace_id.as_deref());
         self.outbox.refuse(verdict, trace).await;
         delivery.settle(Settlement::Done).await;
     }

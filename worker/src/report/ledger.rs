@@ -49,7 +49,13 @@ impl Record {
     /// Whether it gives way to an outcome of `publication` that ran meanwhile: not so where it is final, whatever was asked
     /// for before it was there.
     pub fn gives_way_to(&self, publication: &Publication) -> bool {
-        self.is_retryable() && !self.answers(publication)
+        self.may_be_replaced_by(publication, false)
+    }
+
+    /// Whether `publication` is executed although this is there: it is a new one, and either the recorded error says that a
+    /// retry may help, or the Router asks for it.
+    pub fn may_be_replaced_by(&self, publication: &Publication, is_replay: bool) -> bool {
+        !self.answers(publication) && (self.is_retryable() || is_replay)
     }
 
     /// A result as it was recorded.

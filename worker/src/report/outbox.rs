@@ -27,8 +27,8 @@ const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
-/// Bytes in one batch, unless a message has more: as many as the largest message usually has. On a slow link the client gives a
-/// connection up on which nothing comes back for long, so each batch has its fence before more follow.
+/// Bytes in one batch, unless a message has more: as many as the largest message usually has. On a slow link the client
+/// gives a connection up on which nothing comes back for long, so each batch has its fence before more follow.
 const BATCH_BYTES: usize = 1024 * 1024;
 
 /// Publishes in the order in which it was handed in.
@@ -303,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_batch_has_no_more_bytes_than_a_message_may_have() {
+    fn a_batch_ends_at_a_megabyte_unless_one_message_is_larger() {
         let outgoing = |bytes: usize| {
             let message = Message::Result { result: vec![0; bytes].into(), id: None };
             let words = Box::new(Words { message, trace: None });

@@ -10,7 +10,7 @@ use sqlparser::ast::{Query, SetExpr, Statement, Visit, Visitor};
 use sqlparser::dialect::{Dialect, MySqlDialect, PostgreSqlDialect};
 use sqlparser::keywords::Keyword;
 use sqlparser::parser::Parser;
-use sqlparser::tokenizer::{Location, Token, TokenWithSpan, Tokenizer, Whitespace, Word};
+use sqlparser::tokenizer::{Location, Token, TokenWithSpan, Tokenizer, Word};
 
 use super::database::Engine;
 use super::forbidden;
@@ -147,8 +147,7 @@ fn is_lock(word: &Word, next: &Token) -> bool {
 }
 
 fn is_blank(token: &Token) -> bool {
-    matches!(token, Token::Whitespace(Whitespace::Space | Whitespace::Newline | Whitespace::Tab))
-        || matches!(token, Token::Whitespace(_) | Token::EOF)
+    matches!(token, Token::Whitespace(_) | Token::EOF)
 }
 
 fn shown(word: &Word) -> String {
