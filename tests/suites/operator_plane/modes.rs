@@ -217,13 +217,15 @@ impl Stage {
 
     /// The operator's writes to Deployments so far.
     pub(super) fn writes(&self) -> usize {
-        self.written().iter().filter(|resource| *resource == "deployments").count()
+        self.written().iter().filter(|(resource, _)| resource == "deployments").count()
     }
 
-    /// What the operator has written to so far, in order.
-    pub(super) fn written(&self) -> Vec<String> {
+    /// The pods and Deployments that the operator has written to so far, in order.
+    pub(super) fn written(&self) -> Vec<(String, String)> {
         let asked = plane().asked_by(&self.release.user).into_iter().filter(is_write);
-        asked.filter_map(|event| Some(event["objectRef"]["resource"].as_str()?.to_owned())).collect()
+        let text = |event: &Value, key: &str| event["objectRef"][key].as_str().unwrap_or_default().to_owned();
+        let all = asked.map(|event| (text(&event, "resource"), text(&event, "name")));
+        all.filter(|(resource, _)| matches!(resource.as_str(), "pods" | "deployments")).collect()
     }
 
     /// As `kubectl scale` does.
