@@ -6,7 +6,7 @@ use beamline_tests::api::Api;
 use beamline_tests::keda::Keda;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
-use beamline_tests::plane::ControlPlane;
+use beamline_tests::plane::{ControlPlane, Release};
 use beamline_tests::pool::Pool;
 use beamline_tests::process::free_port;
 use beamline_tests::wait::within;
@@ -33,7 +33,7 @@ async fn a_scaled_object_comes_with_kedas_type_and_goes_with_the_mode() {
     let pool = Pool::new("driven", "orders", &nats);
     let scaling = json!({"mode": "KEDA", "maxReplicas": 5, "target": {"queueDepthPerReplica": 10},
         "scaleDown": {"stabilizationSeconds": 1, "idleSecondsToZero": 3}});
-    pool.create(&api, json!({"replicas": 2, "scaling": scaling})).await;
+    pool.create(&api, json!({"replicas": 2, "scaling": scaling.clone()})).await;
 
     // Without KEDA.
     says(&api, &pool, "ScalingActive", "False", "KedaMissing").await;
@@ -53,62 +53,18 @@ async fn a_scaled_object_comes_with_kedas_type_and_goes_with_the_mode() {
     let status = api.get(&pool.path()).await.expect("the pool")["status"].clone();
     assert_eq!(status["scaling"]["mode"], "KEDA");
 
-    let asked = || -> Vec<bool> {
-        let events = plane.asked_by(&release.user).into_iter();
-        events.filter(|event| event["objectRef"]["resource"] == "scaledobjects").map(|event| is_write(&event)).collect()
-    };
-    let counts = |asked: Vec<bool>| {
-        let writes = asked.iter().filter(|is_write| **is_write).count();
-        (asked.len() - writes, writes)
-    };
-    // The log is behind: whoever looks twice has written whatever it had to.
-    let looks_twice = async || asked().ends_with(&[false, false]).then(|| counts(asked()));
-    let (looks, writes) = within(PATIENCE, "it is looked at and left alone", looks_twice).await;
-    // What KEDA writes into it is no reason to write it again; what it says there is said of the pool.
-    let kedas = json!({"metadata": {"labels": {"scaledobject.keda.sh/name": "orders"}}});
-    api.merge(SCALED_OBJECT, &kedas).await;
-    let failed = json!([{"type": "Ready", "status": "False", "message": "Triggers are not working"}]);
-    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": failed}})).await;
-    says(&api, &pool, "ScalingActive", "False", "AutoscalerInactive").await;
-    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": []}})).await;
-    says(&api, &pool, "ScalingActive", "True", "ModeKEDA").await;
-    let looked = async || Some(counts(asked())).filter(|(now, _)| *now >= looks + 2);
-    let (_, now) = within(PATIENCE, "it is looked at twice", looked).await;
-    assert_eq!(now, writes, "it was written for nothing");
-    api.merge(SCALED_OBJECT, &json!({"spec": {"maxReplicaCount": 99}})).await;
-    let repaired = async || (api.get(SCALED_OBJECT).await?["spec"]["maxReplicaCount"] == 5).then_some(());
-    within(PATIENCE, "it is repaired", repaired).await;
-    within(PATIENCE, "that was one write", async || (counts(asked()).1 == writes + 1).then_some(())).await;
-
-    // What KEDA is told, by whoever leads and by whoever does not.
     let standby = operator().start().await;
-    let queue = Queue::of(&nats, &pool).await;
-    let told = async |operator: &Operator| {
-        let (code, text) = operator.get("/queues/driven/orders").await?;
-        let said: Value = serde_json::from_str(&text).expect("JSON");
-        Some((code, said["demand"].as_i64()))
-    };
-    for (waiting, more) in [(0, 0), (35, 35)] {
-        queue.fill(more).await;
-        for operator in [&leader, &standby] {
-            let is_so = async || (told(operator).await == Some((200, Some(waiting)))).then_some(());
-            within(PATIENCE, &format!("{waiting} are to be done"), is_so).await;
-        }
-    }
-    nats.pause();
-    for operator in [&leader, &standby] {
-        let refused = async || (told(operator).await == Some((503, None))).then_some(());
-        within(PATIENCE, "there is no number", refused).await;
-    }
-    says(&api, &pool, "ScalingActive", "False", "QueueUnreadable").await;
-    assert_eq!(replicas(&api, &pool).await, (2, 2));
-    nats.resume();
-    assert_eq!(leader.get("/queues/driven/other").await.map(|(code, _)| code), Some(404));
+    tokio::join!(
+        it_is_looked_at_and_left_alone((&plane, &release), &api, &pool),
+        keda_is_told_how_much_there_is_to_do(&api, [&leader, &standby], &scaling),
+    );
 
     // KEDA goes: what runs stays. Another mode: so it does, and the ScaledObject goes.
     api.delete(TYPE).await;
     says(&api, &pool, "ScalingActive", "False", "KedaMissing").await;
     plane.kubectl(&["create", "-f", "-"], Some(SCALED_OBJECTS));
+    // Another wish is looked at at once.
+    pool.change(&api, json!({"scaling": {"maxReplicas": 6}})).await;
     within(PATIENCE, "there is a ScaledObject again", async || api.get(SCALED_OBJECT).await).await;
     api.merge(&format!("{}/scale", pool.path()), &json!({"spec": {"replicas": 4}})).await;
     scaled(&api, &pool, 4).await;
@@ -121,6 +77,67 @@ async fn a_scaled_object_comes_with_kedas_type_and_goes_with_the_mode() {
     assert_eq!(lowest.seen(), 4, "a change of modes took workers away");
     api.delete(&pool.path()).await;
     within(PATIENCE, "it goes with its pool", async || api.get(SCALED_OBJECT).await.is_none().then_some(())).await;
+}
+
+/// Each look comes a third of a minute after the last.
+async fn it_is_looked_at_and_left_alone((plane, release): (&ControlPlane, &Release), api: &Api, pool: &Pool) {
+    let asked = || -> Vec<bool> {
+        let is_it = |event: &Value| {
+            let object = &event["objectRef"];
+            // Without its type there was nothing to be asked of.
+            object["resource"] == "scaledobjects"
+                && object["name"] == "orders"
+                && event["responseStatus"]["code"] != 404
+        };
+        plane.asked_by(&release.user).into_iter().filter(is_it).map(|event| is_write(&event)).collect()
+    };
+    // What KEDA writes into it is no reason to write it again; what it says there is said of the pool.
+    let kedas = json!({"metadata": {"labels": {"scaledobject.keda.sh/name": "orders"}}});
+    api.merge(SCALED_OBJECT, &kedas).await;
+    let failed = json!([{"type": "Ready", "status": "False", "message": "Triggers are not working"}]);
+    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": failed}})).await;
+    says(api, pool, "ScalingActive", "False", "AutoscalerInactive").await;
+    api.merge(&format!("{SCALED_OBJECT}/status"), &json!({"status": {"conditions": []}})).await;
+    says(api, pool, "ScalingActive", "True", "ModeKEDA").await;
+    // The log is behind.
+    let twice = async || (asked().len() >= 3).then(asked);
+    assert_eq!(within(PATIENCE, "it is looked at twice", twice).await, [true, false, false], "once it is written");
+    api.merge(SCALED_OBJECT, &json!({"spec": {"maxReplicaCount": 99}})).await;
+    let repaired = async || (api.get(SCALED_OBJECT).await?["spec"]["maxReplicaCount"] == 5).then_some(());
+    within(PATIENCE, "it is repaired", repaired).await;
+    let twice = async || (asked().iter().filter(|is_write| **is_write).count() == 2).then_some(());
+    within(PATIENCE, "that was one write", twice).await;
+}
+
+/// By whoever leads and by whoever does not.
+async fn keda_is_told_how_much_there_is_to_do(api: &Api, operators: [&Operator; 2], scaling: &Value) {
+    let nats = NatsServer::start();
+    let pool = Pool::new("driven", "counted", &nats);
+    pool.create(api, json!({"replicas": 2, "scaling": scaling})).await;
+    says(api, &pool, "ScalingActive", "True", "ModeKEDA").await;
+    let queue = Queue::of(&nats, &pool).await;
+    let told = async |operator: &Operator| {
+        let (code, text) = operator.get("/queues/driven/counted").await?;
+        let said: Value = serde_json::from_str(&text).expect("JSON");
+        Some((code, said["demand"].as_i64()))
+    };
+    for (waiting, more) in [(0, 0), (35, 35)] {
+        queue.fill(more).await;
+        for operator in operators {
+            let is_so = async || (told(operator).await == Some((200, Some(waiting)))).then_some(());
+            within(PATIENCE, &format!("{waiting} are to be done"), is_so).await;
+        }
+    }
+    nats.pause();
+    for operator in operators {
+        let refused = async || (told(operator).await == Some((503, None))).then_some(());
+        within(PATIENCE, "there is no number", refused).await;
+        assert_eq!(operator.get("/queues/driven/other").await.map(|(code, _)| code), Some(404));
+    }
+    says(api, &pool, "ScalingActive", "False", "QueueUnreadable").await;
+    assert_eq!(replicas(api, &pool).await, (2, 2));
+    nats.resume();
+    api.delete(&pool.path()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

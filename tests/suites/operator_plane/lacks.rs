@@ -1,13 +1,13 @@
 //! A right that is missing, one after the other, from the start or from some moment on: the API server's words stand where
 //! somebody looks, nothing is asked again and again, and what could not be done is done as soon as the right is there.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use beamline_tests::api::Api;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::{Operator, Setup};
 use beamline_tests::plane::Release;
-use beamline_tests::pool::Pool;
+use beamline_tests::pool::{Pool, has_converged};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 
@@ -18,17 +18,24 @@ use super::{PATIENCE, is_campaign, plane};
 const FEW: usize = 6;
 /// Cases side by side.
 const AT_ONCE: usize = 3;
-/// So long is a pool given after each change to meet what is missing.
-const MET: Duration = Duration::from_secs(10);
 /// Within this somebody is told that a right is gone, once it was needed.
 const TOLD: Duration = Duration::from_secs(30);
 /// How often all is listed anew: a watch that has begun goes on without its right.
 const RELIST: &str = "--relist-after=15s";
-/// A watch that was refused goes on without a word: the operator counts it as failing for 90 s.
-const READY: Duration = Duration::from_secs(120);
 /// For how long requests are counted, and how many may come in a second for each pool.
 const WATCHED: Duration = Duration::from_secs(5);
 const RATE: usize = 5;
+/// Between two looks, and from one thing to what follows it.
+const LOOK: Duration = Duration::from_millis(250);
+const A_MOMENT: Duration = Duration::from_secs(2);
+/// What the operator watches in a namespace, but for what the changes of a pool bring anyway.
+const WATCHED_KINDS: [&str; 5] = [
+    "/api/v1/namespaces/NS/serviceaccounts",
+    "/api/v1/namespaces/NS/configmaps",
+    "/api/v1/namespaces/NS/services",
+    "/apis/networking.k8s.io/v1/namespaces/NS/networkpolicies",
+    "/apis/policy/v1/namespaces/NS/poddisruptionbudgets",
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn o11_a_right_that_is_missing_is_told_costs_no_storm_and_is_used_when_it_is_there() {
@@ -90,7 +97,7 @@ async fn lacks(case: &Case<'_>, right: Right) -> Result<(), String> {
     stage.take(&right).await;
     let operator = stage.operator().spawn();
     stage.pool.create(case.api, everything()).await;
-    stage.meets(&operator, &right, MET).await?;
+    stage.meets(&operator, &right).await?;
     stage.recovers(operator, RATE).await
 }
 
@@ -102,7 +109,7 @@ async fn loses(case: &Case<'_>, right: Right) -> Result<(), String> {
     stage.take(&right).await;
     // What is made once for each pool is made for another one.
     Pool::new(&case.name, &format!("others-of-{}", case.name), case.nats).create(case.api, everything()).await;
-    stage.meets(&operator, &right, TOLD).await?;
+    stage.meets(&operator, &right).await?;
     stage.recovers(operator, 2 * RATE).await
 }
 
@@ -133,14 +140,62 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Changes the pool until the right is needed and somebody is told, each time within this.
-    async fn meets(&self, operator: &Operator, right: &Right, limit: Duration) -> Result<(), String> {
-        let mut changes = changes().into_iter();
-        while !is_met(self.api, operator, &self.pool, right, limit).await {
-            let Some(change) = changes.next() else { return Err("nobody is told".to_owned()) };
-            self.pool.change(self.api, change).await;
+    /// Changes the pool until the right is needed and somebody is told.
+    async fn meets(&self, operator: &Operator, right: &Right) -> Result<(), String> {
+        let told = self.told(operator, right);
+        tokio::pin!(told);
+        for change in changes() {
+            tokio::select! {
+                () = &mut told => return Ok(()),
+                () = self.had_its_time() => self.pool.change(self.api, change).await,
+            }
         }
-        Ok(())
+        tokio::time::timeout(TOLD, told).await.map_err(|_| "nobody is told".to_owned())
+    }
+
+    async fn told(&self, operator: &Operator, right: &Right) {
+        while !is_told(self.api, operator, &self.pool, right).await {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// A pool that comes to what was asked for has needed nothing that is missing, but for what is told a moment later.
+    async fn had_its_time(&self) {
+        let has_converged = async {
+            while !self.api.get(&self.pool.path()).await.is_some_and(|pool| has_converged(&pool)) {
+                tokio::time::sleep(LOOK).await;
+            }
+            tokio::time::sleep(A_MOMENT).await;
+        };
+        let _ = tokio::time::timeout(TOLD, has_converged).await;
+    }
+
+    /// A watch that was refused goes on without a word, and counts as failing until it has something to tell.
+    async fn is_ready(&self, operator: &Operator) {
+        self.pool.change(self.api, json!({"networkPolicy": "Auto", "scaling": {"mode": "HPA"}})).await;
+        let touched = async {
+            loop {
+                self.touch().await;
+                tokio::time::sleep(A_MOMENT).await;
+            }
+        };
+        tokio::select! {
+            () = operator.ready_within(PATIENCE) => {}
+            () = touched => {}
+        }
+    }
+
+    /// All that a watch may tell of.
+    async fn touch(&self) {
+        let now = json!({"metadata": {"annotations": {"tests.beamline.dev/touched": format!("{:?}", Instant::now())}}});
+        for kind in WATCHED_KINDS {
+            let path = kind.replace("NS", &self.pool.namespace);
+            for object in self.api.list(&path).await {
+                // What was there a moment ago may have gone.
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                let _ = self.api.try_merge(&format!("{path}/{name}"), &now).await;
+            }
+        }
     }
 
     /// Nothing is asked again and again, no more than so often in a second; and the right comes back.
@@ -156,7 +211,7 @@ impl<'a> Stage<'a> {
         if rate > most {
             return Err(format!("{rate} requests a second"));
         }
-        operator.ready_within(READY).await;
+        self.is_ready(&operator).await;
         self.pool.change(self.api, json!({"replicas": 3, "paused": false, "scaling": {"mode": "Manual"}})).await;
         self.pool.converged(self.api, PATIENCE).await;
         let is_well = operator.is_running() && !operator.lines().iter().any(|line| line.contains("panicked"));
@@ -184,16 +239,6 @@ fn changes() -> Vec<Value> {
         json!({"scaling": {"mode": "HPA"}}),
         json!({"scaling": {"mode": "Manual"}}),
     ]
-}
-
-/// Whether somebody is told, before the pool is as it should be or has had its time.
-async fn is_met(api: &Api, operator: &Operator, pool: &Pool, right: &Right, limit: Duration) -> bool {
-    let told = async {
-        while !is_told(api, operator, pool, right).await {
-            tokio::time::sleep(Duration::from_millis(250)).await;
-        }
-    };
-    tokio::time::timeout(limit, told).await.is_ok()
 }
 
 /// In a condition of the pool, by the operator's probe or in its log.
