@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::cluster::{Namespace, PATIENCE, pretend_gpus};
@@ -159,6 +159,48 @@ async fn workers_that_do_not_work_keep_no_node_from_being_drained() {
     assert_eq!(budget["status"]["disruptionsAllowed"], 0);
     // One that changes at that very moment is to be asked for again.
     drain(&namespace, &names(&namespace.list("pods", PODS))).await;
+}
+
+/// A condition names what is wrong within this.
+const SAID_WITHIN: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o16_while_nobody_has_a_new_image_the_old_workers_go_on_and_the_pool_says_why() {
+    operator().await;
+    let namespace = Namespace::create("beamline-no-image");
+    namespace.start_nats();
+    let spec = |image: &str| pool("orders", json!({"replicas": 2, "worker": {"image": image}}));
+    namespace.apply(&pool("orders", json!({"replicas": 2})));
+    namespace.until("workerpool/orders", "2 workers are ready", |pool| pool["status"]["readyReplicas"] == 2).await;
+    let workers = namespace.list("pods", PODS);
+    let image = workers[0]["spec"]["containers"][0]["image"].as_str().expect("an image").to_owned();
+    let (before, nowhere) = (names(&workers), "localhost/nowhere:1");
+
+    let changed = Instant::now();
+    namespace.apply(&spec(nowhere));
+    let says_so = |pool: &Value| {
+        let moves = condition(pool, "Progressing");
+        moves["reason"] == "ImagePullBackOff" && moves["message"].as_str().is_some_and(|said| said.contains(nowhere))
+    };
+    let said = namespace.until("workerpool/orders", "it says which image", says_so).await;
+    assert!(changed.elapsed() < SAID_WITHIN, "after {:?}", changed.elapsed());
+    assert!(is(&said, "Ready", "True") && said["status"]["readyReplicas"] == 2, "{said}");
+    // The kubelet has tried several times by now: nobody goes, and it is still at work.
+    let forward = namespace.forward("nats", 4222).await;
+    let router = Router::connect(&forward.nats_url()).await;
+    let tried =
+        |events: &[Value]| events.iter().any(|event| event["reason"] == "Failed" && event["count"].as_i64() > Some(2));
+    let events = async || tried(&namespace.list("events", "")).then_some(());
+    within(PATIENCE, "it is tried again", events).await;
+    assert!(before.is_subset(&names(&namespace.list("pods", PODS))), "an old worker is gone");
+    let put = assignment("acme", "meanwhile", json!({"type": "fs.put", "path": "/data/a.txt", "content": "a"}));
+    router.submit(&put).await;
+    assert_eq!(router.result(&put).await["status"], "success");
+
+    namespace.apply(&spec(&image));
+    let is_well = |pool: &Value| is(pool, "Ready", "True") && condition(pool, "Progressing")["reason"] == "Complete";
+    namespace.until("workerpool/orders", "all is well again", is_well).await;
+    assert_eq!(names(&namespace.list("pods", PODS)), before, "what runs was what is asked for");
 }
 
 #[tokio::test(flavor = "multi_thread")]
