@@ -27,7 +27,9 @@ pub fn calls(log: &Path) -> Vec<Call> {
         let Some((process, text)) = line.split_once(' ') else { continue };
         if let Some(begun) = text.strip_suffix(" <unfinished ...>") {
             open.insert(process, (place, begun));
-        } else if let Some(end) = text.trim_start().strip_prefix("<... ") {
+        } else if let Some((_, end)) =
+            text.trim_start().strip_prefix("<... ").and_then(|end| end.split_once(" resumed>"))
+        {
             let (begun, text) = open.remove(process).unwrap_or((place, ""));
             calls.push(Call { text: format!("{text}{end}"), begun, done: place });
         } else {

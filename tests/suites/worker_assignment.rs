@@ -791,6 +791,54 @@ async fn what_was_accepted_and_may_not_run_at_the_next_worker_ends_as_an_error()
 }
 
 #[tokio::test]
+async fn what_was_accepted_by_a_worker_that_was_killed_is_rejected_by_none() {
+    let mut rig = Rig::start(&[]).await;
+    let mut classed = assignment("acme", "classed", rig.call("/gate/never"));
+    classed["resources"] = json!({"pool": "cpu"});
+    let elsewhere = assignment("acme", "elsewhere", rig.put("x", "x"));
+    let cases = [(roomy("roomy", rig.call("/gate/never")), 2002, 1), (classed, 2002, 0)];
+    for (payload, ..) in &cases {
+        rig.router.submit(payload).await;
+        assert_eq!(rig.router.verdict(payload).await["status"], "accepted");
+    }
+    rig.peer.arrived("/gate/never", 2).await;
+    rig.worker.kill();
+    let _next = rig.another("worker-2").flag(LITTLE).flag("--cpu-pool-size=0").start(&rig.nats).await;
+    rig.router.submit(&elsewhere).await;
+    assert_eq!(rig.router.result(&elsewhere).await["status"], "success");
+    rig.router.settled(LAPSE).await;
+    for (payload, code, count) in &cases {
+        let Story { verdicts, results, letters } = rig.router.story(payload);
+        assert!(verdicts.iter().all(|verdict| verdict["status"] == "accepted"), "{verdicts:?}");
+        assert_eq!((results.len(), letters.len()), (1, *count), "{payload}");
+        let record = rig.router.record(payload).await.expect("a record").payload;
+        assert_eq!((&record, &read(&record)["error"]["code"]), (&results[0], &json!(code)));
+    }
+}
+
+#[tokio::test]
+async fn what_was_rejected_by_a_worker_that_was_killed_is_run_by_none() {
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let sockets = tempfile::tempdir().unwrap();
+    let mut trap = Trap::at("after-result", sockets.path());
+    let setup = rig.another("worker-2").flag(LITTLE).env(failpoint::VARIABLE, &trap.socket(0));
+    let mut first = setup.start(&rig.nats).await;
+    let payload = roomy("rejected", rig.call("/ok"));
+    rig.router.submit(&payload).await;
+    let caught = trap.caught().await;
+    assert_eq!(rig.router.verdict(&payload).await["error"]["code"], 2002);
+    first.kill();
+    drop(caught);
+    let _next = rig.another("worker-3").start(&rig.nats).await;
+    rig.router.settled(LAPSE).await;
+    let Story { verdicts, results, letters } = rig.router.story(&payload);
+    assert_eq!((verdicts.len(), results.len(), letters.len()), (2, 0, 1));
+    assert_eq!(verdicts[0], verdicts[1], "in the same words");
+    assert!(rig.peer.hits("/ok").is_empty());
+}
+
+#[tokio::test]
 async fn what_is_recorded_is_said_by_a_worker_that_would_not_run_it() {
     let mut rig = Rig::start(&[]).await;
     rig.worker.kill();

@@ -356,6 +356,31 @@ async fn an_id_that_its_record_answers_costs_nothing() {
 }
 
 #[tokio::test]
+async fn what_runs_nothing_is_refused_for_no_budget() {
+    let policy = acme(&format!("executions: 2, window: {LONG}"));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let ask = json!({"type": "human.approval", "prompt": "Well?", "approvers": ["ann"]});
+    let open = assignment("acme", "open", ask);
+    let running = assignment("acme", "running", rig.call("/gate/slot"));
+    for one in [&open, &running] {
+        rig.router.submit(one).await;
+        assert_eq!(outcome(&rig.router.verdict(one).await), Ok(()));
+    }
+    rig.peer.arrived("/gate/slot", 1).await;
+    assert!(verdict(&rig, &assignment("acme", "over", rig.call("/ok"))).await.is_err(), "all units are used");
+    for one in [&open, &running] {
+        rig.router.submit(one).await;
+    }
+    rig.router.learn(&open, "second verdict", |story| story.verdicts.get(1).cloned()).await;
+    rig.peer.open("slot");
+    let results = rig.router.results(&running, 2).await;
+    assert_eq!(results[0], results[1], "the second has the answer of the first");
+    let verdicts = |one: &Value| rig.router.story(one).verdicts;
+    assert!(verdicts(&open).iter().chain(&verdicts(&running)).all(|verdict| outcome(verdict) == Ok(())));
+    assert_eq!(rig.peer.hits("/").len(), 1);
+}
+
+#[tokio::test]
 async fn cpu_time_is_charged_afterwards() {
     let policy = acme(&format!("cpuTimeMs: 100, window: {LONG}"));
     let rig = Rig::start(&[&policy.flag()]).await;

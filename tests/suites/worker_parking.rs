@@ -210,6 +210,23 @@ async fn a_cancel_of_a_second_publication_that_is_parked_leaves_the_success_of_t
 }
 
 #[tokio::test]
+async fn a_cancel_finds_what_is_parked_whichever_pools_worker_keeps_it() {
+    const COUNT: usize = 12;
+    let policy = acme("{concurrent: 1}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let _other = rig.another("worker-2").flag(policy.flag()).flag("--nats-subject=other.pool").start(&rig.nats).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, COUNT).await;
+    for one in &parked {
+        let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": one["assignment_id"]}).to_string();
+        rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+    }
+    for one in &parked {
+        assert_eq!(rig.router.result(one).await["error"]["code"], 5001);
+    }
+    assert!(rig.router.story(&running).results.is_empty());
+}
+
+#[tokio::test]
 async fn of_what_is_parked_to_run_anew_only_a_later_cancel_is_about_it() {
     let policy = acme("{concurrent: 1}");
     let rig = Rig::start(&[&policy.flag()]).await;

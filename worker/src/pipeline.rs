@@ -302,7 +302,6 @@ impl Pipeline {
         let said = |at| Said { at, session: session.clone(), refusal };
         let mut arrivals = Vec::with_capacity(judged.len());
         let judged = self.repeat_refusals(judged).await;
-        let judged = self.resolve_doubts(judged).await;
         // Empty where no tenant is bounded.
         let admissions = self.admit(&judged).await;
         self.note_charges(&judged, &admissions).await;

@@ -172,6 +172,10 @@ impl Pipeline {
             admissions.push((
                 *at,
                 match short {
+                    // Its record will answer this one.
+                    Short::Spent(..) if self.hands_back() && self.is_a_copy(judged, *at) => {
+                        Admission::PutOff(ASK_AGAIN)
+                    }
                     Short::Spent(..) if parks => Admission::Park,
                     Short::Spent(_, window) if may_wait => Admission::PutOff(window.rest(self.budgets.now())),
                     Short::Spent(spent, window) => Admission::Refuse(over_budget(tenant, spent, window)),
@@ -183,16 +187,28 @@ impl Pipeline {
         admissions
     }
 
-    /// Those that a record answers.
+    /// Whether another publication of the same runs here, or is in front of this one.
+    fn is_a_copy(&self, judged: &[Judgement], at: usize) -> bool {
+        let key = |judgement| runs(judgement).map(|(_, assignment)| &assignment.key);
+        judged.get(at).and_then(key).is_some_and(|this| {
+            self.in_flight.has(this) || judged.iter().take(at).filter_map(key).any(|earlier| earlier == this)
+        })
+    }
+
+    /// Those that a record answers, or a request that waits for a person.
     async fn no_executions(&self, judged: &[Judgement], late: &[usize]) -> HashSet<usize> {
-        let late = || late.iter().filter_map(|at| Some((*at, runs(judged.get(*at)?)?)));
-        let keys: Vec<AssignmentKey> = late().map(|(_, (_, assignment))| assignment.key.clone()).collect();
+        let late: Vec<_> = late.iter().filter_map(|at| Some((*at, runs(judged.get(*at)?)?))).collect();
+        let keys: Vec<AssignmentKey> = late.iter().map(|(_, (_, assignment))| assignment.key.clone()).collect();
+        let mut waiting = self.waiting_for_a_person(&keys).await.into_iter();
         let records = self.read_records(&keys).await;
-        let is_answered = |(delivery, assignment): &(&Delivery, &Assignment)| {
+        let is_answered = |delivery: &Delivery, assignment: &Assignment| {
             let record = records.get(&report::ledger::subject(&assignment.key));
             record.is_some_and(|record| !may_replace(record, delivery))
         };
-        late().filter(|(_, one)| is_answered(one)).map(|(at, _)| at).collect()
+        let costs_nothing = |(at, (delivery, assignment)): (usize, (&Delivery, &Assignment))| {
+            (waiting.next().unwrap_or(false) || is_answered(delivery, assignment)).then_some(at)
+        };
+        late.into_iter().filter_map(costs_nothing).collect()
     }
 
     /// On their way to the broker before the verdicts, but not awaited. In core mode nothing is delivered again.

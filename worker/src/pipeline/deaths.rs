@@ -88,13 +88,6 @@ impl Deaths {
         notes.as_ref().map_or_else(|| vec![0; deliveries.len()], count)
     }
 
-    /// For each delivery, whether there is a note of an earlier one: only what was accepted has one.
-    pub(super) async fn are_noted(&self, deliveries: &[DeliveryId]) -> Vec<bool> {
-        let notes = self.of_earlier(deliveries).await.unwrap_or_default();
-        let is_noted = |which: &DeliveryId| which.earlier().any(|earlier| notes.contains_key(&subject(&earlier)));
-        deliveries.iter().map(is_noted).collect()
-    }
-
     /// What is noted of earlier deliveries; `None` where that cannot be read.
     async fn of_earlier(&self, deliveries: &[DeliveryId]) -> Option<HashMap<String, Message>> {
         let keys: Vec<String> =

@@ -93,6 +93,11 @@ impl InFlight {
         }
     }
 
+    /// Whether this assignment runs here.
+    pub(super) fn has(&self, key: &AssignmentKey) -> bool {
+        self.lock().contains_key(key)
+    }
+
     /// Tells the work on this assignment of a cancel that stands; its copies look for it when it is their turn.
     pub(super) fn stop(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         if let Some(running) = self.lock().get(key) {

@@ -14,7 +14,7 @@ pub(super) enum Judged {
     Runs(Assignment),
     /// It runs on another class of workers.
     PassesOn(Assignment),
-    /// It was accepted before, and cannot run here.
+    /// It may have been accepted before, and cannot run here.
     Ends(Assignment, Fault),
 }
 
@@ -37,11 +37,10 @@ impl Pipeline {
                 Some(refusal) => Rejection::refused(&assignment, refusal),
             },
         };
-        // Whoever accepted it may have had other settings.
-        if delivery.is_parked() {
+        // Whoever has had it before may have had other settings, and accepted it: unless it is known that it was rejected,
+        // a result follows.
+        if delivery.is_parked() || delivery.delivered() > 1 {
             Ok(Judged::Ends(assignment, rejection.into_fault()))
-        } else if delivery.delivered() > 1 {
-            Err(rejection.doubted(assignment))
         } else {
             Err(rejection)
         }

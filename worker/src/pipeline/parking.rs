@@ -150,7 +150,7 @@ impl Pipeline {
 
     /// Notes where it is, for whoever cancels it; a cancel that came just before is looked for after that.
     async fn note_parked(&self, key: &AssignmentKey, place: u64, cancelled: impl Future<Output = Fault>) {
-        let value = Bytes::from(place.to_string());
+        let value = Bytes::from(format!("{},{place}", self.settings.intake.parked_stream()));
         self.until_definite(|| self.broker.store(note(key), HeaderMap::new(), value.clone())).await;
         if let Some(fault) = pin!(cancelled).now_or_never() {
             self.end_parked(key, &fault.message, |_, _| true).await;
@@ -182,7 +182,7 @@ impl Pipeline {
         words: &str,
         meets_anew: impl Fn(Timestamp, Timestamp) -> bool,
     ) -> bool {
-        let Some((parked, place)) = self.find_parked(key).await else { return false };
+        let Some((stream, parked)) = self.find_parked(key).await else { return false };
         let Ok(assignment) = Assignment::decode(&parked.payload) else { return true };
         let first = FirstIdentity::read(&parked.headers, Elsewhere::Parked).filter(|_| assignment.key == *key);
         let Some(FirstIdentity { publication, published }) = first else { return true };
@@ -214,26 +214,21 @@ impl Pipeline {
         self.note_outcome(&assignment, &step);
         let trace = TraceContext::of(Some(&parked.headers), assignment.correlation.trace_id.as_deref());
         self.outbox.publish(result, None, None, trace).await;
-        if let Some(stream) = self.parked_stream().await
-            && let Err(error) = stream.delete_message(place).await
-        {
+        if let Err(error) = stream.delete_message(parked.sequence).await {
             tracing::debug!(%error, "a parked assignment that was cancelled stays: its record answers it");
         }
         true
     }
 
-    /// The message that a note of this key leads to.
-    async fn find_parked(&self, key: &AssignmentKey) -> Option<(StreamMessage, u64)> {
+    /// The message that a note of this key leads to, and the stream that it is in: it may be another pool's.
+    async fn find_parked(&self, key: &AssignmentKey) -> Option<(Stream<()>, StreamMessage)> {
         let bucket = kv::stream(DELIVERY_BUCKET);
         let found = self.until_read(|| self.broker.last(&bucket, vec![note(key)])).await;
-        let place = std::str::from_utf8(&found.into_values().next()?.payload).ok()?.parse().ok()?;
-        let message = self.parked_stream().await?.get_raw_message(place).await.ok()?;
-        Some((message, place))
-    }
-
-    async fn parked_stream(&self) -> Option<Stream<()>> {
-        let name = self.streams.borrow().assignments.as_ref()?.parked.stream.clone();
-        self.broker.jetstream().get_stream_no_info(name).await.ok()
+        let found = found.into_values().next()?;
+        let (stream, place) = std::str::from_utf8(&found.payload).ok()?.rsplit_once(',')?;
+        let stream = self.broker.jetstream().get_stream_no_info(stream).await.ok()?;
+        let message = stream.get_raw_message(place.parse().ok()?).await.ok()?;
+        Some((stream, message))
     }
 
     /// It was accepted before: what is refused now ends as a result.

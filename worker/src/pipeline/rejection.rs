@@ -1,21 +1,24 @@
 //! A delivery that does not run: kept or stored first, then said, then settled.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
 
 use super::Pipeline;
-use super::deaths::DeliveryId;
-use super::durable::may_replace;
 use super::judge::Judged;
 use crate::admission::Refusal;
 use crate::assignment::{Addressee, Assignment, Undecodable};
 use crate::blocks::BlockKind;
-use crate::contract::Stage;
+use crate::broker::kv;
+use crate::broker::streams::DELIVERY_BUCKET;
+use crate::contract::{self, Stage};
 use crate::failpoint::{self, Point};
 use crate::fault::{Cause, Fault, Invalid};
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Settlement};
+use crate::publication::Publication;
 use crate::report;
 use crate::report::ledger::refused_subject;
 use crate::telemetry::{self, SpanIds};
@@ -28,8 +31,8 @@ pub(super) struct Rejection {
     kind: Option<BlockKind>,
     fault: Fault,
     ends: RejectionEnd,
-    /// What it is about, where another worker may have accepted that before.
-    doubted: Option<Box<Assignment>>,
+    /// Whether a worker with other settings would accept it.
+    is_by_settings: bool,
 }
 
 enum RejectionEnd {
@@ -43,13 +46,13 @@ impl Rejection {
     pub(super) fn undecodable(undecodable: Undecodable) -> Self {
         let Undecodable { addressee, invalid } = undecodable;
         let fault = Fault::new(invalid.cause, invalid.to_string());
-        Self { addressee, kind: None, fault, ends: RejectionEnd::DeadLetter(Stage::Decode), doubted: None }
+        Self { addressee, kind: None, fault, ends: RejectionEnd::DeadLetter(Stage::Decode), is_by_settings: false }
     }
 
     /// What its block refuses before it touches anything.
     pub(super) fn not_allowed(assignment: &Assignment, invalid: Invalid) -> Self {
         let undecodable = Undecodable { addressee: assignment.addressee(), invalid };
-        Self { kind: Some(assignment.block.kind()), ..Self::undecodable(undecodable) }
+        Self { kind: Some(assignment.block.kind()), is_by_settings: true, ..Self::undecodable(undecodable) }
     }
 
     pub(super) fn refused(assignment: &Assignment, refusal: Refusal) -> Self {
@@ -60,12 +63,7 @@ impl Rejection {
         };
         let fault = Fault::new(refusal.cause, refusal.message);
         let kind = Some(assignment.block.kind());
-        Self { addressee: assignment.addressee(), kind, fault, ends, doubted: None }
-    }
-
-    /// The same, unless what is known of the assignment tells that it was accepted.
-    pub(super) fn doubted(self, assignment: Assignment) -> Self {
-        Self { doubted: Some(Box::new(assignment)), ..self }
+        Self { addressee: assignment.addressee(), kind, fault, ends, is_by_settings: true }
     }
 
     /// Why, for a result.
@@ -77,15 +75,19 @@ impl Rejection {
 /// A delivery, and what this worker makes of it.
 pub(super) type Judgement = (Delivery, Result<Judged, Rejection>);
 
-/// What a redelivery may have been refused for before. What is wrong for good is found wrong each time.
+/// What may have been refused before: redeliveries. What is wrong for good is found wrong each time.
 fn refusable((delivery, judgement): &Judgement) -> Option<AssignmentKey> {
-    let is_redelivery = delivery.delivered() > 1;
     match judgement {
         Ok(Judged::Runs(assignment) | Judged::PassesOn(assignment) | Judged::Ends(assignment, _)) => {
-            is_redelivery.then(|| assignment.key.clone())
+            (delivery.delivered() > 1).then(|| assignment.key.clone())
         }
-        Err(Rejection { doubted, .. }) => doubted.as_ref().map(|assignment| assignment.key.clone()),
+        Err(_) => None,
     }
+}
+
+/// Where a rejection for good by a worker's settings is kept: others may have other ones.
+fn rejected_note(publication: &Publication) -> String {
+    kv::subject(DELIVERY_BUCKET, &format!("{}.rejected", contract::escape(&publication.to_header())))
 }
 
 impl Pipeline {
@@ -97,41 +99,26 @@ impl Pipeline {
             return judged;
         }
         let refusals = self.read_refusals(&keys).await;
+        let rejections = self.read_rejections(&judged).await;
         let mut others = Vec::with_capacity(judged.len());
         for one in judged {
+            let publication = one.0.publication();
             let refusal = refusable(&one).and_then(|key| refusals.get(&refused_subject(&key)));
-            match refusal.filter(|(publication, _)| publication == one.0.publication()) {
-                Some((_, verdict)) => self.spawn(Self::refuse_again, (one.0, verdict.clone())),
+            let refusal = refusal.filter(|(refused, _)| refused == publication).map(|(_, verdict)| verdict);
+            let rejection = || rejections.get(&rejected_note(publication)).map(|kept| &kept.payload);
+            match refusal.or_else(rejection).cloned() {
+                Some(verdict) => self.spawn(Self::refuse_again, (one.0, verdict)),
                 None => others.push(one),
             }
         }
         others
     }
 
-    /// What a worker with other settings has accepted ends as a result: that is so where something is recorded or noted of
-    /// it. The rest is rejected, as it may have been before.
-    pub(super) async fn resolve_doubts(&self, judged: Vec<Judgement>) -> Vec<Judgement> {
-        let doubted = judged.iter().filter_map(|(delivery, judgement)| {
-            let assignment = judgement.as_ref().err()?.doubted.as_ref()?;
-            Some((assignment.key.clone(), DeliveryId::of(delivery)))
-        });
-        let (keys, deliveries): (Vec<_>, Vec<_>) = doubted.unzip();
-        if keys.is_empty() {
-            return judged;
-        }
-        let records = self.read_records(&keys).await;
-        let mut noted = self.deaths.are_noted(&deliveries).await.into_iter();
-        let resolved = judged.into_iter().map(|(delivery, judgement)| {
-            let resolved = judgement.or_else(|mut rejection| {
-                let Some(assignment) = rejection.doubted.take() else { return Err(rejection) };
-                let record = records.get(&report::ledger::subject(&assignment.key));
-                let is_answered = record.is_some_and(|record| !may_replace(record, &delivery));
-                let was_accepted = noted.next().unwrap_or(false) || is_answered;
-                if was_accepted { Ok(Judged::Ends(*assignment, rejection.into_fault())) } else { Err(rejection) }
-            });
-            (delivery, resolved)
-        });
-        resolved.collect()
+    async fn read_rejections(&self, judged: &[Judgement]) -> HashMap<String, Message> {
+        let redeliveries = judged.iter().filter(|one| refusable(one).is_some());
+        let notes: Vec<_> = redeliveries.map(|(delivery, _)| rejected_note(delivery.publication())).collect();
+        let bucket = kv::stream(DELIVERY_BUCKET);
+        self.until_read(|| self.broker.last(&bucket, notes.clone())).await
     }
 
     async fn refuse_again(self: Arc<Self>, (delivery, verdict): (Delivery, Bytes)) {
@@ -143,7 +130,7 @@ impl Pipeline {
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
     /// has the verdict.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
-        let Rejection { addressee, kind, fault, ends, doubted: _ } = rejection;
+        let Rejection { addressee, kind, fault, ends, is_by_settings } = rejection;
         let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
         let span = telemetry::receive_span(trace.as_ref(), &self.ids_of(&addressee, kind));
         telemetry::mark_failed(&span);
@@ -151,6 +138,11 @@ impl Pipeline {
         match &ends {
             RejectionEnd::DeadLetter(stage) => {
                 self.keep_dead_letter(&delivery, &addressee, *stage, &fault, &[]).await;
+                if is_by_settings && self.hands_back() {
+                    let (note, kept) = (rejected_note(delivery.publication()), verdict.clone().unwrap_or_default());
+                    let store = || self.broker.store(note.clone(), HeaderMap::new(), kept.clone());
+                    self.until_definite(store).await;
+                }
             }
             RejectionEnd::Refused(key) => {
                 let stored = verdict.clone().unwrap_or_default();
