@@ -74,23 +74,22 @@ impl Candidate {
             }
             if let (Some(lease), since) = &seen
                 && since.elapsed() >= LEASE
+                && self.takes_away(lease).await
             {
-                self.take_away(lease).await;
+                return;
             }
             tokio::time::sleep(LOOK).await;
         }
     }
 
     /// Unless it has been renewed meanwhile.
-    async fn take_away(&self, lease: &Lease) {
+    async fn takes_away(&self, lease: &Lease) -> bool {
         let nobody = json!({
             "metadata": {"resourceVersion": lease.metadata.resource_version},
             "spec": {"holderIdentity": null, "acquireTime": null, "renewTime": null, "leaseDurationSeconds": null},
         });
         let taken = self.leases.patch(names::OPERATOR, &PatchParams::default(), &Patch::Merge(nobody)).await;
-        if let Err(error) = taken {
-            tracing::warn!("the lease is not taken away: {}", explain(&error));
-        }
+        taken.inspect_err(|error| tracing::warn!("the lease is not taken away: {}", explain(error))).is_ok()
     }
 }
 
