@@ -235,7 +235,7 @@ fn changes() -> Vec<Value> {
     vec![
         json!({"paused": true}),
         json!({"paused": false, "gpu": null, "observability": null, "networkPolicy": "Off"}),
-        json!({"scaling": {"mode": "Operator", "minReplicas": 3}}),
+        json!({"scaling": {"mode": "Operator", "minReplicas": 3}, "gpu": {"minReplicas": 2}}),
         json!({"scaling": {"mode": "Manual"}}),
         json!({"scaling": {"mode": "HPA"}}),
         json!({"scaling": {"mode": "Manual"}}),
