@@ -20,8 +20,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use jiff::Timestamp;
-use kube::Client;
 use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Client, Resource};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
@@ -161,12 +161,7 @@ async fn values(
 ) -> Result<Json<Value>, Refusal> {
     let now = Timestamp::now();
     source.heart.beats(now).map_err(|why| Refusal::unavailable(&why))?;
-    let pools = source.pools.state_filter(|pool| {
-        pool.pool.as_ref().map_or_else(
-            |invalid| invalid.metadata.namespace.as_deref() == Some(&namespace),
-            |pool| pool.metadata.namespace.as_deref() == Some(&namespace),
-        )
-    });
+    let pools = source.pools.state_filter(|pool| pool.meta().namespace.as_deref() == Some(&namespace));
     answers::values(&metric, &asked.label_selector, &pools, now).map(Json)
 }
 

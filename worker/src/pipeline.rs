@@ -521,7 +521,8 @@ impl Pipeline {
         {
             let addressee = assignment.addressee();
             failpoint::reach(Point::BeforeDeadLetter).await;
-            self.until_definite(|| self.dead_letters.rewrite(delivery.into(), &addressee, fault)).await;
+            let came = delivery.into();
+            self.until_definite(|| self.dead_letters.rewrite(&came, &addressee, fault)).await;
             failpoint::reach(Point::AfterDeadLetter).await;
         }
         self.publish(arrival, record.result).await;

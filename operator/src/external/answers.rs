@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use beamline_crds::{Mode, Queue, WorkerPool};
 use jiff::{Timestamp, Unit};
+use kube::Resource;
 use serde_json::{Value, json};
 
 use crate::desired::metrics::{DEPTH, GROUP, GROUP_VERSION, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL, VERSION};
@@ -137,8 +138,7 @@ fn number_of(metric: &str) -> Option<fn(&Queue, Timestamp) -> i64> {
 }
 
 fn name(pool: &Watched) -> &str {
-    let metadata = pool.pool.as_ref().map_or_else(|invalid| &invalid.metadata, |pool| &pool.metadata);
-    metadata.name.as_deref().unwrap_or_default()
+    pool.meta().name.as_deref().unwrap_or_default()
 }
 
 /// The queue, if it is readable now.

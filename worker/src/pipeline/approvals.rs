@@ -36,7 +36,6 @@ use crate::report::dead_letter::Came;
 use crate::report::ledger::Record;
 use crate::report::{self, StepResult};
 use crate::telemetry;
-use crate::trace_context::TraceContext;
 use crate::vital::Vital;
 
 /// Requests that are looked at at once when many are due.
@@ -378,10 +377,9 @@ impl Pipeline {
             && let Some(fault) = record.dead_letter(self.settings.letters)
         {
             let addressee = report::addressee_of(&record.result);
-            let headers = request.trace.as_ref().map(TraceContext::to_headers);
-            let (headers, publication) = (headers.as_ref(), &request.publication);
-            let came = Came { payload: None, headers, publication, delivered: 1 };
-            self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
+            let (trace, publication) = (request.trace.clone(), &request.publication);
+            let came = Came { payload: None, trace, publication, delivered: 1 };
+            self.until_definite(|| self.dead_letters.rewrite(&came, &addressee, fault)).await;
         }
         let id = self.result_id(&request.publication);
         self.outbox.publish(record.result, None, id, request.trace.clone()).await;

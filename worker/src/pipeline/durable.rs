@@ -153,8 +153,8 @@ impl Pipeline {
             Ok(assignment) => assignment.addressee(),
             Err(undecodable) => undecodable.addressee,
         };
-        let came = Came { payload: Some(&payload), headers: None, publication, delivered: 1 };
-        self.until_definite(|| self.dead_letters.rewrite(came, &addressee, fault)).await;
+        let came = Came { payload: Some(&payload), trace: None, publication, delivered: 1 };
+        self.until_definite(|| self.dead_letters.rewrite(&came, &addressee, fault)).await;
     }
 
     /// What only this worker has until it is published: nobody would deliver it again, so its dead letter, where one is

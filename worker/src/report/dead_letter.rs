@@ -35,12 +35,12 @@ pub struct Settings {
 }
 
 /// A publication as it came.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Came<'a> {
     /// What was published; `None` where nobody has it any more.
     pub payload: Option<&'a Bytes>,
-    /// The headers that it was published with.
-    pub headers: Option<&'a HeaderMap>,
+    /// The trace that its headers say it belongs to.
+    pub trace: Option<TraceContext>,
     /// Which publication it is.
     pub publication: &'a Publication,
     /// How often it has been delivered.
@@ -51,7 +51,7 @@ impl<'a> From<&'a Delivery> for Came<'a> {
     fn from(delivery: &'a Delivery) -> Self {
         Self {
             payload: Some(delivery.payload()),
-            headers: delivery.headers(),
+            trace: TraceContext::of(delivery.headers(), None),
             publication: delivery.publication(),
             delivered: delivery.delivered(),
         }
@@ -91,21 +91,21 @@ impl DeadLetters {
         attempts: &[Attempt],
     ) -> Result<(), StoreError> {
         let attempts = attempts.iter().map(attempt_record).collect();
-        self.send(delivery.into(), addressee, stage, LetterError::New(public_error(fault)), attempts).await
+        self.send(&delivery.into(), addressee, stage, LetterError::New(public_error(fault)), attempts).await
     }
 
     /// Writes the dead letter of a recorded error again: whoever recorded it may have died before.
     ///
     /// # Errors
     /// Not known, or not possible now: write again.
-    pub async fn rewrite(&self, came: Came<'_>, addressee: &Addressee, fault: &StoredError) -> Result<(), StoreError> {
+    pub async fn rewrite(&self, came: &Came<'_>, addressee: &Addressee, fault: &StoredError) -> Result<(), StoreError> {
         let stage = Stage::of_result(fault.code, fault.retryable);
         self.send(came, addressee, stage, LetterError::Stored(fault), Vec::new()).await
     }
 
     async fn send(
         &self,
-        came: Came<'_>,
+        came: &Came<'_>,
         addressee: &Addressee,
         stage: Stage,
         error: LetterError<'_>,
@@ -124,7 +124,7 @@ impl DeadLetters {
             Original::Withheld => letter.redacted = Some(true),
             Original::Gone => letter.omitted = Some("the original: nobody has it any more".to_owned()),
         }
-        let trace = TraceContext::of(came.headers, addressee.trace_id.as_deref());
+        let trace = came.trace.clone().or_else(|| TraceContext::of(None, addressee.trace_id.as_deref()));
         let whole = contract::encode(&letter);
         if self.may_take(&whole) && fits(self.store(&dlq_id, trace.as_ref(), whole).await)? {
             return Ok(());

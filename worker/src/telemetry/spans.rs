@@ -60,15 +60,7 @@ macro_rules! public_span {
 
 /// `worker.assignment.receive`: from the arrival of an assignment; the parent of the other two.
 pub fn receive_span(trace: Option<&TraceContext>, ids: &SpanIds<'_>) -> Span {
-    if !is_on() {
-        return Span::none();
-    }
-    let span = public_span!(None, "worker.assignment.receive", "consumer", ids);
-    if let Some(remote) = trace.and_then(remote_parent) {
-        // Fails only where nothing exports.
-        let _ = span.set_parent(remote);
-    }
-    span
+    if is_on() { under(public_span!(None, "worker.assignment.receive", "consumer", ids), trace) } else { Span::none() }
 }
 
 /// `worker.block.execute`: a block in its slot, over all attempts.
@@ -78,15 +70,7 @@ pub fn execute_span(receive: &Span, ids: &SpanIds<'_>) -> Span {
 
 /// `worker.block.execute` of work that waited without a delivery: when it has come to something.
 pub fn outcome_span(trace: Option<&TraceContext>, ids: &SpanIds<'_>) -> Span {
-    if !is_on() {
-        return Span::none();
-    }
-    let span = public_span!(None, "worker.block.execute", "internal", ids);
-    if let Some(remote) = trace.and_then(remote_parent) {
-        // Fails only where nothing exports.
-        let _ = span.set_parent(remote);
-    }
-    span
+    if is_on() { under(public_span!(None, "worker.block.execute", "internal", ids), trace) } else { Span::none() }
 }
 
 /// `worker.result.publish`: until the broker has the result.
@@ -111,6 +95,15 @@ pub fn context_of(span: &Span) -> Option<TraceContext> {
         parent: format!("00-{}-{}-{:02x}", ids.trace_id(), ids.span_id(), ids.trace_flags().to_u8()),
         state: Some(ids.trace_state().header()).filter(|state| !state.is_empty()),
     })
+}
+
+/// A span of this process in a trace that began elsewhere.
+fn under(span: Span, trace: Option<&TraceContext>) -> Span {
+    if let Some(remote) = trace.and_then(remote_parent) {
+        // Fails only where nothing exports.
+        let _ = span.set_parent(remote);
+    }
+    span
 }
 
 fn remote_parent(trace: &TraceContext) -> Option<Context> {
