@@ -18,6 +18,8 @@ use crate::wait::{SOON, within};
 
 /// Where assignments go in unless a pool has a subject of its own.
 pub const ASSIGN: &str = "caf.exec.assign.v1";
+/// Where cancels are published.
+pub const CANCEL: &str = "caf.exec.cancel.v1";
 /// Where results come out.
 pub const RESULT: &str = "caf.exec.result.v1";
 /// Where dead letters come out.
@@ -440,6 +442,18 @@ pub fn assignment(tenant: &str, id: &str, job: Value) -> Value {
         "executor": { "provider_id": "tests" },
         "job": job,
     })
+}
+
+/// A cancel that says no more than whose and which.
+pub fn cancel(tenant: &str, id: &str) -> Value {
+    serde_json::json!({ "version": "1", "assignment_id": id, "tenant_id": tenant })
+}
+
+/// What asks for a new run, whatever is recorded.
+pub fn replay() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("Beamline-Replay", "true");
+    headers
 }
 
 /// An id as one token: every byte outside A–Z a–z 0–9 `_` `-` is `=` and two upper-case hex digits.

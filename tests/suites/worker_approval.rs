@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use async_nats::{HeaderMap, Subscriber};
+use async_nats::Subscriber;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Router, assignment, json as read};
+use beamline_tests::router::{CANCEL, Router, assignment, json as read, replay};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use futures::{FutureExt, StreamExt};
@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 const LAPSE: Duration = Duration::from_secs(40);
 const ANNOUNCED: &str = "caf.human.request.v1";
 const ANSWER: &str = "caf.human.response.v1";
-const CANCEL: &str = "caf.exec.cancel.v1";
 const MINUTES: u64 = 600_000;
 
 /// Asks Ann and Bob.
@@ -336,8 +335,7 @@ async fn another_job_under_the_id_of_an_open_approval_is_answered_by_it_and_neve
     rig.router.submit(&payload).await;
     next(&mut announced).await;
     let job = another_job(&rig, &payload);
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     for _ in 0..10 {
         rig.router.submit(&job).await;
         rig.router.submit_with(&job, headers.clone()).await;
@@ -395,8 +393,7 @@ async fn a_replay_asks_anew_and_is_not_answered_by_what_was_said_before() {
     assert_eq!(decision(&rig.router.result(&payload).await), (false, "ann@example.com"));
     kept_its_promise(&rig.router).await;
 
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     rig.router.submit_with(&payload, headers).await;
     parked(&rig.router, 1).await;
     say(&rig.router, &payload, "ann@example.com", true).await;
@@ -411,8 +408,7 @@ async fn a_replay_right_behind_a_cancel_is_asked_and_a_cancel_of_that_ends_it() 
     const ROUNDS: usize = 20;
     let rig = Rig::start(&[]).await;
     let client = rig.router.client();
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     for round in 0..ROUNDS {
         let payload = ask("acme", &format!("anew-{round}"), MINUTES);
         say(&rig.router, &payload, "ann@example.com", true).await;

@@ -12,7 +12,9 @@ use base64::engine::general_purpose::STANDARD;
 use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
-use beamline_tests::router::{ASSIGN, DLQ, DLQ_RAW, Key, Kind, Router, Story, assignment, escape, json as read};
+use beamline_tests::router::{
+    ASSIGN, CANCEL, DLQ, DLQ_RAW, Key, Kind, Router, Story, assignment, cancel, escape, json as read, replay,
+};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use futures::{StreamExt, TryStreamExt};
@@ -268,8 +270,8 @@ async fn headers_that_nobody_can_read_are_refused_and_cost_one_connection_each()
         let letter = rig.router.letter(&payload).await;
         assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("decode"), &payload), "{letter}");
     }
-    let cancel = json!({ "version": "1", "tenant_id": "acme", "assignment_id": "unwanted" });
-    publish_with_headers(&rig, "caf.exec.cancel.v1", broken[0], &cancel).await;
+    let cancel = cancel("acme", "unwanted");
+    publish_with_headers(&rig, CANCEL, broken[0], &cancel).await;
     let control = rig.router.stream("CAF_EXEC_CONTROL").await;
     until("the cancel is dropped", async || control.get_info().await.is_ok_and(|it| it.state.messages == 0)).await;
     let payload = assignment("acme", "after", rig.call("/ok"));
@@ -566,8 +568,7 @@ async fn a_replay_is_executed_whatever_is_recorded() {
     let payload = assignment("acme", "replayed", rig.call("/ok"));
     rig.router.submit(&payload).await;
     rig.router.result(&payload).await;
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     let sequence = rig.router.submit_with(&payload, headers).await;
     let results = rig.router.results(&payload, 2).await;
     assert_eq!(rig.peer.hits("/ok").len(), 2);
@@ -580,8 +581,7 @@ async fn a_replay_is_executed_whatever_is_recorded() {
 #[tokio::test]
 async fn of_two_replays_that_run_at_once_the_later_gives_way_to_a_final_outcome_and_replaces_a_retryable_one() {
     let rig = Rig::start(&[]).await;
-    let mut replay = HeaderMap::new();
-    replay.insert("Beamline-Replay", "true");
+    let replay = replay();
     let at_gate = |id: &str, gate: &str| assignment("acme", id, rig.call(&format!("/gate/{gate}")));
     let (good, mut late) = (at_gate("good", "good"), at_gate("late", "never"));
     late["job"]["timeout_ms"] = json!(2000);
@@ -701,8 +701,8 @@ async fn refusals_cancels_and_requests_for_approval_are_kept_under_the_escaped_i
     };
     kept("CAF_EXEC_RESULT", "caf.exec.refused").await;
     kept("KV_caf-approvals", "$KV.caf-approvals").await;
-    let cancel = json!({"version": "1", "tenant_id": id, "assignment_id": id}).to_string();
-    rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+    let cancel = cancel(id, id).to_string();
+    rig.router.client().publish(CANCEL, cancel.into()).await.unwrap();
     kept("KV_caf-cancel", "$KV.caf-cancel").await;
     // The cancel meets what is kept under these names.
     let cancelled = |story: &Story| story.results.iter().any(|result| read(result)["status"] == "cancelled");

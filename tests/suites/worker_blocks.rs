@@ -8,7 +8,7 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::{Hit, Peer};
 use beamline_tests::process::free_port;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{DLQ, Router, assignment, json as read};
+use beamline_tests::router::{CANCEL, DLQ, Router, assignment, cancel, json as read};
 use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
@@ -260,8 +260,8 @@ async fn a_block_that_names_no_time_has_30_s() {
     let (code, attempts) = (&result["error"]["code"], &result["metadata"]["attempts"]);
     assert_eq!((code, attempts), (&json!(3003), &json!(1)), "the next one would begin after the deadline");
     assert_eq!(rig.router.story(&waits).results.len(), 0, "this one may still be waited for");
-    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "waits"});
-    let cancelled = rig.router.client().request("caf.exec.cancel.v1", cancel.to_string().into()).await;
+    let cancel = cancel("acme", "waits");
+    let cancelled = rig.router.client().request(CANCEL, cancel.to_string().into()).await;
     assert_eq!(read(&cancelled.unwrap().payload)["outcome"], "cancelled");
 }
 

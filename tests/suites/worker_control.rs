@@ -8,7 +8,7 @@ use async_nats::HeaderMap;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{ASSIGN, Router, assignment, json as read};
+use beamline_tests::router::{ASSIGN, CANCEL, Router, assignment, json as read, replay};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_worker::broker::kv::{Bucket, Change, Entry};
 use beamline_worker::broker::streams::ANSWER_BUCKET;
@@ -149,8 +149,6 @@ async fn a_watcher_of_many_values_is_told_all_of_them() {
 }
 
 // Cancels.
-
-const CANCEL: &str = "caf.exec.cancel.v1";
 
 fn cancel(tenant: &str, id: &str) -> Value {
     json!({
@@ -378,12 +376,6 @@ async fn what_is_asked_for_anew_is_not_met_by_the_old_cancel() {
     assert_eq!(outcome(&rig.router, "acme", "replayed").await, "cancelled");
     is_cancelled(&read(&rig.router.results(&replayed, 3).await[2]), 1);
     rig.router.settled(SOON).await;
-}
-
-fn replay() -> HeaderMap {
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
-    headers
 }
 
 #[tokio::test]

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use async_nats::{HeaderMap, Subscriber};
+use async_nats::Subscriber;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Kind, Router, assignment, json as read};
+use beamline_tests::router::{self, CANCEL, Kind, Router, assignment, json as read, replay};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::{Setup, Worker};
 use futures::{FutureExt, StreamExt};
@@ -20,7 +20,6 @@ use serde_json::{Value, json};
 const CORE: &str = "--nats-delivery=core";
 /// One slot, and so a look-ahead of one.
 const TINY: [&str; 3] = [CORE, "--cpu-pool-size=0", "--io-pool-size=1"];
-const CANCEL: &str = "caf.exec.cancel.v1";
 
 async fn another(rig: &Rig, name: &str) -> Worker {
     rig.another(name).flag(CORE).start(&rig.nats).await
@@ -50,7 +49,7 @@ async fn hear(router: &Router, subject: &'static str) -> Subscriber {
 }
 
 fn cancel(id: &str) -> String {
-    json!({"version": "1", "tenant_id": "acme", "assignment_id": id}).to_string()
+    router::cancel("acme", id).to_string()
 }
 
 #[track_caller]
@@ -394,8 +393,7 @@ async fn a_cancel_is_answered_by_one_worker_and_stops_the_work() {
     // It stands for what is published later.
     rig.router.send(&payload).await;
     assert_eq!(read(&rig.router.results(&payload, 2).await[1])["metadata"]["attempts"], 0);
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     rig.peer.open("cancel");
     rig.router.send_with(&payload, headers).await;
     assert_eq!(read(&rig.router.results(&payload, 3).await[2])["status"], "success");

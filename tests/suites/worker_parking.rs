@@ -7,7 +7,7 @@ use async_nats::HeaderMap;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
-use beamline_tests::router::{assignment, json as json_of};
+use beamline_tests::router::{CANCEL, Key, assignment, cancel, json as json_of, replay};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
@@ -169,7 +169,7 @@ async fn parked_work_that_is_cancelled_ends_although_it_may_not_run() {
     let rig = Rig::start(&[&policy.flag()]).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, 3).await;
     let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "parked-1", "reason": "changed my mind"});
-    rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+    rig.router.client().publish(CANCEL, cancel.to_string().into()).await.unwrap();
     let result = rig.router.result(&parked[1]).await;
     assert_eq!((&result["status"], &result["error"]["code"]), (&json!("cancelled"), &json!(5001)));
     assert!(rig.router.story(&running).results.is_empty());
@@ -199,8 +199,8 @@ async fn a_cancel_of_a_second_publication_that_is_parked_leaves_the_success_of_t
     rig.peer.open("first");
     let success = rig.router.results(&first, 1).await.remove(0);
     rig.peer.arrived("/gate/between", 1).await;
-    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "first"}).to_string();
-    rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+    let cancel = cancel("acme", "first").to_string();
+    rig.router.client().publish(CANCEL, cancel.into()).await.unwrap();
     // Longer than what is parked is looked for.
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(rig.router.record(&first).await.expect("a record").payload, success);
@@ -217,8 +217,8 @@ async fn a_cancel_finds_what_is_parked_whichever_pools_worker_keeps_it() {
     let _other = rig.another("worker-2").flag(policy.flag()).flag("--nats-subject=other.pool").start(&rig.nats).await;
     let (running, parked) = one_runs_and_others_are_parked(&rig, COUNT).await;
     for one in &parked {
-        let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": one["assignment_id"]}).to_string();
-        rig.router.client().publish("caf.exec.cancel.v1", cancel.into()).await.unwrap();
+        let cancel = cancel("acme", &Key::from(one).id).to_string();
+        rig.router.client().publish(CANCEL, cancel.into()).await.unwrap();
     }
     for one in &parked {
         assert_eq!(rig.router.result(one).await["error"]["code"], 5001);
@@ -239,16 +239,14 @@ async fn of_what_is_parked_to_run_anew_only_a_later_cancel_is_about_it() {
     rig.router.submit(&running).await;
     rig.peer.arrived("/gate/unit", 1).await;
     let client = rig.router.client();
-    let cancel =
-        |of: &Value| json!({"version": "1", "tenant_id": "acme", "assignment_id": of["assignment_id"]}).to_string();
-    let mut replay = HeaderMap::new();
-    replay.insert("Beamline-Replay", "true");
+    let cancel = |of: &Value| cancel("acme", &Key::from(of).id).to_string();
+    let replay = replay();
     for one in [&runs, &ends] {
-        client.publish("caf.exec.cancel.v1", cancel(one).into()).await.unwrap();
+        client.publish(CANCEL, cancel(one).into()).await.unwrap();
         client.publish_with_headers("caf.exec.assign.v1", replay.clone(), one.to_string().into()).await.unwrap();
     }
     all_parked(&rig.worker, 2).await;
-    client.publish("caf.exec.cancel.v1", cancel(&ends).into()).await.unwrap();
+    client.publish(CANCEL, cancel(&ends).into()).await.unwrap();
     let cancelled = json_of(&rig.router.results(&ends, 2).await[1]);
     assert_eq!(cancelled["error"]["code"], 5001, "{cancelled}");
     // Longer than a cancel is looked for.
@@ -390,8 +388,7 @@ async fn what_is_too_large_to_be_parked_ends_as_an_error_and_others_are_parked()
     assert_eq!(rig.peer.hits("/ok").len(), 1);
 
     // Sent again when there is room, it is answered by its record; as a replay it runs.
-    let mut replay = HeaderMap::new();
-    replay.insert("Beamline-Replay", "true");
+    let replay = replay();
     let mut fits = large.clone();
     fits["padding"] = json!("p");
     rig.router.submit_with(&fits, replay).await;

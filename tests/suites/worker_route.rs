@@ -10,7 +10,7 @@ use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::{Router, assignment, json as json_of};
+use beamline_tests::router::{CANCEL, Router, assignment, cancel, json as json_of, replay};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::{Setup, Worker};
 use futures::{StreamExt, TryStreamExt};
@@ -229,8 +229,7 @@ async fn a_replay_of_passed_on_work_runs_again() {
     let payload = for_gpu("a1", rig.call("/ok/again"));
     rig.router.submit(&payload).await;
     rig.router.results(&payload, 1).await;
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     rig.router.submit_with(&payload, headers).await;
     rig.router.results(&payload, 2).await;
     assert_eq!(rig.peer.hits("/ok/again").len(), 2);
@@ -246,13 +245,12 @@ async fn a_cancel_from_before_it_was_passed_on_meets_what_was_published_earlier(
     rig.router.results(&payload, 1).await;
     rig.worker.kill();
     gpu.kill();
-    let mut headers = HeaderMap::new();
-    headers.insert("Beamline-Replay", "true");
+    let headers = replay();
     rig.router.submit_with(&payload, headers).await;
     // So far apart that the broker's times tell which came first.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let cancel = json!({"version": "1", "tenant_id": "acme", "assignment_id": "a1"});
-    rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+    let cancel = cancel("acme", "a1");
+    rig.router.client().publish(CANCEL, cancel.to_string().into()).await.unwrap();
     rig.router.client().flush().await.unwrap();
     let _gpu = only_gpu(rig.another("gpu-2")).start(&rig.nats).await;
     let _general = rig.another("worker-2").start(&rig.nats).await;

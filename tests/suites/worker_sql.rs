@@ -7,7 +7,7 @@ use beamline_tests::mariadb::MariaDb;
 use beamline_tests::postgres::Postgres;
 use beamline_tests::process::free_port;
 use beamline_tests::rig::Rig;
-use beamline_tests::router::assignment;
+use beamline_tests::router::{CANCEL, Key, assignment, cancel};
 use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use mysql_async::prelude::Queryable;
@@ -459,8 +459,8 @@ async fn a_cancelled_query_ends_on_the_server_too() {
     // More than a tenant may have at once: each has made room for the next.
     for round in 0..10 {
         for payload in servers.busy(&rig, &format!("round-{round}")).await {
-            let cancel = json!({"version": "1", "assignment_id": payload["assignment_id"], "tenant_id": "acme"});
-            rig.router.client().publish("caf.exec.cancel.v1", cancel.to_string().into()).await.unwrap();
+            let cancel = cancel("acme", &Key::from(&payload).id);
+            rig.router.client().publish(CANCEL, cancel.to_string().into()).await.unwrap();
             assert_eq!(rig.router.result(&payload).await["status"], "cancelled");
         }
         servers.at_rest().await;

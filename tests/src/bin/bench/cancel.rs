@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::peer::Peer;
-use beamline_tests::router::{ASSIGN, assignment};
+use beamline_tests::router::{ASSIGN, CANCEL, assignment, cancel};
 use beamline_tests::wait::within;
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
@@ -16,7 +16,6 @@ use crate::figures::{median, percentile};
 use crate::pace;
 use crate::table::{Row, Table, at_most};
 
-const CANCEL: &str = "caf.exec.cancel.v1";
 /// How long the end of running work may take.
 const LIMIT_MS: f64 = 100.0;
 /// Cancels of each kind of work, one after the other.
@@ -47,7 +46,7 @@ pub(crate) async fn run(table: &mut Table) -> anyhow::Result<()> {
             let id = format!("{}-{number}", job["type"].as_str().unwrap_or_default());
             router.publish(ASSIGN, assignment(TENANT, &id, job.clone()).to_string().into()).await?;
             within(PATIENCE, "it runs", async || (busy().await == 1.0).then_some(())).await;
-            let cancel = json!({ "version": "1", "assignment_id": id, "tenant_id": TENANT });
+            let cancel = cancel(TENANT, &id);
             let sent = Instant::now();
             router.publish(CANCEL, cancel.to_string().into()).await?;
             let result = tokio::time::timeout(PATIENCE, results.next()).await.context("it is not cancelled")?;
