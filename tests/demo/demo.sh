@@ -117,18 +117,19 @@ demo_router() { target/debug/demo --nats-url "nats://127.0.0.1:$nats_port" "$@";
 
 what_next() {
   step "Done. It stays up. What to try next:"
-  uses_current_context || printf '  %s\n' "export KUBECONFIG=$KUBECONFIG PATH=$(tests/cluster/tools.sh --path kubernetes):\$PATH"
-  cat <<EOF
-  kubectl -n $namespace get workerpools -w                 # the queue as it moves
-  kubectl -n $namespace get workerpool demo -o yaml        # the whole status, with the reason of each decision
-  kubectl -n $namespace patch workerpool demo --type merge -p '{"spec":{"replicas":2,"scaling":{"mode":"Manual"}}}'
-  kubectl -n $namespace scale workerpool demo --replicas 3 # now a person decides
-  kubectl explain workerpool.spec                          # the manual
-  kubectl -n $namespace logs -l beamline.dev/pool=demo -f  # what workers say
-  kubectl -n nats port-forward deployment/nats 4222 &      # a way in, then:
-  target/debug/demo --nats-url nats://127.0.0.1:4222 storm
-EOF
-  uses_current_context || echo "  make cluster-down                                        # leaves nothing behind"
+  uses_current_context ||
+    echo "  export KUBECONFIG=$KUBECONFIG PATH=$(tests/cluster/tools.sh --path kubernetes helm):\$PATH"
+  hint "kubectl -n $namespace get workerpools -w" "the queue as it moves"
+  hint "kubectl -n $namespace get workerpool demo -o yaml" "the whole status, with the reason of each decision"
+  echo "  kubectl -n $namespace patch workerpool demo --type merge -p '{\"spec\":{\"replicas\":2,\"scaling\":{\"mode\":\"Manual\"}}}'"
+  hint "kubectl -n $namespace scale workerpool demo --replicas 3" "now a person decides"
+  hint "kubectl explain workerpool.spec" "the manual"
+  hint "kubectl -n $namespace logs -l beamline.dev/pool=demo -f" "what workers say"
+  hint "kubectl -n nats port-forward deployment/nats 4222 &" "a way in, then:"
+  echo "  target/debug/demo --nats-url nats://127.0.0.1:4222 storm"
+  uses_current_context || hint "make cluster-down" "leaves nothing behind"
 }
+
+hint() { printf '  %-60s # %s\n' "$1" "$2"; }
 
 main "$@"
