@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
 
-use crate::broker::streams::DELIVERY_BUCKET;
+use crate::broker::streams::{DELIVERY_BUCKET, Source};
 use crate::broker::{Broker, StoreError, kv};
 use crate::contract;
 use crate::fault::{Cause, Fault};
@@ -37,6 +37,8 @@ const READ_TRIES: u32 = 3;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DeliveryId {
     pub(super) publication: Publication,
+    /// Where from: each place counts its own deliveries.
+    pub(super) source: Source,
     /// How often it has been delivered, from 1.
     pub(super) delivered: i64,
 }
@@ -139,13 +141,14 @@ impl Deaths {
 
 impl DeliveryId {
     pub(super) fn of(delivery: &Delivery) -> Self {
-        Self { publication: delivery.publication().clone(), delivered: delivery.delivered() }
+        let (source, delivered) = (delivery.source(), delivery.delivered());
+        Self { publication: delivery.publication().clone(), source, delivered }
     }
 
     /// The deliveries before this one that are looked at.
     fn earlier(&self) -> impl Iterator<Item = Self> {
         let first = (self.delivered - LOOKED_AT).max(1);
-        (first..self.delivered).map(|delivered| Self { publication: self.publication.clone(), delivered })
+        (first..self.delivered).map(|delivered| Self { delivered, ..self.clone() })
     }
 }
 
@@ -159,16 +162,23 @@ fn count(which: &DeliveryId, note: impl Fn(&DeliveryId) -> Option<Bytes>) -> u32
 }
 
 fn subject(which: &DeliveryId) -> String {
-    let key = format!("{}.{}", contract::escape(&which.publication.to_header()), which.delivered);
-    kv::subject(DELIVERY_BUCKET, &key)
+    let DeliveryId { publication, source, delivered } = which;
+    let place = match source {
+        Source::Intake => "",
+        Source::GpuRoute => "gpu.",
+        Source::Parked(_) => "parked.",
+    };
+    kv::subject(DELIVERY_BUCKET, &format!("{}.{place}{delivered}", contract::escape(&publication.to_header())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::streams::Parked;
 
     fn delivery(delivered: i64) -> DeliveryId {
-        DeliveryId { publication: Publication::parse("S,t0,7").expect("a publication"), delivered }
+        let publication = Publication::parse("S,t0,7").expect("a publication");
+        DeliveryId { publication, source: Source::Intake, delivered }
     }
 
     #[track_caller]
@@ -203,7 +213,9 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_one_token_for_the_publication_and_one_for_the_number() {
-        assert_eq!(subject(&delivery(3)), "$KV.caf-deliveries.S=2Ct0=2C7.3");
+    fn each_place_of_a_publication_has_notes_of_its_own() {
+        let notes = [Source::Intake, Source::GpuRoute, Source::Parked(Parked::General)]
+            .map(|source| subject(&DeliveryId { source, ..delivery(3) }));
+        assert_eq!(notes, ["3", "gpu.3", "parked.3"].map(|number| format!("$KV.caf-deliveries.S=2Ct0=2C7.{number}")));
     }
 }

@@ -10,7 +10,6 @@ use super::Arrival;
 use super::cancel::Stop;
 use super::deaths::DeliveryId;
 use crate::broker::Expected;
-use crate::broker::streams::Source;
 use crate::cancel::Tombstone;
 use crate::ids::AssignmentKey;
 use crate::intake::{Delivery, Hold};
@@ -24,7 +23,6 @@ pub(super) struct InFlight(Arc<Mutex<HashMap<AssignmentKey, Running>>>);
 #[derive(Debug)]
 struct Running {
     which: DeliveryId,
-    source: Source,
     hold: Arc<Hold>,
     stop: Arc<Stop>,
     lapsed_looks: u32,
@@ -35,7 +33,7 @@ struct Running {
 impl Running {
     /// One that was parked or passed on may be here twice: from both places.
     fn is_about(&self, delivery: &Delivery) -> bool {
-        self.which.publication == *delivery.publication() && self.source == delivery.source()
+        self.which.publication == *delivery.publication() && self.which.source == delivery.source()
     }
 }
 
@@ -71,7 +69,6 @@ impl InFlight {
                 let flight = Flight { in_flight: self.clone(), key: Some(vacant.key().clone()) };
                 vacant.insert(Running {
                     which: DeliveryId::of(&arrival.delivery),
-                    source: arrival.delivery.source(),
                     hold: arrival.delivery.hold(),
                     stop: Arc::clone(&arrival.stop),
                     lapsed_looks: 0,
