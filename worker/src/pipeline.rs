@@ -7,6 +7,7 @@ mod judge; // whether it runs here
 mod charge; // whether its tenant may run it now
 mod rejection; // what does not run
 mod approvals; // what waits for a person
+mod elsewhere; // what goes on in another place
 mod route; // what runs on another class of workers
 mod parking; // what its tenant may not have run yet
 mod in_flight; // which assignments run here

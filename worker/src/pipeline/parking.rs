@@ -13,12 +13,11 @@ use bytes::Bytes;
 use futures::FutureExt;
 use jiff::Timestamp;
 
-use super::route::headers_for;
 use super::{Arrival, Pipeline};
 use crate::admission::ceiling::Unit;
 use crate::assignment::Assignment;
 use crate::broker::streams::{DELIVERY_BUCKET, Parked, Source};
-use crate::broker::{Expected, Stored, kv, wire_len};
+use crate::broker::{Expected, Stored, kv};
 use crate::cancel::Cancel;
 use crate::contract;
 use crate::execute::Execution;
@@ -110,7 +109,9 @@ impl Pipeline {
         // Whoever takes it up says no verdict.
         let before = self.before(arrival.said.as_ref(), &arrival.assignment);
         self.outbox.park(None, before, arrival.trace.clone()).await;
-        let Some(place) = self.store_parked(&arrival, parked).await else {
+        let token = contract::escape(arrival.assignment.key.tenant.as_str());
+        let subject = self.settings.intake.parked_subject(parked, &token);
+        let Some(place) = self.store_elsewhere(Elsewhere::Parked, &arrival.delivery, &subject).await else {
             let reason = "the assignment and the headers of one that is parked are larger than the broker takes";
             return self.end_unrun(arrival, Cause::OverCap, reason).await;
         };
@@ -126,26 +127,6 @@ impl Pipeline {
         delivery.started();
         delivery.settle(Settlement::Done).await;
         self.parking.lane(parked).parked(&assignment.key.tenant);
-    }
-
-    /// Its place in the stream; `None` where the broker takes nothing so large. Repeated until that is definite.
-    async fn store_parked(&self, arrival: &Arrival, parked: Parked) -> Option<u64> {
-        let Arrival { delivery, assignment, .. } = arrival;
-        let token = contract::escape(assignment.key.tenant.as_str());
-        let subject = self.settings.intake.parked_subject(parked, &token);
-        let (headers, payload) = (headers_for(Elsewhere::Parked, delivery), delivery.payload());
-        let store = || async {
-            // Where the broker takes less than before, no other try can succeed.
-            if wire_len(&headers) + payload.len() > self.broker.max_payload() {
-                return Ok(None);
-            }
-            self.broker.store(subject.clone(), headers.clone(), payload.clone()).await.map(Some)
-        };
-        match self.until_definite(store).await? {
-            Stored::At(place) => Some(place),
-            // Nothing was expected there.
-            Stored::Refused => None,
-        }
     }
 
     /// Notes where it is, for whoever cancels it; a cancel that came just before is looked for after that.
