@@ -393,7 +393,7 @@ impl Pipeline {
             (record, suspicion) => match (&*arrival.assignment.block, &self.engine) {
                 (Block::Human(approval), Engine::Real(_)) if !arrival.is_deferred => {
                     let approval = approval.clone();
-                    Box::pin(self.park(arrival, &approval, record.map(|record| *record))).await;
+                    Box::pin(self.ask(arrival, &approval, record.map(|record| *record))).await;
                 }
                 _ if is_asked => comes_again = Box::pin(self.join(arrival)).await,
                 _ => {

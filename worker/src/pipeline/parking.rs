@@ -108,7 +108,7 @@ impl Pipeline {
         }
         // Whoever takes it up says no verdict.
         let before = self.before(arrival.said.as_ref(), &arrival.assignment);
-        self.outbox.park(None, before, arrival.trace.clone()).await;
+        self.outbox.announce(None, before, arrival.trace.clone()).await;
         let token = contract::escape(arrival.assignment.key.tenant.as_str());
         let subject = self.settings.intake.parked_subject(parked, &token);
         let Some(place) = self.store_elsewhere(Elsewhere::Parked, &arrival.delivery, &subject).await else {

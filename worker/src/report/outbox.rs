@@ -79,7 +79,7 @@ struct Words {
 #[derive(Debug)]
 enum Message {
     Result { result: Bytes, id: Option<String> },
-    Parked { announcement: Option<Bytes> },
+    Waiting { announcement: Option<Bytes> },
     Refusal { verdict: Bytes },
 }
 
@@ -87,7 +87,7 @@ impl Message {
     fn len(&self) -> usize {
         match self {
             Self::Result { result, .. } => result.len(),
-            Self::Parked { announcement } => announcement.as_ref().map_or(0, Bytes::len),
+            Self::Waiting { announcement } => announcement.as_ref().map_or(0, Bytes::len),
             Self::Refusal { verdict } => verdict.len(),
         }
     }
@@ -131,8 +131,8 @@ impl Outbox {
 
     /// Returns when the broker has the verdict on what waits for a person or for its tenant's turn, and what approvers are
     /// told of it.
-    pub async fn park(&self, announcement: Option<Bytes>, before: Option<Before<'_>>, trace: Option<TraceContext>) {
-        self.hand_in(Message::Parked { announcement }, before, trace).await;
+    pub async fn announce(&self, announcement: Option<Bytes>, before: Option<Before<'_>>, trace: Option<TraceContext>) {
+        self.hand_in(Message::Waiting { announcement }, before, trace).await;
     }
 
     /// Returns when the broker has the verdict on what will not run.
@@ -265,10 +265,10 @@ async fn say(broker: &Broker, verdicts: &Subject, outgoing: &Outgoing) {
     match message {
         Message::Result { result, id: None } => broker.publish_in(trace, contract::RESULT, result.clone()).await,
         Message::Result { result, id: Some(id) } => say_as(broker, id, trace, result.clone()).await,
-        Message::Parked { announcement: Some(announcement) } => {
+        Message::Waiting { announcement: Some(announcement) } => {
             broker.publish_in(trace, contract::APPROVAL_REQUEST, announcement.clone()).await;
         }
-        Message::Parked { announcement: None } => {}
+        Message::Waiting { announcement: None } => {}
         Message::Refusal { verdict } => broker.publish_in(trace, verdicts.clone(), verdict.clone()).await,
     }
 }
