@@ -8,6 +8,7 @@ pub mod vital; // the tasks without which this process cannot go on
 pub mod backoff; // when something is tried again
 pub mod throttle; // how often the same is said
 pub mod pem; // certificates and keys in files
+pub mod yaml; // lists and policies in files
 pub mod health; // what is wrong at the moment
 pub mod identity; // who this worker is
 pub mod pool; // which slots

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 use crate::ids::TenantId;
+use crate::yaml;
 
 /// Between two looks at the file. Its contents are compared: a mounted ConfigMap changes by swapping a symbolic link.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -125,11 +126,7 @@ impl Policy {
     /// # Errors
     /// What is wrong with it: the field as a path, and what it may be.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let value: serde_json::Value = serde_saphyr::from_str(text).map_err(|error| {
-            let place = error.location().map(|at| format!(" (line {}, column {})", at.line(), at.column()));
-            format!("is not YAML{}", place.unwrap_or_default())
-        })?;
-        let wire: wire::Policy = match value {
+        let wire: wire::Policy = match yaml::read(text, "is not YAML")? {
             serde_json::Value::Null => wire::Policy::default(),
             value => {
                 serde_path_to_error::deserialize(value).map_err(|error| match error.path().to_string().as_str() {

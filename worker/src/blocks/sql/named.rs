@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::database::Database;
 use crate::ids::TenantId;
+use crate::yaml;
 
 /// A file of connections, and what it last said that made sense.
 #[derive(Debug)]
@@ -99,11 +100,7 @@ fn warn(path: &Path, reason: &str) {
 
 fn parse(text: &[u8]) -> Result<Vec<Entry>, String> {
     let text = std::str::from_utf8(text).map_err(|_| "it is not UTF-8".to_owned())?;
-    // The parser's own words quote the text, which holds passwords.
-    let wire: Vec<Wire> = serde_saphyr::from_str(text).map_err(|error| {
-        let place = error.location().map(|at| format!(" (line {}, column {})", at.line(), at.column()));
-        format!("no YAML list of {{name, url or urlFile, tenants}}{}", place.unwrap_or_default())
-    })?;
+    let wire: Vec<Wire> = yaml::read(text, "no YAML list of {name, url or urlFile, tenants}")?;
     let mut names = BTreeSet::new();
     let entry = |(index, wire): (usize, Wire)| {
         let name = wire.name.clone();
