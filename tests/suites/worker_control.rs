@@ -44,7 +44,7 @@ async fn of_two_writers_who_know_the_same_one_is_refused() {
     let bucket = bucket(&rig.nats).await;
     let key = "acme.a=2E1";
     assert_eq!(bucket.get(key).await.unwrap(), None);
-    let Stored::At(first) = bucket.create(key, "1".into()).await.unwrap() else { panic!("there was none") };
+    let first = made(&bucket, key).await;
     assert_eq!(bucket.create(key, "2".into()).await.unwrap(), Stored::Refused);
     let Stored::At(second) = bucket.update(key, "3".into(), first).await.unwrap() else { panic!("nobody wrote") };
     assert_eq!(bucket.update(key, "4".into(), first).await.unwrap(), Stored::Refused);
@@ -57,8 +57,14 @@ async fn of_two_writers_who_know_the_same_one_is_refused() {
     assert!(matches!(bucket.create(key, "6".into()).await.unwrap(), Stored::At(_)), "a removed key can be made anew");
     assert_eq!(bucket.create(key, "7".into()).await.unwrap(), Stored::Refused);
     assert_eq!(value(bucket.get(key).await.unwrap()), Some("6".into()));
-    let last = bucket.put(key, "8".into()).await.unwrap();
-    assert_eq!(bucket.get(key).await.unwrap().map(|entry| entry.revision), Some(last));
+}
+
+/// The revision of a new key's value, `1`.
+async fn made(bucket: &Bucket, key: &str) -> u64 {
+    match bucket.create(key, "1".into()).await.unwrap() {
+        Stored::At(revision) => revision,
+        Stored::Refused => panic!("{key} is there already"),
+    }
 }
 
 /// What a watcher knows when it has been told everything.
@@ -102,11 +108,11 @@ async fn a_watcher_knows_what_there_is_whatever_happens_to_broker_and_bucket() {
     let bucket = bucket(&rig.nats).await;
     let mut known = Known::of(&bucket);
     known.knows(&[]).await;
-    let first = bucket.put("a.1", "1".into()).await.unwrap();
-    bucket.put("a.2", "1".into()).await.unwrap();
+    let first = made(&bucket, "a.1").await;
+    let second = made(&bucket, "a.2").await;
     known.knows(&[("a.1", "1"), ("a.2", "1")]).await;
     bucket.delete("a.1", first).await.unwrap();
-    bucket.put("a.2", "2".into()).await.unwrap();
+    bucket.update("a.2", "2".into(), second).await.unwrap();
     known.knows(&[("a.2", "2")]).await;
     // Who comes later knows the same.
     Known::of(&bucket).knows(&[("a.2", "2")]).await;
@@ -122,7 +128,7 @@ async fn a_watcher_knows_what_there_is_whatever_happens_to_broker_and_bucket() {
     router.jetstream().delete_stream("KV_caf-answers").await.unwrap();
     known.knows(&[]).await;
     tokio::time::timeout(SOON * 2, async {
-        while bucket.put("a.4", "4".into()).await.is_err() {
+        while bucket.create("a.4", "4".into()).await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })

@@ -126,19 +126,6 @@ impl Bucket {
         }
     }
 
-    /// Stores a value whatever there is, and returns its revision.
-    ///
-    /// # Errors
-    /// Not stored or not known, see [`StoreError`].
-    pub async fn put(&self, key: &str, value: Bytes) -> Result<u64, StoreError> {
-        match self.broker.store(self.subject(key), HeaderMap::new(), value).await? {
-            Stored::At(revision) => Ok(revision),
-            Stored::Refused => {
-                Err(StoreError::Refused { subject: self.subject(key), reason: "a precondition".to_owned() })
-            }
-        }
-    }
-
     /// Replaces the value of this revision; [`Stored::Refused`] where the key has another one, or none.
     ///
     /// # Errors
