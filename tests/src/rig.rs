@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::audit::{Allowed, audit};
 use crate::nats::NatsServer;
 use crate::peer::Peer;
-use crate::router::Router;
+use crate::router::{Router, assignment};
 use crate::tcpfault::TcpFault;
 use crate::worker::{Setup, Worker};
 
@@ -70,6 +70,13 @@ impl Rig {
     /// Where a tenant's file of that path really is.
     pub fn file_of(&self, tenant: &str, name: &str) -> PathBuf {
         self.files.path().join(tenant).join(name)
+    }
+
+    /// Has a job of a tenant done, and returns its result.
+    pub async fn run(&self, tenant: &str, id: &str, job: Value) -> Value {
+        let payload = assignment(tenant, id, job);
+        self.router.submit(&payload).await;
+        self.router.result(&payload).await
     }
 
     /// `fs.put` of a file.

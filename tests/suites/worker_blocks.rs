@@ -13,16 +13,9 @@ use beamline_tests::wait::{SOON, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
 
-/// Submits a job and returns its result.
-async fn run(rig: &Rig, id: &str, job: Value) -> Value {
-    let payload = assignment("acme", id, job);
-    rig.router.submit(&payload).await;
-    rig.router.result(&payload).await
-}
-
 /// The result says this error, and a dead letter exists exactly when no retry can help.
 async fn fails(rig: &Rig, id: &str, job: Value, code: u16, is_retryable: bool) -> Value {
-    let result = run(rig, id, job.clone()).await;
+    let result = rig.run("acme", id, job.clone()).await;
     assert_eq!((&result["status"], &result["error"]["code"]), (&json!("error"), &json!(code)), "{result}");
     assert_eq!(result["error"]["retryable"], is_retryable, "{result}");
     assert_eq!(result["error"]["details"]["block_type"], job["type"], "{result}");
@@ -53,7 +46,7 @@ async fn http_request_works_as_published() {
         "body": r#"{"key":"value"}"#,
         "timeout_ms": 5000
     });
-    let mut result = run(&rig, "http", job).await;
+    let mut result = rig.run("acme", "http", job).await;
     assert_eq!(result["status"], "success");
     assert!(result["result"]["latency_ms"].take().is_u64());
     let expected = json!({
@@ -73,9 +66,9 @@ async fn http_request_works_as_published() {
 async fn an_http_answer_is_unpacked_and_redirects_are_followed() {
     let rig = Rig::start(&[]).await;
     let get = |path: &str| json!({"type": "http.request", "url": rig.peer.url(path)});
-    let result = run(&rig, "gzip", get("/gzip")).await;
+    let result = rig.run("acme", "gzip", get("/gzip")).await;
     assert_eq!(result["result"]["body"], r#"{"output":"processed"}"#, "{result}");
-    let result = run(&rig, "five", get("/redirect/5")).await;
+    let result = rig.run("acme", "five", get("/redirect/5")).await;
     assert_eq!((&result["status"], &result["result"]["status_code"]), (&json!("success"), &json!(200)));
     assert_eq!(rig.peer.hits("/redirect").len(), 6);
     let result = fails(&rig, "six", get("/redirect/6"), 3003, false).await;
@@ -86,7 +79,7 @@ async fn an_http_answer_is_unpacked_and_redirects_are_followed() {
 async fn a_jobs_own_idempotency_key_is_kept() {
     let rig = Rig::start(&[]).await;
     let job = json!({"type": "http.request", "url": rig.peer.url("/ok"), "headers": {"Idempotency-Key": "mine"}});
-    assert_eq!(run(&rig, "own-key", job).await["status"], "success");
+    assert_eq!(rig.run("acme", "own-key", job).await["status"], "success");
     assert_eq!(rig.peer.hits("/ok")[0].key(), "mine");
 }
 
@@ -133,7 +126,7 @@ async fn an_answer_over_the_cap_is_an_error_and_never_cut() {
     let size = 2 * 1024 * 1024;
     let result = fails(&rig, "large", rig.call(&format!("/bytes/{size}")), 2002, false).await;
     assert_eq!(result["metadata"]["attempts"], 1);
-    let result = run(&rig, "fits", rig.call("/bytes/900000")).await;
+    let result = rig.run("acme", "fits", rig.call("/bytes/900000")).await;
     assert_eq!(result["result"]["body"].as_str().unwrap().len(), 900_000);
 }
 
@@ -156,7 +149,7 @@ fn about(gap: Duration, millis: u64) {
 #[tokio::test]
 async fn a_transient_error_is_tried_again_after_100_and_200_ms_under_the_same_key() {
     let rig = Rig::start(&[]).await;
-    let result = run(&rig, "flaky", rig.call("/flaky/2")).await;
+    let result = rig.run("acme", "flaky", rig.call("/flaky/2")).await;
     assert_eq!(result["status"], "success", "{result}");
     assert_eq!((&result["metadata"]["attempts"], &result["metadata"]["retries_used"]), (&json!(3), &json!(2)));
     let hits = rig.peer.hits("/flaky/2");
@@ -190,7 +183,7 @@ async fn one_attempt_means_no_retry() {
 #[tokio::test]
 async fn retry_after_is_honoured() {
     let rig = Rig::start(&[]).await;
-    let result = run(&rig, "patient", rig.call("/retry-after/1/1")).await;
+    let result = rig.run("acme", "patient", rig.call("/retry-after/1/1")).await;
     assert_eq!((&result["status"], &result["metadata"]["attempts"]), (&json!("success"), &json!(2)));
     about(gaps(&rig.peer.hits("/retry-after"))[0], 1000);
 }
@@ -200,7 +193,7 @@ async fn exhausted_attempts_become_a_dead_letter_where_that_is_asked_for() {
     let rig = Rig::start(&["--dlq-exhausted"]).await;
     let mut job = rig.call("/status/503");
     job["retry_config"] = json!({"base_delay_ms": 1});
-    let result = run(&rig, "exhausted", job).await;
+    let result = rig.run("acme", "exhausted", job).await;
     assert_eq!(result["error"]["retryable"], true);
     let letter = rig.router.letter(("acme", "exhausted")).await;
     assert_eq!((&letter["stage"], letter["attempts"].as_array().unwrap().len()), (&json!("execute"), 3));
@@ -218,7 +211,7 @@ async fn a_passed_deadline_is_a_timeout() {
     let mut job = rig.call("/gate/never");
     job["timeout_ms"] = json!(300);
     let started = Instant::now();
-    let result = run(&rig, "late", job).await;
+    let result = rig.run("acme", "late", job).await;
     assert!(started.elapsed() < SOON);
     assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
     assert_eq!((&result["error"]["retryable"], &result["metadata"]["attempts"]), (&json!(true), &json!(1)));
@@ -233,7 +226,7 @@ async fn the_deadline_counts_over_all_attempts_and_no_delay_is_waited_for_that_p
     let mut job = rig.call("/status/503");
     (job["timeout_ms"], job["retry_config"]) = (json!(1000), json!({"base_delay_ms": 60_000, "max_delay_ms": 60_000}));
     let started = Instant::now();
-    let result = run(&rig, "hopeless", job).await;
+    let result = rig.run("acme", "hopeless", job).await;
     assert!(started.elapsed() < Duration::from_secs(30));
     assert_eq!((&result["status"], &result["error"]["code"]), (&json!("error"), &json!(3003)), "the last attempt's");
     assert_eq!(result["metadata"]["attempts"], 1);
@@ -241,7 +234,7 @@ async fn the_deadline_counts_over_all_attempts_and_no_delay_is_waited_for_that_p
     let mut job = rig.call("/status/503");
     let every_100_ms = json!({"base_delay_ms": 100, "max_delay_ms": 100, "jitter": 0, "max_attempts": 100});
     (job["timeout_ms"], job["retry_config"]) = (json!(500), every_100_ms);
-    let attempts = run(&rig, "patient", job).await["metadata"]["attempts"].as_u64().unwrap();
+    let attempts = rig.run("acme", "patient", job).await["metadata"]["attempts"].as_u64().unwrap();
     assert!(attempts < 10, "{attempts} attempts: a deadline of each would allow a hundred");
 }
 
@@ -256,7 +249,7 @@ async fn a_block_that_names_no_time_has_30_s() {
     let waits = assignment("acme", "waits", again_after(27_000));
     rig.router.submit(&waits).await;
     rig.peer.arrived("/status/503?27000", 1).await;
-    let result = run(&rig, "ends", again_after(31_000)).await;
+    let result = rig.run("acme", "ends", again_after(31_000)).await;
     let (code, attempts) = (&result["error"]["code"], &result["metadata"]["attempts"]);
     assert_eq!((code, attempts), (&json!(3003), &json!(1)), "the next one would begin after the deadline");
     assert_eq!(rig.router.story(&waits).results.len(), 0, "this one may still be waited for");
@@ -299,7 +292,7 @@ async fn nothing_lifts_the_refusal_of_the_broker() {
     fails(&rig, "name", broker("localhost"), 2003, false).await;
     let mut others = rig.call("/ok");
     others["url"] = json!(rig.peer.url("/ok").replace("127.0.0.1", "localhost"));
-    assert_eq!(run(&rig, "peer", others).await["status"], "success", "other ports are allowed");
+    assert_eq!(rig.run("acme", "peer", others).await["status"], "success", "other ports are allowed");
 }
 
 #[tokio::test]
@@ -313,7 +306,11 @@ async fn a_denied_range_is_refused_whatever_is_allowed() {
         let verdict = rig.router.verdict(&payload).await;
         assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(2003)), "{verdict}");
     }
-    assert_eq!(run(&rig, "beside", rig.call("/ok")).await["status"], "success", "the rest of what is allowed stays so");
+    assert_eq!(
+        rig.run("acme", "beside", rig.call("/ok")).await["status"],
+        "success",
+        "the rest of what is allowed stays so"
+    );
     assert_eq!(denied.hits("/").len(), 0);
 }
 
@@ -373,12 +370,12 @@ async fn fs_put_and_fs_get_work_as_published() {
         "type": "fs.put", "path": rig.path("output.json"), "content": r#"{"data":"value"}"#,
         "content_type": "application/json"
     });
-    let result = run(&rig, "put", job).await;
+    let result = rig.run("acme", "put", job).await;
     let expected = json!({"path": rig.path("output.json"), "size_bytes": 16, "content_type": "application/json"});
     assert_eq!((&result["status"], &result["result"]), (&json!("success"), &expected));
     assert_eq!(std::fs::read_to_string(rig.file_of("acme", "output.json")).unwrap(), r#"{"data":"value"}"#);
 
-    let result = run(&rig, "get", json!({"type": "fs.get", "path": rig.path("output.json")})).await;
+    let result = rig.run("acme", "get", json!({"type": "fs.get", "path": rig.path("output.json")})).await;
     let expected = json!({
         "path": rig.path("output.json"), "size_bytes": 16, "content_type": "application/json",
         "content": r#"{"data":"value"}"#
@@ -390,9 +387,9 @@ async fn fs_put_and_fs_get_work_as_published() {
 async fn bytes_that_are_no_text_travel_as_base64() {
     let rig = Rig::start(&[]).await;
     let job = json!({"type": "fs.put", "path": rig.path("deep/er/x.bin"), "content_base64": "//79AA=="});
-    assert_eq!(run(&rig, "put", job).await["result"]["size_bytes"], 4);
+    assert_eq!(rig.run("acme", "put", job).await["result"]["size_bytes"], 4);
     assert_eq!(std::fs::read(rig.file_of("acme", "deep/er/x.bin")).unwrap(), [0xff, 0xfe, 0xfd, 0]);
-    let result = run(&rig, "get", json!({"type": "fs.get", "path": rig.path("deep/er/x.bin")})).await;
+    let result = rig.run("acme", "get", json!({"type": "fs.get", "path": rig.path("deep/er/x.bin")})).await;
     assert_eq!((&result["result"]["content_base64"], &result["result"]["content"]), (&json!("//79AA=="), &json!(null)));
 }
 
@@ -411,7 +408,7 @@ async fn files_fail_as_the_table_says() {
     fails(&rig, "link", get("link"), 2003, false).await;
     fails(&rig, "through-link", rig.put("link", "x"), 2003, false).await;
     fails(&rig, "huge", get("huge"), 2002, false).await;
-    let result = run(&rig, "directory", get("directory")).await;
+    let result = rig.run("acme", "directory", get("directory")).await;
     assert_eq!((&result["status"], &result["error"]["retryable"]), (&json!("error"), &json!(false)), "{result}");
 }
 
@@ -421,15 +418,15 @@ async fn a_full_disk_is_temporary_and_leaves_no_trace() {
     let setup = Worker::named("worker-1").flag(format!("--fs-roots={}", files.path().display()));
     let worker = setup.small_disk(files.path()).start(&nats).await;
     let rig = Rig { worker, router: Router::connect(&nats.url()).await, peer: Peer::start().await, nats, files };
-    assert_eq!(run(&rig, "first", rig.put("x", "old")).await["status"], "success");
+    assert_eq!(rig.run("acme", "first", rig.put("x", "old")).await["status"], "success");
     let mut too_much = rig.put("x", &"n".repeat(128 * 1024));
     too_much["retry_config"] = json!({"max_attempts": 2, "base_delay_ms": 1});
     let result = fails(&rig, "too-much", too_much, 2002, true).await;
     assert_eq!((&result["error"]["message"], &result["metadata"]["attempts"]), (&json!("the disk is full"), &json!(2)));
-    let old = run(&rig, "old", json!({"type": "fs.get", "path": rig.path("x")})).await;
+    let old = rig.run("acme", "old", json!({"type": "fs.get", "path": rig.path("x")})).await;
     assert_eq!(old["result"]["content"], "old");
     assert_eq!(
-        run(&rig, "room", rig.put("y", &"y".repeat(40 * 1024))).await["status"],
+        rig.run("acme", "room", rig.put("y", &"y".repeat(40 * 1024))).await["status"],
         "success",
         "no rest takes room"
     );
@@ -443,7 +440,7 @@ async fn a_file_is_on_the_disk_before_its_record_is_written() {
     let setup = Worker::named("worker-1").flag(format!("--fs-roots={}", files.path().display()));
     let worker = setup.traced(calls::TOLD, &log).start(&nats).await;
     let rig = Rig { worker, router: Router::connect(&nats.url()).await, peer: Peer::start().await, nats, files };
-    assert_eq!(run(&rig, "safe", rig.put("new/safe.txt", "safe")).await["status"], "success");
+    assert_eq!(rig.run("acme", "safe", rig.put("new/safe.txt", "safe")).await["status"], "success");
     let calls = within(SOON, "the record is written", async || {
         let calls = calls::calls(&log);
         calls::find(&calls, &["PUB caf.exec.ledger.acme.safe "]).is_some().then_some(calls)
@@ -464,7 +461,7 @@ async fn a_file_is_on_the_disk_before_its_record_is_written() {
 #[tokio::test]
 async fn each_tenant_has_directories_of_its_own() {
     let rig = Rig::start(&[]).await;
-    assert_eq!(run(&rig, "mine", rig.put("secret.txt", "of acme")).await["status"], "success");
+    assert_eq!(rig.run("acme", "mine", rig.put("secret.txt", "of acme")).await["status"], "success");
     let others = assignment("other", "theirs", json!({"type": "fs.get", "path": rig.path("secret.txt")}));
     rig.router.submit(&others).await;
     assert_eq!(rig.router.result(&others).await["error"]["code"], 2001);
@@ -495,7 +492,7 @@ fn query(text: &str, parameters: Value) -> Value {
 async fn sql_query_works_as_published() {
     let rig = Rig::start(&[]).await;
     database(&rig);
-    let result = run(&rig, "sql", query("SELECT * FROM users WHERE id = ?", json!(["123"]))).await;
+    let result = rig.run("acme", "sql", query("SELECT * FROM users WHERE id = ?", json!(["123"]))).await;
     let expected = json!({"rows": [{"id": "123", "name": "John", "email": "john@example.com"}], "row_count": 1});
     assert_eq!((&result["status"], &result["result"]), (&json!("success"), &expected), "{result}");
 }
@@ -506,7 +503,7 @@ async fn sql_types_lose_no_digits() {
     database(&rig);
     let job =
         query("SELECT 1 AS one, 9007199254740993 AS big, 0.5 AS half, NULL AS missing, ? AS bound", json!([true]));
-    let result = run(&rig, "types", job).await;
+    let result = rig.run("acme", "types", job).await;
     let row = &result["result"]["rows"][0];
     assert_eq!((&row["one"], &row["big"]), (&json!(1), &json!("9007199254740993")), "{result}");
     assert_eq!((&row["half"], &row["missing"]), (&json!(0.5), &json!(null)), "{result}");
@@ -531,7 +528,7 @@ async fn sql_fails_as_the_table_says() {
     {
         fails(&rig, &format!("denied-{number}"), query(statement, json!([])), 2003, false).await;
     }
-    let stacked = run(&rig, "stacked", query("SELECT 1; DELETE FROM users", json!([]))).await;
+    let stacked = rig.run("acme", "stacked", query("SELECT 1; DELETE FROM users", json!([]))).await;
     assert_eq!((&stacked["status"], &stacked["error"]["retryable"]), (&json!("error"), &json!(false)), "{stacked}");
     let missing = json!({"type": "sql.query", "connection_string": "sqlite://none.sqlite", "query": "SELECT 1"});
     fails(&rig, "missing", missing, 2001, false).await;
@@ -547,7 +544,7 @@ async fn a_runaway_query_ends_at_its_deadline_and_too_many_rows_are_an_error() {
     let endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n";
     let mut job = query(endless, json!([]));
     job["timeout_ms"] = json!(500);
-    let result = run(&rig, "endless", job).await;
+    let result = rig.run("acme", "endless", job).await;
     assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
     let rows = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 10001) SELECT x FROM n";
     fails(&rig, "rows", query(rows, json!([])), 2002, false).await;
@@ -570,7 +567,7 @@ async fn an_sql_parameter_is_bound_and_never_part_of_the_statement() {
     let rig = Rig::start(&[]).await;
     database(&rig);
     let job = query("SELECT count(*) AS n FROM users WHERE id = ?", json!(["' OR 1=1 --"]));
-    assert_eq!(run(&rig, "injection", job).await["result"]["rows"], json!([{"n": 0}]));
+    assert_eq!(rig.run("acme", "injection", job).await["result"]["rows"], json!([{"n": 0}]));
 }
 
 #[tokio::test]
@@ -599,7 +596,7 @@ async fn the_sandbox_touches_nothing_and_says_so() {
         ("get", json!({"type": "fs.get", "path": rig.path("x")})),
         ("sql", query("SELECT 1", json!([]))),
     ] {
-        let result = run(&rig, id, job).await;
+        let result = rig.run("acme", id, job).await;
         assert_eq!((&result["status"], &result["result"]["sandbox"]), (&json!("success"), &json!(true)), "{result}");
     }
     assert_eq!(rig.peer.hits("/").len(), 0);
@@ -656,13 +653,13 @@ async fn the_sandbox_fails_as_often_as_it_is_asked_to() {
         (job["sandbox"], job["retry_config"]) = (sandbox, json!({"base_delay_ms": 1}));
         job
     };
-    let result = run(&rig, "twice", failing(json!({"fail_attempts": 2}))).await;
+    let result = rig.run("acme", "twice", failing(json!({"fail_attempts": 2}))).await;
     assert_eq!((&result["status"], &result["metadata"]["attempts"]), (&json!("success"), &json!(3)), "{result}");
     let result = fails(&rig, "always", failing(json!({"fail_attempts": 3})), 3001, true).await;
     assert_eq!(result["error"]["details"]["sandbox"], true, "{result}");
     let result = fails(&rig, "final", failing(json!({"status": "error", "code": 2001})), 2001, false).await;
     assert_eq!(result["metadata"]["attempts"], 1);
-    let result = run(&rig, "slow", failing(json!({"delay_ms": 300}))).await;
+    let result = rig.run("acme", "slow", failing(json!({"delay_ms": 300}))).await;
     assert!(result["latency_ms"].as_u64().unwrap() >= 300, "{result}");
 }
 
@@ -675,7 +672,7 @@ async fn every_error_of_the_sandbox_says_that_it_is_one() {
         job
     };
     for (id, sandbox) in [("asked", json!({"status": "timeout"})), ("late", json!({"delay_ms": 60_000}))] {
-        let result = run(&rig, id, asking(sandbox)).await;
+        let result = rig.run("acme", id, asking(sandbox)).await;
         assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
         assert_eq!(result["error"]["details"]["sandbox"], true, "{result}");
     }
@@ -683,7 +680,7 @@ async fn every_error_of_the_sandbox_says_that_it_is_one() {
         let job = json!({
             "type": "human.approval", "prompt": "ok?", "approvers": ["ann"], "sandbox": sandbox, "timeout_ms": 100,
         });
-        let result = run(&rig, id, job).await;
+        let result = rig.run("acme", id, job).await;
         assert_eq!((&result["status"], &result["error"]["code"]), (&json!("timeout"), &json!(5002)), "{result}");
         assert_eq!(result["error"]["retryable"], false, "{result}");
     }
@@ -701,7 +698,7 @@ async fn every_error_of_the_sandbox_says_that_it_is_one() {
 #[tokio::test]
 async fn what_was_answered_is_what_is_kept() {
     let rig = Rig::start(&[]).await;
-    let result = run(&rig, "kept", rig.call("/status/404")).await;
+    let result = rig.run("acme", "kept", rig.call("/status/404")).await;
     let record = rig.router.record(("acme", "kept")).await.expect("a record");
     assert_eq!(read(&record.payload), result);
     assert_eq!(rig.router.all("CAF_EXEC_DLQ", DLQ).await.len(), 1);

@@ -342,12 +342,6 @@ fn respond(path: &str) -> Result<Response<String>, std::io::Error> {
     }
 }
 
-async fn run(rig: &Rig, tenant: &str, id: &str, job: Value) -> Value {
-    let payload = assignment(tenant, id, job);
-    rig.router.submit(&payload).await;
-    rig.router.result(&payload).await
-}
-
 #[tokio::test]
 async fn https_speaks_http_2_where_the_peer_does_and_1_1_where_not() {
     for (protocols, version, uri) in [
@@ -358,7 +352,7 @@ async fn https_speaks_http_2_where_the_peer_does_and_1_1_where_not() {
         let origin = Origin::start(protocols, 2100).await;
         let rig = Rig::start(&origin.flags().each_ref().map(String::as_str)).await;
         for id in ["one", "two"] {
-            let result = run(&rig, "acme", id, origin.job("/p?q=1")).await;
+            let result = rig.run("acme", id, origin.job("/p?q=1")).await;
             assert_eq!(
                 (&result["status"], &result["result"]["body"]),
                 (&json!("success"), &json!("secret")),
@@ -377,11 +371,11 @@ async fn https_speaks_http_2_where_the_peer_does_and_1_1_where_not() {
 async fn http_2_streams_break_and_headers_are_capped_as_the_table_says() {
     let origin = Origin::start(&["h2"], 2100).await;
     let rig = Rig::start(&origin.flags().each_ref().map(String::as_str)).await;
-    let result = run(&rig, "acme", "reset", origin.job("/reset")).await;
+    let result = rig.run("acme", "reset", origin.job("/reset")).await;
     assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(3001), &json!(true)), "{result}");
     assert_eq!((&result["metadata"]["attempts"], origin.seen().len()), (&json!(3), 3));
     assert!(origin.seen().iter().all(|seen| seen.key == "acme.reset"), "each attempt under the same key");
-    let result = run(&rig, "acme", "heads", origin.job("/heads")).await;
+    let result = rig.run("acme", "heads", origin.job("/heads")).await;
     assert_eq!((&result["error"]["code"], &result["error"]["retryable"]), (&json!(2002), &json!(false)), "{result}");
 }
 
@@ -390,7 +384,7 @@ async fn w28_a_certificate_that_nobody_vouches_for_or_that_has_ended_is_final() 
     let (good, ended) = (Origin::start(&["h2"], 2100).await, Origin::start(&["h2"], 2021).await);
     let rig = Rig::start(&ended.flags().each_ref().map(String::as_str)).await;
     for (id, origin) in [("unknown", &good), ("ended", &ended)] {
-        let result = run(&rig, "acme", id, origin.job("/")).await;
+        let result = rig.run("acme", id, origin.job("/")).await;
         let error = &result["error"];
         assert_eq!((&error["code"], &error["retryable"]), (&json!(3001), &json!(false)), "{result}");
         assert!(error["message"].as_str().unwrap().starts_with("TLS failed: "), "{result}");
@@ -403,7 +397,7 @@ async fn w28_a_certificate_that_nobody_vouches_for_or_that_has_ended_is_final() 
 async fn s22_a_cookie_that_a_peer_sets_comes_back_from_nobody() {
     let rig = Rig::start(&[]).await;
     for (tenant, id) in [("a", "1"), ("a", "2"), ("b", "1")] {
-        let result = run(&rig, tenant, id, rig.call("/cookie")).await;
+        let result = rig.run(tenant, id, rig.call("/cookie")).await;
         assert_eq!(result["result"]["headers"]["Set-Cookie"], "session=of-a-tenant", "{result}");
     }
     let cookies: Vec<_> = rig.peer.hits("/cookie").iter().map(|hit| hit.headers.get("cookie").cloned()).collect();
@@ -418,7 +412,7 @@ async fn s22_tenants_share_no_connection_and_no_tls_session() {
         // Over HTTP/1.1 each connection is closed, so that the next one may resume its session.
         let path = if protocols == ["h2"] { "/" } else { "/close" };
         for (tenant, id) in [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"), ("a", "3")] {
-            assert_eq!(run(&rig, tenant, id, origin.job(path)).await["status"], "success");
+            assert_eq!(rig.run(tenant, id, origin.job(path)).await["status"], "success");
         }
         let seen: Vec<_> = origin.seen().iter().map(|seen| (seen.connection, seen.is_resumed)).collect();
         let expected = match path {

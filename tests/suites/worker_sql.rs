@@ -14,12 +14,10 @@ use mysql_async::prelude::Queryable;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Submits a query of a tenant and returns its result.
+/// Has a query of a tenant answered, and returns its result.
 async fn run(rig: &Rig, tenant: &str, id: &str, mut job: Value) -> Value {
     job["type"] = json!("sql.query");
-    let payload = assignment(tenant, id, job);
-    rig.router.submit(&payload).await;
-    rig.router.result(&payload).await
+    rig.run(tenant, id, job).await
 }
 
 fn job(url: &str, query: &str, parameters: Value) -> Value {
