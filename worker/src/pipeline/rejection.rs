@@ -98,8 +98,7 @@ impl Pipeline {
         if keys.is_empty() {
             return judged;
         }
-        let refusals = self.read_refusals(&keys).await;
-        let rejections = self.read_rejections(&judged).await;
+        let (refusals, rejections) = tokio::join!(self.read_refusals(&keys), self.read_rejections(&judged));
         let mut others = Vec::with_capacity(judged.len());
         for one in judged {
             let publication = one.0.publication();
