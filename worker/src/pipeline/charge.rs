@@ -19,7 +19,7 @@ use super::rejection::Judgement;
 use super::{Arc, Pipeline};
 use crate::admission::account::Budget;
 use crate::admission::lease::{Short, Taken};
-use crate::admission::{Admission, Payment, over_budget};
+use crate::admission::{Admission, Payment, no_room, over_budget};
 use crate::assignment::Assignment;
 use crate::broker::kv;
 use crate::broker::streams::DELIVERY_BUCKET;
@@ -47,50 +47,37 @@ struct Share {
     at: Vec<usize>,
 }
 
+/// What is certain already, by its place in the chunk.
+type Decided = HashMap<usize, Admission>;
+
 impl Pipeline {
     /// Whether each may run now, as far as that is up to its tenant's budget; nothing where no tenant has one.
     pub(super) async fn admit(&self, judged: &[Judgement]) -> Vec<Admission> {
         if !self.gate.policy().has_budgets() {
             return Vec::new();
         }
-        let mut admissions: Vec<_> = judged.iter().map(|_| Admission::Admit(Payment::None)).collect();
-        let before = self.charged_before(judged).await;
-        for (at, moment) in &before {
-            if let Some(admission) = admissions.get_mut(*at) {
-                *admission = Admission::Admit(Payment::Before(*moment));
-            }
-        }
-        let paid = before.into_keys().collect();
-        let behind = self.behind_parked_work(judged, &paid);
-        for at in &behind {
-            if let Some(admission) = admissions.get_mut(*at) {
-                *admission = Admission::Park;
-            }
-        }
-        let shares = self.shares(judged, &paid.union(&behind).copied().collect());
+        let before = self.charged_before(judged).await.into_iter();
+        let mut decided: Decided = before.map(|(at, moment)| (at, Admission::Admit(Payment::Before(moment)))).collect();
+        let behind = self.behind_parked_work(judged, &decided);
+        decided.extend(behind.into_iter().map(|at| (at, Admission::Park)));
+        let shares = self.shares(judged, &decided);
         let taken = join_all(shares.iter().map(|(tenant, share)| {
             self.budgets.take(tenant, share.budget, u64::try_from(share.at.len()).unwrap_or(u64::MAX))
         }));
-        for ((tenant, share), Taken { mut grant, short }) in shares.iter().zip(taken.await) {
-            let mut late = Vec::new();
-            for at in &share.at {
-                match (grant.next(), admissions.get_mut(*at)) {
-                    (Some(charge), Some(admission)) => *admission = Admission::Admit(Payment::Now(charge)),
-                    _ => late.push(*at),
-                }
-            }
-            let Some(short) = short.filter(|_| !late.is_empty()) else { continue };
-            for (at, admission) in self.without_units(judged, &late, tenant, share.on_exceeded, short).await {
-                if let Some(place) = admissions.get_mut(at) {
-                    *place = admission;
-                }
+        for ((tenant, share), Taken { grant, short }) in shares.iter().zip(taken.await) {
+            let units = usize::try_from(grant.units()).unwrap_or(usize::MAX);
+            let (paid, late) = share.at.split_at(units.min(share.at.len()));
+            let now = |(at, charge): (&usize, _)| (*at, Admission::Admit(Payment::Now(charge)));
+            decided.extend(paid.iter().zip(grant).map(now));
+            if let Some(short) = short.filter(|_| !late.is_empty()) {
+                decided.extend(self.without_units(judged, late, tenant, share.on_exceeded, short).await);
             }
         }
-        admissions
+        (0..judged.len()).map(|at| decided.remove(&at).unwrap_or(Admission::Admit(Payment::None))).collect()
     }
 
     /// What has come when older work of its tenant waits for the same.
-    fn behind_parked_work(&self, judged: &[Judgement], paid: &HashSet<usize>) -> HashSet<usize> {
+    fn behind_parked_work(&self, judged: &[Judgement], decided: &Decided) -> Vec<usize> {
         let policy = self.gate.policy();
         let is_behind = |judgement: &Judgement| {
             runs(judgement).is_some_and(|(delivery, assignment)| {
@@ -99,16 +86,16 @@ impl Pipeline {
                     && self.is_behind_parked_work(delivery, assignment)
             })
         };
-        let behind = judged.iter().enumerate().filter(|(at, judgement)| !paid.contains(at) && is_behind(judgement));
-        behind.map(|(at, _)| at).collect()
+        let others = judged.iter().enumerate().filter(|(at, _)| !decided.contains_key(at));
+        others.filter(|(_, judgement)| is_behind(judgement)).map(|(at, _)| at).collect()
     }
 
     /// What has to be paid for now, by tenant.
-    fn shares<'j>(&self, judged: &'j [Judgement], not_now: &HashSet<usize>) -> BTreeMap<&'j TenantId, Share> {
+    fn shares<'j>(&self, judged: &'j [Judgement], decided: &Decided) -> BTreeMap<&'j TenantId, Share> {
         let policy = self.gate.policy();
         let mut shares = BTreeMap::<_, Share>::new();
         for (at, judgement) in judged.iter().enumerate() {
-            let Some(tenant) = tenant(judgement).filter(|_| !not_now.contains(&at)) else { continue };
+            let Some(tenant) = tenant(judgement).filter(|_| !decided.contains_key(&at)) else { continue };
             if let Some(share) = shares.get_mut(tenant) {
                 share.at.push(at);
                 continue;
@@ -163,28 +150,23 @@ impl Pipeline {
         on_exceeded: OnExceeded,
         short: Short,
     ) -> Vec<(usize, Admission)> {
-        let answered = self.no_executions(judged, late).await;
-        let mut admissions = Vec::with_capacity(late.len());
-        for at in late {
-            let Some((delivery, _)) = judged.get(*at).filter(|_| !answered.contains(at)) else { continue };
-            let parks = self.hands_back() && (delivery.is_parked() || on_exceeded == OnExceeded::Defer);
-            let may_wait = self.hands_back() && delivery.delivered() > 1;
-            admissions.push((
-                *at,
-                match short {
-                    // Its record will answer this one.
-                    Short::Spent(..) if self.hands_back() && self.is_a_copy(judged, *at) => {
-                        Admission::PutOff(ASK_AGAIN)
-                    }
-                    Short::Spent(..) if parks => Admission::Park,
-                    Short::Spent(_, window) if may_wait => Admission::PutOff(window.rest(self.budgets.now())),
-                    Short::Spent(spent, window) => Admission::Refuse(over_budget(tenant, spent, window)),
-                    Short::Unreachable if self.hands_back() => Admission::PutOff(ASK_AGAIN),
-                    Short::Unreachable => Admission::Refuse(crate::admission::no_room()),
-                },
-            ));
-        }
-        admissions
+        let (answered, hands_back) = (self.no_executions(judged, late).await, self.hands_back());
+        let becomes = |at: &usize| {
+            let (delivery, _) = judged.get(*at)?;
+            let parks = hands_back && (delivery.is_parked() || on_exceeded == OnExceeded::Defer);
+            let may_wait = hands_back && delivery.delivered() > 1;
+            let admission = match short {
+                // Its record will answer this one.
+                Short::Spent(..) if hands_back && self.is_a_copy(judged, *at) => Admission::PutOff(ASK_AGAIN),
+                Short::Spent(..) if parks => Admission::Park,
+                Short::Spent(_, window) if may_wait => Admission::PutOff(window.rest(self.budgets.now())),
+                Short::Spent(spent, window) => Admission::Refuse(over_budget(tenant, spent, window)),
+                Short::Unreachable if hands_back => Admission::PutOff(ASK_AGAIN),
+                Short::Unreachable => Admission::Refuse(no_room()),
+            };
+            Some((*at, admission))
+        };
+        late.iter().filter(|at| !answered.contains(at)).filter_map(becomes).collect()
     }
 
     /// Whether another publication of the same runs here, or is in front of this one.
