@@ -24,7 +24,6 @@ use beamline_worker::report::dead_letter;
 use beamline_worker::schedule::Schedule;
 use beamline_worker::vital::{self, Vital};
 use beamline_worker::{pulse, shutdown, telemetry};
-use futures::FutureExt;
 use jiff::Timestamp;
 use mimalloc::MiMalloc;
 use tokio::runtime::Handle;
@@ -90,96 +89,102 @@ fn telemetry_settings(config: &Config) -> telemetry::Settings {
     }
 }
 
+/// What stands from the first moment to the last.
+struct Ground {
+    config: Config,
+    identity: Arc<Identity>,
+    health: Health,
+    metrics: Arc<Metrics>,
+    vital: Vital,
+    ended: CancellationToken,
+}
+
 /// From the first connect to the last flush.
 async fn work(mut config: Config, metrics: Arc<Metrics>, blocks: Handle) -> anyhow::Result<()> {
-    let (health, ended) = (Health::new(), CancellationToken::new());
-    let mode = config.nats_delivery;
-    admin::serve_apart(config.prometheus_endpoint, mode, health.clone(), Arc::clone(&metrics), ended.clone())
-        .with_context(|| format!("--prometheus-endpoint: cannot listen on {}", config.prometheus_endpoint))?;
-    let identity = Arc::new(identity(&config));
     let (vital, tasks_ended) = Vital::new();
-    vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
-    let tenants = config.tenants.take();
-    let has_policy = tenants.is_some();
-    let policy = follow(tenants, &vital);
+    let (identity, health, ended) = (Arc::new(identity(&config)), Health::new(), CancellationToken::new());
+    let policy = follow(config.tenants.take(), &vital);
+    let ground = Ground { config, identity, health, metrics, vital, ended };
+    show_signs_of_life(&ground)?;
     let mut told_to_stop = std::pin::pin!(told_to_stop(tasks_ended));
-    let prepared = tokio::select! {
-        prepared = prepare(&config, &identity, &health, policy, metrics, blocks, &vital) => prepared?,
+    let Working { pipeline, control, intake } = tokio::select! {
+        working = begin(&ground, policy, blocks) => working?,
         told = &mut told_to_stop => return told,
     };
-    let Prepared { pipeline, keeper, broker } = prepared;
-    vital.spawn("observe", pipeline::observe(Arc::clone(&pipeline), ended.clone()));
-    vital.spawn("settle budgets", Arc::clone(&pipeline).settle_budgets());
-    if mode == Mode::JetStream {
-        vital.spawn("renew holds", intake::renew(pipeline.intake(), ended.clone()));
-        vital.spawn("keep ceilings", {
-            let pipeline = Arc::clone(&pipeline);
-            async move { pipeline.keep_ceilings().await }
-        });
-        vital.spawn("rebalance", pipeline::rebalance(Arc::clone(&pipeline), keeper.watch(), ended.clone()));
-    }
-    let presence =
-        Presence { pipeline: Arc::clone(&pipeline), identity, broker: broker.clone(), health: health.clone() };
-    vital.spawn("report", presence.clone().report(ended.clone()));
-    vital.spawn("obey", presence.obey());
-    if has_policy {
-        let pipeline = Arc::clone(&pipeline);
-        vital.spawn("follow the policy", async move { pipeline.follow_policy().await });
-    }
-    let streams = keeper.watch();
-    vital.spawn("keep the streams", keeper.run(health.clone()));
-    let control = Control::start(Arc::clone(&pipeline), broker, health.clone(), vital.clone());
-    tokio::select! {
-        () = control.caught_up() => {}
-        told = &mut told_to_stop => return told,
-    }
-    let (chunks, waiting) = mpsc::channel(CHUNKS);
-    let stop = CancellationToken::new();
-    pipeline.watch_approvals(stop.clone(), &vital);
-    let taking = TaskTracker::new();
-    for source in pulled(sources(&config)) {
-        let (parts, chunks, stop) = (pipeline.intake(), chunks.clone(), stop.clone());
-        let room = {
-            let pipeline = Arc::clone(&pipeline);
-            move || pipeline.room(source)
-        };
-        let take = match mode {
-            Mode::JetStream => intake::take(parts, source, room, streams.clone(), chunks, stop).left_future(),
-            Mode::Core => intake::join(parts, source, room, intake_of(&config), chunks, stop).right_future(),
-        };
-        taking.spawn(vital.watched("take assignments", take));
-    }
-    for parked in taken_up(&config) {
-        let (parts, chunks, stop) = (pipeline.intake(), chunks.clone(), stop.clone());
-        let allowance = {
-            let pipeline = Arc::clone(&pipeline);
-            move |tenant| {
-                let pipeline = Arc::clone(&pipeline);
-                async move { pipeline.allowance(parked, &tenant).await }
-            }
-        };
-        let taking_up = intake::take_up(parts, parked, allowance, intake_of(&config), streams.clone(), chunks, stop);
-        taking.spawn(vital.watched("take up parked work", taking_up));
-    }
-    taking.close();
-    // The channel ends with the last of them.
-    drop(chunks);
-    let intake = shutdown::Intake {
-        stop,
-        taking,
-        processing: tokio::spawn(vital.watched("process assignments", {
-            let pipeline = Arc::clone(&pipeline);
-            async move { pipeline.run(waiting).await }
-        })),
-    };
-    health.clear(Concern::Starting);
-    let delivery = mode.as_str();
-    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, delivery, "taking assignments");
     told_to_stop.await?;
     tracing::info!("told to stop");
-    shutdown::drain(&pipeline, intake, control, config.drain_timeout).await;
-    ended.cancel();
+    shutdown::drain(&pipeline, intake, control, ground.config.drain_timeout).await;
+    ground.ended.cancel();
     Ok(())
+}
+
+fn show_signs_of_life(ground: &Ground) -> anyhow::Result<()> {
+    let Ground { config, health, metrics, vital, ended, .. } = ground;
+    vital.spawn("show that the runtime moves", pulse::show_that_the_runtime_moves());
+    let address = config.prometheus_endpoint;
+    admin::serve_apart(address, config.nats_delivery, health.clone(), Arc::clone(metrics), ended.clone())
+        .with_context(|| format!("--prometheus-endpoint: cannot listen on {address}"))
+}
+
+/// What does the work, and what brings it.
+struct Working {
+    pipeline: Arc<Pipeline>,
+    control: Control,
+    intake: shutdown::Intake,
+}
+
+/// Takes no assignment before the cancels are known that have come in.
+async fn begin(ground: &Ground, policy: watch::Receiver<Arc<Policy>>, blocks: Handle) -> anyhow::Result<Working> {
+    let Ground { config, health, vital, .. } = ground;
+    let Prepared { pipeline, keeper, broker } = prepare(ground, policy, blocks).await?;
+    keep_up(ground, &pipeline, &keeper, &broker);
+    vital.spawn("keep the streams", keeper.run(health.clone()));
+    let control = Control::start(Arc::clone(&pipeline), broker, health.clone(), vital.clone());
+    control.caught_up().await;
+    let intake = take_in(ground, &pipeline);
+    health.clear(Concern::Starting);
+    let delivery = config.nats_delivery.as_str();
+    tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, delivery, "taking assignments");
+    Ok(Working { pipeline, control, intake })
+}
+
+/// Starts what goes on all the time, whatever there is to do.
+fn keep_up(ground: &Ground, pipeline: &Arc<Pipeline>, keeper: &Keeper, broker: &Broker) {
+    let Ground { config, identity, health, vital, ended, .. } = ground;
+    let pipeline = || Arc::clone(pipeline);
+    vital.spawn("observe", pipeline::observe(pipeline(), ended.clone()));
+    vital.spawn("settle budgets", pipeline().settle_budgets());
+    vital.spawn("follow the policy", pipeline().follow_policy());
+    if config.nats_delivery == Mode::JetStream {
+        vital.spawn("renew holds", intake::renew(pipeline().intake(), ended.clone()));
+        vital.spawn("keep ceilings", pipeline().keep_ceilings());
+        vital.spawn("rebalance", pipeline::rebalance(pipeline(), keeper.watch(), ended.clone()));
+    }
+    let (identity, broker, health) = (Arc::clone(identity), broker.clone(), health.clone());
+    let presence = Presence { pipeline: pipeline(), identity, broker, health };
+    vital.spawn("report", presence.clone().report(ended.clone()));
+    vital.spawn("obey", presence.obey());
+}
+
+/// Begins to take work, from everywhere that this worker has slots for.
+fn take_in(ground: &Ground, pipeline: &Arc<Pipeline>) -> shutdown::Intake {
+    let Ground { config, vital, .. } = ground;
+    // The channel ends with the last of those that take.
+    let (chunks, waiting) = mpsc::channel(CHUNKS);
+    let (stop, taking) = (CancellationToken::new(), TaskTracker::new());
+    let pipeline = || Arc::clone(pipeline);
+    pipeline().watch_approvals(stop.clone(), vital);
+    for source in pulled(sources(config)) {
+        let take = pipeline().take(source, chunks.clone(), stop.clone());
+        taking.spawn(vital.watched("take assignments", take));
+    }
+    for parked in taken_up(config) {
+        let take_up = pipeline().take_up(parked, chunks.clone(), stop.clone());
+        taking.spawn(vital.watched("take up parked work", take_up));
+    }
+    taking.close();
+    let processing = tokio::spawn(vital.watched("process assignments", pipeline().run(waiting)));
+    shutdown::Intake { stop, taking, processing }
 }
 
 /// Returns when the worker is told to stop; an error where it cannot go on before that.
@@ -197,15 +202,8 @@ struct Prepared {
     broker: Broker,
 }
 
-async fn prepare(
-    config: &Config,
-    identity: &Arc<Identity>,
-    health: &Health,
-    policy: watch::Receiver<Arc<Policy>>,
-    metrics: Arc<Metrics>,
-    blocks: Handle,
-    vital: &Vital,
-) -> anyhow::Result<Prepared> {
+async fn prepare(ground: &Ground, policy: watch::Receiver<Arc<Policy>>, blocks: Handle) -> anyhow::Result<Prepared> {
+    let Ground { config, identity, health, metrics, vital, .. } = ground;
     let engine = engine(config, blocks).map_err(anyhow::Error::msg)?;
     if let Engine::Real(blocks) = &engine {
         for reason in blocks.complaints_about_roots() {
@@ -223,7 +221,7 @@ async fn prepare(
         streams: keeper.watch(),
         schedule: schedule(config, policy),
         engine,
-        metrics,
+        metrics: Arc::clone(metrics),
         health: health.clone(),
     };
     let pipeline = Pipeline::new(settings, parts, vital);

@@ -3,6 +3,7 @@
 //!
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
+mod take; // where it comes from
 mod judge; // whether it runs here
 mod charge; // whether its tenant may run it now
 mod rejection; // what does not run
@@ -52,7 +53,7 @@ use crate::fault::{Fault, Letters};
 use crate::gate::Gate;
 use crate::health::Health;
 use crate::identity::Identity;
-use crate::intake::{self, Delivery, Holds, Load, Parking, Settlement};
+use crate::intake::{Delivery, Holds, Load, Parking, Settlement};
 use crate::metrics::Metrics;
 use crate::publication::Publication;
 use crate::report::dead_letter::{self, DeadLetters};
@@ -258,30 +259,18 @@ impl Pipeline {
         }
     }
 
-    /// What work is taken in with.
-    pub fn intake(&self) -> intake::Parts {
-        intake::Parts {
-            broker: self.broker.clone(),
-            health: self.health.clone(),
-            gate: Arc::clone(&self.gate),
-            load: Arc::clone(&self.load),
-            holds: self.holds.clone(),
-            parking: Arc::clone(&self.parking),
-        }
-    }
-
     /// Gives the slots' shares out anew each time that the policy changes.
-    pub async fn follow_policy(&self) {
+    pub async fn follow_policy(self: Arc<Self>) {
         self.schedule.follow_policy().await;
     }
 
     /// Renews what is leased of tenants' ceilings, and gives back what is not used, for as long as the worker runs.
-    pub async fn keep_ceilings(&self) {
+    pub async fn keep_ceilings(self: Arc<Self>) {
         self.ceilings.keep().await;
     }
 
     /// Takes chunks of deliveries until there are no more, and leaves each to a task of its own.
-    pub async fn run(self: &Arc<Self>, chunks: mpsc::Receiver<Vec<Delivery>>) {
+    pub async fn run(self: Arc<Self>, chunks: mpsc::Receiver<Vec<Delivery>>) {
         let chunks = futures::stream::unfold(chunks, |mut chunks| async { Some((chunks.recv().await?, chunks)) });
         let accepted = chunks.map(|chunk| self.accept(chunk)).buffered(LOOK_UPS);
         accepted.for_each(|accepted| async { self.start(accepted) }).await;

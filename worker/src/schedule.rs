@@ -143,6 +143,8 @@ impl Schedule {
                 self.pool(pool).set_shares(&policy);
             }
         }
+        // Nobody changes it any more.
+        std::future::pending().await
     }
 
     /// Sends everybody who waits away, and everybody who comes and finds no free slot, until [`Self::let_wait`].

@@ -54,7 +54,7 @@ pub async fn observe(pipeline: Arc<Pipeline>, stop: CancellationToken) {
 
 impl Pipeline {
     /// How much may be fetched from there at this moment.
-    pub fn room(&self, source: Source) -> Room {
+    pub(super) fn room(&self, source: Source) -> Room {
         let slots = self.slots(source);
         let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
         let look_ahead = self.look_ahead(source);
