@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use prometheus::{CounterVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
-use super::{count, counters, gauges, register};
+use super::series::{count, counters, gauges, register};
 use crate::policy::OTHER;
 use crate::schedule::Held;
 
