@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::load::Flow;
 use super::parking::Lane;
-use super::{CHUNK, Delivery, Described, Parts, Pulled, Puller};
+use super::pull::{Described, Pulled, Puller};
+use super::{CHUNK, Delivery, Parts};
 use crate::broker::streams::{self, Intake, Parked, ParkedWork, Ready, Source};
 use crate::contract;
 use crate::ids::TenantId;
