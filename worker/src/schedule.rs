@@ -175,6 +175,10 @@ impl Schedule {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+
+    use futures::FutureExt;
+
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
@@ -187,14 +191,24 @@ mod tests {
         Schedule::new(ByPool { cpu: 1, gpu: 0, io: 1 }, watch::Sender::new(Arc::default()).subscribe())
     }
 
+    async fn slot(schedule: &Schedule, tenant: &TenantId) -> Slot {
+        schedule.slot(Pool::Io, tenant, None, LONG).await.expect("a free slot")
+    }
+
+    /// Whoever finds no free slot.
+    #[track_caller]
+    fn waits(schedule: &Schedule, tenant: &TenantId) -> Pin<Box<impl Future<Output = Result<Slot, Closed>>>> {
+        let mut slot = Box::pin(schedule.slot(Pool::Io, tenant, None, LONG));
+        assert!(slot.as_mut().now_or_never().is_none(), "there is a free slot");
+        slot
+    }
+
     #[tokio::test]
     async fn a_slot_goes_to_the_next_in_turn_when_it_is_dropped() {
         let schedule = one_io_slot();
         let (a, b) = (tenant("a"), tenant("b"));
-        let first = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let second = schedule.slot(Pool::Io, &b, None, LONG);
-        tokio::pin!(second);
-        assert!(futures::poll!(&mut second).is_pending());
+        let first = slot(&schedule, &a).await;
+        let second = waits(&schedule, &b);
         assert_eq!((schedule.busy(Pool::Io), schedule.waiting(Pool::Io)), (1, 1));
         drop(first);
         let _second = second.await.expect("the slot of the first");
@@ -205,11 +219,9 @@ mod tests {
     async fn whoever_leaves_the_queue_costs_no_slot() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let first = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
+        let first = slot(&schedule, &a).await;
         {
-            let left = schedule.slot(Pool::Io, &a, None, LONG);
-            tokio::pin!(left);
-            assert!(futures::poll!(&mut left).is_pending());
+            let _left = waits(&schedule, &a);
             drop(first);
         }
         assert_eq!(schedule.busy(Pool::Io), 0);
@@ -219,11 +231,9 @@ mod tests {
     async fn a_place_in_the_queue_is_free_as_soon_as_whoever_waited_is_gone() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _running = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
+        let _running = slot(&schedule, &a).await;
         {
-            let left = schedule.slot(Pool::Io, &a, None, LONG);
-            tokio::pin!(left);
-            assert!(futures::poll!(&mut left).is_pending());
+            let _left = waits(&schedule, &a);
             assert_eq!(schedule.waiting(Pool::Io), 1);
         }
         assert_eq!(schedule.waiting(Pool::Io), 0);
@@ -236,7 +246,7 @@ mod tests {
         let (a, b) = (tenant("a"), tenant("b"));
         let mut held = Vec::new();
         for _ in 0..3 {
-            held.push(schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot"));
+            held.push(slot(&schedule, &a).await);
         }
         let fourth = schedule.slot(Pool::Io, &a, Some(9), LONG);
         tokio::pin!(fourth);
@@ -257,10 +267,8 @@ mod tests {
             async move { schedule.follow_policy().await }
         });
         let a = tenant("a");
-        let _first = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let second = schedule.slot(Pool::Io, &a, None, LONG);
-        tokio::pin!(second);
-        assert!(futures::poll!(&mut second).is_pending());
+        let _first = slot(&schedule, &a).await;
+        let second = waits(&schedule, &a);
         policy.send_replace(Arc::default());
         let _second = second.await.expect("its share is the whole pool now");
         following.abort();
@@ -270,18 +278,14 @@ mod tests {
     async fn who_must_not_wait_is_sent_away_and_may_come_back() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let running = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let waiting = schedule.slot(Pool::Io, &a, None, LONG);
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
+        let running = slot(&schedule, &a).await;
+        let waiting = waits(&schedule, &a);
         schedule.turn_away();
         assert_eq!(waiting.await.err(), Some(Closed));
         assert_eq!(schedule.slot(Pool::Io, &a, None, LONG).await.err(), Some(Closed));
         assert!(schedule.slot(Pool::Cpu, &a, None, LONG).await.is_ok(), "it need not wait there");
         schedule.let_wait();
-        let waiting = schedule.slot(Pool::Io, &a, None, LONG);
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
+        let waiting = waits(&schedule, &a);
         drop(running);
         assert!(waiting.await.is_ok());
         schedule.close();
@@ -293,7 +297,7 @@ mod tests {
     async fn pools_do_not_wait_for_each_other() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _io = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
+        let _io = slot(&schedule, &a).await;
         assert!(schedule.slot(Pool::Cpu, &a, None, LONG).await.is_ok());
     }
 
@@ -301,9 +305,8 @@ mod tests {
     async fn no_more_are_sent_away_than_asked_and_none_that_has_just_come() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _running = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let mut patient = Box::pin(schedule.slot(Pool::Io, &a, None, LONG));
-        assert!(futures::poll!(&mut patient).is_pending());
+        let _running = slot(&schedule, &a).await;
+        let _patient = waits(&schedule, &a);
         assert_eq!((schedule.impatient(), schedule.send_away(3)), (0, 0));
         let waiting = (0..3).map(|_| Box::pin(schedule.slot(Pool::Io, &a, None, Duration::ZERO)));
         let mut waiting = futures::future::join_all(waiting);
@@ -317,10 +320,8 @@ mod tests {
     async fn a_paused_schedule_has_a_slot_for_one_only_until_it_is_resumed() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let running = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let waiting = schedule.slot(Pool::Io, &a, None, LONG);
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
+        let running = slot(&schedule, &a).await;
+        let waiting = waits(&schedule, &a);
         schedule.pause();
         assert_eq!(waiting.await.err(), Some(Closed));
         drop(running);
@@ -337,10 +338,8 @@ mod tests {
     async fn a_closed_schedule_sends_waiters_and_comers_away() {
         let schedule = one_io_slot();
         let a = tenant("a");
-        let _running = schedule.slot(Pool::Io, &a, None, LONG).await.expect("a free slot");
-        let waiting = schedule.slot(Pool::Io, &a, None, LONG);
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
+        let _running = slot(&schedule, &a).await;
+        let waiting = waits(&schedule, &a);
         schedule.close();
         assert_eq!(waiting.await.err(), Some(Closed));
         assert_eq!(schedule.slot(Pool::Cpu, &a, None, LONG).await.err(), Some(Closed));
