@@ -3,6 +3,7 @@
 //!
 //! The only place that records metrics and writes outcome logs: everything that it calls returns facts.
 
+mod parts; // what it is put together from
 mod take; // where it comes from
 mod judge; // whether it runs here
 mod charge; // whether its tenant may run it now
@@ -43,29 +44,27 @@ use crate::approval::Approvals;
 use crate::approval::deadlines::Deadlines;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
-use crate::broker::streams::{self, Mode, Ready};
+use crate::broker::streams::{Mode, Ready};
 use crate::broker::{Broker, Expected};
 use crate::cancel::Tombstones;
 use crate::contract;
 use crate::execute::{self, Ended, Engine, Execution, Limits, Links};
 use crate::failpoint::{self, Point};
-use crate::fault::{Fault, Letters};
+use crate::fault::Fault;
 use crate::gate::Gate;
 use crate::health::Health;
 use crate::identity::Identity;
 use crate::intake::{Delivery, Holds, Load, Parking, Settlement};
 use crate::metrics::Metrics;
 use crate::publication::Publication;
-use crate::report::dead_letter::{self, DeadLetters};
+use crate::report::dead_letter::DeadLetters;
 use crate::report::ledger::{Ledger, Record};
 use crate::report::outbox::{Before, Outbox, Said};
-use crate::report::spool::Spool;
 use crate::report::{self, StepResult};
 use crate::schedule::Schedule;
 use crate::telemetry::{self, SpanIds};
 use crate::throttle::Throttle;
 use crate::trace_context::TraceContext;
-use crate::vital::Vital;
 use cancel::Stop;
 use deaths::{Deaths, DeliveryId, Suspicion};
 use durable::{Recorded, may_replace};
@@ -76,6 +75,7 @@ use rejection::Rejection;
 use turn::Turn;
 
 pub(crate) use activity::Activity;
+pub use parts::{Parts, Settings};
 pub use rebalance::rebalance;
 pub use room::observe;
 pub(crate) use tenants::TenantActivity;
@@ -83,59 +83,12 @@ pub(crate) use tenants::TenantActivity;
 /// Look-ups on their way at once; the records of one chunk are read while the next one arrives.
 const LOOK_UPS: usize = 8;
 
-/// Between two lines about answers of those who were not asked.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
-
 /// What is put off is delivered again after no less than this, and no more: what has to wait for longer does so again.
 const PUT_OFF_LEAST: Duration = Duration::from_millis(100);
 const PUT_OFF_MOST: Duration = Duration::from_secs(60);
 
 /// How long after its deadline a block that hangs keeps its delivery.
 const GRACE: Duration = Duration::from_secs(30);
-
-/// What an administrator decides about the pipeline.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// How assignments come in.
-    pub mode: Mode,
-    /// Names all workers that share the budgets of tenants.
-    pub pool: String,
-    /// The subject that verdicts are published on.
-    pub verdict_subject: String,
-    /// Where work waits for workers with GPU slots.
-    pub route_subject: String,
-    /// Where work comes in.
-    pub intake: streams::Intake,
-    /// How dead letters are written.
-    pub dead_letters: dead_letter::Settings,
-    /// Payloads and results that may be held at once, reserved memory included.
-    pub max_memory_bytes: u64,
-    /// CPU time that one block may use.
-    pub max_cpu_time: Duration,
-    /// Which errors become dead letters.
-    pub letters: Letters,
-    /// Where outcomes wait that the broker does not take.
-    pub spool: Option<Spool>,
-}
-
-/// What the pipeline joins.
-#[derive(Debug)]
-pub struct Parts {
-    /// Who signs verdicts and results.
-    pub identity: Arc<Identity>,
-    /// Where everything comes from and goes to.
-    pub broker: Broker,
-    /// Which streams there are at the moment.
-    pub streams: watch::Receiver<Ready>,
-    /// The slots, and whose turn it is.
-    pub schedule: Schedule,
-    /// Who does the work.
-    pub engine: Engine,
-    /// What is counted.
-    pub metrics: Arc<Metrics>,
-    /// What is wrong at the moment.
-    pub health: Health,
-}
 
 /// Everything that an assignment meets between the broker's delivery and its settlement.
 #[derive(Debug)]
@@ -216,49 +169,6 @@ impl Arrival {
 }
 
 impl Pipeline {
-    /// The pipeline between these parts.
-    pub fn new(settings: Settings, parts: Parts, vital: &Vital) -> Self {
-        let Parts { identity, broker, streams, schedule, engine, metrics, health } = parts;
-        let dead_letters = settings.dead_letters.clone();
-        let parking = Arc::<Parking>::default();
-        Self {
-            ceilings: Ceilings::new(
-                broker.clone(),
-                streams.clone(),
-                &settings.pool,
-                &identity.worker_id,
-                Arc::clone(&parking),
-            ),
-            memory: Memory::new(Arc::clone(&parking)),
-            parking,
-            ledger: Ledger::new(broker.clone(), settings.mode),
-            approvals: Approvals::new(&broker),
-            deadlines: Mutex::default(),
-            outbox: Outbox::start(broker.clone(), settings.verdict_subject.clone().into(), vital),
-            dead_letters: DeadLetters::new(broker.clone(), streams.clone(), Arc::clone(&identity), dead_letters),
-            deaths: Deaths::new(broker.clone()),
-            load: Arc::new(Load::new(settings.max_memory_bytes)),
-            budgets: Budgets::new(Kept::new(broker.clone(), streams.clone(), health.clone()), &settings.pool),
-            settings,
-            identity,
-            broker,
-            streams,
-            gate: Arc::new(Gate::new(schedule.policy())),
-            schedule,
-            engine,
-            metrics,
-            health,
-            holds: Holds::default(),
-            tasks: TaskTracker::new(),
-            cut: CancellationToken::new(),
-            tombstones: Tombstones::default(),
-            in_flight: InFlight::default(),
-            quarantine: Quarantine::default(),
-            strangers: Throttle::new(TELL_AGAIN),
-            tallies: tenants::Tallies::default(),
-        }
-    }
-
     /// Gives the slots' shares out anew each time that the policy changes.
     pub async fn follow_policy(self: Arc<Self>) {
         self.schedule.follow_policy().await;
