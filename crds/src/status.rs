@@ -53,6 +53,13 @@ pub struct WorkerPoolStatus {
     pub conditions: Vec<Condition>,
 }
 
+impl WorkerPoolStatus {
+    /// What it says under this type, such as `Ready`.
+    pub fn condition(&self, type_: &str) -> Option<&Condition> {
+        self.conditions.iter().find(|condition| condition.type_ == type_)
+    }
+}
+
 /// The queue of assignments.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]

@@ -9,10 +9,8 @@ mod addon; // children whose types may not be installed
 mod annotate; // what is ours in pods
 mod nudge; // pods that should look at their files again
 mod retire; // workers that go, and those that go on
-mod slim; // what is kept of an object
 
 use std::fmt::Debug;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,19 +26,20 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::controller::Context;
-use crate::desired::{Desired, Workload, names, policy_hash};
+use crate::context::Context;
+use crate::desired::{Desired, Workload, policy_hash};
 use crate::error::Error;
 use crate::failpoint;
 use crate::memory::{Child, Settled, Since};
+use crate::names;
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
 use crate::pool::ValidPool;
+use crate::slim::{Slim, fingerprint, slim};
 use crate::watched::Watched;
 
 use addon::Outcome;
 pub use retire::retire;
-pub use slim::{Slim, slim};
 
 /// What the rest of a reconcile needs to know of the result.
 pub struct Applied {
@@ -242,14 +241,6 @@ fn settled(object: &impl Resource, wish: u64) -> Settled {
     let version = object.resource_version().and_then(|version| version.parse().ok());
     let (uid, fields) = (object.uid().unwrap_or_default(), fingerprint(&fields));
     Settled { uid, version, wish, fields, at: Instant::now() }
-}
-
-/// The same for values that are the same.
-pub(crate) fn fingerprint(value: &impl Serialize) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    // Maps are ordered here, so that the same value has the same text.
-    serde_json::to_string(value).unwrap_or_default().hash(&mut hasher);
-    hasher.finish()
 }
 
 #[cfg(test)]

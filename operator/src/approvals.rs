@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::broker::chain;
+use crate::error::chain;
 use crate::lock::lock;
 
 const BUCKET: &str = "caf-approvals";

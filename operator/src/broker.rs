@@ -2,10 +2,9 @@
 
 mod gate; // where they may lead
 mod last; // many keys with one request
+mod rest; // what nobody waits for
 
 use std::collections::HashMap;
-use std::error::Error as StdError;
-use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -21,13 +20,13 @@ use kube::runtime::reflector::Store;
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::approvals::Approvals;
-use crate::pool::{Nats, SecretKeyRef};
-use crate::reason;
+use crate::error::{BrokerError, chain};
+use crate::pool::{Nats, SecretKeyRef, qualified};
 use crate::reports::Reports;
-use crate::secrets::{self, SecretError};
-use crate::signals::queue;
+use crate::secrets;
 
 pub use gate::Gate;
+pub use rest::{Rest, rest};
 
 /// Begins the subjects that answers come on: no worker may listen or speak there.
 pub const INBOX: &str = "_INBOX_OPERATOR";
@@ -35,144 +34,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often it is asked what nobody waits for.
 const REST_AGE: Duration = Duration::from_secs(2);
-
-/// Why the broker cannot be used, in words that fit into a condition.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BrokerError {
-    /// Credentials or certificates cannot be had.
-    #[error(transparent)]
-    Secret(#[from] SecretError),
-    /// They are there, and are not what they should be.
-    #[error("{0}")]
-    Credentials(String),
-    /// No connection.
-    #[error("no connection to {url}: {why}")]
-    Unreachable {
-        /// Where to.
-        url: String,
-        /// What the client says.
-        why: String,
-    },
-    /// An address that a pool must not send the operator to.
-    #[error(
-        "nats.url {url} leads to {address}, {what}, which the operator does not connect to; name the broker's Service or host, or start the operator with --nats-allow"
-    )]
-    NotAllowed {
-        /// Where to.
-        url: String,
-        /// What it resolves to.
-        address: IpAddr,
-        /// What kind of address that is.
-        what: &'static str,
-    },
-    /// A bug. It is tried again.
-    #[error("the operator panicked while it looked at NATS; its log has the details")]
-    Panicked,
-    /// A connection, and no answer.
-    #[error("NATS gives no answer {what}: {why}")]
-    Unanswered {
-        /// To which question.
-        what: String,
-        /// What the client says.
-        why: String,
-    },
-    /// The broker says no.
-    #[error("{what}: {why}")]
-    Refused {
-        /// What was asked.
-        what: String,
-        /// What the broker says.
-        why: String,
-    },
-    /// Something exists with another setting.
-    #[error(
-        "{what}: field {field} is {found} but must be {wanted}; alter or remove it by hand, the operator never alters this"
-    )]
-    Mismatch {
-        /// Stream or consumer.
-        what: String,
-        /// The broker's name of the field.
-        field: &'static str,
-        /// What the contract asks for.
-        wanted: String,
-        /// What exists.
-        found: String,
-    },
-    /// Something does not exist.
-    #[error("{what} does not exist")]
-    Missing {
-        /// Stream or consumer.
-        what: String,
-    },
-    /// Something does not exist, and the operator may not create it.
-    #[error("{what} does not exist; create it, or set nats.streams.manage to true")]
-    Unmanaged {
-        /// Stream or consumer.
-        what: String,
-    },
-    /// A stream keeps what a core queue group gets.
-    #[error(
-        "nats.delivery is Core, and stream {stream} keeps all that comes on {subject} too; drain and remove it, or use another subject"
-    )]
-    Captured {
-        /// Subject of both.
-        subject: String,
-        /// Name of the stream.
-        stream: String,
-    },
-    /// Another consumer already takes the subject: a message is for one of them only.
-    #[error(
-        "nats.subject {subject} is already taken by nats.queueGroup {group}{pool}; use that group, or another subject",
-        pool = pool.as_ref().map(|pool| format!(" of pool {pool}")).unwrap_or_default()
-    )]
-    Taken {
-        /// Subject that both want.
-        subject: String,
-        /// Who has it.
-        group: String,
-        /// Its pool, as namespace/name, where the operator knows one.
-        pool: Option<String>,
-    },
-}
-
-impl BrokerError {
-    pub(crate) fn unanswered(what: String, error: &dyn StdError) -> Self {
-        Self::Unanswered { what, why: chain(error) }
-    }
-
-    pub(crate) fn refused(what: String, error: &dyn StdError) -> Self {
-        Self::Refused { what, why: chain(error) }
-    }
-
-    /// Reason of a condition: a closed set.
-    pub const fn reason(&self) -> &'static str {
-        match self {
-            Self::Secret(error) => error.reason(),
-            Self::Credentials(_) => reason::SECRET_UNUSABLE,
-            Self::Unreachable { .. } | Self::NotAllowed { .. } => reason::NATS_UNREACHABLE,
-            Self::Panicked => reason::PANICKED,
-            Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,
-            Self::Refused { .. } => reason::NATS_REFUSED,
-            Self::Mismatch { .. } => reason::STREAM_MISMATCH,
-            Self::Missing { .. } | Self::Unmanaged { .. } => reason::STREAM_MISSING,
-            Self::Taken { .. } | Self::Captured { .. } => reason::SUBJECT_TAKEN,
-        }
-    }
-}
-
-pub(crate) fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        // Many errors of the client already print their source.
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
-}
 
 /// A connection that pools share. It closes when the last of them lets go.
 pub struct Broker {
@@ -182,15 +43,6 @@ pub struct Broker {
     reports: Reports,
     approvals: Option<Approvals>,
     rest: Mutex<Option<(Result<Rest, BrokerError>, Instant)>>,
-}
-
-/// What is the same for all pools of a broker, and what nobody waits for.
-#[derive(Clone, Copy)]
-pub struct Rest {
-    /// Dead letters kept.
-    pub dead_letters: i64,
-    /// Cancels and answers that no worker has dealt with yet; `None` where there is no way to tell.
-    pub control: Option<i64>,
 }
 
 impl Broker {
@@ -217,7 +69,7 @@ impl Broker {
         {
             return rest.clone();
         }
-        let rest = queue::rest(self.jetstream()?).await;
+        let rest = rest(self.jetstream()?).await;
         // An error too: else each of the pools that wait here would wait for its own.
         *known = Some((rest.clone(), Instant::now()));
         rest
@@ -295,17 +147,6 @@ impl Brokers {
             key: read(&nats.tls.key_secret_ref).await?,
         })
     }
-}
-
-/// A name without dots means a Service of the pool's namespace, as its workers see it; from here it needs the rest.
-pub(crate) fn qualified(url: &str, namespace: &str) -> String {
-    let Some((scheme, address)) = url.split_once("://") else { return url.to_owned() };
-    let (host, port) =
-        address.split_once(':').map_or((address, String::new()), |(host, port)| (host, format!(":{port}")));
-    if host.contains(['.', '[']) || host == "localhost" {
-        return url.to_owned();
-    }
-    format!("{scheme}://{host}.{namespace}.svc{port}")
 }
 
 async fn connect(access: &Access, gate: &Arc<Gate>, pods: &Store<Pod>) -> Result<Broker, BrokerError> {
@@ -395,19 +236,4 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> 
 
 fn unusable(what: &str, error: &dyn std::fmt::Display) -> BrokerError {
     BrokerError::Credentials(format!("the NATS TLS {what} is unusable: {error}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bare_name_is_a_service_of_the_pools_namespace() {
-        assert_eq!(qualified("nats://nats:4222", "shop"), "nats://nats.shop.svc:4222");
-        assert_eq!(qualified("tls://nats", "shop"), "tls://nats.shop.svc");
-        for whole in ["nats://nats.nats.svc:4222", "nats://10.1.2.3:4222", "nats://[::1]:4222", "nats://localhost:4222"]
-        {
-            assert_eq!(qualified(whole, "shop"), whole);
-        }
-    }
 }

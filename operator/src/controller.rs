@@ -5,70 +5,36 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::future::ready;
-use futures::{FutureExt, Stream, StreamExt, stream};
-use k8s_openapi::NamespaceResourceScope;
+use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::ListParams;
+use kube::Resource;
+use kube::runtime::WatchStreamExt;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
-use kube::runtime::reflector::{self, Lookup, ObjectRef, Store};
-use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::DefaultBackoff;
-use kube::runtime::{WatchStreamExt, watcher};
-use kube::{Api, Client, Resource};
-use serde::de::DeserializeOwned;
+use kube::runtime::reflector::{Lookup, ObjectRef};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::admin::{Liveness, Readiness, Topic};
-use crate::apply::{self, Slim};
 use crate::broker::{Brokers, Gate};
+use crate::clients::Clients;
 use crate::config::Config;
-use crate::desired::names;
-use crate::error::{Error, explain, explain_watch};
+use crate::context::{Caches, Context};
+use crate::error::Error;
 use crate::events::Events;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
-use crate::neighbours::{self, Neighbours};
-use crate::observe::{Caches, Lookout};
+use crate::names;
 use crate::reconcile::reconcile;
-use crate::run::Clients;
 use crate::signals::Signals;
+use crate::slim::fingerprint;
+use crate::streams::{Neighbours, this_cluster};
+use crate::surroundings::Lookout;
 use crate::telemetry::spans;
 use crate::watched::Watched;
+use crate::watches::Watching;
 
-/// Every pool is looked at this often even if nothing seems to happen.
-pub const RESYNC: Duration = Duration::from_secs(300);
 /// Events of one change come in bursts; they lead to one reconcile.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// A watch that failed is tried again this soon at least: so much later may be seen what an outage has hidden.
-const WATCH_RETRY: Duration = Duration::from_secs(10);
-/// For how long an error of a watch counts that has worked before: longer than its pause between two tries.
-pub(crate) const WATCH_ERROR: Duration = Duration::from_secs(90);
-/// How often a missing CustomResourceDefinition is looked for.
-const CRD_RETRY: Duration = Duration::from_secs(5);
-
-/// What every reconcile shares.
-pub struct Context {
-    /// Connection to the API server.
-    pub client: Client,
-    /// What the watches know.
-    pub caches: Caches,
-    /// What pools refer to.
-    pub lookout: Arc<Lookout>,
-    /// What the brokers say.
-    pub signals: Arc<Signals>,
-    /// What earlier reconciles left.
-    pub memory: Arc<Memory>,
-    /// Kubernetes events.
-    pub events: Events,
-    /// The operator's own series.
-    pub metrics: Arc<Metrics>,
-    /// Looks at pools that are under way.
-    pub liveness: Liveness,
-    /// Image of the workers of a pool that names none.
-    pub worker_image: String,
-}
 
 /// Reconciles until told to stop.
 pub async fn run(
@@ -95,7 +61,7 @@ pub async fn run(
     let (deployments, deployment_changes) = watching.ours(Topic::Deployments);
     let (pods, pod_changes) = watching.ours::<Pod>(Topic::Pods);
     let memory = Arc::new(Memory::of(pools.clone()));
-    let cluster = Box::pin(neighbours::this_cluster()).await;
+    let cluster = Box::pin(this_cluster()).await;
     let neighbours = Neighbours::new(pools.clone(), cluster, config.watch_namespace.clone());
     let lookout =
         Arc::new(Lookout::new(client.clone(), config.kubernetes_service_host.clone(), config.keda_url.clone()));
@@ -134,127 +100,11 @@ pub async fn run(
         .await;
 }
 
-/// Where the operator looks, and who is told when it cannot.
-struct Watching {
-    client: Client,
-    namespace: Option<String>,
-    relist_after: Duration,
-    readiness: Readiness,
-}
-
-impl Watching {
-    fn ours<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
-    {
-        let ours = format!("{}={}", names::MANAGED_BY_LABEL, names::OPERATOR);
-        self.watch(topic, watcher::Config::default().labels(&ours))
-    }
-
-    fn all<K>(&self, topic: Topic) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
-    {
-        self.watch(topic, watcher::Config::default())
-    }
-
-    fn watch<K>(
-        &self,
-        topic: Topic,
-        config: watcher::Config,
-    ) -> (Store<K>, impl Stream<Item = watcher::Result<K>> + use<K>)
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Lookup<DynamicType = ()>,
-        K: Slim + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
-    {
-        let (cache, writer) = reflector::store();
-        let readiness = self.readiness.clone();
-        let mut is_listed = false;
-        let events = changes(self.by::<K>(&self.client), config, self.relist_after).modify(apply::slim);
-        let events = events.inspect(move |event| match event {
-            Ok(event) => {
-                is_listed |= matches!(event, watcher::Event::InitDone);
-                readiness.has(topic);
-            }
-            Err(error) => {
-                let why = explain_watch(error);
-                tracing::warn!("{topic} failed: {why}");
-                // A watch that goes on where it was cut says so by its next event only, which may be days away.
-                let holds = if is_listed { WATCH_ERROR } else { Duration::MAX };
-                readiness.waits_for(holds, topic, why);
-            }
-        });
-        // The controller would stop listening to all watches for a while after an error of any: each waits by itself.
-        let objects = events.reflect(writer).touched_objects().filter(|object| ready(object.is_ok()));
-        (cache, objects)
-    }
-
-    /// Waits for the API to exist, instead of exiting and being restarted until it does.
-    async fn crd(&self, calls: &Client) {
-        while let Err(error) = self.by::<Watched>(calls).list(&ListParams::default().limit(1)).await {
-            let why = match &error {
-                kube::Error::Api(status) if status.code == 404 => {
-                    "the CustomResourceDefinition workerpools.beamline.dev is not installed".to_owned()
-                }
-                other => format!("WorkerPools cannot be listed: {}", explain(other)),
-            };
-            tracing::warn!("waiting: {why}");
-            self.readiness.waits(Topic::Crd, why);
-            tokio::time::sleep(CRD_RETRY).await;
-        }
-        self.readiness.has(Topic::Crd);
-    }
-
-    fn by<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self, client: &Client) -> Api<K> {
-        match &self.namespace {
-            Some(namespace) => Api::namespaced(client.clone(), namespace),
-            None => Api::all(client.clone()),
-        }
-    }
-}
-
-/// What there is, and what becomes of it. What a watch that goes well has not told would never be found: so all is listed
-/// anew now and then.
-pub(crate) fn changes<K>(
-    api: Api<K>,
-    config: watcher::Config,
-    relist_after: Duration,
-) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
-where
-    K: Resource + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
-{
-    let anew = move || {
-        let events = watcher(api.clone(), config.clone()).backoff(Pauses::default());
-        events.take_until(tokio::time::sleep(relist_after))
-    };
-    stream::repeat_with(anew).flatten()
-}
-
-/// Those of client-go, which grow with each failure, and none that is too long.
-#[derive(Default)]
-struct Pauses(DefaultBackoff);
-
-impl Iterator for Pauses {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        self.0.next().map(|pause| pause.min(WATCH_RETRY))
-    }
-}
-
-impl Backoff for Pauses {
-    fn reset(&mut self) {
-        self.0.reset();
-    }
-}
-
 /// Our own writes of the status are no reason to look again. A spec of the same generation may be: a watch that is older
 /// than its type shows what that one knew, until all is listed anew.
-fn what_is_asked_for(pool: &Watched) -> Option<u64> {
-    let spec = pool.pool.as_ref().ok().map(|pool| &pool.spec);
-    Some(apply::fingerprint(&(pool.meta().generation, spec, &pool.unknown)))
+fn what_is_asked_for(watched: &Watched) -> Option<u64> {
+    let spec = watched.pool.as_ref().ok().map(|pool| &pool.spec);
+    Some(fingerprint(&(watched.meta().generation, spec, &watched.unknown)))
 }
 
 fn pool_of(pod: &Pod) -> Option<ObjectRef<Watched>> {

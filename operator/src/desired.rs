@@ -5,8 +5,6 @@ mod budget;
 mod config_map;
 mod deployment;
 mod environment;
-pub mod metrics;
-pub mod names;
 mod network_policy;
 mod pod_monitor;
 mod pod;
@@ -28,9 +26,9 @@ pub use config_map::policy_hash;
 pub use pod_monitor::pod_monitors;
 pub use scaled_object::scaled_objects;
 
-use crate::observe::Surroundings;
 use crate::pool::{Class, Mode, ValidPool};
 use crate::scale::Replicas;
+use crate::surroundings::Surroundings;
 
 /// All children of a pool.
 #[derive(Clone, Debug, PartialEq)]

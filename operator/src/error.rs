@@ -1,11 +1,19 @@
-//! Why a pool could not be reconciled. "Not ready yet" is no error, it is a condition.
+//! Why it did not go. "Not ready yet" is no error, it is a condition.
+
+mod broker; // why a broker cannot be used
+mod secret; // why a Secret is of no use
+
+use std::error::Error as StdError;
 
 use kube::runtime::watcher;
 
 use crate::pool::InvalidPool;
 use crate::reason;
 
-/// One variant for each thing that a person can do about it.
+pub use broker::BrokerError;
+pub use secret::SecretError;
+
+/// Why a pool could not be reconciled: one variant for each thing that a person can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The spec cannot be acted on. What runs is kept.
@@ -118,6 +126,21 @@ pub(crate) fn explain_watch(error: &watcher::Error) -> String {
         watcher::Error::WatchError(status) => status.message.clone(),
         watcher::Error::NoResourceVersion => error.to_string(),
     }
+}
+
+/// An error and its causes.
+pub(crate) fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Many errors of the client already print their source.
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
 
-use crate::desired::names;
 use crate::error::{Error, explain};
+use crate::failpoint;
+use crate::names;
+use crate::reason;
 use crate::watched::Watched;
-use crate::{failpoint, reason, status};
 
 /// Writes events.
 pub struct Events {
@@ -27,14 +28,14 @@ impl Events {
         for Told { reason, action, note } in scaling(before, after) {
             self.record(EventType::Normal, reason, action, &note, &about).await;
         }
-        if let Some(now) = status::degraded(after).filter(|now| now.status == "True") {
-            let was = status::degraded(before);
+        if let Some(now) = after.condition("Degraded").filter(|now| now.status == "True") {
+            let was = before.condition("Degraded");
             if was.is_none_or(|was| (&was.status, &was.reason) != (&now.status, &now.reason)) {
                 self.write(EventType::Warning, &now.reason, &now.message, &about).await;
             }
         }
-        let Some(now) = status::ready(after) else { return };
-        let was = status::ready(before);
+        let Some(now) = after.condition("Ready") else { return };
+        let was = before.condition("Ready");
         if was.is_some_and(|was| (&was.status, &was.reason) == (&now.status, &now.reason)) {
             return;
         }

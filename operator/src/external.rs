@@ -29,8 +29,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::Readiness;
+use crate::clients::Clients;
 use crate::config::Config;
-use crate::run::Clients;
 use crate::watched::Watched;
 
 use answers::Refusal;

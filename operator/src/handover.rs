@@ -7,7 +7,7 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
-use crate::controller::Context;
+use crate::context::Context;
 use crate::error::Error;
 use crate::failpoint;
 use crate::pool::{Mode, ValidPool};

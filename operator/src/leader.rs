@@ -10,8 +10,8 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::desired::names;
 use crate::error::explain;
+use crate::names;
 
 /// A leader that stops answering is followed by another after this long, and what that needs to see it: 15 s at most.
 const LEASE: Duration = Duration::from_secs(10);

@@ -139,7 +139,7 @@ impl Metrics {
         let mut families = self.registry.gather();
         if let Some(pools) = self.pools.get() {
             let pools = pools.state();
-            families.extend(series(pools.iter().filter_map(|pool| pool.pool.as_ref().ok()), Timestamp::now())?);
+            families.extend(series(pools.iter().filter_map(|watched| watched.pool.as_ref().ok()), Timestamp::now())?);
         }
         TextEncoder::new().encode_to_string(&families)
     }

@@ -1,7 +1,7 @@
 //! What works and should not stay as it is: it becomes the condition `Degraded`.
 
+use crate::error::SecretError;
 use crate::reason;
-use crate::secrets::SecretError;
 
 /// One thing that a person should look at.
 #[derive(Clone, Debug, PartialEq, Eq)]

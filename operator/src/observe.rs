@@ -2,9 +2,6 @@
 //!
 //! What no cache holds is asked for by name, since an object in the way carries none of our labels.
 
-mod references; // what pods need that is not there
-mod surroundings; // what a pool refers to and does not own
-
 use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
@@ -17,33 +14,12 @@ use kube::runtime::reflector::{Lookup, ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
-pub use surroundings::{Lookout, Surroundings};
-
-use crate::apply::{Slim, slim};
-use crate::controller::Context;
-use crate::desired::names;
+use crate::context::{Caches, Context};
 use crate::error::Error;
+use crate::names::{self, worker_class};
 use crate::pool::{Kind, Mode, ValidPool};
-
-/// The caches behind the watches.
-pub struct Caches {
-    /// Children, by kind.
-    pub service_accounts: Store<ServiceAccount>,
-    /// Children, by kind.
-    pub config_maps: Store<ConfigMap>,
-    /// Children, by kind.
-    pub services: Store<Service>,
-    /// Children, by kind.
-    pub network_policies: Store<NetworkPolicy>,
-    /// Children, by kind.
-    pub budgets: Store<PodDisruptionBudget>,
-    /// Children, by kind.
-    pub autoscalers: Store<HorizontalPodAutoscaler>,
-    /// Children, by kind.
-    pub deployments: Store<Deployment>,
-    /// The workers.
-    pub pods: Store<Pod>,
-}
+use crate::slim::{Slim, slim};
+use crate::surroundings::Surroundings;
 
 /// What exists for a pool. Every child that is there is the pool's own.
 pub struct Observed {
@@ -191,23 +167,9 @@ fn workers(pods: &Store<Pod>, pool: &ValidPool) -> Vec<Arc<Pod>> {
     pods.state_filter(|pod| is_theirs(pod) && worker_class(pod, &pool.name).is_some())
 }
 
-/// The class of a worker of this pool; `None` of any other pod. Anybody may give a pod our labels: it is ours if a
-/// ReplicaSet of one of the pool's Deployments controls it.
-pub(crate) fn worker_class(pod: &Pod, pool: &str) -> Option<Kind> {
-    let label = |name: &str| pod.labels().get(name).map(String::as_str);
-    let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true))?;
-    let class = [Kind::General, Kind::Gpu]
-        .into_iter()
-        .find(|class| label(names::CLASS_LABEL) == Some(names::class_name(*class)))?;
-    let set = controller.name.strip_prefix(&names::workload(pool, class)).and_then(|rest| rest.strip_prefix('-'))?;
-    let is_of_ours = controller.kind == "ReplicaSet" && label("pod-template-hash") == Some(set);
-    (is_of_ours && label(names::POOL_LABEL) == Some(pool)).then_some(class)
-}
-
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
-    use serde_json::json;
 
     use super::*;
     use crate::pool::tests::valid;
@@ -243,28 +205,5 @@ mod tests {
         let before = foreign(&config_map(Some("an earlier uid"), true), &pool);
         assert_eq!(before.as_deref(), Some("it belongs to WorkerPool `default`"));
         assert_eq!(foreign(&config_map(None, false), &pool).as_deref(), Some("it was not made for this pool"));
-    }
-
-    #[test]
-    fn a_pod_is_a_worker_if_it_is_of_a_replica_set_of_the_pool() {
-        let pod = |class: &str, generation: &str, owner: &str, set: &str| {
-            let labels =
-                json!({names::POOL_LABEL: "orders", names::CLASS_LABEL: class, "pod-template-hash": generation});
-            let owner = json!([{"apiVersion": "apps/v1", "kind": owner, "name": set, "uid": "1", "controller": true}]);
-            let pod = json!({"metadata": {"labels": labels, "ownerReferences": owner}});
-            worker_class(&serde_json::from_value(pod).expect("a Pod"), "orders").is_some()
-        };
-        assert!(pod("general", "5c9", "ReplicaSet", "orders-5c9") && pod("gpu", "5c9", "ReplicaSet", "orders-gpu-5c9"));
-        for (class, generation, owner, set) in [
-            ("general", "5c9", "ReplicaSet", "mine-5c9"),
-            ("general", "5c9", "ReplicaSet", "orders-gpu-5c9"),
-            ("general", "5c9", "Job", "orders-5c9"),
-            ("mine", "5c9", "ReplicaSet", "orders-5c9"),
-        ] {
-            assert!(!pod(class, generation, owner, set), "{class} {generation} {owner} {set}");
-        }
-        let labels = names::class_labels("orders", Kind::General);
-        let bare = Pod { metadata: ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }, ..Pod::default() };
-        assert_eq!(worker_class(&bare, "orders"), None);
     }
 }

@@ -20,7 +20,7 @@ pub use crds::{
     Delivery, EgressPolicy, ImagePullPolicy, InlineConnections, Resources, SecretKeyRef, SqlConnection, Storage,
     Tenants, Tls,
 };
-pub use nats::{Explicit, Nats, Streams, meeting_point};
+pub use nats::{Explicit, Nats, Streams, meeting_point, qualified};
 pub use scaling::{Bounds, Mode, Scaling};
 pub use tenants::{Limits, Quotas};
 pub use worker::{Egress, Root, RootVolume, Sql, Worker};

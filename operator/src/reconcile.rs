@@ -1,54 +1,27 @@
 //! The operator's story. Everything it does for a pool is named here.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use jiff::{Timestamp, Unit};
-use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::Lookup;
 use tracing::Span;
 
-use crate::apply::{Applied, apply, retire};
-use crate::controller::{Context, RESYNC};
+use crate::apply::{apply, retire};
+use crate::context::Context;
+use crate::converged::Converged;
 use crate::desired::desired;
 use crate::error::Error;
 use crate::notice::Notice;
 use crate::observe::observe;
 use crate::pool::validate;
-use crate::scale::Decisions;
 use crate::signals::Reading;
 use crate::sizing::{self, Sizing};
 use crate::status;
 use crate::streams::route_subject;
 use crate::telemetry::spans;
 use crate::watched::Watched;
-
-/// What a pool refers to has no watch: while something is wrong with it, it is looked at this often.
-const LOOK_AGAIN: Duration = Duration::from_secs(20);
-/// Workers go when time has passed, too: while some are about to, they are looked at this often.
-const WATCH_THEM_GO: Duration = Duration::from_secs(1);
-
-/// What a reconcile that went well leaves behind.
-pub struct Converged {
-    /// Whether workers take no work.
-    pub paused: bool,
-    /// How many workers, and why.
-    pub decisions: Decisions,
-    /// The children as they are now.
-    pub applied: Applied,
-    /// The workers, one by one.
-    pub pods: Vec<Arc<Pod>>,
-    /// What works and should not stay as it is.
-    pub notices: Vec<Notice>,
-    /// What workers with GPUs that are asked for no more still take work from.
-    pub draining: Option<String>,
-    /// Whether workers may go though nothing but time passes.
-    pub some_may_go: bool,
-    /// What KEDA is told in its mode.
-    pub demand: Option<i64>,
-}
 
 /// Makes a pool what it should be and says how that went.
 pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error> {
@@ -60,24 +33,11 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
     let before = status::current(&ctx, pool);
     let outcome = converge(pool, &ctx, &reading, &before, versions(&ctx, &watched)).await;
     let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
-    let says = status::ready(&after).map(|ready| ready.reason.clone());
+    let says = after.condition("Ready").map(|ready| ready.reason.clone());
     let next = step("publish", status::publish(&ctx, pool, &before, after)).await?;
     let converged = outcome?;
     Span::current().record("reason", says);
     Ok(Action::requeue(next.min(converged.look_again())))
-}
-
-impl Converged {
-    fn look_again(&self) -> Duration {
-        // What KEDA says of its ScaledObject has no watch either.
-        let looks_again = !self.notices.is_empty() || self.applied.scaled_object.is_some();
-        let next = match (self.some_may_go, looks_again) {
-            (true, _) => WATCH_THEM_GO,
-            (false, true) => LOOK_AGAIN,
-            (false, false) => RESYNC,
-        };
-        next.min(self.applied.tells_again.unwrap_or(RESYNC))
-    }
 }
 
 async fn converge(

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::lock::lock;
-use crate::observe::worker_class;
+use crate::names::worker_class;
 use crate::pool::Kind;
 use crate::scale::Done;
 
@@ -293,7 +293,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::desired::names;
+    use crate::names;
 
     fn report(finished: u64, running: u32, pulling: bool) -> Report {
         let slots = Slots { cpu: 8, gpu: 0, io: 16 };

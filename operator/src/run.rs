@@ -4,16 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use axum::http::Response;
-use kube::client::{ClientBuilder, DynBody};
-use kube::{Client, Config as KubeConfig};
+use kube::Client;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tower::BoxError;
-use tower::util::MapResultLayer;
 
 use crate::admin::{self, Liveness, Readiness, Topic};
+use crate::clients::Clients;
 use crate::config::Config;
 use crate::controller;
 use crate::external;
@@ -26,42 +23,8 @@ const SHUTDOWN: Duration = Duration::from_secs(10);
 /// How long a probe or a scrape that has begun may take then.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long the API server may take to answer a call. A watch is silent for longer, and has an idle limit of its own.
-const ANSWER: Duration = Duration::from_secs(15);
-
 /// How often an API server is asked for the Lease that does not give an answer.
 const LEASE_RETRY: Duration = Duration::from_secs(2);
-
-/// Ways to the API server.
-#[derive(Clone)]
-pub struct Clients {
-    /// For calls, each of which ends: with an answer, or with the limit.
-    pub calls: Client,
-    /// For watches, which do not.
-    pub watches: Client,
-}
-
-impl Clients {
-    /// From the kubeconfig, or from the service account.
-    async fn connect(metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
-        let mut config = KubeConfig::infer().await?;
-        // What fails is tried again by whoever asked, who counts it and says so.
-        config.default_retry = false;
-        let watches = counted(config.clone(), metrics)?;
-        config.read_timeout = Some(ANSWER);
-        config.reset_reader_on_write = true;
-        Ok(Self { calls: counted(config, metrics)?, watches })
-    }
-}
-
-fn counted(config: KubeConfig, metrics: &Arc<Metrics>) -> kube::Result<Client> {
-    let metrics = Arc::clone(metrics);
-    let counts = MapResultLayer::new(move |answer: Result<Response<Box<DynBody>>, BoxError>| {
-        metrics.called(answer.as_ref().ok().map(Response::status));
-        answer
-    });
-    Ok(ClientBuilder::try_from(config)?.with_layer(&counts).build())
-}
 
 /// Runs the operator until it is told to stop, or another one leads.
 pub async fn run(config: Config) -> anyhow::Result<()> {

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use kube::ResourceExt;
 
-use crate::desired::names;
+use crate::names;
 use crate::pool::{Kind, ValidPool};
 use crate::reports::Crew;
 use crate::scale::{Flow, Seen, Work, Workers};
@@ -182,7 +182,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::broker::BrokerError;
+    use crate::error::BrokerError;
     use crate::pool::tests::valid;
     use crate::reports::Worker;
     use crate::signals::Route;

@@ -20,15 +20,15 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{Broker, BrokerError, Brokers, Rest, Shared};
+use crate::broker::{Broker, Brokers, Rest, Shared};
+use crate::error::BrokerError;
 use crate::lock::lock;
 use crate::memory::Memory;
-use crate::neighbours::Neighbours;
 use crate::pool::{Delivery, Kind, Nats, ValidPool};
 use crate::rates::Ended;
 use crate::reports::Crew;
 use crate::scale::{Decisions, Flow};
-use crate::streams::{self, Demand, Refusals, Remark};
+use crate::streams::{self, Demand, Neighbours, Refusals, Remark};
 use crate::telemetry::spans;
 use crate::tenants::Tenants;
 use crate::watched::Watched;

@@ -1,20 +1,20 @@
 //! How many workers a pool gets now: the decision, by whoever decides in this pool, and the way there.
 
-use beamline_crds::{WorkerPool, WorkerPoolStatus};
+use beamline_crds::{Learned, WorkerPool, WorkerPoolStatus};
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 
-use crate::controller::Context;
+use crate::context::Context;
 use crate::error::Error;
+use crate::handover;
 use crate::observe::Observed;
 use crate::pool::{Class, Kind, Mode, ValidPool};
 use crate::reports::{Crew, Worker};
 use crate::retire::{Plan, plan, stay};
-use crate::scale::{Decision, Decisions, Need, Replicas, Rules, Why, as_written, fixed};
+use crate::scale::{self, Decision, Decisions, Need, Replicas, Rules, Scaler, Why, as_written, fixed};
 use crate::seen::{demand, is_hidden, seen};
 use crate::signals::Reading;
 use crate::watched::Watched;
-use crate::{handover, status};
 
 /// How many workers, and the way there.
 pub struct Sizing {
@@ -172,7 +172,7 @@ impl Scene<'_> {
         let Self { pool, ctx, observed, reading, before } = self;
         let reference = reference(pool);
         let known = ctx.memory.scaler(&reference, class.kind);
-        let mut scaler = known.unwrap_or_else(|| status::scaler(before, class.kind));
+        let mut scaler = known.unwrap_or_else(|| scaler(before, class.kind));
         if let Some(from) = from {
             scaler.starts_from(from);
         }
@@ -248,4 +248,26 @@ fn made(observed: &Observed, kind: Kind) -> Option<i32> {
 
 fn reference(pool: &ValidPool) -> ObjectRef<Watched> {
     ObjectRef::new(&pool.name).within(&pool.namespace)
+}
+
+/// Where another operator has stopped: what it decided, and what it learned.
+fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
+    let mode = status.scaling.as_ref().map(|scaling| scaling.mode);
+    let (desired, learned) = match class {
+        Kind::General => (
+            status.scaling.as_ref().map(|scaling| scaling.desired),
+            status.scaling.as_ref().map(|scaling| &scaling.learned),
+        ),
+        Kind::Gpu => (status.gpu.as_ref().map(|gpu| gpu.desired_replicas), status.gpu.as_ref().map(|gpu| &gpu.learned)),
+    };
+    let Learned { rate_per_replica, pod_start_seconds } = learned.cloned().unwrap_or_default();
+    let number = |shown: Option<String>| shown?.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
+    let learned =
+        scale::Learned { rate: number(rate_per_replica).filter(|rate| *rate > 0.0), start: number(pod_start_seconds) };
+    let was_ours = match class {
+        Kind::General => mode == Some(Mode::Operator),
+        Kind::Gpu => matches!(mode, Some(Mode::Operator | Mode::Hpa | Mode::Keda)),
+    };
+    // Who decided in another mode says nothing about what is needed: what runs does.
+    Scaler::after(desired.filter(|_| was_ours), learned)
 }

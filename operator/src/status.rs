@@ -16,18 +16,16 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource};
 use serde_json::json;
 
-use crate::controller::{Context, RESYNC};
-use crate::desired::names;
+use crate::context::{Context, RESYNC};
+use crate::converged::Converged;
 use crate::error::Error;
 use crate::failpoint;
-use crate::pool::Kind;
-use crate::reconcile::Converged;
-use crate::scale::{self, Decisions, Scaler};
+use crate::names;
+use crate::scale::{self, Decisions};
 use crate::signals::{Readable, Reading};
 use crate::watched::Watched;
 
 use class::ClassState;
-pub use conditions::{degraded, ready};
 
 /// How far a watch may be behind our own writes.
 const WATCH_LAG: Duration = Duration::from_secs(5);
@@ -172,28 +170,6 @@ fn learned(learned: &scale::Learned) -> Learned {
     // All digits that there are: whoever reads it decides the same.
     let shown = |value: Option<f64>| value.map(|value| format!("{value:?}"));
     Learned { rate_per_replica: shown(learned.rate), pod_start_seconds: shown(learned.start) }
-}
-
-/// Where another operator has stopped: what it decided, and what it learned.
-pub fn scaler(status: &WorkerPoolStatus, class: Kind) -> Scaler {
-    let mode = status.scaling.as_ref().map(|scaling| scaling.mode);
-    let (desired, learned) = match class {
-        Kind::General => (
-            status.scaling.as_ref().map(|scaling| scaling.desired),
-            status.scaling.as_ref().map(|scaling| &scaling.learned),
-        ),
-        Kind::Gpu => (status.gpu.as_ref().map(|gpu| gpu.desired_replicas), status.gpu.as_ref().map(|gpu| &gpu.learned)),
-    };
-    let Learned { rate_per_replica, pod_start_seconds } = learned.cloned().unwrap_or_default();
-    let number = |shown: Option<String>| shown?.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
-    let learned =
-        scale::Learned { rate: number(rate_per_replica).filter(|rate| *rate > 0.0), start: number(pod_start_seconds) };
-    let was_ours = match class {
-        Kind::General => mode == Some(Mode::Operator),
-        Kind::Gpu => matches!(mode, Some(Mode::Operator | Mode::Hpa | Mode::Keda)),
-    };
-    // Who decided in another mode says nothing about what is needed: what runs does.
-    Scaler::after(desired.filter(|_| was_ours), learned)
 }
 
 /// Writes the status if it changed, as far as the type has a place for it, and says when to come back.

@@ -6,6 +6,7 @@
 //! pool needs any more.
 
 pub mod governance; // whose word counts
+mod neighbours; // other pools on the same broker
 mod wanted; // what must be there
 
 use async_nats::jetstream::ErrorCode;
@@ -15,13 +16,14 @@ use async_nats::jetstream::context::{ConsumerInfoErrorKind, Context, GetStreamEr
 use async_nats::jetstream::stream::{Config, ConsumerCreateStrictErrorKind, Stream};
 use futures::TryStreamExt;
 
-use crate::broker::BrokerError;
+use crate::error::BrokerError;
 use crate::failpoint;
-use crate::neighbours::{GpuSlots, Neighbours};
 use crate::pool::{Delivery, Limits, Nats};
 use crate::reason;
 
 pub use governance::Refusals;
+use neighbours::GpuSlots;
+pub use neighbours::{Neighbours, this_cluster};
 use wanted::UNLIMITED;
 pub use wanted::{
     ACCOUNTS, CONTROL, CONTROL_CONSUMER, DEAD_LETTER_SUBJECT, DEAD_LETTERS, MaxAckPending, RESULTS, account_subject,
@@ -303,6 +305,12 @@ pub(crate) async fn messages<I>(stream: &Stream<I>, name: &str, subject: &str) -
     // One subject has one count, however many pages a server says that there are.
     let count = counts.try_next().await.map_err(|error| unanswered(&error))?;
     Ok(count.map_or(0, |(_, count)| i64::try_from(count).unwrap_or(i64::MAX)))
+}
+
+/// Waiting, and held by workers.
+pub(crate) fn counts(consumer: &consumer::Info) -> (i64, i64) {
+    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    (number(consumer.num_pending), number(consumer.num_ack_pending as u64))
 }
 
 /// A stream that keeps what the queue group gets too would fill, and hand all of it out again some day.

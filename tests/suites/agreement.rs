@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use beamline_crds::WorkerPool;
 use beamline_operator::desired::{Desired, desired};
-use beamline_operator::observe::Surroundings;
 use beamline_operator::pool::{InvalidPool, ValidPool, validate};
 use beamline_operator::reports::Crew;
+use beamline_operator::surroundings::Surroundings;
 use beamline_operator::tenants::{Kept, Parked, Shelf, tenants};
 use beamline_operator::{scale, streams};
 use beamline_tests::policy::Policy as PolicyFile;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use beamline_crds::WorkerPool;
 use beamline_operator::config::Config as OperatorConfig;
-use beamline_operator::desired::metrics::{DEPTH, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL};
+use beamline_operator::names::metrics::{DEPTH, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL};
 use beamline_operator::pool::validate;
 use beamline_operator::scale::{Flow, Learned, Need, Rules, Scaler, Seen, Work, Workers};
 use beamline_tests::failpoint::POINTS;
@@ -143,12 +143,19 @@ fn the_worker_knows_nothing_of_kubernetes() {
     }
 }
 
-/// So the order of `worker/src/lib.rs` is one that a reader can follow, and a change stays in few files.
+/// So the order of a program's `lib.rs` is one that a reader can follow, and a change stays in few files.
 #[test]
-fn a_module_of_the_worker_knows_only_those_above_it() {
-    let sources = Path::new("worker/src");
+fn a_module_of_a_program_knows_only_those_above_it() {
+    for program in ["worker", "operator"] {
+        each_knows_only_those_above_it(&Path::new(program).join("src"));
+    }
+}
+
+#[track_caller]
+fn each_knows_only_those_above_it(sources: &Path) {
     let list = read(sources.join("lib.rs"));
-    let order: Vec<&str> = list.lines().filter_map(|line| line.strip_prefix("pub mod ")?.split(';').next()).collect();
+    let modules = list.lines().filter_map(|line| line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod "));
+    let order: Vec<&str> = modules.filter_map(|module| module.split(';').next()).collect();
     assert!(order.len() > 20, "only {} modules were found", order.len());
     let place = |module: &str| order.iter().position(|listed| *listed == module);
     for path in files("rs").iter().filter(|path| path.starts_with(sources)) {

@@ -8,15 +8,17 @@ use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
 
-use super::{fingerprint, removal, settled, slim};
-use crate::controller::{Context, RESYNC};
-use crate::desired::{names, pod_monitors, scaled_objects};
+use super::{removal, settled};
+use crate::context::{Context, RESYNC};
+use crate::desired::{pod_monitors, scaled_objects};
 use crate::error::Error;
 use crate::failpoint;
 use crate::memory::{Look, Since};
+use crate::names;
 use crate::notice::Notice;
 use crate::observe::foreign;
 use crate::pool::ValidPool;
+use crate::slim::{fingerprint, slim};
 use crate::watched::Watched;
 
 /// How often a missing type is looked for.

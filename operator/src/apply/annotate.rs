@@ -7,7 +7,7 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
-use crate::controller::Context;
+use crate::context::Context;
 use crate::error::Error;
 use crate::failpoint;
 use crate::notice::Notice;

@@ -13,9 +13,9 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use crate::apply::annotate::{AT_ONCE, annotate};
-use crate::controller::Context;
-use crate::desired::names;
+use crate::context::Context;
 use crate::error::Error;
+use crate::names;
 use crate::notice::Notice;
 
 /// After so long a kubelet has heard of the change.

@@ -6,7 +6,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use kube::runtime::reflector::ObjectRef;
 
 use crate::apply::annotate::{AT_ONCE, annotate};
-use crate::controller::Context;
+use crate::context::Context;
 use crate::error::Error;
 use crate::notice::Notice;
 use crate::pool::ValidPool;

@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_nats::ServerAddr;
 use ipnet::IpNet;
 
-use super::BrokerError;
-use crate::observe::Lookout;
+use crate::error::BrokerError;
+use crate::surroundings::Lookout;
 
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -6,7 +6,8 @@ use async_nats::{HeaderMap, Message};
 use futures::StreamExt;
 use serde_json::json;
 
-use super::{Broker, BrokerError, REQUEST_TIMEOUT};
+use super::{Broker, REQUEST_TIMEOUT};
+use crate::error::BrokerError;
 
 impl Broker {
     /// What a stream keeps last of each of these subjects, by subject: at most 1024 of them. Absent ones are not in the answer,

@@ -9,7 +9,7 @@ use k8s_openapi::api::autoscaling::v2::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
-use super::{metrics, names};
+use crate::names::{self, metrics};
 use crate::pool::{Bounds, ValidPool};
 
 pub(super) fn autoscaler(pool: &ValidPool) -> HorizontalPodAutoscaler {

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 
-use super::names;
+use crate::names;
 use crate::pool::{Disruption, Kind, ValidPool};
 
 pub(super) fn budget(pool: &ValidPool, class: Kind) -> PodDisruptionBudget {

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde_json::{Value, json};
 
-use super::{digest, names, secrets};
+use super::{digest, secrets};
+use crate::names;
 use crate::pool::ValidPool;
 
 /// File of the policy.

@@ -4,7 +4,8 @@ use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy,
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use super::{names, pod};
+use super::pod;
+use crate::names;
 use crate::pool::{Class, Rollout, ValidPool};
 
 pub(super) fn deployment(pool: &ValidPool, class: &Class, replicas: i32) -> Deployment {

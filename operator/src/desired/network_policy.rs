@@ -11,11 +11,11 @@ use k8s_openapi::api::networking::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names;
 use super::pod::METRICS_PORT;
-use crate::observe::Surroundings;
+use crate::names;
 use crate::pool::egress::Place;
 use crate::pool::{EgressPolicy, ValidPool, port};
+use crate::surroundings::Surroundings;
 
 const DNS_PORT: u16 = 53;
 /// Where clouds keep the credentials of their machines.

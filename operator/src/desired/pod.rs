@@ -9,7 +9,8 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::environment::environment;
-use super::{names, secrets};
+use super::secrets;
+use crate::names;
 use crate::pool::{Class, Devices, ImagePullPolicy, Root, RootVolume, Source, ValidPool, Worker};
 
 /// Port of metrics and probes, as in the seed's `--prometheus-endpoint`.

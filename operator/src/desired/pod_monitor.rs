@@ -3,7 +3,7 @@
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta};
 use serde_json::json;
 
-use super::names;
+use crate::names;
 use crate::pool::ValidPool;
 
 /// The type, as the API server knows it.

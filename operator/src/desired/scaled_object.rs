@@ -5,7 +5,7 @@ use kube::api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta};
 use serde_json::json;
 use url::Url;
 
-use super::names;
+use crate::names;
 use crate::pool::{Bounds, ValidPool};
 
 /// How often KEDA asks for the number while there is no worker, in seconds. It is in the operator's memory.

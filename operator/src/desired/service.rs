@@ -3,8 +3,8 @@
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names;
 use super::pod::METRICS_PORT;
+use crate::names;
 use crate::pool::ValidPool;
 
 pub(super) fn service(pool: &ValidPool) -> Service {

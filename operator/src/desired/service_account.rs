@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::ServiceAccount;
 
-use super::names;
+use crate::names;
 use crate::pool::ValidPool;
 
 pub(super) fn service_account(pool: &ValidPool) -> ServiceAccount {

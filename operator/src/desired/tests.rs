@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use url::Url;
 
 use super::*;
+use crate::names;
 use crate::pool::tests::valid;
 use crate::scale;
 

@@ -7,7 +7,7 @@ use jiff::{Timestamp, Unit};
 use kube::Resource;
 use serde_json::{Value, json};
 
-use crate::desired::metrics::{DEPTH, GROUP, GROUP_VERSION, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL, VERSION};
+use crate::names::metrics::{DEPTH, GROUP, GROUP_VERSION, IN_FLIGHT, OLDEST_AGE, PENDING, POOL_LABEL, VERSION};
 use crate::watched::Watched;
 
 const METRICS: [&str; 4] = [DEPTH, PENDING, IN_FLIGHT, OLDEST_AGE];
@@ -118,8 +118,8 @@ pub(super) fn queue(pool: Option<&Watched>, now: Timestamp) -> Result<Value, Ref
     }))
 }
 
-fn is_keda(pool: &Watched) -> bool {
-    let scaling = pool.pool.as_ref().ok().and_then(|pool| pool.spec.scaling.as_ref());
+fn is_keda(watched: &Watched) -> bool {
+    let scaling = watched.pool.as_ref().ok().and_then(|pool| pool.spec.scaling.as_ref());
     scaling.is_some_and(|scaling| scaling.mode == Some(Mode::Keda))
 }
 
@@ -137,16 +137,15 @@ fn number_of(metric: &str) -> Option<fn(&Queue, Timestamp) -> i64> {
     }
 }
 
-fn name(pool: &Watched) -> &str {
-    pool.meta().name.as_deref().unwrap_or_default()
+fn name(watched: &Watched) -> &str {
+    watched.meta().name.as_deref().unwrap_or_default()
 }
 
 /// The queue, if it is readable now.
-fn readable(pool: &Watched) -> Result<&Queue, String> {
-    let pool: &WorkerPool = pool.pool.as_ref().map_err(|invalid| invalid.error.clone())?;
+fn readable(watched: &Watched) -> Result<&Queue, String> {
+    let pool: &WorkerPool = watched.pool.as_ref().map_err(|invalid| invalid.error.clone())?;
     let status = pool.status.as_ref().ok_or("the operator has not looked at it yet")?;
-    let condition = status.conditions.iter().find(|condition| condition.type_ == "QueueReadable");
-    match condition {
+    match status.condition("QueueReadable") {
         Some(condition) if condition.status == "True" => {
             status.queue.as_ref().ok_or_else(|| "nats.delivery is Core: there is no queue".to_owned())
         }

@@ -23,8 +23,8 @@ use x509_parser::pem::Pem;
 use super::door::{Door, Keys};
 use crate::admin::{Readiness, Topic};
 use crate::config::{CertificateBy, Config};
-use crate::desired::names;
 use crate::error::explain;
+use crate::names;
 
 /// Who answers for `external.metrics.k8s.io`, cluster-wide.
 const API_SERVICE: &str = "v1beta1.external.metrics.k8s.io";

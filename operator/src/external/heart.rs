@@ -13,13 +13,13 @@ use kube::{Api, Client};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::apply;
 use crate::config::Config;
-use crate::controller::{WATCH_ERROR, changes};
-use crate::desired::names;
 use crate::error::{explain, explain_watch};
 use crate::lock::lock;
+use crate::names;
+use crate::slim::slim;
 use crate::watched::Watched;
+use crate::watches::{WATCH_ERROR, changes};
 
 /// How often the Lease is looked at.
 const LOOK: Duration = Duration::from_secs(5);
@@ -77,7 +77,7 @@ impl Heart {
             None => Api::all(client),
         };
         let (pools, writer) = reflector::store();
-        let events = changes(api, watcher::Config::default(), relist_after).modify(apply::slim);
+        let events = changes(api, watcher::Config::default(), relist_after).modify(slim);
         let heart = self.clone();
         let events = events.inspect(move |event| heart.heard(event)).reflect(writer).for_each(async |_| {});
         tokio::spawn(stop.clone().run_until_cancelled_owned(events));

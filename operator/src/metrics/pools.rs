@@ -82,7 +82,7 @@ fn flag(is_set: bool) -> f64 {
 }
 
 fn holds(status: &WorkerPoolStatus, condition: &str) -> bool {
-    status.conditions.iter().any(|found| found.type_ == condition && found.status == "True")
+    status.condition(condition).is_some_and(|found| found.status == "True")
 }
 
 /// The queue as it is now: what the status still shows of one that cannot be read does not count.

@@ -72,6 +72,17 @@ pub fn meeting_point(nats: &crds::Nats) -> (&str, &str) {
     (nats.subject.as_deref().unwrap_or(SUBJECT), nats.queue_group.as_deref().unwrap_or(QUEUE_GROUP))
 }
 
+/// A name without dots means a Service of the pool's namespace, as its workers see it; from here it needs the rest.
+pub fn qualified(url: &str, namespace: &str) -> String {
+    let Some((scheme, address)) = url.split_once("://") else { return url.to_owned() };
+    let (host, port) =
+        address.split_once(':').map_or((address, String::new()), |(host, port)| (host, format!(":{port}")));
+    if host.contains(['.', '[']) || host == "localhost" {
+        return url.to_owned();
+    }
+    format!("{scheme}://{host}.{namespace}.svc{port}")
+}
+
 pub(super) fn nats(nats: crds::Nats) -> Result<Nats, InvalidPool> {
     let crds::Nats {
         url,

@@ -128,3 +128,12 @@ fn a_pool_that_no_server_stored_is_refused() {
     pool.metadata.uid = None;
     assert_eq!(validate(&pool, IMAGE), Err(InvalidPool::NotStored));
 }
+
+#[test]
+fn a_bare_name_is_a_service_of_the_pools_namespace() {
+    assert_eq!(qualified("nats://nats:4222", "shop"), "nats://nats.shop.svc:4222");
+    assert_eq!(qualified("tls://nats", "shop"), "tls://nats.shop.svc");
+    for whole in ["nats://nats.nats.svc:4222", "nats://10.1.2.3:4222", "nats://[::1]:4222", "nats://localhost:4222"] {
+        assert_eq!(qualified(whole, "shop"), whole);
+    }
+}

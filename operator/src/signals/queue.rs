@@ -9,10 +9,10 @@ use beamline_crds::Queue;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{Arrived, Route};
-use crate::broker::{BrokerError, Rest};
+use crate::error::BrokerError;
 use crate::pool::Nats;
 use crate::rates::{Totals, Window, with_rates};
-use crate::streams::{self, DEAD_LETTER_SUBJECT, DEAD_LETTERS};
+use crate::streams::{self, counts};
 
 /// What arrived within seconds, and within half a minute.
 const RECENTLY: Duration = Duration::from_secs(5);
@@ -125,31 +125,10 @@ fn created_at(intake: &Info) -> i128 {
     intake.created.unix_timestamp_nanos()
 }
 
-/// Waiting, and held by workers.
-fn counts(consumer: &consumer::Info) -> (i64, i64) {
-    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-    (number(consumer.num_pending), number(consumer.num_ack_pending as u64))
-}
-
 /// A work-queue stream keeps nothing that is finished, so that its first message is the oldest unfinished one.
 fn oldest(intake: &Info) -> Option<Time> {
     if intake.state.messages == 0 {
         return None;
     }
     jiff::Timestamp::from_second(intake.state.first_timestamp.unix_timestamp()).ok().map(Time)
-}
-
-/// What is asked for less often, and once for all pools of a broker.
-pub async fn rest(jetstream: &Context) -> Result<Rest, BrokerError> {
-    let stream = streams::handle(jetstream, DEAD_LETTERS).await?;
-    let dead_letters = streams::messages(&stream, DEAD_LETTERS, DEAD_LETTER_SUBJECT).await?;
-    Ok(Rest { dead_letters, control: control(jetstream).await })
-}
-
-/// Cancels and answers that no worker has dealt with yet, of all pools; `None` where there is no way to tell.
-async fn control(jetstream: &Context) -> Option<i64> {
-    let stream = streams::handle(jetstream, streams::CONTROL).await.ok()?;
-    let consumer = streams::find_consumer(&stream, streams::CONTROL, streams::CONTROL_CONSUMER).await.ok()??;
-    let (pending, in_flight) = counts(&consumer);
-    Some(pending.saturating_add(in_flight))
 }

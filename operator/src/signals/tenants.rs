@@ -9,7 +9,8 @@ use async_nats::jetstream::context::Context;
 use futures::StreamExt;
 use jiff::Timestamp;
 
-use crate::broker::{Broker, BrokerError};
+use crate::broker::Broker;
+use crate::error::BrokerError;
 use crate::pool::{Delivery, Kind, Nats};
 use crate::reports::{Crew, is_tenant};
 use crate::streams::{self, Demand};

@@ -5,7 +5,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
 use super::class::ClassState;
-use crate::desired::names;
+use crate::names;
 use crate::reason;
 
 /// A cause that a person can act on. The first in this order wins.

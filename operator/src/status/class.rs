@@ -5,8 +5,8 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 
+use crate::converged::Converged;
 use crate::pool::Kind;
-use crate::reconcile::Converged;
 use crate::seen::of_class;
 
 /// The pods of one class: what is asked for, and what is there.

@@ -7,11 +7,10 @@ use serde_json::Value;
 
 use super::cause;
 use super::class::ClassState;
-use crate::broker::BrokerError;
-use crate::error::Error;
+use crate::converged::Converged;
+use crate::error::{BrokerError, Error};
 use crate::notice::Notice;
 use crate::reason;
-use crate::reconcile::Converged;
 use crate::scale::{Decisions, Need};
 use crate::signals::{Readable, Reading};
 use crate::streams::Remark;
@@ -38,16 +37,6 @@ impl Verdict {
     fn new(status: &str, reason: &str, message: impl Into<String>) -> Self {
         Self { status: status.to_owned(), reason: reason.to_owned(), message: message.into() }
     }
-}
-
-/// The condition that sums the others up.
-pub fn ready(status: &WorkerPoolStatus) -> Option<&Condition> {
-    find(status, "Ready")
-}
-
-/// The condition of what works and should not stay as it is.
-pub fn degraded(status: &WorkerPoolStatus) -> Option<&Condition> {
-    find(status, "Degraded")
 }
 
 pub(super) fn conditions(
@@ -227,7 +216,7 @@ fn text<'a>(condition: &'a Value, key: &str) -> &'a str {
 
 /// What an error hides is as it was.
 fn as_it_was(before: &WorkerPoolStatus, type_: &str, unknown: &str) -> Verdict {
-    find(before, type_).map_or_else(
+    before.condition(type_).map_or_else(
         || Verdict::new("Unknown", unknown, "not looked at yet"),
         |before| Verdict::new(&before.status, &before.reason, &before.message),
     )
@@ -285,15 +274,11 @@ fn answer<T>(
     match answer {
         Some(Ok(answer)) => fine(answer),
         Some(Err(error)) => Verdict::no(error.reason(), error.to_string()),
-        None => match find(before, type_) {
+        None => match before.condition(type_) {
             Some(before) => Verdict::new(&before.status, &before.reason, &before.message),
             None => Verdict::new("Unknown", reason::ASKING_NATS, "the broker has not answered yet"),
         },
     }
-}
-
-fn find<'a>(status: &'a WorkerPoolStatus, type_: &str) -> Option<&'a Condition> {
-    status.conditions.iter().find(|condition| condition.type_ == type_)
 }
 
 fn condition(pool: &WorkerPool, before: &WorkerPoolStatus, type_: &str, verdict: Verdict, now: Timestamp) -> Condition {
@@ -301,7 +286,7 @@ fn condition(pool: &WorkerPool, before: &WorkerPoolStatus, type_: &str, verdict:
     if message.len() > LONGEST_MESSAGE {
         message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
     }
-    let since = find(before, type_).filter(|before| before.status == status);
+    let since = before.condition(type_).filter(|before| before.status == status);
     Condition {
         type_: type_.to_owned(),
         status,

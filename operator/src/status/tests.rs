@@ -11,12 +11,11 @@ use serde_json::json;
 
 use super::*;
 use crate::apply::Applied;
-use crate::broker::BrokerError;
+use crate::error::{BrokerError, SecretError};
 use crate::notice::Notice;
 use crate::pool::InvalidPool;
 use crate::pool::tests::stored;
 use crate::scale::{Decisions, Need, fixed};
-use crate::secrets::SecretError;
 use crate::signals::Route;
 use crate::streams::Remark;
 use crate::tenants::Tenants;

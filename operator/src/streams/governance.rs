@@ -12,11 +12,11 @@ use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::Config;
 use serde_json::{Value, json};
 
+use super::neighbours::{Governor, Neighbours};
 use super::wanted::{DEAD_LETTERS, RESULTS};
 use super::{Demand, Remark};
-use crate::broker::chain;
+use crate::error::chain;
 use crate::failpoint;
-use crate::neighbours::{Governor, Neighbours};
 use crate::pool::Explicit;
 
 /// A setting that can be altered while a stream is in use, as the broker names and writes it.

@@ -1,5 +1,7 @@
 //! What is kept of an object: caches of every pool's children and pods are most of what the operator holds.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Service, ServiceAccount};
@@ -7,9 +9,9 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::DynamicObject;
 use kube::{Resource, ResourceExt};
+use serde::Serialize;
 
-use super::fingerprint;
-use crate::desired::names;
+use crate::names;
 use crate::watched::Watched;
 
 /// An object of which only a part is read here.
@@ -96,4 +98,12 @@ pub fn slim(object: &mut impl Slim) {
     // What was retained is a small part of what there was room for.
     entries.shrink_to_fit();
     object.drop_unread();
+}
+
+/// The same for values that are the same.
+pub fn fingerprint(value: &impl Serialize) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    // Maps are ordered here, so that the same value has the same text.
+    serde_json::to_string(value).unwrap_or_default().hash(&mut hasher);
+    hasher.finish()
 }

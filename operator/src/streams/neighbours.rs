@@ -7,10 +7,9 @@ use beamline_crds as crds;
 use kube::runtime::reflector::{ObjectRef, Store};
 use sha2::{Digest, Sha256};
 
-use crate::broker::qualified;
+use super::{Demand, intake_stream};
 use crate::lock::lock;
-use crate::pool::meeting_point;
-use crate::streams::{Demand, intake_stream};
+use crate::pool::{meeting_point, qualified};
 use crate::watched::Watched;
 
 /// Names the pool whose word counts for a stream, as namespace/name.
@@ -190,15 +189,15 @@ impl Neighbours {
 }
 
 /// As namespace/name.
-fn name(pool: &Watched) -> String {
-    let metadata = kube::Resource::meta(pool);
+fn name(watched: &Watched) -> String {
+    let metadata = kube::Resource::meta(watched);
     let [namespace, name] = [&metadata.namespace, &metadata.name].map(|name| name.as_deref().unwrap_or_default());
     format!("{namespace}/{name}")
 }
 
 /// One that cannot be read is taken to manage what it managed.
-fn manages(pool: &Watched, stream: &str) -> bool {
-    let Ok(pool) = &pool.pool else { return true };
+fn manages(watched: &Watched, stream: &str) -> bool {
+    let Ok(pool) = &watched.pool else { return true };
     let crds::Nats { streams, delivery, .. } = &pool.spec.nats;
     let manage = streams.as_ref().and_then(|streams| streams.manage).unwrap_or(true);
     let is_intake = stream.starts_with("CAF_POOL_") || stream == "CAF_EXEC_ASSIGN";

@@ -1,8 +1,12 @@
 //! What children are called and labelled. Selectors are immutable: a change here orphans running pods.
 
+pub mod metrics; // what the numbers of a queue are called
+
 use std::collections::BTreeMap;
 
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use kube::ResourceExt;
 
 use crate::pool::{Kind, ValidPool};
 
@@ -97,6 +101,46 @@ pub fn class_metadata(pool: &ValidPool, class: Kind) -> ObjectMeta {
     ObjectMeta { labels: Some(class_labels(&pool.name, class)), ..metadata(pool, workload(&pool.name, class)) }
 }
 
+/// The class of a worker of this pool; `None` of any other pod. Anybody may give a pod our labels: it is ours if a
+/// ReplicaSet of one of the pool's Deployments controls it.
+pub fn worker_class(pod: &Pod, pool: &str) -> Option<Kind> {
+    let label = |name: &str| pod.labels().get(name).map(String::as_str);
+    let controller = pod.owner_references().iter().find(|owner| owner.controller == Some(true))?;
+    let class = [Kind::General, Kind::Gpu].into_iter().find(|class| label(CLASS_LABEL) == Some(class_name(*class)))?;
+    let set = controller.name.strip_prefix(&workload(pool, class)).and_then(|rest| rest.strip_prefix('-'))?;
+    let is_of_ours = controller.kind == "ReplicaSet" && label("pod-template-hash") == Some(set);
+    (is_of_ours && label(POOL_LABEL) == Some(pool)).then_some(class)
+}
+
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> BTreeMap<String, String> {
     pairs.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_pod_is_a_worker_if_it_is_of_a_replica_set_of_the_pool() {
+        let pod = |class: &str, generation: &str, owner: &str, set: &str| {
+            let labels = json!({POOL_LABEL: "orders", CLASS_LABEL: class, "pod-template-hash": generation});
+            let owner = json!([{"apiVersion": "apps/v1", "kind": owner, "name": set, "uid": "1", "controller": true}]);
+            let pod = json!({"metadata": {"labels": labels, "ownerReferences": owner}});
+            worker_class(&serde_json::from_value(pod).expect("a Pod"), "orders").is_some()
+        };
+        assert!(pod("general", "5c9", "ReplicaSet", "orders-5c9") && pod("gpu", "5c9", "ReplicaSet", "orders-gpu-5c9"));
+        for (class, generation, owner, set) in [
+            ("general", "5c9", "ReplicaSet", "mine-5c9"),
+            ("general", "5c9", "ReplicaSet", "orders-gpu-5c9"),
+            ("general", "5c9", "Job", "orders-5c9"),
+            ("mine", "5c9", "ReplicaSet", "orders-5c9"),
+        ] {
+            assert!(!pod(class, generation, owner, set), "{class} {generation} {owner} {set}");
+        }
+        let labels = class_labels("orders", Kind::General);
+        let bare = Pod { metadata: ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }, ..Pod::default() };
+        assert_eq!(worker_class(&bare, "orders"), None);
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, ContainerStatus, KeyToPath, Pod, Volume};
 
-use crate::desired::names;
+use crate::names;
 
 /// One key of an object, or the object itself, and the field that asks for it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

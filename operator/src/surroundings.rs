@@ -1,5 +1,7 @@
 //! What a pool refers to and does not own: asked for by name, and remembered for a while.
 
+mod references; // what pods need that is not there
+
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::net::IpAddr;
@@ -11,14 +13,15 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
 use url::Url;
 
-use super::references::{self, Kind, Reference};
-use crate::desired::metrics;
-use crate::error::explain;
+use crate::error::{SecretError, explain};
 use crate::lock::lock;
+use crate::names::metrics;
 use crate::notice::Notice;
 use crate::pool::port;
 use crate::pool::{Mode, Root, RootVolume, SecretKeyRef, ValidPool};
-use crate::secrets::{self, SecretError};
+use crate::secrets;
+
+use references::{Kind, Reference};
 
 /// A Secret or claim that appears is noticed after this long.
 const MEMORY: Duration = Duration::from_secs(20);
@@ -109,7 +112,7 @@ impl Lookout {
 
     /// Its Service's address is in the environment of every pod; the addresses behind it need a right that an operator of
     /// one namespace may lack.
-    pub(crate) async fn api_server(&self) -> BTreeSet<IpAddr> {
+    pub async fn api_server(&self) -> BTreeSet<IpAddr> {
         let ask = async || {
             let slices = Api::<EndpointSlice>::namespaced(self.client.clone(), "default");
             let slice = slices.get_opt("kubernetes").await.unwrap_or_else(|error| {
