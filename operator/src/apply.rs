@@ -30,7 +30,7 @@ use crate::context::Context;
 use crate::desired::{Desired, Workload, policy_hash};
 use crate::error::Error;
 use crate::failpoint;
-use crate::memory::{Child, Settled, Since};
+use crate::memory::{Child, Settled, Since, version};
 use crate::names;
 use crate::notice::Notice;
 use crate::observe::{self, Observed};
@@ -238,9 +238,8 @@ fn settled(object: &impl Resource, wish: u64) -> Settled {
     let entries = object.managed_fields().iter();
     let fields: Vec<_> =
         entries.map(|entry| (&entry.operation, entry.fields_v1.as_ref().map(|fields| &fields.0))).collect();
-    let version = object.resource_version().and_then(|version| version.parse().ok());
     let (uid, fields) = (object.uid().unwrap_or_default(), fingerprint(&fields));
-    Settled { uid, version, wish, fields, at: Instant::now() }
+    Settled { uid, version: version(object), wish, fields, at: Instant::now() }
 }
 
 #[cfg(test)]

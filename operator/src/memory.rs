@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use beamline_crds::WorkerPoolStatus;
+use kube::Resource;
 use kube::api::DynamicObject;
 use kube::runtime::reflector::{ObjectRef, Store};
 
@@ -128,6 +129,11 @@ impl Contest {
     }
 }
 
+/// Which version of an object this is; `None` where versions have no order.
+pub fn version(object: &impl Resource) -> Option<u64> {
+    object.meta().resource_version.as_ref()?.parse().ok()
+}
+
 impl Memory {
     /// Of pools in this cache, and of no others for long.
     pub fn of(pools: Store<Watched>) -> Self {
@@ -178,6 +184,13 @@ impl Memory {
     /// Notes how a write left a child.
     pub fn settle(&self, pool: &ObjectRef<Watched>, child: Child, settled: Settled) {
         self.note(pool, |notes| notes.settled.insert(child, settled));
+    }
+
+    /// Whether this is a child as it was before our last write of it: the watch has not shown that yet.
+    pub fn is_before_our_write(&self, pool: &ObjectRef<Watched>, child: &Child, now: &impl Resource) -> bool {
+        let notes = self.notes();
+        let left = notes.get(pool).and_then(|notes| notes.settled.get(child)?.version);
+        version(now).zip(left).is_some_and(|(now, left)| now < left)
     }
 
     /// How long ago our last write of a child is; since ever, where none is known.

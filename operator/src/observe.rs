@@ -4,12 +4,12 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::{NamespaceResourceScope, Resource as _};
 use kube::runtime::reflector::{Lookup, ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -73,7 +73,7 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
     let gpu = match pool.gpu {
         Some(_) => Workload {
             budget: child(&ctx.client, budgets, pool, &gpu).await?,
-            deployment: child(&ctx.client, deployments, pool, &gpu).await?,
+            deployment: deployment(ctx, pool, Kind::Gpu).await?,
         },
         None => Workload { budget: remains(budgets, pool, &gpu), deployment: remains(deployments, pool, &gpu) },
     };
@@ -93,7 +93,7 @@ pub async fn observe(ctx: &Context, pool: &ValidPool) -> Result<Observed, Error>
         },
         general: Workload {
             budget: child(&ctx.client, budgets, pool, name).await?,
-            deployment: child(&ctx.client, deployments, pool, name).await?,
+            deployment: deployment(ctx, pool, Kind::General).await?,
         },
         gpu_stays: has_pods(&gpu) && ctx.signals.needs_gpus_still(pool),
         gpu,
@@ -115,6 +115,16 @@ where
     cache.get(&ObjectRef::new(name).within(&pool.namespace)).filter(|found| foreign(found.as_ref(), pool).is_none())
 }
 
+/// How many workers it asks for is decided upon: where a watch is behind our own write of that, it is asked for.
+async fn deployment(ctx: &Context, pool: &ValidPool, class: Kind) -> Result<Option<Arc<Deployment>>, Error> {
+    let (name, reference) = (names::workload(&pool.name, class), ObjectRef::new(&pool.name).within(&pool.namespace));
+    let cached = ctx.caches.deployments.get(&ObjectRef::new(&name).within(&pool.namespace));
+    let is_current = |found: &Arc<Deployment>| {
+        !ctx.memory.is_before_our_write(&reference, &(Deployment::KIND, name.clone()), found.as_ref())
+    };
+    ours(&ctx.client, cached.filter(is_current), pool, &name).await
+}
+
 async fn child<K>(client: &Client, cache: &Store<K>, pool: &ValidPool, name: &str) -> Result<Option<Arc<K>>, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
@@ -124,28 +134,30 @@ where
         + Slim
         + DeserializeOwned,
 {
-    let found = match cache.get(&ObjectRef::new(name).within(&pool.namespace)) {
-        Some(cached) => Some(cached),
-        None => Api::<K>::namespaced(client.clone(), &pool.namespace)
-            .get_opt(name)
-            .await
-            .map_err(|source| Error::Observe {
-                kind: <K as Resource>::kind(&()).into_owned(),
-                name: name.to_owned(),
-                source,
-            })?
-            .map(|mut found| {
+    ours(client, cache.get(&ObjectRef::new(name).within(&pool.namespace)), pool, name).await
+}
+
+/// The child of this name, asked for where it is not known; refuses one that is not the pool's.
+async fn ours<K>(client: &Client, known: Option<Arc<K>>, pool: &ValidPool, name: &str) -> Result<Option<Arc<K>>, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + std::fmt::Debug + Slim + DeserializeOwned,
+{
+    let kind = <K as Resource>::kind(&()).into_owned();
+    let found = match known {
+        Some(known) => Some(known),
+        None => {
+            let found = Api::<K>::namespaced(client.clone(), &pool.namespace).get_opt(name).await;
+            let failed = |source| Error::Observe { kind: kind.clone(), name: name.to_owned(), source };
+            found.map_err(failed)?.map(|mut found| {
                 slim(&mut found);
                 Arc::new(found)
-            }),
+            })
+        }
     };
-    if let Some(object) = &found
-        && let Some(owner) = foreign(object.as_ref(), pool)
-    {
-        let kind = <K as Resource>::kind(&()).into_owned();
-        return Err(Error::InTheWay { kind, name: name.to_owned(), owner });
+    match found.as_ref().and_then(|object| foreign(object.as_ref(), pool)) {
+        Some(owner) => Err(Error::InTheWay { kind, name: name.to_owned(), owner }),
+        None => Ok(found),
     }
-    Ok(found)
 }
 
 /// Whose an object is, unless it is this pool's: controlled by it, or controlled by nobody and carrying its labels.

@@ -97,6 +97,8 @@ struct Trouble {
     strike: Option<(&'static str, &'static str, Fault)>,
     /// Events that watches still tell before one of them breaks, and how.
     breaks: Option<(usize, Break)>,
+    /// A part of paths whose watches go on and tell nothing.
+    mutes: Option<&'static str>,
     /// A field of pools' specs that is shown to nobody.
     hides: Option<&'static str>,
 }
@@ -145,6 +147,11 @@ impl ApiFault {
         self.shared.trouble.lock().expect("nobody panics in there").breaks.is_some()
     }
 
+    /// From now on watches whose path has this part go on, and tell nothing.
+    pub fn mute(&self, path: &'static str) {
+        self.be(Trouble { mutes: Some(path), ..Trouble::default() });
+    }
+
     /// From now on lists and watches show pools without this field of their spec, as an older type has it.
     pub fn hide(&self, field: &'static str) {
         self.be(Trouble { hides: Some(field), ..Trouble::default() });
@@ -176,9 +183,12 @@ impl Shared {
         fault
     }
 
-    /// What a watch tells in place of this line, if anything.
-    fn tells(&self, line: Bytes) -> Option<Result<Bytes, Cut>> {
+    /// What the watch of this path tells in place of this line, if anything.
+    fn tells(&self, path: &str, line: Bytes) -> Option<Result<Bytes, Cut>> {
         let mut trouble = self.trouble.lock().expect("nobody panics in there");
+        if trouble.mutes.is_some_and(|muted| path.contains(muted)) {
+            return None;
+        }
         match &mut trouble.breaks {
             Some((left, _)) if *left > 0 => *left -= 1,
             Some((_, how)) => {
@@ -268,6 +278,7 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
     }
     let cuts = is_watch(&request).then(|| cut_watch(Arc::clone(&shared)));
     let hides = shared.hides().filter(|_| request.method() == "GET");
+    let path = request.uri().path().to_owned();
     let (mut head, body) = request.into_parts();
     head.headers.remove("host");
     let body = axum::body::to_bytes(Body::new(body), usize::MAX).await.map_err(|_| Cut)?;
@@ -283,7 +294,7 @@ async fn pass(request: Request<Incoming>, upstream: Client, shared: Arc<Shared>)
         (Some(cut), _) => {
             let told = lines(Body::new(body)).filter_map(move |line| {
                 ready(match line {
-                    Ok(line) => shared.tells(line),
+                    Ok(line) => shared.tells(&path, line),
                     Err(cut) => Some(Err(cut)),
                 })
             });

@@ -1,9 +1,11 @@
 //! Who decides how many changes, or may have fewer, while there is work.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
 use beamline_tests::api::Api;
+use beamline_tests::apifault::ApiFault;
 use beamline_tests::nats::NatsServer;
 use beamline_tests::operator::Operator;
 use beamline_tests::plane::Release;
@@ -137,6 +139,27 @@ async fn pods_with_gpus_stay_as_many_as_they_are_when_a_person_decides_on_them()
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_the_watch_has_not_told_of_are_there_all_the_same() {
+    let release = plane().install("untold", &["watchNamespace=untold"]);
+    let proxy = ApiFault::before(&release.kubeconfig).await;
+    let stage = Stage::by(proxy.kubeconfig(), release, operator(9)).await;
+    let cast = Cast::play(&stage.api, &stage.pool, &stage.nats).await;
+    proxy.mute("/deployments");
+    stage.fill().await;
+    stage.asks(4).await;
+    cast.say(Part::Busy(1));
+    stage.empty().await;
+    stage.decides(0).await;
+    stage.stays(4).await;
+    stage.pool.change(&stage.api, json!({"paused": true})).await;
+    stage.says("spec.paused is true").await;
+    stage.stays(4).await;
+    stage.pool.change(&stage.api, json!({"paused": false})).await;
+    cast.say(Part::Honest);
+    stage.asks(0).await;
+}
+
 /// One a second; `make campaign-flips` takes more.
 #[expect(clippy::disallowed_methods, reason = "what a test may take is no flag of a program")]
 fn flips() -> usize {
@@ -161,10 +184,16 @@ pub(super) struct Stage {
 
 impl Stage {
     pub(super) async fn set(name: &str, spec: Value) -> Self {
-        let (api, nats) = (plane().api().await, NatsServer::start());
         let release = plane().install(name, &[&format!("watchNamespace={name}")]);
-        let operator = Self::start(&release).await;
-        let pool = Pool::new(name, "orders", &nats);
+        let kubeconfig = release.kubeconfig.clone();
+        Self::by(&kubeconfig, release, spec).await
+    }
+
+    /// The same, with an operator that reaches the API server by this kubeconfig.
+    async fn by(kubeconfig: &Path, release: Release, spec: Value) -> Self {
+        let (api, nats) = (plane().api().await, NatsServer::start());
+        let operator = Self::start(kubeconfig, &release.namespace).await;
+        let pool = Pool::new(&release.namespace, "orders", &nats);
         pool.create(&api, spec).await;
         pool.converged(&api, PATIENCE).await;
         Self { api, release, pool, operator, nats }
@@ -172,11 +201,11 @@ impl Stage {
 
     /// Another operator takes its place.
     pub(super) async fn restart(&mut self) {
-        self.operator = Self::start(&self.release).await;
+        self.operator = Self::start(&self.release.kubeconfig, &self.release.namespace).await;
     }
 
-    async fn start(release: &Release) -> Operator {
-        Operator::of(&release.kubeconfig, &release.namespace).flag("--leader-election=false").start().await
+    async fn start(kubeconfig: &Path, namespace: &str) -> Operator {
+        Operator::of(kubeconfig, namespace).flag("--leader-election=false").start().await
     }
 
     async fn jetstream(&self) -> jetstream::Context {
