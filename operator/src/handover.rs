@@ -5,7 +5,7 @@
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::context::Context;
 use crate::error::Error;
@@ -32,19 +32,26 @@ fn left(leaves: bool, seen: Option<i32>, written: i32, runs: Option<i32>) -> Opt
     (leaves && seen == Some(written)).then_some(runs?).filter(|runs| *runs != written)
 }
 
-/// Writes how many pods with GPUs run, unless the pool has changed meanwhile and is to be looked at again anyway.
-pub async fn write_gpu(ctx: &Context, pool: &WorkerPool, runs: i32) -> Result<(), Error> {
+/// Writes how many pods with GPUs run, unless the pool has changed meanwhile and is to be looked at again.
+pub async fn write_gpu(ctx: &Context, pool: &WorkerPool, runs: i32) -> Result<Decision, Error> {
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"gpu": {"replicas": runs}}});
     let (api, name) = (pools(ctx, pool), pool.name_any());
     let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch(&name, &params, &patch)).await;
-    unless_changed(written.map(drop).map_err(|source| not_written(name, source))).map(drop)
+    let is_written = unless_changed(written.map(drop), name)?;
+    Ok(handed_over("gpu.replicas", runs, is_written))
 }
 
-/// Writes what runs as if by `kubectl scale`. As long as the watch does not show it, mode Operator has not ended.
+/// Writes what runs as if by `kubectl scale`, unless somebody has written to the pool meanwhile: then it is looked at again,
+/// for it may be a number. As long as the watch does not show what was written, mode Operator has not ended.
 pub async fn write(ctx: &Context, pool: &WorkerPool, runs: i32, gpu: Option<Decision>) -> Result<Decisions, Error> {
-    scale(ctx, pool, json!({"spec": {"replicas": runs}})).await?;
-    Ok(Decisions { mode: Mode::Operator, general: fixed(runs, Need::Spec("spec.replicas", runs), None), gpu })
+    let is_written = scale(ctx, pool, runs).await?;
+    Ok(Decisions { mode: Mode::Operator, general: handed_over("spec.replicas", runs, is_written), gpu })
+}
+
+/// As many as run, which waits for another look where it could not be written.
+fn handed_over(field: &'static str, runs: i32, is_written: bool) -> Decision {
+    Decision { is_waiting: !is_written, ..fixed(runs, Need::Spec(field, runs), None) }
 }
 
 /// Whether it is the step that is left to the operator: an autoscaler leaves a pool alone that has none, and never asks for
@@ -53,34 +60,26 @@ pub const fn is_step(written: i32, decided: i32) -> bool {
     matches!((written, decided), (0, 1) | (1, 0))
 }
 
-/// Writes that step, unless the pool has changed meanwhile and is to be looked at again: whether it did.
-pub async fn step(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<bool, Error> {
+/// Writes a number through `/scale`, unless the pool has changed meanwhile and is to be looked at again: whether it did.
+pub async fn scale(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<bool, Error> {
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"replicas": replicas}});
-    unless_changed(scale(ctx, pool, patch).await)
-}
-
-/// Whether it was written, and not to a pool that had changed.
-fn unless_changed(written: Result<(), Error>) -> Result<bool, Error> {
-    match written {
-        Ok(()) => Ok(true),
-        Err(Error::Apply { source: kube::Error::Api(status), .. }) if status.code == 409 => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-async fn scale(ctx: &Context, pool: &WorkerPool, patch: Value) -> Result<(), Error> {
     let (api, name) = (pools(ctx, pool), pool.name_any());
     let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch_scale(&name, &params, &patch)).await;
-    written.map(drop).map_err(|source| not_written(name, source))
+    unless_changed(written.map(drop), name)
+}
+
+/// Whether it was written, and not to a pool that had changed.
+fn unless_changed(written: kube::Result<()>, name: String) -> Result<bool, Error> {
+    match written {
+        Ok(()) => Ok(true),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+        Err(source) => Err(Error::Apply { kind: "WorkerPool".to_owned(), name, source }),
+    }
 }
 
 fn pools(ctx: &Context, pool: &WorkerPool) -> Api<WorkerPool> {
     Api::namespaced(ctx.client.clone(), &pool.namespace().unwrap_or_default())
-}
-
-fn not_written(name: String, source: kube::Error) -> Error {
-    Error::Apply { kind: "WorkerPool".to_owned(), name, source }
 }
 
 #[cfg(test)]

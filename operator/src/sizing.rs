@@ -11,7 +11,7 @@ use crate::observe::Observed;
 use crate::pool::{Class, Kind, Mode, ValidPool};
 use crate::reports::{Crew, Worker};
 use crate::retire::{Plan, plan, stay};
-use crate::scale::{self, Decision, Decisions, Need, Replicas, Rules, Scaler, Why, as_written, fixed};
+use crate::scale::{self, Decision, Decisions, Need, Replicas, Rules, Scaler, Why, as_written};
 use crate::seen::{demand, is_hidden, seen};
 use crate::signals::Reading;
 use crate::watched::Watched;
@@ -111,8 +111,7 @@ impl Scene<'_> {
         let Some(class) = &self.pool.gpu else { return Ok(None) };
         let runs = running(self.observed, Kind::Gpu);
         let Some(runs) = handover::gpu_due(self.pool, class.replicas, self.before, runs) else { return Ok(None) };
-        handover::write_gpu(self.ctx, pool, runs).await?;
-        Ok(Some(fixed(runs, Need::Spec("gpu.replicas", runs), None)))
+        handover::write_gpu(self.ctx, pool, runs).await.map(Some)
     }
 
     /// What an autoscaler has written through `/scale`, but for the step between none and one worker.
@@ -151,7 +150,7 @@ impl Scene<'_> {
 
     /// Writes the step; where the pool has changed meanwhile, nobody goes until it is looked at again.
     async fn stepped(&self, pool: &WorkerPool, step: Decision) -> Result<Decision, Error> {
-        if handover::step(self.ctx, pool, step.desired).await? {
+        if handover::scale(self.ctx, pool, step.desired).await? {
             return Ok(step);
         }
         let written = pool.spec.replicas;

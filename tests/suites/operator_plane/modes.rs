@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream;
 use beamline_tests::api::Api;
 use beamline_tests::apifault::ApiFault;
+use beamline_tests::failpoint::{Points, VARIABLE};
 use beamline_tests::nats::NatsServer;
-use beamline_tests::operator::Operator;
+use beamline_tests::operator::{Operator, Setup};
 use beamline_tests::plane::Release;
 use beamline_tests::pool::Pool;
 use beamline_tests::wait::within;
@@ -140,10 +141,30 @@ async fn pods_with_gpus_stay_as_many_as_they_are_when_a_person_decides_on_them()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_number_that_comes_while_what_runs_is_written_is_what_counts() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut points = Points::listen(directory.path());
+    let release = plane().install("overtaken", &["watchNamespace=overtaken"]);
+    let operator = Stage::operator(&release.kubeconfig, "overtaken").env(VARIABLE, &points.socket());
+    let stage = Stage::by(operator, release, json!({"scaling": {"mode": "Operator", "minReplicas": 4}})).await;
+    stage.asks(4).await;
+    points.arm(Some("before scale WorkerPool orders"));
+    stage.pool.change(&stage.api, json!({"scaling": {"mode": "Manual"}})).await;
+    let held = points.caught().await;
+    stage.scale(2).await;
+    drop(held);
+    stage.acts_in("Manual").await;
+    let pool = stage.api.get(&stage.pool.path()).await.expect("the pool");
+    assert_eq!(pool["spec"]["replicas"], 2, "it was written over");
+    stage.asks(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn workers_that_the_watch_has_not_told_of_are_there_all_the_same() {
     let release = plane().install("untold", &["watchNamespace=untold"]);
     let proxy = ApiFault::before(&release.kubeconfig).await;
-    let stage = Stage::by(proxy.kubeconfig(), release, operator(9)).await;
+    let operated = Stage::operator(proxy.kubeconfig(), "untold");
+    let stage = Stage::by(operated, release, operator(9)).await;
     let cast = Cast::play(&stage.api, &stage.pool, &stage.nats).await;
     proxy.mute("/deployments");
     stage.fill().await;
@@ -185,14 +206,13 @@ pub(super) struct Stage {
 impl Stage {
     pub(super) async fn set(name: &str, spec: Value) -> Self {
         let release = plane().install(name, &[&format!("watchNamespace={name}")]);
-        let kubeconfig = release.kubeconfig.clone();
-        Self::by(&kubeconfig, release, spec).await
+        Self::by(Self::operator(&release.kubeconfig, name), release, spec).await
     }
 
-    /// The same, with an operator that reaches the API server by this kubeconfig.
-    async fn by(kubeconfig: &Path, release: Release, spec: Value) -> Self {
+    /// The same with this operator.
+    async fn by(operator: Setup, release: Release, spec: Value) -> Self {
         let (api, nats) = (plane().api().await, NatsServer::start());
-        let operator = Self::start(kubeconfig, &release.namespace).await;
+        let operator = operator.start().await;
         let pool = Pool::new(&release.namespace, "orders", &nats);
         pool.create(&api, spec).await;
         pool.converged(&api, PATIENCE).await;
@@ -201,11 +221,11 @@ impl Stage {
 
     /// Another operator takes its place.
     pub(super) async fn restart(&mut self) {
-        self.operator = Self::start(&self.release.kubeconfig, &self.release.namespace).await;
+        self.operator = Self::operator(&self.release.kubeconfig, &self.release.namespace).start().await;
     }
 
-    async fn start(kubeconfig: &Path, namespace: &str) -> Operator {
-        Operator::of(kubeconfig, namespace).flag("--leader-election=false").start().await
+    fn operator(kubeconfig: &Path, namespace: &str) -> Setup {
+        Operator::of(kubeconfig, namespace).flag("--leader-election=false")
     }
 
     async fn jetstream(&self) -> jetstream::Context {
