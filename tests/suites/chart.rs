@@ -76,6 +76,9 @@ const MODES: [(&str, &[&str]); 7] = [
     ),
 ];
 
+/// Where releases are.
+const NAMESPACE: &str = "--namespace=beamline-system";
+
 fn house() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the house")
 }
@@ -107,7 +110,7 @@ fn helm(helm: &str, command: &str, values: &[&str]) -> (bool, String) {
     let chart = chart().to_string_lossy().into_owned();
     let mut arguments = vec![command];
     match command {
-        "template" => arguments.extend(["beamline", &chart, "--namespace=beamline-system", "--kube-version=1.34"]),
+        "template" => arguments.extend(["beamline", &chart, NAMESPACE, "--kube-version=1.34"]),
         _ => arguments.extend(["--strict", &chart]),
     }
     values.iter().for_each(|value| arguments.extend(["--set", value]));
@@ -119,6 +122,22 @@ fn rendered(values: &[&str]) -> Vec<Value> {
     let (content, said) = helm("helm", "template", values);
     assert!(content, "{said}");
     serde_saphyr::from_multiple(&said).expect("YAML")
+}
+
+/// The objects of a release in another namespace, each by kind, namespace and name.
+#[track_caller]
+fn identities(namespace: &str, values: &[&str]) -> Vec<String> {
+    let chart = chart().to_string_lossy().into_owned();
+    let mut arguments = vec!["template", "beamline", &chart, "--kube-version=1.34", "--namespace", namespace];
+    values.iter().for_each(|value| arguments.extend(["--set", value]));
+    let (content, said) = run("helm", &arguments, "");
+    assert!(content, "{said}");
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&said).expect("YAML");
+    let identity = |object: &Value| {
+        let metadata = &object["metadata"];
+        format!("{} {} {}", object["kind"], metadata["namespace"], metadata["name"])
+    };
+    objects.iter().map(identity).collect()
 }
 
 fn named<'a>(objects: &'a [Value], kind: &'a str) -> impl Iterator<Item = &'a Value> {
@@ -160,6 +179,28 @@ fn every_mode_makes_objects_that_the_api_knows_to_the_last_field() {
     let (_, objects) = helm("helm", "template", &[]);
     let (content, said) = check(&objects.replace("automountServiceAccountToken:", "automountServiceAccountTokens:"));
     assert!(!content && said.contains("automountServiceAccountTokens"), "a wrong field is not seen: {said}");
+}
+
+#[test]
+fn no_two_objects_have_one_name_in_whichever_namespace_the_release_is() {
+    for namespace in ["beamline-system", "default", "kube-system"] {
+        for (mode, values) in MODES {
+            let all = identities(namespace, values);
+            let once: BTreeSet<_> = all.iter().collect();
+            assert_eq!(once.len(), all.len(), "{mode}, in {namespace}: {all:?}");
+        }
+    }
+}
+
+#[test]
+fn operators_of_several_namespaces_are_releases_of_one_name() {
+    let objects = |namespace: &str| -> BTreeSet<_> {
+        let watched = format!("watchNamespace={namespace}");
+        let further = [&watched, "crds.enabled=false", "rbac.aggregateToDefaultRoles=false"];
+        identities(namespace, &further).into_iter().collect()
+    };
+    let (one, other) = (objects("shop"), objects("billing"));
+    assert_eq!(one.intersection(&other).collect::<Vec<_>>(), [] as [&String; 0]);
 }
 
 #[test]
@@ -450,14 +491,18 @@ fn the_flag_for_brokers_is_given_where_there_are_some() {
 }
 
 #[test]
-fn several_operators_spread_and_are_not_drained_at_once() {
+fn several_operators_spread_and_are_not_drained_at_once_unless_they_do_not_work() {
     let parts = |values: &[&str]| {
         let objects = rendered(values);
         let pod = named(&objects, "Deployment").next().expect("the operator")["spec"]["template"]["spec"].clone();
-        (named(&objects, "PodDisruptionBudget").count(), list(&pod["topologySpreadConstraints"]).len())
+        let budget = named(&objects, "PodDisruptionBudget").next().map(|budget| budget["spec"].clone());
+        (budget, list(&pod["topologySpreadConstraints"]).len())
     };
-    assert_eq!(parts(&["replicas=1"]), (0, 0));
-    assert_eq!(parts(&["replicas=2"]), (1, 1));
+    assert_eq!(parts(&["replicas=1"]), (None, 0));
+    let (budget, spread) = parts(&["replicas=2"]);
+    let budget = budget.expect("a budget");
+    assert_eq!((&budget["maxUnavailable"], spread), (&1.into(), 1));
+    assert_eq!(budget["unhealthyPodEvictionPolicy"], "AlwaysAllow");
 }
 
 // Alerts and the dashboard.

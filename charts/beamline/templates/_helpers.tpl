@@ -32,6 +32,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s-queues" (include "beamline.fullname" .) }}
 {{- end }}
 
+{{- /* In the namespace `default`, where releases of several namespaces have one each. */}}
+{{- define "beamline.apiServer" -}}
+{{- printf "%s-%s-api-server" (include "beamline.fullname" .) .Release.Namespace }}
+{{- end }}
+
 {{- define "beamline.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "beamline.fullname" .) .Values.serviceAccount.name }}
