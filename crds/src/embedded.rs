@@ -26,8 +26,8 @@ pub(crate) fn count_or_percent(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
         "minimum": 0,
-        "maxLength": 5,
-        "pattern": "^([0-9]{1,5}|[0-9]{1,2}%|100%)$",
+        "maxLength": 4,
+        "pattern": "^([0-9]|[1-9][0-9]|100)%$",
     })
 }
 

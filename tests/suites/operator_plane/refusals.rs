@@ -295,6 +295,10 @@ fn rest() -> Vec<Row> {
         ),
         (json!({"networkPolicy": "Maybe"}), "spec.networkPolicy"),
         (json!({"rollout": {"maxSurge": "many"}}), "spec.rollout.maxSurge"),
+        // Of a text Kubernetes takes a percentage only.
+        (json!({"rollout": {"maxSurge": "1"}}), "spec.rollout.maxSurge"),
+        (json!({"rollout": {"maxSurge": "00%"}}), "spec.rollout.maxSurge"),
+        (json!({"disruption": {"minAvailable": "2"}}), "spec.disruption.minAvailable"),
         (json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable cannot both"),
         (json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}}), "disruption: set maxUnavailable or"),
         (json!({"observability": {"otlpEndpoint": "collector:4318"}}), "spec.observability.otlpEndpoint"),
