@@ -123,7 +123,10 @@ async fn guarded(pool: Arc<Watched>, ctx: Arc<Context>) -> Result<Action, Error>
     let result = unwound.unwrap_or_else(|_: Box<dyn Any + Send>| Err(Error::Panicked));
     match &result {
         Ok(_) => ctx.memory.succeeded(&reference),
-        Err(error @ Error::Unreadable(_)) => ctx.events.unreadable(&pool, error).await,
+        // It is looked at whenever its queue moves, too.
+        Err(error @ Error::Unreadable(why)) if ctx.memory.is_news(&reference, why) => {
+            ctx.events.unreadable(&pool, error).await;
+        }
         Err(_) => {}
     }
     spans::ended(&span, result.as_ref().err().map(Error::reason));

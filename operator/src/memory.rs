@@ -42,6 +42,7 @@ struct Notes {
     contests: HashMap<Child, Contest>,
     published: Option<Published>,
     unplaced: Option<(Instant, Vec<String>)>,
+    told: Option<String>,
     looks: HashMap<&'static str, Look>,
     scalers: HashMap<Kind, Scaler>,
     failures: u32,
@@ -264,6 +265,11 @@ impl Memory {
         unplaced.filter(|(since, _)| since.elapsed() < SAME_TYPE).map(|(_, fields)| fields.clone()).unwrap_or_default()
     }
 
+    /// Whether this is another reason than the last one why a pool cannot be read.
+    pub fn is_news(&self, pool: &ObjectRef<Watched>, why: &str) -> bool {
+        self.note(pool, |notes| notes.told.replace(why.to_owned()).as_deref() != Some(why))
+    }
+
     /// How long to wait after another failure: doubling, never longer than a quarter of a minute.
     pub fn backoff(&self, pool: &ObjectRef<Watched>) -> Duration {
         self.note(pool, |notes| {
@@ -273,10 +279,10 @@ impl Memory {
         })
     }
 
-    /// Starts the next backoff from the beginning.
+    /// Starts the next backoff from the beginning; what was told does not hold any more.
     pub fn succeeded(&self, pool: &ObjectRef<Watched>) {
         if let Some(notes) = self.notes().get_mut(pool) {
-            notes.failures = 0;
+            (notes.failures, notes.told) = (0, None);
         }
     }
 

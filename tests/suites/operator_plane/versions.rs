@@ -1,5 +1,7 @@
 //! The type of pools: missing, wider than the operator knows, narrower again. And what kubectl makes of it.
 
+use std::time::{Duration, Instant};
+
 use beamline_crds::WorkerPool;
 use beamline_tests::api::Api;
 use beamline_tests::apifault::ApiFault;
@@ -55,6 +57,7 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     api.merge(&status, &json!({"status": {"future": "kept"}})).await;
     broken.create(&api, json!({"worker": "many"})).await;
     told(&api, "broken", "UnreadableSpec").await;
+    is_told_once_while_its_queue_moves(&api, &nats).await;
     healthy.change(&api, json!({"replicas": 3})).await;
     healthy.converged(&api, PATIENCE).await;
     let after = api.get(&healthy.path()).await.expect("it is there");
@@ -96,6 +99,30 @@ async fn o10_o11_the_type_comes_late_changes_and_one_object_that_does_not_fit_it
     assert_eq!(shown, 1);
 }
 
+/// A pool that cannot be read any more.
+async fn is_told_once_while_its_queue_moves(api: &Api, nats: &NatsServer) {
+    let pool = Pool::new("types", "moving", nats);
+    pool.create(api, json!({})).await;
+    pool.converged(api, PATIENCE).await;
+    pool.change(api, json!({"worker": "many"})).await;
+    let event = told(api, "moving", "UnreadableSpec").await;
+    let jetstream = async_nats::jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    let began = Instant::now();
+    while began.elapsed() < MOVING {
+        let sent = jetstream.publish("work.moving", "{}".into()).await.expect("it is sent");
+        sent.await.expect("it is kept");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let name = event["metadata"]["name"].as_str().expect("a name");
+    let path = format!("/apis/events.k8s.io/v1/namespaces/types/events/{name}");
+    let series = api.get(&path).await.expect("the event")["series"].clone();
+    assert_eq!(series, Value::Null, "it is told again and again");
+    api.delete(&pool.path()).await;
+}
+
+/// How long a queue moves.
+const MOVING: Duration = Duration::from_secs(4);
+
 /// Waits until the pool says this in its condition `Degraded`.
 async fn says(api: &Api, pool: &Pool, reason: &str, words: &str) {
     let is_so = async || {
@@ -106,10 +133,10 @@ async fn says(api: &Api, pool: &Pool, reason: &str, words: &str) {
 }
 
 /// Waits for an event of this pool.
-async fn told(api: &Api, pool: &str, reason: &str) {
+async fn told(api: &Api, pool: &str, reason: &str) -> Value {
     let is_told = |event: &Value| event["regarding"]["name"] == pool && event["reason"] == reason;
     let events = "/apis/events.k8s.io/v1/namespaces/types/events";
-    within(PATIENCE, reason, async || api.list(events).await.into_iter().find(is_told)).await;
+    within(PATIENCE, reason, async || api.list(events).await.into_iter().find(is_told)).await
 }
 
 /// A watch goes on for a moment with the type that it began with.
