@@ -1,13 +1,16 @@
 //! Ceilings of tenants, and what becomes of work over them: it is parked, in order, and holds up nobody.
 #![expect(clippy::indexing_slicing, reason = "tests")]
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
+use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig, kept_its_promise};
 use beamline_tests::router::{CANCEL, Key, assignment, cancel, json as json_of, replay};
+use beamline_tests::tcpfault::{Mode, TcpFault};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use serde_json::{Value, json};
@@ -28,6 +31,14 @@ fn with(quotas: &str) -> String {
 async fn all_parked(worker: &Worker, count: usize) {
     let what = format!("{count} are parked");
     within(SOON * 4, &what, async || (worker.metric(PARKED).await >= count as f64).then_some(())).await;
+}
+
+/// How many units of `acme`'s ceiling each worker has leased.
+async fn leased(rig: &Rig) -> Vec<u64> {
+    let key = "$KV.caf-quota.caf=2Eexec=2Eassign=2Ev1=2Fcaf-workers.acme.concurrent";
+    let kept = rig.router.last("KV_caf-quota", key).await;
+    let leases = kept.and_then(|kept| json_of(&kept.payload)["leases"].as_object().cloned()).unwrap_or_default();
+    leases.values().filter_map(|lease| lease["slots"].as_u64()).collect()
 }
 
 /// The only unit of the tenant's is taken by the first until the gate `unit` opens, and so many more are parked.
@@ -161,6 +172,55 @@ async fn the_units_of_a_worker_that_stops_are_free_at_once() {
     kept_its_promise(&rig.router, &rig.peer).await;
     let order: Vec<_> = rig.peer.hits("/ok").into_iter().map(|hit| hit.path).collect();
     assert_eq!(order, ["/ok?0", "/ok?1", "/ok?2"]);
+}
+
+#[tokio::test]
+async fn what_is_cancelled_while_a_unit_is_asked_for_wants_none_any_more() {
+    let policy = acme("{concurrent: 10}");
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let sockets = tempfile::tempdir().unwrap();
+    let mut trap = Trap::at("looked-up", sockets.path());
+    let network = TcpFault::before(SocketAddr::from(([127, 0, 0, 1], rig.nats.port()))).await;
+    let far = rig.another("worker-2").flag(policy.flag()).env(failpoint::VARIABLE, &trap.socket(0));
+    let far = far.flag(format!("--nats-url=nats://127.0.0.1:{}", network.port())).spawn();
+    far.ready().await;
+    let called_off = assignment("acme", "called-off", rig.call("/ok/off"));
+    rig.router.submit(&called_off).await;
+    let caught = trap.caught().await;
+    // The cancel comes before the first answer to what it asks.
+    network.set(Mode::Delay(Duration::from_secs(1)));
+    drop(caught);
+    rig.router.client().publish(CANCEL, cancel("acme", "called-off").to_string().into()).await.unwrap();
+    assert_eq!(rig.router.result(&called_off).await["error"]["code"], 5001);
+    network.set(Mode::Pass);
+    let running = assignment("acme", "running", rig.call("/gate/unit"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/unit", 1).await;
+    assert_eq!(leased(&rig).await, [1], "one runs, and nobody waits");
+    rig.peer.open("unit");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+}
+
+#[tokio::test]
+async fn units_that_were_asked_for_what_is_cancelled_then_are_given_back() {
+    let policy = acme("{concurrent: 10}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    for round in 0..5 {
+        let all: Vec<_> =
+            (0..8).map(|number| assignment("acme", &format!("{round}-{number}"), rig.call("/slow/10"))).collect();
+        for one in &all {
+            rig.router.send(one).await;
+        }
+        for one in &all {
+            let cancel = cancel("acme", &Key::from(one).id).to_string();
+            rig.router.client().publish(CANCEL, cancel.into()).await.unwrap();
+        }
+        for one in &all {
+            rig.router.result(one).await;
+        }
+        until("nothing is leased", async || leased(&rig).await.is_empty()).await;
+    }
 }
 
 #[tokio::test]
@@ -454,4 +514,46 @@ async fn with_defer_work_over_the_budget_of_a_window_runs_in_the_next_ones_in_or
     for one in &all {
         assert_eq!(rig.router.story(one).verdicts.len(), 1);
     }
+}
+
+#[tokio::test]
+async fn parked_work_that_waits_for_its_tenants_share_of_slots_holds_up_nobody_elses() {
+    let terms = |id: &str, executions: usize| {
+        format!("{{id: {id}, onExceeded: Defer, quotas: {{executions: {executions}, window: 4s}}}}")
+    };
+    let policy = Policy::new(&format!("tenants: {{named: [{}, {}]}}", terms("acme", 40), terms("globex", 2)));
+    let rig = Rig::start(&[&policy.flag(), "--io-pool-size=16", "--cpu-pool-size=8"]).await;
+    for number in 0..100 {
+        rig.router.submit(&assignment("acme", &format!("{number}"), rig.call("/gate/never"))).await;
+    }
+    // Twelve run, which is its share; the others of its first window wait, and as many parked ones as there are slots.
+    until("parked work waits for a slot", async || {
+        rig.worker.metric(r#"worker_pool_queue_depth{pool="io"}"#).await >= 28.0 + 12.0
+    })
+    .await;
+    let others: Vec<_> = (0..6).map(|number| assignment("globex", &format!("{number}"), rig.call("/ok"))).collect();
+    for one in &others {
+        rig.router.submit(one).await;
+    }
+    for one in &others {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    assert_eq!(rig.peer.hits("/gate/never").len(), 12);
+}
+
+#[tokio::test]
+async fn a_ceiling_that_cannot_be_asked_about_is_told_by_readyz() {
+    let policy = acme("{concurrent: 1}");
+    let mut rig = Rig::start(&[]).await;
+    rig.worker.kill();
+    let setup = rig.another("worker-2").flag(policy.flag()).flag("--nats-create-streams=false");
+    let worker = setup.start(&rig.nats).await;
+    rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
+    let waits = assignment("acme", "waits", rig.call("/ok"));
+    rig.router.submit(&waits).await;
+    let reasons = worker.unready("streams unavailable").await;
+    assert!(reasons.contains("caf-quota"), "{reasons}");
+    // Somebody makes it anew.
+    let _third = rig.another("worker-3").start(&rig.nats).await;
+    assert_eq!(rig.router.result(&waits).await["status"], "success");
 }

@@ -82,6 +82,13 @@ impl Health {
         self.concerns().insert(concern, detail.into());
     }
 
+    /// Notes what the broker does not do, but for a broker that is away: that explains enough.
+    pub fn raise_unless_away(&self, concern: Concern, detail: impl Into<String>) {
+        if !self.is_raised(Concern::NatsDisconnected) {
+            self.raise(concern, detail);
+        }
+    }
+
     /// Forgets a concern.
     pub fn clear(&self, concern: Concern) {
         self.concerns().remove(&concern);

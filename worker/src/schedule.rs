@@ -80,6 +80,11 @@ impl Schedule {
         self.pool(pool).held_back()
     }
 
+    /// Whether work of this tenant waits for a pool.
+    pub fn has_waiting(&self, pool: Pool, tenant: &TenantId) -> bool {
+        self.pool(pool).has_waiting(tenant)
+    }
+
     /// What each tenant has here, over all pools.
     pub fn tenants(&self) -> HashMap<TenantId, Held> {
         let mut all = HashMap::new();

@@ -5,6 +5,7 @@
 //! clocks may differ.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use crate::broker::kv::Bucket;
 use crate::broker::streams::{QUOTA_BUCKET, Ready};
 use crate::broker::{Broker, Stored};
 use crate::contract;
+use crate::health::{Concern, Health};
 use crate::ids::TenantId;
 use crate::intake::Parking;
 
@@ -52,6 +54,7 @@ pub struct Ceilings(Arc<Shared>);
 struct Shared {
     bucket: Bucket,
     streams: watch::Receiver<Ready>,
+    health: Health,
     /// The pool, escaped.
     pool: String,
     /// Unique to this process: one that was started anew does not go on with what its predecessor had.
@@ -73,6 +76,8 @@ struct Held {
     most: u64,
     /// Since when there is no unit to be had.
     refused: Option<Instant>,
+    /// Whether the bucket may say something else than `lease`: nobody has heard what became of a write.
+    is_unsure: bool,
     /// One question at a time.
     asking: Arc<tokio::sync::Mutex<()>>,
 }
@@ -96,11 +101,25 @@ impl Lease {
 
 impl Held {
     fn new() -> Self {
-        Self { lease: Lease::default(), running: 0, peak: 0, wanted: 0, most: 0, refused: None, asking: Arc::default() }
+        Self {
+            lease: Lease::default(),
+            running: 0,
+            peak: 0,
+            wanted: 0,
+            most: 0,
+            refused: None,
+            is_unsure: false,
+            asking: Arc::default(),
+        }
     }
 
     fn free(&self, most: u64, now: Instant) -> u64 {
         if self.lease.holds(now) { self.lease.units.min(most).saturating_sub(self.running) } else { 0 }
+    }
+
+    /// Whether the bucket is to be told how many units it is to have from now on.
+    fn is_due(&self, units: u64, now: Instant) -> bool {
+        units < self.lease.units || self.lease.is_due(now) || self.is_unsure
     }
 
     fn was_refused(&self, now: Instant) -> bool {
@@ -109,10 +128,12 @@ impl Held {
 }
 
 impl Ceilings {
-    /// Units of this pool's tenants, leased from the bucket of the broker that this connection leads to.
+    /// Units of this pool's tenants, leased from the bucket of the broker that this connection leads to; `health` is told
+    /// where that cannot be asked.
     pub fn new(
         broker: Broker,
         streams: watch::Receiver<Ready>,
+        health: Health,
         pool: &str,
         worker: &str,
         parking: Arc<Parking>,
@@ -120,7 +141,7 @@ impl Ceilings {
         let bucket = Bucket::new(broker, QUOTA_BUCKET);
         let worker = format!("{worker},{:016x}", fastrand::u64(..));
         let pool = contract::escape(pool).into_owned();
-        Self(Arc::new(Shared { bucket, streams, pool, worker, tenants: Mutex::default(), parking }))
+        Self(Arc::new(Shared { bucket, streams, health, pool, worker, tenants: Mutex::default(), parking }))
     }
 
     /// One of at most so many units of a tenant; `None` where there is none to be had now.
@@ -167,11 +188,11 @@ impl Ceilings {
     fn due(&self, used: impl Fn(&Held) -> u64) -> Vec<(TenantId, u64)> {
         let now = Instant::now();
         let mut tenants = self.lock();
-        tenants.retain(|_, held| held.running > 0 || held.wanted > 0 || held.lease.units > 0);
+        tenants.retain(|_, held| held.running > 0 || held.wanted > 0 || held.lease.units > 0 || held.is_unsure);
         let due = tenants.iter_mut().filter_map(|(tenant, held)| {
             let used = used(held);
             held.peak = held.running;
-            (used < held.lease.units || held.lease.is_due(now)).then(|| (tenant.clone(), used))
+            held.is_due(used, now).then(|| (tenant.clone(), used))
         });
         due.collect()
     }
@@ -185,7 +206,7 @@ impl Ceilings {
     }
 
     async fn lease(&self, tenant: &TenantId, most: u64, wanted: u64) {
-        let asking = {
+        let (asking, waiting) = {
             let mut tenants = self.lock();
             let held = tenants.entry(tenant.clone()).or_insert_with(Held::new);
             if held.was_refused(Instant::now()) {
@@ -193,7 +214,7 @@ impl Ceilings {
             }
             held.wanted += wanted;
             held.most = most;
-            Arc::clone(&held.asking)
+            (Arc::clone(&held.asking), Waiting { ceilings: self, tenant, units: wanted })
         };
         let _turn = asking.lock().await;
         // Whoever asked before may have asked for us too.
@@ -205,9 +226,7 @@ impl Ceilings {
         if let Some(units) = units {
             self.ask(tenant, units).await;
         }
-        if let Some(held) = self.lock().get_mut(tenant) {
-            held.wanted = held.wanted.saturating_sub(wanted);
-        }
+        drop(waiting);
     }
 
     /// Asks the bucket for so many units in all. Only what is certainly written counts, and what is given back is not used
@@ -221,7 +240,7 @@ impl Ceilings {
             let (asked, now) = (Instant::now(), Timestamp::now().as_millisecond());
             let entry = match self.0.bucket.get(&key).await {
                 Ok(entry) => entry,
-                Err(error) => return tracing::debug!(%error, "cannot lease units of a ceiling"),
+                Err(error) => return self.failed(tenant, &error),
             };
             let mut leases = entry.as_ref().map(|entry| Leases::decode(&entry.value)).unwrap_or_default();
             let granted = {
@@ -230,23 +249,33 @@ impl Ceilings {
                 let asks_for = Asked { units, running: held.running, most: held.most };
                 let granted = leases.grant(&self.0.worker, asks_for, now);
                 held.refused = (granted < units).then_some(asked);
-                if granted <= held.lease.units && granted < units && !held.lease.is_due(asked) {
+                if granted <= held.lease.units && granted < units && !held.is_due(units, asked) {
                     return;
                 }
                 held.lease.units = held.lease.units.min(granted);
+                held.is_unsure = true;
                 granted
             };
             let found = entry.map(|entry| entry.revision);
             match self.0.bucket.replace(&key, leases.encode(), found).await {
                 Ok(Stored::At(_)) => {
                     if let Some(held) = self.lock().get_mut(tenant) {
-                        held.lease = Lease { units: granted, asked: Some(asked) };
+                        (held.lease, held.is_unsure) = (Lease { units: granted, asked: Some(asked) }, false);
                     }
                     return;
                 }
                 Ok(Stored::Refused) => {}
-                Err(error) => return tracing::debug!(%error, "cannot lease units of a ceiling"),
+                Err(error) => return self.failed(tenant, &error),
             }
+        }
+    }
+
+    /// A bucket that is gone is made anew by whoever keeps the streams, once it knows.
+    fn failed(&self, tenant: &TenantId, error: &dyn Display) {
+        tracing::debug!(%error, "cannot lease units of a ceiling");
+        self.0.health.raise_unless_away(Concern::StreamsUnavailable, error.to_string());
+        if let Some(held) = self.lock().get_mut(tenant) {
+            held.refused = Some(Instant::now());
         }
     }
 
@@ -276,6 +305,21 @@ impl Drop for Unit {
             held.running = held.running.saturating_sub(1);
         }
         self.ceilings.0.parking.wake();
+    }
+}
+
+/// Units that somebody waits for, until this is dropped.
+struct Waiting<'c> {
+    ceilings: &'c Ceilings,
+    tenant: &'c TenantId,
+    units: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(held) = self.ceilings.lock().get_mut(self.tenant) {
+            held.wanted = held.wanted.saturating_sub(self.units);
+        }
     }
 }
 

@@ -231,7 +231,7 @@ impl Pipeline {
                     tracing::warn!(%error, attempt, "writing again");
                     // A stream that is gone gives no answer either, where somebody else listens on its subject.
                     if attempt > 0 || !matches!(error, StoreError::Unknown { .. }) {
-                        self.raise_unless_away(Concern::StorageRefused, &error);
+                        self.health.raise_unless_away(Concern::StorageRefused, error.to_string());
                     }
                     self.metrics.publish_retried();
                 }
@@ -272,13 +272,6 @@ impl Pipeline {
         (self.until_definite(|| write(message.clone())).await, message)
     }
 
-    /// Says so on `/readyz`, and so has the streams looked at; a broker that is away explains enough.
-    fn raise_unless_away(&self, concern: Concern, error: &dyn Display) {
-        if !self.health.is_raised(Concern::NatsDisconnected) {
-            self.health.raise(concern, error.to_string());
-        }
-    }
-
     /// On a lapsed hold another worker may have recorded an outcome that has been dropped since. Unknown counts as so.
     pub(super) async fn may_be_answered_already(&self, published: Timestamp) -> bool {
         match self.ledger.may_have_dropped_since(published).await {
@@ -311,7 +304,7 @@ impl Pipeline {
                 Ok(answer) => return answer,
                 Err(error) => {
                     tracing::warn!(%error, "a look-up failed: asking again");
-                    self.raise_unless_away(Concern::StreamsUnavailable, &error);
+                    self.health.raise_unless_away(Concern::StreamsUnavailable, error.to_string());
                 }
             }
             tokio::time::sleep(pause(attempt)).await;

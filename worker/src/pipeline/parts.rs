@@ -90,6 +90,7 @@ impl Pipeline {
             ceilings: Ceilings::new(
                 broker.clone(),
                 streams.clone(),
+                health.clone(),
                 &settings.pool,
                 &identity.worker_id,
                 Arc::clone(&parking),

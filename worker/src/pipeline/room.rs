@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::Pipeline;
 use crate::broker::streams::{Parked, Source};
 use crate::health::Concern;
+use crate::ids::TenantId;
 use crate::intake::Room;
 use crate::pool::Pool;
 
@@ -69,16 +70,19 @@ impl Pipeline {
         Room { free, whole: slots + look_ahead, waiting }
     }
 
-    /// How many parked messages may start here now, or soon: one may wait for the next slot, so that what comes in from
-    /// elsewhere does not take each. None of them counts in anybody's look-ahead.
-    pub(super) fn room_for_parked(&self, parked: Parked) -> usize {
+    /// How many of a tenant's parked messages may start here now, or soon: one may wait for the next slot, so that what
+    /// comes in from elsewhere does not take each. None of them counts in anybody's look-ahead.
+    pub(super) fn room_for_parked(&self, parked: Parked, tenant: &TenantId) -> usize {
         let source = Source::Parked(parked);
         if self.may_take_none() {
             return 0;
         }
         let busy: usize = pools(source).iter().map(|pool| self.schedule.busy(*pool)).sum();
-        let waiting = self.load.flow(source).waiting();
-        (self.slots(source) - busy).max(1).saturating_sub(waiting)
+        let (free, waiting) = (self.slots(source) - busy, self.load.flow(source).waiting());
+        // What waits beside free slots waits for its own tenant, or for others: it is in nobody else's way.
+        let has_waiting = || pools(source).iter().any(|pool| self.schedule.has_waiting(*pool, tenant));
+        let first = free > 0 && waiting < MAX_HELD_BACK && !has_waiting();
+        free.max(1).saturating_sub(waiting).max(usize::from(first))
     }
 
     fn takes_none(&self, source: Source) -> bool {

@@ -106,6 +106,11 @@ impl<T> FairQueue<T> {
         self.held_back
     }
 
+    /// Whether work of this tenant waits.
+    pub fn has_waiting(&self, tenant: &TenantId) -> bool {
+        self.tenants.get(tenant).is_some_and(|holding| holding.waiting > 0)
+    }
+
     /// Who waits or runs.
     pub fn tenants(&self) -> Vec<(TenantId, Held)> {
         let held = |holding: &Holding| Held { running: holding.running, queued: holding.waiting };

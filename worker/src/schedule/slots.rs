@@ -113,6 +113,10 @@ impl Slots {
         self.lock().queue.held_back()
     }
 
+    pub(super) fn has_waiting(&self, tenant: &TenantId) -> bool {
+        self.lock().queue.has_waiting(tenant)
+    }
+
     pub(super) fn tenants(&self) -> Vec<(TenantId, Held)> {
         self.lock().queue.tenants()
     }

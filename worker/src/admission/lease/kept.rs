@@ -38,9 +38,7 @@ impl Kept {
     /// A bucket that is gone is made anew by whoever keeps the streams, once it knows.
     fn tell(&self, error: &dyn Display) {
         tracing::warn!(%error, "cannot reach the account of a budget: trying again");
-        if !self.health.is_raised(Concern::NatsDisconnected) {
-            self.health.raise(Concern::StreamsUnavailable, error.to_string());
-        }
+        self.health.raise_unless_away(Concern::StreamsUnavailable, error.to_string());
     }
 
     fn read_here(&self, key: &str) -> Option<(Bytes, u64)> {
