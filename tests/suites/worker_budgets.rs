@@ -2,7 +2,7 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::PullConsumer;
@@ -234,6 +234,25 @@ async fn a_redelivery_is_not_charged_again_nor_refused() {
     assert_eq!(rig.router.result(&running).await["status"], "success");
     let statuses: Vec<_> = rig.router.story(&running).verdicts.iter().map(outcome).collect();
     assert_eq!(statuses, [Ok(()), Ok(())]);
+}
+
+#[tokio::test]
+async fn what_a_broker_has_forgotten_to_have_delivered_is_not_charged_again_nor_refused() {
+    let policy = acme(&format!("executions: 1, window: {LONG}"));
+    let mut rig = Rig::start(&[&policy.flag()]).await;
+    let running = assignment("acme", "running", rig.call("/gate/one"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/one", 1).await;
+    rig.worker.kill();
+    rig.router.stream("CAF_EXEC_ASSIGN").await.delete_consumer("caf-workers").await.expect("it is deleted");
+    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
+    within(SOON, "it has a verdict again", async || (rig.router.story(&running).verdicts.len() == 2).then_some(()))
+        .await;
+    rig.peer.open("one");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+    let statuses: Vec<_> = rig.router.story(&running).verdicts.iter().map(outcome).collect();
+    assert_eq!(statuses, [Ok(()), Ok(())], "the first delivery of a new consumer");
+    assert_eq!(verdict(&rig, &assignment("acme", "another", rig.call("/ok"))).await, Err(2004), "it is used up");
 }
 
 #[tokio::test]
@@ -498,6 +517,32 @@ async fn an_account_that_is_lost_or_nonsense_begins_anew() {
         verdict(&rig, &canned("acme", &format!("d-{number}"))).await == Ok(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
+    let policy = acme(&format!("executions: 1000, window: {LONG}"));
+    let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+    rig.worker.kill();
+    let setup = rig.another("worker-2").flag(SANDBOX).flag(policy.flag()).flag("--nats-create-streams=false");
+    let worker = setup.start(&rig.nats).await;
+    rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
+    let started = Instant::now();
+    for number in 0..100 {
+        rig.router.submit(&canned("acme", &format!("a-{number}"))).await;
+        let other = canned("globex", &format!("g-{number}"));
+        rig.router.submit(&other).await;
+        assert_eq!(rig.router.result(&other).await["status"], "success");
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(8), "the others waited for the account: {took:?}");
+    worker.unready("streams unavailable").await;
+    // Somebody makes the bucket anew.
+    let _third = another(&rig, "worker-3", &policy).await;
+    answered(&rig, 200).await;
+    let (accepted, refused) = verdicts(&rig);
+    assert_eq!((accepted.len(), refused), (200, BTreeMap::new()), "what had to wait was put off");
+    rig.router.settled(LAPSE).await;
 }
 
 #[tokio::test]

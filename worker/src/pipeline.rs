@@ -122,6 +122,7 @@ pub struct Pipeline {
     deaths: Deaths,
     quarantine: Quarantine,
     budgets: Budgets<Kept>,
+    silence: charge::Silence,
     /// Who answers requests without having been asked.
     strangers: Throttle,
     tallies: tenants::Tallies,

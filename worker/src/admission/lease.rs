@@ -181,6 +181,18 @@ impl<A: Accounts> Budgets<A> {
         self.accounts.now()
     }
 
+    /// Units for so many executions, or fewer, where that is known without asking anybody.
+    pub fn at_hand(&self, tenant: &TenantId, budget: Budget, count: u64) -> Option<Taken> {
+        self.purse(tenant, budget).take(self.accounts.now(), budget, count)
+    }
+
+    /// What whoever does not wait for an account has of it.
+    pub fn nothing(&self, tenant: &TenantId, budget: Budget) -> Taken {
+        let (purse, moment) = (self.purse(tenant, budget), self.accounts.now());
+        let charge = Charge { purse, window: Window::at(moment, budget.window), moment };
+        Taken { grant: Grant { units: 0, charge }, short: Some(Short::Unreachable) }
+    }
+
     /// Takes units for so many executions: as many as there are, where there are fewer.
     pub async fn take(&self, tenant: &TenantId, budget: Budget, count: u64) -> Taken {
         let purse = self.purse(tenant, budget);

@@ -5,6 +5,7 @@
 //! has none is charged, but never refused for a budget, for it may have been accepted before: it waits.
 
 mod note; // what has been paid for
+mod units; // what it is paid with
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -29,6 +30,8 @@ use crate::policy::{OnExceeded, Policy};
 use crate::report;
 use note::{Neighbours, Notes, Paid};
 
+pub(super) use units::Silence;
+
 /// Between two looks for what goes back into accounts, or has to be charged.
 const SETTLE: Duration = Duration::from_secs(1);
 /// How long the accounts may take when a worker stops.
@@ -52,7 +55,7 @@ type Decided = HashMap<usize, Admission>;
 
 impl Pipeline {
     /// Whether each may run now, as far as that is up to its tenant's budget; nothing where no tenant has one.
-    pub(super) async fn admit(&self, judged: &[Judgement]) -> Vec<Admission> {
+    pub(super) async fn admit(self: &Arc<Self>, judged: &[Judgement]) -> Vec<Admission> {
         if !self.gate.policy().has_budgets() {
             return Vec::new();
         }
@@ -62,7 +65,7 @@ impl Pipeline {
         decided.extend(behind.into_iter().map(|at| (at, Admission::Park)));
         let shares = self.shares(judged, &decided);
         let taken = join_all(shares.iter().map(|(tenant, share)| {
-            self.budgets.take(tenant, share.budget, u64::try_from(share.at.len()).unwrap_or(u64::MAX))
+            self.units(tenant, share.budget, u64::try_from(share.at.len()).unwrap_or(u64::MAX))
         }));
         for ((tenant, share), Taken { grant, short }) in shares.iter().zip(taken.await) {
             let units = usize::try_from(grant.units()).unwrap_or(usize::MAX);
@@ -110,20 +113,21 @@ impl Pipeline {
     /// What has come before, and has been paid for: when.
     async fn charged_before(&self, judged: &[Judgement]) -> HashMap<usize, i64> {
         let policy = self.gate.policy();
-        let redeliveries: Vec<_> = judged
-            .iter()
-            .enumerate()
-            .filter(|(_, judgement)| {
-                let has_come_before = judgement.0.delivered() > 1 || judgement.0.is_parked();
-                has_come_before && tenant(judgement).is_some_and(|tenant| budget(&policy, tenant).is_some())
-            })
-            .map(|(at, (delivery, _))| (at, delivery.publication()))
-            .collect();
-        if redeliveries.is_empty() || !self.hands_back() {
+        let redeliveries = judged.iter().enumerate().filter(|(_, judgement)| {
+            let has_come_before = judgement.0.delivered() > 1 || judgement.0.is_parked();
+            has_come_before && tenant(judgement).is_some_and(|tenant| budget(&policy, tenant).is_some())
+        });
+        self.charged(redeliveries.map(|(at, (delivery, _))| (at, delivery)).collect()).await
+    }
+
+    /// Of these, what has been paid for: when.
+    async fn charged(&self, deliveries: Vec<(usize, &Delivery)>) -> HashMap<usize, i64> {
+        if deliveries.is_empty() || !self.hands_back() {
             return HashMap::new();
         }
-        let paid = self.read_notes(redeliveries.iter().map(|(_, publication)| Neighbours::of(publication))).await;
-        redeliveries.iter().filter_map(|(at, publication)| Some((*at, paid.at(publication)?))).collect()
+        let neighbours = deliveries.iter().map(|(_, delivery)| Neighbours::of(delivery.publication()));
+        let paid = self.read_notes(neighbours).await;
+        deliveries.iter().filter_map(|(at, delivery)| Some((*at, paid.at(delivery.publication())?))).collect()
     }
 
     async fn read_notes(&self, of: impl Iterator<Item = Neighbours>) -> Paid {
@@ -151,7 +155,10 @@ impl Pipeline {
         short: Short,
     ) -> Vec<(usize, Admission)> {
         let (answered, hands_back) = (self.no_executions(judged, late).await, self.hands_back());
-        let becomes = |at: &usize| {
+        // A broker may have forgotten that it has delivered them before.
+        let first = late.iter().filter_map(|at| Some((*at, &judged.get(*at)?.0)));
+        let paid = self.charged(first.filter(|(_, delivery)| delivery.delivered() == 1).collect()).await;
+        let unpaid = |at: &usize| {
             let (delivery, _) = judged.get(*at)?;
             let parks = hands_back && (delivery.is_parked() || on_exceeded == OnExceeded::Defer);
             let may_wait = hands_back && delivery.delivered() > 1;
@@ -165,6 +172,10 @@ impl Pipeline {
                 Short::Unreachable => Admission::Refuse(no_room()),
             };
             Some((*at, admission))
+        };
+        let becomes = |at: &usize| match paid.get(at) {
+            Some(moment) => Some((*at, Admission::Admit(Payment::Before(*moment)))),
+            None => unpaid(at),
         };
         late.iter().filter(|at| !answered.contains(at)).filter_map(becomes).collect()
     }
@@ -214,11 +225,11 @@ impl Pipeline {
     }
 
     /// How much of so many pieces of a tenant's parked work its budget has units for at this moment.
-    pub(super) async fn paid_for(&self, tenant: &TenantId, wanted: usize) -> usize {
+    pub(super) async fn paid_for(self: &Arc<Self>, tenant: &TenantId, wanted: usize) -> usize {
         let Some(budget) = deferring_budget(&self.gate.policy(), tenant) else { return wanted };
         let count = u64::try_from(wanted).unwrap_or(u64::MAX);
         // They stay in the purse until what they are for is here.
-        let taken = self.budgets.take(tenant, budget, count).await;
+        let taken = self.units(tenant, budget, count).await;
         usize::try_from(taken.grant.units()).unwrap_or(usize::MAX)
     }
 

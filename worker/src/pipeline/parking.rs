@@ -70,7 +70,7 @@ impl Pipeline {
     }
 
     /// How much of a tenant's parked work may run here at this moment.
-    pub(super) async fn allowance(&self, parked: Parked, tenant: &TenantId) -> Allowance {
+    pub(super) async fn allowance(self: &Arc<Self>, parked: Parked, tenant: &TenantId) -> Allowance {
         let messages = self.room_for_parked(parked, tenant);
         if messages == 0 {
             return Allowance::NOTHING;

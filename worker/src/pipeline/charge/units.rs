@@ -1,0 +1,67 @@
+//! Units of budgets for what has just come. Others wait behind it, so that it waits for no account that is slow to answer.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::ASK_AGAIN;
+use crate::admission::account::Budget;
+use crate::admission::lease::{Short, Taken};
+use crate::ids::TenantId;
+use crate::pipeline::Pipeline;
+
+/// How long an account may take.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Since when no account has answered in time, if none has: all are kept in one place.
+#[derive(Debug, Default)]
+pub(in crate::pipeline) struct Silence(Mutex<Option<Instant>>);
+
+impl Silence {
+    fn begins(&self) {
+        *self.lock() = Some(Instant::now());
+    }
+
+    fn ends(&self) {
+        *self.lock() = None;
+    }
+
+    /// Whether it is too early to ask again.
+    fn lasts(&self) -> bool {
+        self.lock().is_some_and(|since| since.elapsed() < ASK_AGAIN)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pipeline {
+    /// So many units of a tenant's budget, or as many as there are at this moment.
+    pub(super) async fn units(self: &Arc<Self>, tenant: &TenantId, budget: Budget, count: u64) -> Taken {
+        if let Some(taken) = self.budgets.at_hand(tenant, budget, count) {
+            return taken;
+        }
+        // In core mode nothing comes again.
+        if !self.hands_back() {
+            return self.budgets.take(tenant, budget, count).await;
+        }
+        if self.silence.lasts() {
+            return self.budgets.nothing(tenant, budget);
+        }
+        let (pipeline, whose) = (Arc::clone(self), tenant.clone());
+        let mut taking = Box::pin(async move {
+            let taken = pipeline.budgets.take(&whose, budget, count).await;
+            if !matches!(taken.short, Some(Short::Unreachable)) {
+                pipeline.silence.ends();
+            }
+            taken
+        });
+        if let Ok(taken) = tokio::time::timeout(PATIENCE, &mut taking).await {
+            return taken;
+        }
+        self.silence.begins();
+        // What it brings is for those who come next.
+        tokio::spawn(taking);
+        self.budgets.nothing(tenant, budget)
+    }
+}
