@@ -10,7 +10,7 @@ use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
 use beamline_tests::rig::{LAPSE, Rig};
-use beamline_tests::router::{Key, Kind, assignment, json as read};
+use beamline_tests::router::{CANCEL, Key, Kind, assignment, cancel, json as read};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
 use futures::StreamExt;
@@ -318,27 +318,25 @@ async fn no_window_accepts_more_than_its_budget_while_workers_are_killed() {
     assert_eq!(rig.worker.ended().await, Some(0));
 }
 
+/// Somebody has had it before, where no worker runs, and may have accepted it.
+async fn somebody_else_has_had(rig: &Rig, payload: &Value) {
+    let nobody = async || rig.router.consumer().await.is_some_and(|consumer| consumer.num_waiting == 0);
+    until("nobody pulls", nobody).await;
+    rig.router.submit(payload).await;
+    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
+    let consumer: PullConsumer = stream.get_consumer("caf-workers").await.expect("the consumer");
+    let mut messages = consumer.fetch().max_messages(1).messages().await.expect("a pull");
+    let message = messages.next().await.expect("a message").expect("it can be read");
+    message.ack_with(AckKind::Nak(Some(Duration::from_secs(1)))).await.expect("it is given back");
+}
+
 #[tokio::test]
 async fn a_redelivery_that_nobody_has_paid_for_waits_for_the_next_window() {
     let policy = acme("executions: 1, window: 8s");
     let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
     rig.worker.kill();
-    let nobody = async || rig.router.consumer().await.is_some_and(|consumer| consumer.num_waiting == 0);
-    until("nobody pulls", nobody).await;
-    // Somebody else has had it before, and may have accepted it.
     let waits = canned("acme", "waits");
-    rig.router.submit(&waits).await;
-    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
-    let consumer: PullConsumer = stream.get_consumer("caf-workers").await.unwrap();
-    let mut messages = consumer.fetch().max_messages(1).messages().await.unwrap();
-    messages
-        .next()
-        .await
-        .expect("a message")
-        .unwrap()
-        .ack_with(AckKind::Nak(Some(Duration::from_secs(1))))
-        .await
-        .unwrap();
+    somebody_else_has_had(&rig, &waits).await;
     let _second = another(&rig, "worker-2", &policy).await;
     // One of each window's is taken by those who come for the first time, as soon as it begins.
     let mut number = 0;
@@ -355,6 +353,22 @@ async fn a_redelivery_that_nobody_has_paid_for_waits_for_the_next_window() {
     let mut windows = BTreeMap::<i64, usize>::new();
     verdicts(&rig).0.values().for_each(|at| *windows.entry(at - at % 8_000).or_default() += 1);
     assert!(windows.values().all(|count| *count == 1), "{windows:?}");
+}
+
+#[tokio::test]
+async fn a_redelivery_that_would_wait_for_the_next_window_ends_at_once_where_it_is_cancelled() {
+    let policy = acme(&format!("executions: 1, window: {LONG}"));
+    let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+    assert_eq!(verdict(&rig, &canned("acme", "first")).await, Ok(()));
+    rig.router.settled(SOON).await;
+    rig.worker.kill();
+    let waits = canned("acme", "waits");
+    somebody_else_has_had(&rig, &waits).await;
+    rig.router.client().publish(CANCEL, cancel("acme", "waits").to_string().into()).await.expect("a connection");
+    let _second = another(&rig, "worker-2", &policy).await;
+    let result = rig.router.result(&waits).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("cancelled"), &json!(5001)), "{result}");
+    rig.router.settled(SOON).await;
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use beamline_tests::audit::{Allowed, audit};
 use beamline_tests::nats::NatsServer;
+use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{ASSIGN, CANCEL, Router, assignment, json as read, replay};
 use beamline_tests::wait::{SOON, until, within};
@@ -341,6 +342,33 @@ async fn a_cancel_that_comes_before_its_assignment_stands() {
 }
 
 #[tokio::test]
+async fn what_is_cancelled_before_it_comes_ends_so_where_it_would_be_refused_for_now() {
+    let policy = Policy::new("tenants: {named: [{id: acme, quotas: {executions: 1, window: 31days}}]}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let spends = assignment("acme", "spends", rig.call("/ok"));
+    rig.router.submit(&spends).await;
+    assert_eq!(rig.router.result(&spends).await["status"], "success");
+
+    let over_budget = assignment("acme", "over", rig.call("/ok"));
+    let mut without_slots = assignment("acme", "render", rig.call("/ok"));
+    without_slots["resources"] = json!({"pool": "gpu"});
+    for payload in [&over_budget, &without_slots] {
+        send(&rig.router, &cancel("acme", payload["assignment_id"].as_str().unwrap())).await;
+        rig.router.submit(payload).await;
+        is_cancelled(&rig.router.result(payload).await, 0);
+        assert_eq!(rig.router.verdict(payload).await["status"], "accepted");
+        assert!(rig.router.refusal(payload).await.is_none());
+    }
+
+    let of_another = assignment("acme", "same", rig.call("/ok"));
+    send(&rig.router, &cancel("globex", "same")).await;
+    rig.router.submit(&of_another).await;
+    assert_eq!(rig.router.verdict(&of_another).await["error"]["code"], 2004);
+    kept_its_promise(&rig).await;
+    assert_eq!(rig.peer.hits("/ok").len(), 1);
+}
+
+#[tokio::test]
 async fn copies_that_wait_for_cancelled_work_are_answered_by_its_record() {
     let rig = Rig::start(&[]).await;
     let payload = assignment("acme", "twice", rig.call("/gate/never"));
@@ -575,7 +603,7 @@ async fn w40_of_a_cancel_and_a_completion_that_race_exactly_one_is_recorded() {
         // The cancel is sent at some time around the end of the work.
         let payload = assignment("acme", id, rig.call(&format!("/slow/{}", number % 10)));
         rig.router.submit(&payload).await;
-        tokio::time::sleep(Duration::from_millis(number as u64 * 7 % 30)).await;
+        tokio::time::sleep(Duration::from_millis(number as u64 * 7 % 60)).await;
         let sent = cancel("acme", id).to_string();
         rig.router.client().publish(CANCEL, sent.into()).await.unwrap();
     };

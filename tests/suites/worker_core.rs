@@ -160,6 +160,26 @@ async fn a_worker_without_room_says_so_and_takes_work_again_when_it_has_some() {
 }
 
 #[tokio::test]
+async fn what_is_cancelled_before_it_comes_ends_so_where_there_is_no_room_for_it() {
+    let rig = Rig::start(&TINY).await;
+    let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/full")));
+    rig.router.send(&held[0]).await;
+    rig.peer.arrived("/gate/full", 1).await;
+    rig.router.send(&held[1]).await;
+    rig.router.verdict(&held[1]).await;
+    let surplus = assignment("acme", "surplus", rig.call("/ok"));
+    rig.router.client().publish(CANCEL, cancel("surplus").into()).await.unwrap();
+    rig.router.send(&surplus).await;
+    let result = rig.router.result(&surplus).await;
+    assert_eq!((&result["status"], &result["error"]["code"]), (&json!("cancelled"), &json!(5001)), "{result}");
+    rig.peer.open("full");
+    for payload in &held {
+        assert_eq!(rig.router.result(payload).await["status"], "success");
+    }
+    assert!(rig.peer.hits("/ok").is_empty());
+}
+
+#[tokio::test]
 async fn work_over_its_tenants_ceiling_is_answered_with_4002_and_others_go_on() {
     let policy = Policy::new("tenants: {named: [{id: acme, quotas: {concurrent: 1}}]}");
     let rig = Rig::start(&[CORE, &policy.flag()]).await;

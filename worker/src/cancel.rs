@@ -1,7 +1,7 @@
 //! What a cancel says, and the cancels that stand.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -123,7 +123,12 @@ impl Tombstone {
         self.sent.is_some_and(|sent| sent.duration_since(published) > TOGETHER)
     }
 
-    /// The same, where a worker has kept what it was asked for by `stored`: what came after that was sent later, too.
+    /// Whether it meets work: any does, but what is run anew is only met by what was sent after `since`.
+    pub fn meets(&self, since: Option<Timestamp>) -> bool {
+        since.is_none_or(|published| self.is_after(published))
+    }
+
+    /// Whether it is after that, where a worker has kept what it was asked for by `stored`: what came after that was sent later, too.
     pub fn is_after_either(&self, published: Timestamp, stored: Timestamp) -> bool {
         self.is_after(published) || self.sent.is_some_and(|sent| sent >= stored)
     }
@@ -148,8 +153,21 @@ impl Tombstones {
 
     /// Notes a cancel in the place of an earlier one: whoever keeps it knows what is known of that one.
     pub fn put(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        self.note(key, |entry| {
+            entry.insert_entry(tombstone.clone());
+        });
+    }
+
+    /// Notes a cancel that somebody is about to keep; of one that stands already more is known.
+    pub fn expect(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        self.note(key, |entry| {
+            entry.or_insert_with(|| tombstone.clone());
+        });
+    }
+
+    fn note(&self, key: &AssignmentKey, note: impl FnOnce(hash_map::Entry<'_, AssignmentKey, Tombstone>)) {
         let mut standing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        standing.by_key.insert(key.clone(), tombstone.clone());
+        note(standing.by_key.entry(key.clone()));
         if standing.by_key.len() >= MANY.max(2 * standing.swept) {
             let oldest = Timestamp::now() - STANDS;
             standing.by_key.retain(|_, tombstone| tombstone.kept > oldest);
@@ -208,7 +226,10 @@ mod tests {
         let (old, now) = (Timestamp::from_second(1).unwrap(), Timestamp::now());
         tombstones.put(&key(0), &kept(old));
         tombstones.put(&key(0), &kept(now));
-        assert_eq!(tombstones.get(&key(0)), Some(kept(now)));
+        tombstones.expect(&key(0), &kept(old));
+        assert_eq!(tombstones.get(&key(0)), Some(kept(now)), "of one that is only expected less is known");
+        tombstones.expect(&key(1), &kept(now));
+        assert_eq!(tombstones.get(&key(1)), Some(kept(now)));
         (1..MANY).for_each(|number| tombstones.put(&key(number), &kept(old)));
         assert_eq!((tombstones.get(&key(1)), tombstones.get(&key(0))), (None, Some(kept(now))));
     }

@@ -170,12 +170,7 @@ async fn hear(desk: Arc<Desk>) {
     };
     while let Some(message) = messages.next().await {
         if let Ok(cancel) = Cancel::decode(&message.payload) {
-            let tombstone = cancel.tombstone(None);
-            desk.pipeline.hear_cancel(&cancel.key, &tombstone.words);
-            if !desk.pipeline.has_jetstream() {
-                // Nobody keeps it but whoever hears it.
-                desk.pipeline.remember_cancel(&cancel.key, &tombstone);
-            }
+            desk.pipeline.hear_cancel(&cancel.key, &cancel.tombstone(None));
         }
     }
 }

@@ -199,8 +199,8 @@ impl Pipeline {
             let judgement = self.judge(&delivery);
             judged.push((delivery, judgement));
         }
-        let (session, refusal) = (self.broker.session(), self.broker.last_refusal(&[&self.settings.verdict_subject]));
-        let said = |at| Said { at, session: session.clone(), refusal };
+        let now = self.saying_now();
+        let said = |at| Said { at, ..now.clone() };
         let mut arrivals = Vec::with_capacity(judged.len());
         let judged = self.repeat_refusals(judged).await;
         // Empty where no tenant is bounded.
@@ -220,7 +220,7 @@ impl Pipeline {
                             continue;
                         }
                         Admission::PutOff(wait) => {
-                            self.spawn(Self::put_off, (delivery, wait));
+                            self.spawn(Self::put_off, (delivery, assignment, wait));
                             continue;
                         }
                     };
@@ -240,6 +240,12 @@ impl Pipeline {
             }
         }
         self.look_up(arrivals).await
+    }
+
+    /// A verdict that is said at this moment.
+    fn saying_now(&self) -> Said {
+        let refusal = self.broker.last_refusal(&[&self.settings.verdict_subject]);
+        Said { at: Timestamp::now().as_millisecond(), session: self.broker.session(), refusal }
     }
 
     /// What was parked has been told so when it was.
@@ -372,8 +378,15 @@ impl Pipeline {
         delivery.settle(Settlement::HandBack).await;
     }
 
-    /// Gives a delivery back that may not run before so much time has passed.
-    async fn put_off(self: Arc<Self>, (delivery, wait): (Delivery, Duration)) {
+    /// Gives a delivery back that may not run before so much time has passed, unless it is not wanted any more. What runs
+    /// here under the same id knows what stands.
+    async fn put_off(self: Arc<Self>, (delivery, assignment, wait): (Delivery, Assignment, Duration)) {
+        let key = &assignment.key;
+        if !self.in_flight.has(key)
+            && let Some(cancelled) = self.standing_cancel(&delivery, key).await
+        {
+            return Box::pin(self.end_cancelled(delivery, assignment, cancelled)).await;
+        }
         if delivery.delivered() == 1 {
             self.deaths.handed_back(&DeliveryId::of(&delivery)).await;
         }

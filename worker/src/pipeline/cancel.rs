@@ -16,25 +16,44 @@ impl Pipeline {
     /// Stops what is here under this key, and whatever arrives under it while the cancel stands.
     pub(crate) fn cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         // In this order: work that comes in between meets the one or the other.
-        self.remember_cancel(key, tombstone);
+        self.tombstones.put(key, tombstone);
         self.in_flight.stop(key, tombstone);
     }
 
     /// Somebody has just cancelled this: stops what is here under this key, waiting for a slot, running, or between two
-    /// attempts.
-    pub(crate) fn hear_cancel(&self, key: &AssignmentKey, words: &Arc<str>) {
-        self.in_flight.hear(key, words);
-    }
-
-    /// Stops whatever arrives under this key while the cancel stands.
-    pub(crate) fn remember_cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
-        self.tombstones.put(key, tombstone);
+    /// attempts, and whatever arrives from now on.
+    pub(crate) fn hear_cancel(&self, key: &AssignmentKey, tombstone: &Tombstone) {
+        if self.has_jetstream() {
+            self.tombstones.expect(key, tombstone);
+        } else {
+            // Nobody keeps it but whoever hears it.
+            self.tombstones.put(key, tombstone);
+        }
+        self.in_flight.hear(key, &tombstone.words);
     }
 
     /// What is recorded under this key, if that can be told at once.
     pub(crate) async fn recorded(&self, key: &AssignmentKey) -> Option<Record> {
         let found = self.ledger.look_up(std::slice::from_ref(key)).await;
         found.unwrap_or_default().into_values().next()
+    }
+
+    /// The cancel that meets a delivery which would be refused for now, or put off: its Router would send it again. What a
+    /// request for approval answers is that request's.
+    pub(super) async fn standing_cancel(&self, delivery: &Delivery, key: &AssignmentKey) -> Option<Fault> {
+        let tombstone = self.tombstones.get(key)?;
+        let keys = std::slice::from_ref(key);
+        if self.waiting_for_a_person(keys).await.contains(&true) {
+            return None;
+        }
+        let since = self.cancels_since(delivery, !self.read_records(keys).await.is_empty());
+        tombstone.meets(since).then(|| Fault::new(Cause::Cancelled, &*tombstone.words))
+    }
+
+    /// Why it ends that was accepted before: for the cancel that stands, where it could be sent again otherwise.
+    pub(super) async fn or_cancelled(&self, delivery: &Delivery, key: &AssignmentKey, fault: Fault) -> Fault {
+        let cancelled = if fault.cause.is_retryable() { self.standing_cancel(delivery, key).await } else { None };
+        cancelled.unwrap_or(fault)
     }
 
     /// Since when cancels meet a delivery; all that stand do, unless it is to be run anew. What the broker forgets has no
@@ -85,8 +104,8 @@ impl Stop {
 
     fn words(&self, since: Option<Timestamp>) -> Option<Arc<str>> {
         let cancels = self.lock();
-        let counts = |tombstone: &&Tombstone| since.is_none_or(|published| tombstone.is_after(published));
-        let standing = || cancels.tombstone.as_deref().filter(counts).map(|tombstone| Arc::clone(&tombstone.words));
+        let meets = |tombstone: &&Tombstone| tombstone.meets(since);
+        let standing = || cancels.tombstone.as_deref().filter(meets).map(|tombstone| Arc::clone(&tombstone.words));
         cancels.heard.clone().or_else(standing)
     }
 

@@ -214,6 +214,7 @@ impl Pipeline {
 
     /// It was accepted before: what is refused now ends as a result.
     pub(super) async fn end_refused(self: Arc<Self>, (arrival, fault): (Box<Arrival>, Fault)) {
+        let fault = self.or_cancelled(&arrival.delivery, &arrival.assignment.key, fault).await;
         self.end_unrun(arrival, fault.cause, &fault.message).await;
     }
 

@@ -127,8 +127,14 @@ impl Pipeline {
     }
 
     /// Dead letter or stored refusal first, verdict second, so that what was said is also kept; settled when the broker
-    /// has the verdict.
+    /// has the verdict. What is not wanted any more is accepted and ends as cancelled, where it could be sent again.
     pub(super) async fn reject(self: Arc<Self>, (delivery, rejection): (Delivery, Rejection)) {
+        if let RejectionEnd::Refused(key) = &rejection.ends
+            && let Some(cancelled) = self.standing_cancel(&delivery, key).await
+            && let Ok(assignment) = Assignment::decode(delivery.payload())
+        {
+            return Box::pin(self.end_cancelled(delivery, assignment, cancelled)).await;
+        }
         let Rejection { addressee, kind, fault, ends, is_by_settings } = rejection;
         let trace = TraceContext::of(delivery.headers(), addressee.trace_id.as_deref());
         let span = telemetry::receive_span(trace.as_ref(), &self.ids_of(&addressee, kind));
@@ -171,6 +177,13 @@ impl Pipeline {
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;
+    }
+
+    /// Accepted, and ended before it has begun.
+    pub(super) async fn end_cancelled(self: Arc<Self>, delivery: Delivery, assignment: Assignment, cancelled: Fault) {
+        let mut arrival = self.arrival(delivery, assignment);
+        self.say_accepted(&mut arrival, self.saying_now()).await;
+        self.end_refused((Box::new(arrival), cancelled)).await;
     }
 
     fn ids_of<'a>(&'a self, addressee: &'a Addressee, kind: Option<BlockKind>) -> SpanIds<'a> {
