@@ -203,6 +203,85 @@ async fn work_over_its_tenants_ceiling_is_answered_with_4002_and_others_go_on() 
 }
 
 #[tokio::test]
+async fn a_tenant_at_its_share_of_the_slots_has_no_more_waiting_than_there_is_room_for() {
+    let policy = Policy::new("tenants: {}");
+    // Three of the slots are for one tenant, and four may wait.
+    let rig = Rig::start(&[CORE, "--cpu-pool-size=0", "--io-pool-size=4", &policy.flag()]).await;
+    let job = |tenant: &str, number: usize| assignment(tenant, &format!("{tenant}-{number}"), rig.call("/gate/share"));
+    let mut accepted = Vec::new();
+    for number in 0..20 {
+        let payload = job("acme", number);
+        rig.router.send(&payload).await;
+        let verdict = rig.router.verdict(&payload).await;
+        match verdict["status"].as_str() {
+            Some("accepted") => accepted.push(payload),
+            _ => is_overload(&verdict["error"]),
+        }
+    }
+    assert_eq!(accepted.len(), 7);
+    let other = job("globex", 1);
+    rig.router.send(&other).await;
+    rig.peer.arrived("/gate/share", 4).await;
+    assert_eq!(rig.router.verdict(&other).await["status"], "accepted", "it takes no room of others");
+    accepted.push(other);
+
+    let burst: Vec<_> = (100..200).map(|number| job("initech", number)).collect();
+    for payload in &burst {
+        rig.router.send(payload).await;
+    }
+    for payload in burst {
+        let verdict = rig.router.verdict(&payload).await;
+        if verdict["status"] == "accepted" {
+            accepted.push(payload);
+        } else {
+            is_overload(&verdict["error"]);
+        }
+    }
+    assert!(
+        accepted.len() <= 8 + 12,
+        "{} are accepted: slots and look-ahead, and a tenant's look-ahead",
+        accepted.len()
+    );
+    rig.peer.open("share");
+    for payload in &accepted {
+        assert_eq!(rig.router.result(payload).await["status"], "success");
+    }
+}
+
+#[tokio::test]
+async fn no_burst_oversteps_a_ceiling_or_a_budget() {
+    let policy = Policy::new(
+        "tenants: {named: [{id: acme, quotas: {concurrent: 3}}, {id: globex, quotas: {executions: 5, window: 31days}}]}",
+    );
+    let rig = Rig::start(&[CORE, "--io-pool-size=16", &policy.flag()]).await;
+    let _second =
+        rig.another("worker-2").flag(CORE).flag("--io-pool-size=16").flag(policy.flag()).start(&rig.nats).await;
+    let of = |tenant: &str, path: &str| -> Vec<_> {
+        (0..100).map(|number| assignment(tenant, &format!("{tenant}-{number}"), rig.call(path))).collect()
+    };
+    let (bounded, budgeted) = (of("acme", "/gate/ceiling"), of("globex", "/ok"));
+    for payload in bounded.iter().chain(&budgeted) {
+        rig.router.send(payload).await;
+    }
+    rig.peer.arrived("/gate/ceiling", 3).await;
+    let is_open = |payload: &Value| {
+        let story = rig.router.story(payload);
+        story.results.is_empty() && !story.verdicts.iter().any(|verdict| verdict["status"] == "rejected")
+    };
+    until("all but three are answered", async || {
+        bounded.iter().chain(&budgeted).filter(|payload| is_open(payload)).count() == 3
+    })
+    .await;
+    assert_eq!(rig.peer.hits("/gate/ceiling").len(), 3);
+    let code = |payload: &Value| rig.router.story(payload).verdicts.first().unwrap()["error"]["code"].as_u64();
+    let codes: BTreeSet<_> = budgeted.iter().map(code).collect();
+    assert!(codes.contains(&Some(2004)), "{codes:?}");
+    assert_eq!(rig.peer.hits("/ok").len(), 5);
+    rig.peer.open("ceiling");
+    until("all are answered", async || !bounded.iter().any(is_open)).await;
+}
+
+#[tokio::test]
 async fn told_to_stop_a_worker_does_what_it_has_accepted() {
     let mut rig = Rig::start(&TINY).await;
     let held = ["running", "waiting"].map(|id| assignment("acme", id, rig.call("/gate/drain")));

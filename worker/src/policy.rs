@@ -116,6 +116,11 @@ impl Policy {
         if is_named { tenant.as_str() } else { OTHER }
     }
 
+    /// Whether tenants have shares of the slots.
+    pub fn has_shares(&self) -> bool {
+        self.tenants.is_some()
+    }
+
     /// Whether any tenant's executions or CPU time are bounded.
     pub fn has_budgets(&self) -> bool {
         self.tenants.as_ref().is_some_and(|tenants| tenants.has_budgets)

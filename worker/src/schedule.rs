@@ -85,6 +85,11 @@ impl Schedule {
         self.pool(pool).has_waiting(tenant)
     }
 
+    /// How many of these are a tenant's.
+    pub fn held_back_of(&self, pool: Pool, tenant: &TenantId) -> usize {
+        self.pool(pool).held_back_of(tenant)
+    }
+
     /// What each tenant has here, over all pools.
     pub fn tenants(&self) -> HashMap<TenantId, Held> {
         let mut all = HashMap::new();

@@ -1,8 +1,10 @@
 //! Core mode: a queue group, of which the broker hands each message to one member and forgets it.
 //!
 //! Nobody asks for these messages. What there is no room for waits a moment, as much as a pull would have asked ahead;
-//! then the Router hears that this worker is full.
+//! then the Router hears that this worker is full. Where tenants have shares of the slots, what waits for its own tenant's
+//! is no more than that either.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use async_nats::{Message, Subscriber};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
+use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +21,7 @@ use super::load::{Counted, Waiting};
 use super::{CHUNK, Delivery, Parts, Room, TICK};
 use crate::broker::permissions::ASK_AGAIN;
 use crate::broker::streams::{Intake, Source};
+use crate::ids::TenantId;
 use crate::publication::{FirstIdentity, Publication};
 use crate::pulse;
 
@@ -35,6 +39,7 @@ pub async fn join(
     parts: Parts,
     source: Source,
     room: impl Fn() -> Room,
+    has_enough_of: impl Fn(&TenantId) -> bool,
     intake: Intake,
     out: mpsc::Sender<Vec<Delivery>>,
     stop: CancellationToken,
@@ -52,8 +57,10 @@ pub async fn join(
             match parts.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
                 Ok(messages) => {
                     let early = VecDeque::new();
-                    let (parts, subject, room, identities) = (&parts, subject.as_str(), &room, &mut identities);
-                    Member { parts, source, subject, room, messages, identities, early }.serve(&out, &stop).await;
+                    let (parts, subject, identities) = (&parts, subject.as_str(), &mut identities);
+                    let (room, has_enough_of) = (&room, &has_enough_of);
+                    let member = Member { parts, source, subject, room, has_enough_of, messages, identities, early };
+                    member.serve(&out, &stop).await;
                 }
                 Err(error) => tracing::error!(%error, subject, "cannot join the queue group"),
             }
@@ -67,11 +74,12 @@ pub async fn join(
 }
 
 /// One membership.
-struct Member<'a, R> {
+struct Member<'a, R, T> {
     parts: &'a Parts,
     source: Source,
     subject: &'a str,
     room: &'a R,
+    has_enough_of: &'a T,
     messages: Subscriber,
     identities: &'a mut Identities,
     early: VecDeque<Early>,
@@ -83,6 +91,8 @@ struct Early {
     since: Instant,
     published: Timestamp,
     bytes: Counted,
+    /// Whose it is, where tenants have shares of the slots.
+    tenant: Option<TenantId>,
 }
 
 /// Names for what no stream has given one: unique for ever.
@@ -103,7 +113,7 @@ impl Identities {
     }
 }
 
-impl<R: Fn() -> Room> Member<'_, R> {
+impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
     /// Returns when the worker stops or takes no more work, and everything that was given to it has been sent on.
     async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
         let flow = Arc::clone(self.parts.load.flow(self.source));
@@ -151,10 +161,12 @@ impl<R: Fn() -> Room> Member<'_, R> {
     /// The message at hand and all that arrived with it.
     fn let_in(&mut self, message: Message) {
         let (since, published) = (Instant::now(), Timestamp::now());
+        let has_shares = self.parts.gate.policy().has_shares();
         let mut next = Some(message);
         while let Some(message) = next {
             let bytes = self.parts.load.hold_bytes(message.payload.len());
-            self.early.push_back(Early { message, since, published, bytes });
+            let tenant = if has_shares { tenant_of(&message.payload) } else { None };
+            self.early.push_back(Early { message, since, published, bytes, tenant });
             if self.early.len().is_multiple_of(CHUNK) {
                 break;
             }
@@ -181,16 +193,29 @@ impl<R: Fn() -> Room> Member<'_, R> {
         let patience = if self.parts.load.is_full() { Duration::ZERO } else { PATIENCE };
         let mut chunk = Vec::new();
         while chunk.len() < CHUNK
-            && let Some(early) = self.early.pop_front_if(|early| free > 0 || early.since.elapsed() >= patience)
+            && let Some((early, has_room)) = self.next(free, patience)
         {
-            chunk.push(self.delivery(early, free == 0));
-            free = free.saturating_sub(1);
+            chunk.push(self.delivery(early, !has_room));
+            free -= usize::from(has_room);
         }
         chunk
     }
 
+    /// The first that goes on, and whether there is room for it. Where there is none at all, only the first can have waited
+    /// for too long.
+    fn next(&mut self, free: usize, patience: Duration) -> Option<(Early, bool)> {
+        let has_room = |early: &Early| free > 0 && !early.tenant.as_ref().is_some_and(self.has_enough_of);
+        let looked_at = if free == 0 { 1 } else { usize::MAX };
+        let mut candidates = self.early.iter().take(looked_at).map(|early| (early, has_room(early)));
+        let goes = |(early, has_room): (&Early, bool)| has_room || early.since.elapsed() >= patience;
+        let place = candidates.position(goes)?;
+        let early = self.early.remove(place)?;
+        let has_room = has_room(&early);
+        Some((early, has_room))
+    }
+
     fn delivery(&mut self, early: Early, is_surplus: bool) -> Delivery {
-        let Early { message, since, published, bytes } = early;
+        let Early { message, since, published, bytes, tenant: _ } = early;
         Delivery {
             payload: message.payload,
             headers: message.headers.map(Box::new),
@@ -206,4 +231,15 @@ impl<R: Fn() -> Room> Member<'_, R> {
             bytes,
         }
     }
+}
+
+/// Whose it says that it is: what it says is judged later.
+fn tenant_of(payload: &[u8]) -> Option<TenantId> {
+    #[derive(Deserialize)]
+    struct Whose<'a> {
+        #[serde(borrow)]
+        tenant_id: Cow<'a, str>,
+    }
+    let whose: Whose<'_> = serde_json::from_slice(payload).ok()?;
+    TenantId::parse(&whose.tenant_id)
 }

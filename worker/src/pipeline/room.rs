@@ -70,6 +70,13 @@ impl Pipeline {
         Room { free, whole: slots + look_ahead, waiting }
     }
 
+    /// Whether as much of a tenant's waits here for its own slots as there is room for ahead of free ones: more of what the
+    /// broker has forgotten would be out of every other worker's reach.
+    pub fn has_enough_of(&self, source: Source, tenant: &TenantId) -> bool {
+        let held_back: usize = pools(source).iter().map(|pool| self.schedule.held_back_of(*pool, tenant)).sum();
+        held_back >= self.look_ahead(source)
+    }
+
     /// How many of a tenant's parked messages may start here now, or soon: one may wait for the next slot, so that what
     /// comes in from elsewhere does not take each. None of them counts in anybody's look-ahead.
     pub(super) fn room_for_parked(&self, parked: Parked, tenant: &TenantId) -> usize {

@@ -28,7 +28,10 @@ impl Pipeline {
         let (parts, room) = (self.intake(), || self.room(source));
         match self.settings.mode {
             Mode::JetStream => intake::take(parts, source, room, self.streams.clone(), out, stop).await,
-            Mode::Core => intake::join(parts, source, room, self.settings.intake.clone(), out, stop).await,
+            Mode::Core => {
+                let has_enough_of = |tenant: &_| self.has_enough_of(source, tenant);
+                intake::join(parts, source, room, has_enough_of, self.settings.intake.clone(), out, stop).await;
+            }
         }
     }
 

@@ -111,6 +111,11 @@ impl<T> FairQueue<T> {
         self.tenants.get(tenant).is_some_and(|holding| holding.waiting > 0)
     }
 
+    /// How many of these are a tenant's.
+    pub fn held_back_of(&self, tenant: &TenantId) -> usize {
+        self.tenants.get(tenant).filter(|holding| holding.is_at_ceiling()).map_or(0, |holding| holding.waiting)
+    }
+
     /// Who waits or runs.
     pub fn tenants(&self) -> Vec<(TenantId, Held)> {
         let held = |holding: &Holding| Held { running: holding.running, queued: holding.waiting };

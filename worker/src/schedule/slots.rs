@@ -117,6 +117,10 @@ impl Slots {
         self.lock().queue.has_waiting(tenant)
     }
 
+    pub(super) fn held_back_of(&self, tenant: &TenantId) -> usize {
+        self.lock().queue.held_back_of(tenant)
+    }
+
     pub(super) fn tenants(&self) -> Vec<(TenantId, Held)> {
         self.lock().queue.tenants()
     }

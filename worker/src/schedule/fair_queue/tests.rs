@@ -271,6 +271,7 @@ proptest! {
             let is_bounded = |tenant: usize| running.iter().filter(|(other, _)| *other == tenant).count() >= ceilings[tenant];
             let held_back = waiting.iter().filter(|(tenant, ..)| is_bounded(*tenant)).count();
             prop_assert_eq!((queue.len(), queue.held_back()), (waiting.len(), held_back));
+            prop_assert_eq!(names.iter().map(|tenant| queue.held_back_of(tenant)).sum::<usize>(), held_back);
         }
     }
 
