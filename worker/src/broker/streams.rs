@@ -6,8 +6,10 @@ mod wanted; // how each must be
 
 use std::time::{Duration, Instant};
 
+use async_nats::HeaderMap;
 use async_nats::RequestErrorKind;
-use async_nats::jetstream::consumer::pull;
+use async_nats::datetime::DateTime;
+use async_nats::jetstream::consumer::{self, pull};
 use async_nats::jetstream::context::{
     ConsumerInfoError, ConsumerInfoErrorKind, CreateStreamError, CreateStreamErrorKind, GetStreamErrorKind,
 };
@@ -35,6 +37,9 @@ const LOOK_ANYWAY: Duration = Duration::from_secs(5);
 const LOOK_FOR_JETSTREAM: Duration = Duration::from_secs(3);
 /// Between two looks for the route, on a worker that only passes work on to it: one request.
 const LOOK_FOR_ROUTE: Duration = Duration::from_secs(3);
+
+/// How long a payload is that is not handed out with its headers.
+const PAYLOAD_SIZE: &str = "Nats-Msg-Size";
 
 /// The places that a pool's deliveries come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,11 +106,47 @@ pub struct Assignments {
     /// When that stream was made, RFC 3339: with a sequence it names a publication for ever.
     pub created: String,
     /// The durable consumer that hands them out.
-    pub consumer: String,
+    pub consumer: Outlet,
     /// The durable consumer of the GPU route, where there is that route.
-    pub route: Option<String>,
+    pub route: Option<Outlet>,
     /// The stream of what may not run yet.
     pub parked: ParkedWork,
+}
+
+/// A durable consumer that workers share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outlet {
+    /// What it is called.
+    pub name: String,
+    /// What may be asked of it; `None` while it hands out nothing of use.
+    pub limits: Option<Limits>,
+}
+
+/// What may be asked of a consumer with one pull.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// The most messages.
+    pub batch: Option<usize>,
+    /// The longest wait for them.
+    pub expires: Option<Duration>,
+}
+
+impl Limits {
+    /// As they are set; 0 is none.
+    pub fn of(config: &consumer::Config) -> Self {
+        let batch = usize::try_from(config.max_batch).ok().filter(|batch| *batch > 0);
+        Self { batch, expires: Some(config.max_expires).filter(|expires| !expires.is_zero()) }
+    }
+
+    /// So many messages, or as many of them as may be.
+    pub fn batch(self, wanted: usize) -> usize {
+        self.batch.map_or(wanted, |most| most.min(wanted))
+    }
+
+    /// So long, or as long as may be.
+    pub fn expires(self, wanted: Duration) -> Duration {
+        self.expires.map_or(wanted, |longest| longest.min(wanted))
+    }
 }
 
 /// Where work waits that may not run yet.
@@ -121,17 +162,25 @@ pub struct ParkedWork {
 
 impl Ready {
     /// The consumer of the GPU route, where there is that route.
-    pub fn route(&self) -> Option<&str> {
-        self.assignments.as_ref().and_then(|assignments| assignments.route.as_deref())
+    pub fn route(&self) -> Option<&Outlet> {
+        self.assignments.as_ref().and_then(|assignments| assignments.route.as_ref())
+    }
+
+    /// Nothing is asked of this consumer until it has been looked at again; whether something was.
+    fn close(&mut self, consumer: &str) -> bool {
+        let outlets = self.assignments.iter_mut().flat_map(|known| [Some(&mut known.consumer), known.route.as_mut()]);
+        let closed =
+            outlets.flatten().filter(|outlet| outlet.name == consumer).filter_map(|outlet| outlet.limits.take());
+        closed.count() > 0
     }
 }
 
 impl Assignments {
     /// The consumer to pull from, where there is one for all tenants.
-    pub fn consumer_of(&self, source: Source) -> Option<&str> {
+    pub fn consumer_of(&self, source: Source) -> Option<&Outlet> {
         match source {
             Source::Intake => Some(&self.consumer),
-            Source::GpuRoute => self.route.as_deref(),
+            Source::GpuRoute => self.route.as_ref(),
             Source::Parked(_) => None,
         }
     }
@@ -164,6 +213,7 @@ impl Keeper {
     /// # Errors
     /// A mismatch, or a server that is too old: neither heals by waiting.
     pub async fn start(broker: Broker, needs: Needs, health: &Health) -> Result<Self, StreamsError> {
+        let mut told = None;
         loop {
             match ensure(&broker, &needs, None).await {
                 Ok(ready) => {
@@ -171,7 +221,7 @@ impl Keeper {
                     return Ok(Self { broker, needs, ready: watch::Sender::new(ready) });
                 }
                 Err(error @ (StreamsError::Mismatch { .. } | StreamsError::TooOld(_))) => return Err(error),
-                Err(error) => health.raise(Concern::StreamsUnavailable, error.to_string()),
+                Err(error) => tell(&error, &mut told, health),
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
@@ -185,6 +235,7 @@ impl Keeper {
     /// Looks again from time to time, and at once when something else has noticed that a stream is missing.
     pub async fn run(self, health: Health) {
         let (mut last, mut last_for_route) = (Instant::now(), Instant::now());
+        let mut told = None;
         loop {
             tokio::time::sleep(LOOK_AGAIN).await;
             let is_urgent =
@@ -202,12 +253,15 @@ impl Keeper {
             match ensure(&self.broker, &self.needs, Some(known)).await {
                 Ok(ready) => {
                     health.clear(Concern::StreamsUnavailable);
+                    told = None;
                     self.ready.send_if_modified(|known| std::mem::replace(known, ready.clone()) != ready);
                 }
                 Err(StreamsError::Unavailable { .. }) if health.is_raised(Concern::NatsDisconnected) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "the streams are not as they must be");
-                    health.raise(Concern::StreamsUnavailable, error.to_string());
+                    if let StreamsError::Unusable { consumer, .. } = &error {
+                        self.ready.send_if_modified(|known| known.close(consumer));
+                    }
+                    tell(&error, &mut told, &health);
                 }
             }
         }
@@ -231,6 +285,16 @@ impl Keeper {
     }
 }
 
+/// On `/readyz`, and once in the log.
+fn tell(error: &StreamsError, told: &mut Option<String>, health: &Health) {
+    let words = error.to_string();
+    if told.as_ref() != Some(&words) {
+        tracing::warn!(error = words, "the streams are not as they must be");
+        *told = Some(words.clone());
+    }
+    health.raise(Concern::StreamsUnavailable, words);
+}
+
 /// Why the worker cannot use what is there.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamsError {
@@ -240,6 +304,16 @@ pub enum StreamsError {
         /// `stream X` or `consumer Y of stream X`.
         what: String,
         /// Every setting that differs: as it is, and as it must be.
+        differences: String,
+    },
+    /// It keeps the contract, and hands out nothing that a worker could use until somebody changes it.
+    #[error("{what} has {differences}: change it, or delete it and it is made anew")]
+    Unusable {
+        /// `consumer Y of stream X`.
+        what: String,
+        /// Its name alone.
+        consumer: String,
+        /// As of a mismatch.
         differences: String,
     },
     /// The server lacks what the contract rests on.
@@ -296,7 +370,7 @@ async fn ensure_notes(js: &jetstream::Context, create: bool) -> Result<(), Strea
         ensure_stream(js, wanted, create).await?;
     }
     let stream = ensure_stream(js, control(), create).await?;
-    ensure_consumer(&stream, control_consumer(), create).await
+    ensure_consumer(&stream, control_consumer(), create).await.map(drop)
 }
 
 async fn ensure_assignments(
@@ -306,26 +380,26 @@ async fn ensure_assignments(
 ) -> Result<Assignments, StreamsError> {
     let Needs { intake, sources, create, .. } = needs;
     let stream = ensure_stream(js, assignments(intake), *create).await?;
-    ensure_consumer(&stream, consumer(intake), *create).await?;
+    let consumer = ensure_consumer(&stream, consumer(intake), *create).await?;
     let route = if sources.gpu_route {
         ensure_route(&stream, intake, *sources, *create).await?
     } else {
         // Whoever may not even look for it works without it.
         match find_route(&stream, intake).await {
             Ok(route) => route,
-            Err(_) => known.and_then(|known| known.route().map(str::to_owned)),
+            Err(_) => known.and_then(|known| known.route().cloned()),
         }
     };
     let parked = ensure_stream(js, parked(intake), *create).await?;
     let (info, parked) = (stream.cached_info(), parked.cached_info());
     Ok(Assignments {
         stream: info.config.name.clone(),
-        created: rfc3339(info.created.unix_timestamp_nanos()),
-        consumer: intake.queue_group.clone(),
+        created: rfc3339(&info.created),
+        consumer,
         route,
         parked: ParkedWork {
             stream: parked.config.name.clone(),
-            created: rfc3339(parked.created.unix_timestamp_nanos()),
+            created: rfc3339(&parked.created),
             is_empty: parked.state.messages == 0,
         },
     })
@@ -386,19 +460,23 @@ fn explain(what: &str, error: &CreateStreamError) -> StreamsError {
     unavailable(what, error)
 }
 
-async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) -> Result<(), StreamsError> {
+async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) -> Result<Outlet, StreamsError> {
     let name = wanted.durable_name.clone().unwrap_or_default();
     let what = format!("consumer {name} of stream {}", stream.cached_info().config.name);
-    match stream.consumer_info(&name).await {
-        Ok(info) => compare::consumer(&what, &info.config, &wanted),
+    let limits = match stream.consumer_info(&name).await {
+        Ok(info) => {
+            compare::consumer(&what, &info.config, &wanted)?;
+            compare::usable(&what, &info)?
+        }
         Err(error) if is_no_consumer(&error) && create => {
             tracing::info!(consumer = name, "creating a consumer");
             let made = stream.create_consumer_strict(wanted).await;
-            made.map(drop).map_err(|error| unavailable(&what, &error))
+            made.map(|_| Limits::default()).map_err(|error| unavailable(&what, &error))?
         }
-        Err(error) if is_no_consumer(&error) => Err(StreamsError::Missing(what)),
-        Err(error) => Err(unavailable(&what, &error)),
-    }
+        Err(error) if is_no_consumer(&error) => return Err(StreamsError::Missing(what)),
+        Err(error) => return Err(unavailable(&what, &error)),
+    };
+    Ok(Outlet { name, limits: Some(limits) })
 }
 
 /// The route's consumer, for whoever pulls from it.
@@ -407,22 +485,34 @@ async fn ensure_route(
     intake: &Intake,
     sources: Sources,
     create: bool,
-) -> Result<Option<String>, StreamsError> {
+) -> Result<Option<Outlet>, StreamsError> {
     match ensure_consumer(stream, route_consumer(intake), create).await {
         // A pool may have no route; only a worker that has nothing else to pull from must wait for one.
         Err(StreamsError::Missing(_)) if sources.intake => Ok(None),
-        ensured => ensured.map(|()| Some(intake.route_group())),
+        ensured => ensured.map(Some),
     }
 }
 
-async fn find_route<I>(stream: &Stream<I>, intake: &Intake) -> Result<Option<String>, StreamsError> {
-    let group = intake.route_group();
-    match stream.consumer_info(&group).await {
+async fn find_route<I>(stream: &Stream<I>, intake: &Intake) -> Result<Option<Outlet>, StreamsError> {
+    let name = intake.route_group();
+    match stream.consumer_info(&name).await {
         // One with another filter would never hand out what is passed on.
-        Ok(info) => Ok((info.config.filter_subject == intake.route_subject()).then_some(group)),
+        Ok(info) if info.config.filter_subject != intake.route_subject() => Ok(None),
+        Ok(info) => Ok(Some(Outlet { name, limits: Some(Limits::of(&info.config)) })),
         Err(error) if is_no_consumer(&error) => Ok(None),
-        Err(error) => Err(unavailable(&format!("consumer {group} of stream {}", intake.stream()), &error)),
+        Err(error) => Err(unavailable(&format!("consumer {name} of stream {}", intake.stream()), &error)),
     }
+}
+
+/// Whether a consumer hands messages out without their payloads; where it cannot be asked, that is possible.
+pub async fn withholds_payloads(broker: &Broker, stream: &str, consumer: &str) -> bool {
+    let info = async { broker.jetstream().get_stream_no_info(stream).await.ok()?.consumer_info(consumer).await.ok() };
+    info.await.is_none_or(|info| info.config.headers_only)
+}
+
+/// Whether a message may have had a payload that its consumer withholds: then a header says how long it is.
+pub fn may_lack_its_payload(payload: &Bytes, headers: Option<&HeaderMap>) -> bool {
+    payload.is_empty() && headers.is_some_and(|headers| headers.get(PAYLOAD_SIZE).is_some())
 }
 
 fn is_no_consumer(error: &ConsumerInfoError) -> bool {
@@ -433,6 +523,7 @@ fn unavailable(what: &str, error: &dyn std::error::Error) -> StreamsError {
     StreamsError::Unavailable { what: what.to_owned(), reason: error.to_string() }
 }
 
-fn rfc3339(nanos: i128) -> String {
+fn rfc3339(time: &DateTime) -> String {
+    let nanos = time.unix_timestamp_nanos();
     jiff::Timestamp::from_nanosecond(nanos).map_or_else(|_| nanos.to_string(), |time| time.to_string())
 }

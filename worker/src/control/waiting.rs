@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 
 use super::Desk;
 use crate::broker::kv::Entry;
-use crate::broker::streams::{ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM};
+use crate::broker::streams::{self, ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM, Limits};
 use crate::broker::{StoreError, Stored};
 use crate::cancel::{Cancel, Tombstone};
 use crate::contract;
@@ -63,8 +63,10 @@ async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
     let jetstream = desk.broker.jetstream();
     let consumer = jetstream.get_consumer_from_stream(CONTROL_CONSUMER, CONTROL_STREAM).await;
     let consumer: Consumer<pull::Config> = consumer.map_err(|error| failed(&error))?;
+    let limits = Limits::of(&consumer.cached_info().config);
+    let (most, expires) = (limits.batch(BATCH), limits.expires(PULL_EXPIRES));
     loop {
-        let batch = consumer.batch().max_messages(BATCH).expires(PULL_EXPIRES).messages().await;
+        let batch = consumer.batch().max_messages(most).expires(expires).messages().await;
         let mut batch = batch.map_err(|error| failed(&error))?;
         while let Some(message) = batch.next().await {
             let message = message.map_err(|error| failed(&error))?;
@@ -85,6 +87,12 @@ async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
 impl Desk {
     /// What cannot be read will not be readable the next time either: it is dropped.
     async fn serve(&self, message: jetstream::Message) {
+        if streams::may_lack_its_payload(&message.payload, message.headers.as_ref())
+            && streams::withholds_payloads(&self.broker, CONTROL_STREAM, CONTROL_CONSUMER).await
+        {
+            // It comes again.
+            return self.health.raise(Concern::StreamsUnavailable, "control messages come without their payloads");
+        }
         let info = message.info().map(|info| (info.published.unix_timestamp_nanos(), info.stream_sequence));
         let (published, sequence) = info.unwrap_or_default();
         let published = Timestamp::from_nanosecond(published).unwrap_or_default();

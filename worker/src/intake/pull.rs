@@ -17,17 +17,22 @@ use tokio_util::sync::CancellationToken;
 use super::load::{Flow, Waiting};
 use super::{CHUNK, Delivery, Holds, Load, Parts, Room, TICK};
 use crate::broker::last::header;
-use crate::broker::streams::{ACK_WAIT, Ready, Source};
+use crate::broker::streams::{self, ACK_WAIT, Limits, Ready, Source};
 use crate::broker::{Broker, Session};
 use crate::health::Concern;
 use crate::publication::{Elsewhere, FirstIdentity, Publication};
 use crate::pulse;
+use crate::throttle::Throttle;
 
 /// A pull ends after this, served or not: so long does a worker that stops wait for its open ones. An idle worker
 /// costs the broker one small request in that time.
 const PULL_EXPIRES: Duration = Duration::from_secs(1);
-/// After a consumer has vanished, before it is tried again.
-const VANISHED_RETRY: Duration = Duration::from_secs(1);
+/// After a consumer could not be pulled from, before it is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// The most pulls that are asked for at once, of a consumer that gives only few messages for each.
+const PULLS_AT_ONCE: usize = 16;
+/// Between two lines about a consumer that has no room for pulls.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// Takes deliveries from there, as many as there is room for, and sends them on in chunks until `stop`; starts anew
 /// whenever the stream was made anew.
@@ -41,13 +46,21 @@ pub async fn take(
 ) {
     while !stop.is_cancelled() {
         let from = Pulled::of(&streams.borrow_and_update(), source);
+        let limits = {
+            let streams = streams.clone();
+            move || Pulled::limits(&streams.borrow(), source).unwrap_or_default()
+        };
         let pulls = async {
             let Some(from) = &from else { return stop.cancelled().await };
             let puller = Puller::new(&parts, source, from.clone());
-            if puller.run(&room, &out, &stop).await == Err(Vanished) {
-                let vanished = format!("the consumer {} has vanished", from.consumer);
-                parts.health.raise(Concern::StreamsUnavailable, vanished);
-                tokio::time::sleep(VANISHED_RETRY).await;
+            if let Err(broken) = puller.run(&room, limits, &out, &stop).await {
+                let what = format!("the consumer {} {broken}", from.consumer);
+                tracing::warn!(what, "cannot take assignments");
+                // Whoever looks at the consumer says more.
+                if !parts.health.is_raised(Concern::StreamsUnavailable) {
+                    parts.health.raise(Concern::StreamsUnavailable, what);
+                }
+                tokio::time::sleep(TRY_AGAIN).await;
             }
         };
         tokio::select! {
@@ -71,9 +84,15 @@ pub(super) struct Pulled {
 
 impl Pulled {
     fn of(ready: &Ready, source: Source) -> Option<Self> {
+        Self::limits(ready, source)?;
         let ready = ready.assignments.as_ref()?;
-        let consumer = ready.consumer_of(source)?.to_owned();
+        let consumer = ready.consumer_of(source)?.name.clone();
         Some(Self { stream: ready.stream.as_str().into(), created: ready.created.as_str().into(), consumer })
+    }
+
+    /// What may be asked of it; `None` where that is nothing.
+    fn limits(ready: &Ready, source: Source) -> Option<Limits> {
+        ready.assignments.as_ref()?.consumer_of(source)?.limits
     }
 }
 
@@ -86,6 +105,8 @@ pub(super) struct Puller {
     load: Arc<Load>,
     flow: Arc<Flow>,
     holds: Holds,
+    /// Pulls that its consumer had no room for.
+    crowded_out: Throttle,
 }
 
 /// One subscription's worth of pulls. A new one is made after each reconnect, so that what the broker still owed to
@@ -97,6 +118,8 @@ struct Pulls {
     /// When each pull that may still be open was asked for.
     open: VecDeque<Instant>,
     last_heard: Instant,
+    /// Nothing is asked for before this.
+    rests_until: Instant,
     /// Gaps of this process when it was made: later, what it has received may have lapsed unseen.
     gaps: u64,
     flow: Arc<Flow>,
@@ -129,6 +152,7 @@ impl Puller {
             load: Arc::clone(&parts.load),
             flow: Arc::clone(parts.load.flow(source)),
             holds: parts.holds.clone(),
+            crowded_out: Throttle::new(TELL_AGAIN),
         }
     }
 
@@ -137,9 +161,10 @@ impl Puller {
     async fn run(
         &self,
         room: impl Fn() -> Room,
+        limits: impl Fn() -> Limits,
         out: &mpsc::Sender<Vec<Delivery>>,
         stop: &CancellationToken,
-    ) -> Result<(), Vanished> {
+    ) -> Result<(), Broken> {
         let mut connects = self.broker.connects();
         let mut stopped: Option<Instant> = None;
         let mut session = self.broker.session();
@@ -149,10 +174,10 @@ impl Puller {
             if !unreadable.is_empty() && out.send(unreadable).await.is_err() {
                 return Ok(());
             }
-            let mut pulls = self.subscribe().await.map_err(|_| Vanished)?;
+            let mut pulls = self.subscribe().await.map_err(|_| Broken::Vanished)?;
             loop {
                 match stopped {
-                    None => self.top_up(&mut pulls, room()).await,
+                    None => self.top_up(&mut pulls, room(), limits()).await,
                     Some(at) if pulls.outstanding == 0 || at.elapsed() > PULL_EXPIRES + TICK => return Ok(()),
                     Some(_) => {}
                 }
@@ -170,7 +195,7 @@ impl Puller {
                             tracing::info!("dropping what arrived while this process was stopped: pulling anew");
                             break;
                         }
-                        let chunk = self.chunk(&mut pulls, message)?;
+                        let chunk = self.chunk(&mut pulls, message).await?;
                         if !chunk.is_empty() && out.send(chunk).await.is_err() {
                             return Ok(());
                         }
@@ -202,20 +227,31 @@ impl Puller {
         let gaps = pulse::gaps();
         let inbox = self.broker.client().new_inbox();
         let messages = self.broker.client().subscribe(inbox.clone()).await?;
-        let (open, last_heard, flow) = (VecDeque::new(), Instant::now(), Arc::clone(&self.flow));
-        Ok(Pulls { inbox, messages, outstanding: 0, open, last_heard, gaps, flow })
+        let (open, now, flow) = (VecDeque::new(), Instant::now(), Arc::clone(&self.flow));
+        Ok(Pulls { inbox, messages, outstanding: 0, open, last_heard: now, rests_until: now, gaps, flow })
     }
 
     /// Asks for what there is room for and has not been asked for. Small top-ups wait until they are worth a request,
     /// or until the worker would run dry.
-    async fn top_up(&self, pulls: &mut Pulls, room: Room) {
-        let wanted = room.free.saturating_sub(pulls.outstanding);
+    async fn top_up(&self, pulls: &mut Pulls, room: Room, limits: Limits) {
+        let mut wanted = room.free.saturating_sub(pulls.outstanding);
         let runs_dry = room.waiting == 0 && pulls.outstanding == 0;
-        if wanted == 0 || (wanted < room.whole / 4 && !runs_dry) {
+        if (wanted < room.whole / 4 && !runs_dry) || Instant::now() < pulls.rests_until {
             return;
         }
+        for _ in 0..PULLS_AT_ONCE {
+            let batch = limits.batch(wanted);
+            if batch == 0 {
+                break;
+            }
+            self.pull(pulls, batch, limits.expires(PULL_EXPIRES)).await;
+            wanted -= batch;
+        }
+    }
+
+    async fn pull(&self, pulls: &mut Pulls, wanted: usize, expires: Duration) {
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.from.stream, self.from.consumer);
-        let request = format!(r#"{{"batch":{wanted},"expires":{}}}"#, PULL_EXPIRES.as_nanos());
+        let request = format!(r#"{{"batch":{wanted},"expires":{}}}"#, expires.as_nanos());
         let asked = self.broker.client().publish_with_reply(subject, pulls.inbox.clone(), request.into()).await;
         if asked.is_ok() {
             if pulls.outstanding == 0 {
@@ -227,7 +263,7 @@ impl Puller {
     }
 
     /// The message at hand and all that arrived with it.
-    fn chunk(&self, pulls: &mut Pulls, first: async_nats::Message) -> Result<Vec<Delivery>, Vanished> {
+    async fn chunk(&self, pulls: &mut Pulls, first: async_nats::Message) -> Result<Vec<Delivery>, Broken> {
         let mut chunk = Vec::new();
         let mut next = Some(first);
         while let Some(message) = next {
@@ -235,9 +271,14 @@ impl Puller {
             match message.status {
                 None | Some(StatusCode::OK) => {
                     pulls.outstanding = pulls.outstanding.saturating_sub(1);
+                    if streams::may_lack_its_payload(&message.payload, message.headers.as_ref())
+                        && streams::withholds_payloads(&self.broker, &self.from.stream, &self.from.consumer).await
+                    {
+                        return Err(Broken::WithholdsPayloads);
+                    }
                     chunk.extend(self.delivery(message, pulls.gaps));
                 }
-                Some(status) => end_of_pull(pulls, status, &message)?,
+                Some(status) => self.end_of_pull(pulls, status, &message)?,
             }
             if chunk.len() >= CHUNK {
                 break;
@@ -245,6 +286,37 @@ impl Puller {
             next = pulls.messages.next().now_or_never().flatten();
         }
         Ok(chunk)
+    }
+
+    /// A status ends a pull, and says how much of it was not served.
+    fn end_of_pull(&self, pulls: &mut Pulls, status: StatusCode, message: &async_nats::Message) -> Result<(), Broken> {
+        let unserved = header(message, "Nats-Pending-Messages").and_then(|value| value.parse().ok());
+        let reason = message.description.as_deref().unwrap_or_default();
+        match (status.as_u16(), unserved) {
+            (100, _) => {}
+            (404 | 408, Some(unserved)) => pulls.outstanding = pulls.outstanding.saturating_sub(unserved),
+            (503, _) => return Err(Broken::Vanished),
+            (409, _) if reason.contains("Consumer Deleted") => return Err(Broken::Vanished),
+            (409, _) if reason.contains("Exceeded MaxWaiting") => self.note_crowd(pulls),
+            (409, _) if ["Exceeded Max", "push based"].iter().any(|word| reason.contains(word)) => {
+                return Err(Broken::Refuses(reason.to_owned()));
+            }
+            (400, _) => return Err(Broken::Refuses(reason.to_owned())),
+            _ => {
+                tracing::info!(%status, reason, "a pull ended early");
+                pulls.outstanding = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// The consumer has no room for more pulls than others have open: what they leave is asked for a little later.
+    fn note_crowd(&self, pulls: &mut Pulls) {
+        (pulls.outstanding, pulls.rests_until) = (0, Instant::now() + TRY_AGAIN);
+        if let Some(count) = self.crowded_out.count() {
+            let consumer = &self.from.consumer;
+            tracing::warn!(count, consumer, "pulls found no room: raise max_waiting of the consumer");
+        }
     }
 
     pub(super) fn delivery(&self, message: async_nats::Message, gaps: u64) -> Option<Delivery> {
@@ -317,25 +389,18 @@ impl Described {
     }
 }
 
-/// The stream or the consumer is not there any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Vanished;
-
-/// A status ends a pull, and says how much of it was not served.
-fn end_of_pull(pulls: &mut Pulls, status: StatusCode, message: &async_nats::Message) -> Result<(), Vanished> {
-    let unserved = header(message, "Nats-Pending-Messages").and_then(|value| value.parse().ok());
-    let reason = message.description.as_deref().unwrap_or_default();
-    match (status.as_u16(), unserved) {
-        (100, _) => {}
-        (404 | 408, Some(unserved)) => pulls.outstanding = pulls.outstanding.saturating_sub(unserved),
-        (503, _) => return Err(Vanished),
-        (409, _) if reason.contains("Consumer Deleted") => return Err(Vanished),
-        _ => {
-            tracing::info!(%status, reason, "a pull ended early");
-            pulls.outstanding = 0;
-        }
-    }
-    Ok(())
+/// Why a consumer cannot be pulled from: whoever keeps the streams looks at it again.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum Broken {
+    /// It, or its stream, is not there any more.
+    #[error("has vanished")]
+    Vanished,
+    /// It is set so that it does not serve such a pull; the broker's words.
+    #[error("refuses to be pulled from: {0}")]
+    Refuses(String),
+    /// What is delivered cannot be told, so it is left to the broker.
+    #[error("hands out messages without their payloads")]
+    WithholdsPayloads,
 }
 
 #[cfg(test)]

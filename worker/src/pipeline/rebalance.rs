@@ -64,7 +64,7 @@ impl Pipeline {
     async fn idle_pulls(&self, ready: &Assignments) -> usize {
         let info = async {
             let stream = self.broker.jetstream().get_stream_no_info(&ready.stream).await.ok()?;
-            stream.consumer_info(&ready.consumer).await.ok()
+            stream.consumer_info(&ready.consumer.name).await.ok()
         };
         info.await.filter(|info| info.num_pending == 0).map_or(0, |info| info.num_waiting)
     }

@@ -1,9 +1,9 @@
 //! Whether a stream or consumer that is there keeps the contract. Pure.
 
-use async_nats::jetstream::consumer::{self, pull};
+use async_nats::jetstream::consumer::{self, PriorityPolicy, ReplayPolicy, pull};
 use async_nats::jetstream::stream::Config;
 
-use super::StreamsError;
+use super::{Limits, StreamsError, rfc3339};
 
 /// Replicas, ages and sizes are the administrator's; everything else that the promise rests on must match.
 pub(super) fn stream(what: &str, found: &Config, wanted: &Config) -> Result<(), StreamsError> {
@@ -39,12 +39,33 @@ pub(super) fn consumer(what: &str, found: &consumer::Config, wanted: &pull::Conf
     mismatch(what, settings)
 }
 
+/// What may be asked of a consumer that keeps the contract, unless somebody has set it so that it hands out nothing of use.
+/// That can be mended where it is, so it is waited for.
+pub(super) fn usable(what: &str, found: &consumer::Info) -> Result<Limits, StreamsError> {
+    let config = &found.config;
+    let pause = config.pause_until.filter(|_| found.paused).map_or_else(|| "none".to_owned(), |until| rfc3339(&until));
+    let settings = [
+        ("headers_only", config.headers_only.to_string(), "false".to_owned()),
+        ("pause_until", pause, "none".to_owned()),
+        ("priority_policy", format!("{:?}", config.priority_policy), format!("{:?}", PriorityPolicy::None)),
+        ("replay_policy", format!("{:?}", config.replay_policy), format!("{:?}", ReplayPolicy::Instant)),
+        ("filter_subjects", format!("{:?}", config.filter_subjects), "[]".to_owned()),
+        ("backoff", format!("{:?}", config.backoff), "[]".to_owned()),
+    ];
+    let consumer = found.name.clone();
+    let unusable = |differences| StreamsError::Unusable { what: what.to_owned(), consumer, differences };
+    differences(settings).map_or_else(|| Ok(Limits::of(config)), |differences| Err(unusable(differences)))
+}
+
 fn mismatch<const N: usize>(what: &str, settings: [(&str, String, String); N]) -> Result<(), StreamsError> {
+    let mismatch = |differences| Err(StreamsError::Mismatch { what: what.to_owned(), differences });
+    differences(settings).map_or(Ok(()), mismatch)
+}
+
+/// Every setting that is not as wanted: its name, as it was found, as it must be.
+fn differences<const N: usize>(settings: [(&str, String, String); N]) -> Option<String> {
     let differing = settings.into_iter().filter(|(_, found, wanted)| found != wanted);
     let differences: Vec<_> =
         differing.map(|(field, found, wanted)| format!("{field} {found}, but the contract needs {wanted}")).collect();
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(StreamsError::Mismatch { what: what.to_owned(), differences: differences.join("; ") })
+    (!differences.is_empty()).then(|| differences.join("; "))
 }
