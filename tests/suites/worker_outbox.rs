@@ -12,6 +12,9 @@ use beamline_tests::wait::{until, within};
 /// After a hold has lapsed.
 const LAPSE: Duration = Duration::from_secs(40);
 
+/// Longer than a worker waits that has nothing to lose, and shorter than its drain.
+const NEEDLESS: Duration = Duration::from_secs(12);
+
 fn files(directory: &Path) -> usize {
     std::fs::read_dir(directory).map_or(0, |entries| {
         entries.filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|ext| ext == "json")).count()
@@ -41,6 +44,53 @@ async fn an_outcome_survives_its_worker_while_the_broker_is_away() {
     assert_eq!(second.metric("worker_results_replayed_total").await, 1.0, "the redelivery was answered by the record");
     let result: serde_json::Value = serde_json::from_slice(&record.payload).unwrap();
     assert_eq!(result["metadata"]["worker_id"], "worker-1");
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_is_not_waited_for_at_the_end_where_nothing_would_be_lost() {
+    for mode in ["--nats-delivery=jetstream", "--nats-delivery=core"] {
+        let directory = tempfile::tempdir().unwrap();
+        let flag = format!("--outbox-dir={}", directory.path().join("outbox").display());
+        let mut rig = Rig::start(&[&flag, mode]).await;
+        let payload = assignment("acme", "kept", rig.call("/gate/kept"));
+        rig.router.send(&payload).await;
+        rig.peer.arrived("/gate/kept", 1).await;
+        rig.nats.kill();
+        rig.worker.unready("connection").await;
+        rig.worker.terminate();
+        rig.worker.unready("draining").await;
+        rig.peer.open("kept");
+        assert_eq!(rig.worker.ended().await, Some(0), "{mode}");
+        assert_eq!(files(&directory.path().join("outbox")), 1);
+
+        rig.nats.restart();
+        let router = Router::connect(&rig.nats.url()).await;
+        let _second = rig.another("worker-2").flag(&flag).flag(mode).start(&rig.nats).await;
+        let result = router.result(&payload).await;
+        assert_eq!((&result["status"], &result["metadata"]["worker_id"]), (&"success".into(), &"worker-1".into()));
+        until("the disk is empty", async || files(&directory.path().join("outbox")) == 0).await;
+        assert_eq!(rig.peer.hits("/gate/kept").len(), 1, "it has run once");
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_is_waited_for_at_the_end_by_what_only_memory_has() {
+    let mut rig = Rig::start(&[]).await;
+    let payload = assignment("acme", "held", rig.call("/gate/held"));
+    rig.router.submit(&payload).await;
+    rig.peer.arrived("/gate/held", 1).await;
+    rig.nats.kill();
+    rig.worker.unready("connection").await;
+    rig.worker.terminate();
+    rig.worker.unready("draining").await;
+    rig.peer.open("held");
+    let ended = tokio::time::timeout(NEEDLESS, rig.worker.ended()).await;
+    assert!(ended.is_err(), "{ended:?}: it waits");
+    rig.nats.restart();
+    let router = Router::connect(&rig.nats.url()).await;
+    within(LAPSE, "the outcome is recorded", async || router.record(&payload).await).await;
+    assert_eq!(rig.worker.ended().await, Some(0));
+    assert_eq!(rig.peer.hits("/gate/held").len(), 1, "it has run once");
 }
 
 #[tokio::test]

@@ -115,6 +115,10 @@ pub struct Pipeline {
     holds: Holds,
     /// Everything that still has a delivery.
     tasks: TaskTracker,
+    /// What has ended here and is recorded nowhere yet; in core mode, what is not published.
+    outcomes: TaskTracker,
+    /// Those of them that lie on the disk.
+    on_disk: TaskTracker,
     /// Ends what still runs when the drain's time is up.
     cut: CancellationToken,
     tombstones: Tombstones,
@@ -400,6 +404,7 @@ impl Pipeline {
             tracing::warn!(assignment_id = %assignment.key.assignment_id, "discarded a late outcome");
             return self.hand_back(arrival.delivery).await;
         }
+        let outcome = self.outcomes.token();
         let failed = execution.failed.clone();
         let mut step = StepResult::of(execution, assignment.block.kind(), queued);
         let result = self.encode(&mut step, assignment);
@@ -410,7 +415,10 @@ impl Pipeline {
         }
         let Arrival { delivery, assignment, .. } = &*arrival;
         failpoint::reach(Point::BeforeRecord).await;
-        match self.record(&arrival, expected, &mut step, result).await {
+        let recorded = self.record(&arrival, expected, &mut step, result).await;
+        // Where there is a record, whoever is given the delivery again does the rest.
+        let _outcome = (!self.ledger.is_kept()).then_some(outcome);
+        match recorded {
             Recorded::Ours(result) => {
                 failpoint::reach(Point::AfterRecord).await;
                 if let Some(fault) = self.due_letter(&step) {

@@ -41,7 +41,8 @@ pub async fn signalled() -> std::io::Result<()> {
 /// cancelled until then.
 ///
 /// Work that is cut off was never settled, so the broker hands it to another worker. In core mode the Router is told to send
-/// it again; what waits for a slot may start until then.
+/// it again; what waits for a slot may start until then. Where the broker is away and nothing would be lost, it is not waited
+/// for that long.
 pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit: Duration) {
     let Intake { stop, taking, processing } = intake;
     pipeline.begin_to_drain();
@@ -54,11 +55,17 @@ pub async fn drain(pipeline: &Pipeline, intake: Intake, control: Control, limit:
         let _ = processing.await;
         pipeline.settled().await;
     };
-    if tokio::time::timeout(limit, everything).await.is_err() {
-        tracing::warn!(unfinished = pipeline.unsettled(), ?limit, "drain timed out: handing back what still runs");
-        let _ = tokio::time::timeout(CUT_LIMIT, taking.wait()).await;
-        pipeline.cut_off();
-        let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
+    tokio::select! {
+        () = everything => {}
+        () = pipeline.nothing_to_lose() => {
+            tracing::warn!("ending without NATS: what has ended here is on the disk, or recorded");
+        }
+        () = tokio::time::sleep(limit) => {
+            tracing::warn!(unfinished = pipeline.unsettled(), ?limit, "drain timed out: handing back what still runs");
+            let _ = tokio::time::timeout(CUT_LIMIT, taking.wait()).await;
+            pipeline.cut_off();
+            let _ = tokio::time::timeout(CUT_LIMIT, pipeline.settled()).await;
+        }
     }
     tokio::join!(pipeline.close_budgets(), pipeline.give_units_back());
     control.finish().await;

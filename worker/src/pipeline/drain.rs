@@ -1,12 +1,18 @@
 //! The steps of a stop, which `shutdown` puts in order.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Pipeline;
 use crate::health::Concern;
+use crate::pool::Pool;
 
 /// How long the broker may take to be sent what was said.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A broker that has been away for so long is not waited for, where nothing would be lost.
+const AWAY: Duration = Duration::from_secs(5);
+/// Between two looks at that.
+const LOOK: Duration = Duration::from_millis(100);
 
 impl Pipeline {
     /// The worker is not ready any more.
@@ -31,6 +37,23 @@ impl Pipeline {
     /// How many deliveries are neither settled nor handed back.
     pub(crate) fn unsettled(&self) -> usize {
         self.tasks.len()
+    }
+
+    /// Returns when the broker has been away for a while, and all that time nothing here would have been lost.
+    pub(crate) async fn nothing_to_lose(&self) {
+        let mut since: Option<Instant> = None;
+        while since.is_none_or(|since| since.elapsed() < AWAY) {
+            tokio::time::sleep(LOOK).await;
+            let is_so = self.health.is_raised(Concern::NatsDisconnected) && self.has_nothing_to_lose();
+            since = if is_so { since.or_else(|| Some(Instant::now())) } else { None };
+        }
+    }
+
+    /// Nothing runs, and each outcome is on the disk: whatever else is here the broker still has, but in core mode.
+    fn has_nothing_to_lose(&self) -> bool {
+        let runs = Pool::ALL.into_iter().any(|pool| self.schedule.busy(pool) > 0);
+        let will_run = !self.hands_back() && self.load.waiting() > 0;
+        !runs && !will_run && self.outcomes.len() == self.on_disk.len()
     }
 
     /// Ends what still waits or runs.

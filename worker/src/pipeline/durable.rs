@@ -95,9 +95,11 @@ impl Pipeline {
             let (spool, outcome) = (spool.clone(), Arc::clone(&outcome));
             move || spool.keep(&outcome)
         });
-        if let Ok(Err(error)) = keeping.await {
+        let kept = keeping.await;
+        if let Ok(Err(error)) = &kept {
             tracing::warn!(%error, "an outcome cannot be kept on the disk: only this worker's memory has it");
         }
+        let _on_disk = matches!(kept, Ok(Ok(()))).then(|| self.on_disk.token());
         let written = writing.await;
         spool.forget(&outcome);
         written

@@ -118,6 +118,8 @@ impl Pipeline {
             health,
             holds: Holds::default(),
             tasks: TaskTracker::new(),
+            outcomes: TaskTracker::new(),
+            on_disk: TaskTracker::new(),
             cut: CancellationToken::new(),
             tombstones: Tombstones::default(),
             in_flight: InFlight::default(),
