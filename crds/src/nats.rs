@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
+    validation = Rule::new("self.url.startsWith('nats://') || self.url.startsWith('tls://')")
+        .message("nats.url: must begin with nats:// or tls://, such as nats://nats.nats.svc:4222"),
     validation = Rule::new("!self.url.contains('@')")
         .message("nats.url: must not hold credentials; put them into a Secret and name it in nats.credentialsSecretRef"),
     validation = Rule::new("!has(self.subject) || !self.subject.endsWith('.ack')")
@@ -106,10 +108,10 @@ pub struct Tls {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!has(self.resultRetention) || duration(self.resultRetention) >= duration('1m')")
-        .message("nats.streams.resultRetention: must be at least 1m"),
-    validation = Rule::new("!has(self.deadLetterRetention) || duration(self.deadLetterRetention) >= duration('1h')")
-        .message("nats.streams.deadLetterRetention: must be at least 1h")
+    validation = Rule::new("!has(self.resultRetention) || (self.resultRetention.matches('^([0-9]{1,9}(h|m|s|ms))+$') && duration(self.resultRetention) >= duration('1m'))")
+        .message("nats.streams.resultRetention: must be at least 1m, in h, m, s and ms, such as 1h30m"),
+    validation = Rule::new("!has(self.deadLetterRetention) || (self.deadLetterRetention.matches('^([0-9]{1,9}(h|m|s|ms))+$') && duration(self.deadLetterRetention) >= duration('1h'))")
+        .message("nats.streams.deadLetterRetention: must be at least 1h, in h, m, s and ms, such as 720h")
 )]
 pub struct Streams {
     /// Whether the operator creates the streams and consumers that are missing and governs them. With false it only

@@ -61,6 +61,20 @@ use crate::{
         json_path = r#".status.conditions[?(@.type=="Ready")].reason"#
     ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "Parked",
+        type_ = "integer",
+        json_path = ".status.queue.parked",
+        priority = 1,
+        description = "Assignments that wait for their tenant's budget or ceiling"
+    ),
+    printcolumn(
+        name = "Scaling",
+        type_ = "string",
+        json_path = ".status.scaling.reason",
+        priority = 1,
+        description = "Why there are as many workers as there are"
+    ),
     validation = Rule::new("self.metadata.name.matches('^[a-z]([a-z0-9-]{0,54}[a-z0-9])?$')")
         .message("metadata.name: use at most 56 of a-z, 0-9 and '-', starting with a letter and ending with a letter or digit (it also names a Service, and <name>-worker a ServiceAccount)"),
     validation = Rule::new("!self.metadata.name.endsWith('-gpu')")

@@ -27,7 +27,7 @@ pub struct Config {
     #[arg(long, env = "BEAMLINE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Json)]
     pub log_format: LogFormat,
 
-    /// Which log lines are written, such as info or beamline_operator=debug,info.
+    /// Which log lines are written, such as info, debug, or kube=debug,info. debug and trace are the operator's own.
     #[arg(long, env = "BEAMLINE_LOG", default_value = "info,async_nats=warn", value_parser = log_filter)]
     pub log_level: EnvFilter,
 
@@ -130,7 +130,13 @@ fn log_filter(text: &str) -> Result<EnvFilter, String> {
     // A lone word that is no level would silently become the name of a target, and the log would go quiet.
     let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
     let is_deliberate = |directive: &str| directive.contains(['=', '[']) || is_level(directive);
-    match (text.split(',').all(is_deliberate), EnvFilter::builder().parse(text)) {
+    // Libraries tell of every request when they tell all they do: a level alone makes only the operator tell more.
+    let of_the_operator = |directive: &str| match directive.to_ascii_lowercase() {
+        level if level == "debug" || level == "trace" => format!("info,async_nats=warn,beamline_operator={level}"),
+        _ => directive.to_owned(),
+    };
+    let directives = text.split(',').map(of_the_operator).collect::<Vec<_>>().join(",");
+    match (text.split(',').all(is_deliberate), EnvFilter::builder().parse(directives)) {
         (true, Ok(filter)) => Ok(filter),
         _ => Err("expected off, error, warn, info, debug or trace, or target=level, separated by commas".to_owned()),
     }
@@ -200,6 +206,15 @@ mod tests {
         for unusable in ["", "verbose", "info,loud", "kube=loud", "no=such=level"] {
             assert!(given(unusable).is_err(), "{unusable}");
         }
+    }
+
+    #[test]
+    fn a_level_alone_makes_only_the_operator_tell_more() {
+        let filter = |level: &str| {
+            Config::try_parse_from(["operator", "--log-level", level]).expect(level).log_level.to_string()
+        };
+        assert_eq!(filter("debug"), "beamline_operator=debug,async_nats=warn,info");
+        assert_eq!(filter("kube=debug,warn"), "kube=debug,warn");
     }
 
     #[test]

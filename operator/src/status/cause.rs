@@ -8,6 +8,9 @@ use super::class::ClassState;
 use crate::names;
 use crate::reason;
 
+/// Characters of a worker's last line that are shown.
+const MOST_WORDS: usize = 300;
+
 /// A cause that a person can act on. The first in this order wins.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Cause {
@@ -87,14 +90,20 @@ fn crash(container: &ContainerStatus) -> Option<Cause> {
         Some("OOMKilled") => "were killed for using more memory than their limit".to_owned(),
         _ => format!("exited with code {}", ended.exit_code),
     };
-    let (who, whose) = if is_worker {
-        ("workers".to_owned(), String::new())
-    } else {
-        (format!("sidecars `{}`", container.name), format!(" --container {}", container.name))
+    let message = match (is_worker, ended.message.as_deref().and_then(last_words)) {
+        (true, Some(why)) => format!("workers {how}: {why}"),
+        (true, None) => format!("workers {how}; `kubectl logs --previous` says why"),
+        (false, _) => {
+            let name = &container.name;
+            format!("sidecars `{name}` {how}; `kubectl logs --previous --container {name}` says why")
+        }
     };
-    Some(Cause {
-        order: 3,
-        reason: reason::CRASH_LOOP_BACK_OFF,
-        message: format!("{who} {how}; `kubectl logs --previous{whose}` says why"),
-    })
+    Some(Cause { order: 3, reason: reason::CRASH_LOOP_BACK_OFF, message })
+}
+
+/// Why a worker could not go on is the last line that it writes, and in plain words. A line of its log has a time, which
+/// would be another one after each restart.
+fn last_words(log: &str) -> Option<String> {
+    let line = log.lines().map(str::trim).rfind(|line| !line.is_empty())?;
+    (!line.starts_with('{')).then(|| line.chars().take(MOST_WORDS).collect())
 }

@@ -226,7 +226,7 @@ fn as_it_was(before: &WorkerPoolStatus, type_: &str, unknown: &str) -> Verdict {
 fn degradation(before: &WorkerPoolStatus, outcome: Result<&Converged, &Error>) -> Verdict {
     let Ok(converged) = outcome else { return as_it_was(before, "Degraded", reason::AS_ASKED) };
     match converged.notices.first() {
-        None => Verdict::no(reason::AS_ASKED, "nothing is to be looked at"),
+        None => Verdict::no(reason::AS_ASKED, "nothing needs a look"),
         Some(first) => {
             let all: Vec<_> = converged.notices.iter().map(|notice| notice.message.as_str()).collect();
             Verdict::yes(first.reason, all.join("; "))

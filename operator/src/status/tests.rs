@@ -270,6 +270,16 @@ fn workers_that_do_not_start_say_why() {
     let message = "workers exited with code 1; `kubectl logs --previous` says why";
     says(&with_pod(workers(2, 0), crashed), &healthy(), "Ready", ("False", "CrashLoopBackOff", message));
 
+    let last_words = |log: &str| {
+        container(json!({"state": {"running": {}}, "lastState": {"terminated": {"exitCode": 2, "message": log}}}))
+    };
+    let said = last_words("{\"level\":\"info\"}\n  WORKER_LOG: \"loud\" is not allowed\n");
+    let message = "workers exited with code 2: WORKER_LOG: \"loud\" is not allowed";
+    says(&with_pod(workers(2, 0), said), &healthy(), "Ready", ("False", "CrashLoopBackOff", message));
+    let only_logged = last_words("{\"timestamp\":\"2026-01-01T00:00:00Z\"}");
+    let message = "workers exited with code 2; `kubectl logs --previous` says why";
+    says(&with_pod(workers(2, 0), only_logged), &healthy(), "Ready", ("False", "CrashLoopBackOff", message));
+
     let unschedulable = json!({"conditions": [{
         "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available",
     }]});
@@ -387,7 +397,7 @@ fn workers_with_gpus_that_nobody_asks_for_finish_first_and_say_so() {
 
 #[test]
 fn what_works_and_should_not_stay_so_is_said_apart() {
-    says(&workers(2, 2), &healthy(), "Degraded", ("False", "AsAsked", "nothing is to be looked at"));
+    says(&workers(2, 2), &healthy(), "Degraded", ("False", "AsAsked", "nothing needs a look"));
     let notices = vec![Notice::claim_not_shared("/shared", "flows"), Notice::pod_monitor_missing()];
     let status = first(&Converged { notices, ..workers(2, 2) }, &healthy());
     let Condition { status: degraded, reason, message, .. } = find(&status, "Degraded");

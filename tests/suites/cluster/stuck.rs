@@ -75,7 +75,7 @@ fn stuck() -> Vec<Stuck> {
             "crash",
             json!({"env": [{"name": "WORKER_LOG", "value": "no=such=level"}]}),
             "CrashLoopBackOff",
-            "workers exited with code 2",
+            "workers exited with code 2: ",
         ),
         Stuck {
             spec: json!({"gpu": {"resourceName": "example.com/rare", "replicas": 1}}),

@@ -84,7 +84,7 @@ fn numbers() -> Vec<Row> {
 fn nats() -> Vec<Row> {
     let retention = |field: &str, value: &str| json!({"nats": {"streams": {field: value}}});
     [
-        (json!({"nats": {"url": "http://nats:4222"}}), "spec.nats.url"),
+        (json!({"nats": {"url": "http://nats:4222"}}), "nats.url: must begin with nats:// or tls://"),
         (json!({"nats": {"url": "nats://nats:0"}}), "spec.nats.url"),
         (json!({"nats": {"url": "nats://a:4222,b:4222"}}), "spec.nats.url"),
         (json!({"nats": {"url": "nats://me:secret@nats:4222"}}), "nats.url: must not hold credentials"),
@@ -107,7 +107,11 @@ fn nats() -> Vec<Row> {
         ),
         (json!({"nats": {"streams": {"storage": "Tape"}}}), "spec.nats.streams.storage"),
         (retention("resultRetention", "soon"), "spec.nats.streams.resultRetention"),
-        (retention("resultRetention", "30s"), "nats.streams.resultRetention: must be at least 1m"),
+        (retention("resultRetention", "1d"), "nats.streams.resultRetention: must be at least 1m, in h, m, s and ms"),
+        (
+            retention("resultRetention", "30s"),
+            "nats.streams.resultRetention: must be at least 1m, in h, m, s and ms, such as 1h30m",
+        ),
         (retention("deadLetterRetention", "59m"), "nats.streams.deadLetterRetention: must be at least 1h"),
     ]
     .map(named)
