@@ -62,7 +62,7 @@ async fn waiting(router: &Router) -> Vec<String> {
 }
 
 /// Returns when so many requests are kept.
-async fn parked(router: &Router, count: usize) {
+async fn are_waiting(router: &Router, count: usize) {
     within(LAPSE, &format!("{count} approvals wait"), async || (waiting(router).await.len() == count).then_some(()))
         .await;
 }
@@ -152,7 +152,7 @@ async fn a_refusal_is_a_decision_too() {
     let rig = Rig::start(&[]).await;
     let payload = ask("acme", "refused", MINUTES);
     rig.router.submit(&payload).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     say(&rig.router, &payload, "ann@example.com", false).await;
     assert_eq!(decision(&rig.router.result(&payload).await), (false, "ann@example.com"));
     kept_its_promise(&rig.router).await;
@@ -164,7 +164,7 @@ async fn w38_only_those_who_were_asked_count_and_nonsense_hurts_nobody() {
     let rig = Rig::start(&[]).await;
     let payload = ask("acme", "strangers", MINUTES);
     rig.router.submit(&payload).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     say(&rig.router, &payload, "eve@example.com", true).await;
     let of_another = ask("other", "strangers", MINUTES);
     say(&rig.router, &of_another, "ann@example.com", true).await;
@@ -208,7 +208,7 @@ async fn w38_of_two_who_disagree_the_first_decides_and_late_and_repeated_answers
     for payload in &payloads {
         rig.router.submit(payload).await;
     }
-    parked(&rig.router, payloads.len()).await;
+    are_waiting(&rig.router, payloads.len()).await;
     for payload in &payloads {
         for (approver, approved) in [("ann@example.com", true), ("bob@example.com", false), ("ann@example.com", true)] {
             say(&rig.router, payload, approver, approved).await;
@@ -260,7 +260,7 @@ async fn w38_a_deadline_survives_the_death_of_every_worker() {
     let mut rig = Rig::start(&[]).await;
     let (short, long) = (ask("acme", "short", 4000), ask("acme", "long", MINUTES));
     rig.router.submit(&long).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     rig.router.submit(&short).await;
     until("both are stored", async || rig.router.all("KV_caf-approvals", "$KV.caf-approvals.*.*").await.len() == 2)
         .await;
@@ -283,7 +283,7 @@ async fn w38_an_answer_sent_while_no_worker_runs_counts_if_it_came_in_time() {
     for payload in [&timely, &late] {
         rig.router.submit(payload).await;
     }
-    parked(&rig.router, 2).await;
+    are_waiting(&rig.router, 2).await;
     rig.worker.kill();
     say(&rig.router, &timely, "bob@example.com", true).await;
     tokio::time::sleep(Duration::from_millis(6100)).await;
@@ -301,7 +301,7 @@ async fn an_id_that_comes_twice_is_asked_once_and_answered_twice() {
     let mut announced = announcements(&rig.router).await;
     let payload = ask("acme", "twice", MINUTES);
     rig.router.submit(&payload).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     rig.router.submit(&payload).await;
     rig.router.settled(SOON).await;
     assert_eq!(waiting(&rig.router).await.len(), 1);
@@ -373,7 +373,7 @@ async fn another_job_that_comes_with_its_approval_waits_for_it_too() {
             client.publish("caf.exec.assign.v1", published.to_string().into()).await.unwrap();
         }
     }
-    parked(&rig.router, EACH).await;
+    are_waiting(&rig.router, EACH).await;
     rig.router.settled(SOON).await;
     for payload in &payloads {
         cancel(&rig.router, payload).await;
@@ -388,14 +388,14 @@ async fn a_replay_asks_anew_and_is_not_answered_by_what_was_said_before() {
     let rig = Rig::start(&[]).await;
     let payload = ask("acme", "replay", MINUTES);
     rig.router.submit(&payload).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     say(&rig.router, &payload, "ann@example.com", false).await;
     assert_eq!(decision(&rig.router.result(&payload).await), (false, "ann@example.com"));
     kept_its_promise(&rig.router).await;
 
     let headers = replay();
     rig.router.submit_with(&payload, headers).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     say(&rig.router, &payload, "ann@example.com", true).await;
     let results = rig.router.results(&payload, 2).await;
     assert_eq!(decision(&read(&results[1])), (true, "ann@example.com"), "she may change her mind");
@@ -429,7 +429,7 @@ async fn a_replay_right_behind_a_cancel_is_asked_and_a_cancel_of_that_ends_it() 
 /// As after every test, but for the audit, which knows no replay.
 async fn router_is_done(router: &Router) {
     router.settled(LAPSE).await;
-    parked(router, 0).await;
+    are_waiting(router, 0).await;
 }
 
 #[tokio::test]
@@ -439,7 +439,7 @@ async fn a_cancel_ends_what_waits_and_what_has_not_arrived() {
     for payload in [&told, &asked, &away] {
         rig.router.submit(payload).await;
     }
-    parked(&rig.router, 3).await;
+    are_waiting(&rig.router, 3).await;
     // Somebody else's cancel of the same id meets nothing.
     cancel(&rig.router, &ask("other", "told", MINUTES)).await;
     cancel(&rig.router, &told).await;
@@ -495,10 +495,10 @@ async fn tenants_with_the_same_id_are_asked_and_answered_apart() {
     for payload in [&ours, &theirs] {
         rig.router.submit(payload).await;
     }
-    parked(&rig.router, 2).await;
+    are_waiting(&rig.router, 2).await;
     say(&rig.router, &ours, "ann@example.com", true).await;
     assert_eq!(decision(&rig.router.result(&ours).await), (true, "ann@example.com"));
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     assert!(rig.router.story(&theirs).results.is_empty());
     say(&rig.router, &theirs, "ann@example.com", false).await;
     assert_eq!(decision(&rig.router.result(&theirs).await), (false, "ann@example.com"));
@@ -513,7 +513,7 @@ async fn what_waits_survives_the_broker() {
     for payload in payloads.iter().chain([&expiring]) {
         rig.router.submit(payload).await;
     }
-    parked(&rig.router, 31).await;
+    are_waiting(&rig.router, 31).await;
     rig.nats.restart();
     rig.worker.ready().await;
     for payload in &payloads {
@@ -611,7 +611,7 @@ async fn a_decision_that_the_ledger_does_not_take_is_a_final_error() {
     let rig = Rig::start(&[]).await;
     let payload = ask("acme", "wordy", MINUTES);
     rig.router.submit(&payload).await;
-    parked(&rig.router, 1).await;
+    are_waiting(&rig.router, 1).await;
     let mut config = rig.router.stream("CAF_EXEC_RESULT").await.cached_info().config.clone();
     config.max_message_size = 2048;
     rig.router.jetstream().update_stream(&config).await.unwrap();
