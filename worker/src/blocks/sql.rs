@@ -236,16 +236,22 @@ fn without_place(fault: Fault, source: &Source) -> Fault {
     Fault { message: message.to_owned(), ..fault }
 }
 
-/// What of a text is sent to a PostgreSQL server, and whether it is a query; nothing where it is refused.
+/// What of a text is sent to a PostgreSQL server, and whether it is a query; or why it is refused.
 #[cfg(fuzzing)]
-pub fn sent_to_postgres(text: &str) -> Option<(&str, bool)> {
-    statement::only(text, Engine::Postgres).ok().map(|reading| (reading.text, reading.is_query))
+pub fn sent_to_postgres(text: &str) -> Result<(&str, bool), String> {
+    sent_to(Engine::Postgres, text)
 }
 
 /// The same for a MySQL or MariaDB server.
 #[cfg(fuzzing)]
-pub fn sent_to_mysql(text: &str) -> Option<(&str, bool)> {
-    statement::only(text, Engine::Mysql).ok().map(|reading| (reading.text, reading.is_query))
+pub fn sent_to_mysql(text: &str) -> Result<(&str, bool), String> {
+    sent_to(Engine::Mysql, text)
+}
+
+#[cfg(fuzzing)]
+fn sent_to(engine: Engine, text: &str) -> Result<(&str, bool), String> {
+    let reading = statement::only(text, engine).map_err(|fault| fault.message)?;
+    Ok((reading.text, reading.is_query))
 }
 
 /// A moment before the deadline, so that there is time to say why; shorter than the usual delay before another attempt,
