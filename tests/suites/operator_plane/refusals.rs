@@ -86,6 +86,8 @@ fn nats() -> Vec<Row> {
     [
         (json!({"nats": {"url": "http://nats:4222"}}), "nats.url: must begin with nats:// or tls://"),
         (json!({"nats": {"url": "nats://nats:0"}}), "spec.nats.url"),
+        (json!({"nats": {"url": "nats://nats:65536"}}), "spec.nats.url"),
+        (json!({"nats": {"url": "nats://nats:70000"}}), "spec.nats.url"),
         (json!({"nats": {"url": "nats://a:4222,b:4222"}}), "spec.nats.url"),
         (json!({"nats": {"url": "nats://me:secret@nats:4222"}}), "nats.url: must not hold credentials"),
         (json!({"nats": {"delivery": "Kafka"}}), "spec.nats.delivery"),
@@ -306,6 +308,7 @@ fn rest() -> Vec<Row> {
         (json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable cannot both"),
         (json!({"disruption": {"maxUnavailable": 1, "minAvailable": 1}}), "disruption: set maxUnavailable or"),
         (json!({"observability": {"otlpEndpoint": "collector:4318"}}), "spec.observability.otlpEndpoint"),
+        (json!({"observability": {"otlpEndpoint": "http://collector:70000"}}), "spec.observability.otlpEndpoint"),
     ]
     .map(named)
     .into()
