@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::Response;
+use kube::api::PatchParams;
 use kube::client::{ClientBuilder, DynBody};
 use kube::{Client, Config};
 use tower::BoxError;
 use tower::util::MapResultLayer;
 
 use crate::metrics::Metrics;
+use crate::names;
 
 /// How long the API server may take to answer a call. A watch is silent for longer, and has an idle limit of its own.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -34,6 +36,11 @@ impl Clients {
         config.reset_reader_on_write = true;
         Ok(Self { calls: counted(config, metrics)?, watches })
     }
+}
+
+/// For a change of single fields: `managedFields` says whose it was, as of what is applied.
+pub fn in_our_name() -> PatchParams {
+    PatchParams { field_manager: Some(names::OPERATOR.to_owned()), ..PatchParams::default() }
 }
 
 fn counted(config: Config, metrics: &Arc<Metrics>) -> kube::Result<Client> {

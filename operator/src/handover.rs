@@ -3,10 +3,11 @@
 //! autoscaler cannot make.
 
 use beamline_crds::{WorkerPool, WorkerPoolStatus};
-use kube::api::{Patch, PatchParams};
+use kube::api::Patch;
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
+use crate::clients::in_our_name;
 use crate::context::Context;
 use crate::error::Error;
 use crate::failpoint;
@@ -36,7 +37,7 @@ fn left(leaves: bool, seen: Option<i32>, written: i32, runs: Option<i32>) -> Opt
 pub async fn write_gpu(ctx: &Context, pool: &WorkerPool, runs: i32) -> Result<Decision, Error> {
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"gpu": {"replicas": runs}}});
     let (api, name) = (pools(ctx, pool), pool.name_any());
-    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+    let (params, patch) = (in_our_name(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch(&name, &params, &patch)).await;
     let is_written = unless_changed(written.map(drop), name)?;
     Ok(handed_over("gpu.replicas", runs, is_written))
@@ -64,7 +65,7 @@ pub const fn is_step(written: i32, decided: i32) -> bool {
 pub async fn scale(ctx: &Context, pool: &WorkerPool, replicas: i32) -> Result<bool, Error> {
     let patch = json!({"metadata": {"resourceVersion": pool.resource_version()}, "spec": {"replicas": replicas}});
     let (api, name) = (pools(ctx, pool), pool.name_any());
-    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+    let (params, patch) = (in_our_name(), Patch::Merge(patch));
     let written = failpoint::around("scale", "WorkerPool", &name, api.patch_scale(&name, &params, &patch)).await;
     unless_changed(written.map(drop), name)
 }

@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Patch, PatchParams};
+use kube::api::Patch;
 use kube::{Api, Client};
 use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseParams};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::clients::in_our_name;
 use crate::error::explain;
 use crate::names;
 
@@ -88,7 +89,7 @@ impl Candidate {
             "metadata": {"resourceVersion": lease.metadata.resource_version},
             "spec": {"holderIdentity": null, "acquireTime": null, "renewTime": null, "leaseDurationSeconds": null},
         });
-        let taken = self.leases.patch(names::OPERATOR, &PatchParams::default(), &Patch::Merge(nobody)).await;
+        let taken = self.leases.patch(names::OPERATOR, &in_our_name(), &Patch::Merge(nobody)).await;
         taken.inspect_err(|error| tracing::warn!("the lease is not taken away: {}", explain(error))).is_ok()
     }
 }

@@ -4,9 +4,10 @@ use std::sync::OnceLock;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::Patch;
 use serde_json::json;
 
+use crate::clients::in_our_name;
 use crate::context::Context;
 use crate::error::Error;
 use crate::failpoint;
@@ -32,7 +33,7 @@ pub(super) async fn annotate(
     };
     ctx.metrics.applied("Pod");
     let api = Api::<Pod>::namespaced(ctx.client.clone(), namespace);
-    let (params, patch) = (PatchParams::default(), Patch::Merge(json!({"metadata": metadata})));
+    let (params, patch) = (in_our_name(), Patch::Merge(json!({"metadata": metadata})));
     match failpoint::around(verb, "Pod", "any", api.patch_metadata(name, &params, &patch)).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),

@@ -11,7 +11,7 @@ use jiff::{Span, Timestamp};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
-use kube::api::{Patch, PatchParams};
+use kube::api::Patch;
 use kube::{Api, Client, ResourceExt};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use rcgen::{KeyUsagePurpose, date_time_ymd};
@@ -22,9 +22,9 @@ use x509_parser::pem::Pem;
 
 use super::door::{Door, Keys};
 use crate::admin::{Readiness, Topic};
+use crate::clients::in_our_name;
 use crate::config::{CertificateBy, Config};
 use crate::error::explain;
-use crate::names;
 
 /// Who answers for `external.metrics.k8s.io`, cluster-wide.
 const API_SERVICE: &str = "v1beta1.external.metrics.k8s.io";
@@ -133,7 +133,7 @@ impl Keeper {
                     "metadata": {"resourceVersion": secret.resource_version()},
                     "stringData": {CERTIFICATE: made.certificate, KEY: made.key, AUTHORITY: made.authority},
                 });
-                let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+                let (params, patch) = (in_our_name(), Patch::Merge(patch));
                 let written = secrets.patch(name, &params, &patch).await;
                 written.map_err(|error| anyhow!("Secret `{name}` cannot be written: {}", explain(&error)))?;
                 tracing::info!("external metrics: a certificate for {host} was made");
@@ -158,8 +158,7 @@ impl Keeper {
             return Ok(());
         }
         let patch = Patch::Merge(json!({"spec": {"caBundle": bundle}}));
-        let params = PatchParams { field_manager: Some(names::OPERATOR.to_owned()), ..PatchParams::default() };
-        let written = services.patch(API_SERVICE, &params, &patch).await;
+        let written = services.patch(API_SERVICE, &in_our_name(), &patch).await;
         written.map_err(|error| anyhow!("APIService {API_SERVICE} cannot be written: {}", explain(&error)))?;
         Ok(())
     }

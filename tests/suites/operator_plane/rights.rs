@@ -51,6 +51,9 @@ async fn the_operator_uses_every_right_that_it_has_and_is_denied_none() {
         drop(operator);
         let denied: Vec<_> = asked.iter().filter(|event| is_denied(event)).map(|event| &event["requestURI"]).collect();
         assert!(denied.is_empty(), "{name}: denied: {denied:#?}");
+        let nameless: Vec<_> =
+            asked.iter().filter(|event| is_nameless(event)).map(|event| &event["requestURI"]).collect();
+        assert!(nameless.is_empty(), "{name}: managedFields do not say whose these are: {nameless:#?}");
         let used: BTreeSet<_> = asked.iter().flat_map(rights).collect();
         let unused: Vec<_> = granted.iter().filter(|right| !used.iter().any(|used| right.covers(used))).collect();
         assert!(unused.is_empty(), "{name}: granted and never used: {unused:#?}");
@@ -251,6 +254,12 @@ fn rights(event: &Value) -> Vec<Right> {
     let is_made = used.verb == "patch" && event["responseStatus"]["code"] == 201;
     let create = is_made.then(|| Right { verb: "create".to_owned(), ..used.clone() });
     std::iter::once(used).chain(create).collect()
+}
+
+/// Those of events are the library's.
+fn is_nameless(event: &Value) -> bool {
+    let is_ours = event["verb"] == "patch" && event["objectRef"]["resource"] != "events";
+    is_ours && !event["requestURI"].as_str().is_some_and(|uri| uri.contains("fieldManager="))
 }
 
 /// By the rules of access, not by a quota or an admission.
