@@ -40,8 +40,10 @@ use heart::Heart;
 
 /// Connections at once. An API server keeps a few, and opens more for requests side by side.
 const CONNECTIONS: usize = 64;
-/// Whoever connects has so long to say who it is, and then for each request's headers.
+/// Whoever connects has so long to say who it is, and then for the headers of its request.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The API server may ask again on the same connection: it has so long for that.
+const REST: Duration = Duration::from_secs(300);
 
 /// What answers are made of.
 #[derive(Clone)]
@@ -119,9 +121,12 @@ pub async fn serve(
 
 async fn talk(stream: TcpStream, door: Arc<Door>, routes: Router) {
     let Ok(Some((stream, caller))) = tokio::time::timeout(PATIENCE, door.open(stream)).await else { return };
+    let is_api_server = caller == Caller::ApiServer;
     let service = TowerToHyperService::new(routes.layer(Extension(caller)));
     let mut server = http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(PATIENCE.saturating_mul(30));
+    // Nobody else keeps a place after its answer.
+    server.timer(TokioTimer::new()).keep_alive(is_api_server);
+    server.header_read_timeout(if is_api_server { REST } else { PATIENCE });
     if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!("external metrics: a connection has ended: {error}");
     }
@@ -177,7 +182,12 @@ mod tests {
     use k8s_openapi::ByteString;
     use kube::config::{KubeConfigOptions, Kubeconfig};
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, ServerName};
+    use rustls::{ClientConfig, RootCertStore};
     use serde_json::json;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_rustls::TlsConnector;
 
     use super::*;
     use crate::external::door::Keys;
@@ -228,6 +238,22 @@ mod tests {
         }
     }
 
+    /// What somebody without a certificate is told before the connection is ended for it.
+    async fn last_words(port: u16, trusted: &str) -> String {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(trusted.as_bytes()).expect("a certificate")).expect("a root");
+        let tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.expect("a connection");
+        let host = ServerName::try_from(HOST).expect("a name");
+        let mut stream = TlsConnector::from(Arc::new(tls)).connect(host, stream).await.expect("a handshake");
+        let request = format!("GET /apis HTTP/1.1\r\nhost: {HOST}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("it reads");
+        let mut said = Vec::new();
+        let ended = tokio::time::timeout(PATIENCE / 2, stream.read_to_end(&mut said)).await;
+        let _ = ended.expect("its place is free again");
+        String::from_utf8_lossy(&said).into_owned()
+    }
+
     #[tokio::test]
     async fn nobody_but_the_aggregator_is_answered() {
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -251,6 +277,8 @@ mod tests {
         let trusted = ours.pem();
         assert_eq!(ask(port, &trusted, Some(&aggregator)).await, Ok(200));
         assert_eq!(ask(port, &trusted, None).await, Ok(401));
+        let said = last_words(port, &trusted).await;
+        assert!(said.starts_with("HTTP/1.1 401"), "{said}");
         assert_eq!(ask(port, &trusted, Some(&other)).await, Ok(403));
         assert!(ask(port, &trusted, Some(&forged)).await.is_err(), "it gets no further than the handshake");
         assert!(ask(port, &foreign.pem(), Some(&aggregator)).await.is_err(), "the API server believes nobody else");
