@@ -46,9 +46,10 @@ pub(super) fn conditions(
     reading: &Reading,
     now: Timestamp,
 ) -> Vec<Condition> {
-    let queue = answer(before, "QueueReadable", reading.readable.as_ref(), queue_read);
+    let queue = answer((before, "QueueReadable"), outcome, reading.readable.as_ref(), queue_read);
     let draining = outcome.ok().and_then(|converged| converged.draining.as_deref());
-    let streams = answer(before, "StreamsReady", reading.streams.as_ref(), |remarks| streams_match(remarks, draining));
+    let streams = reading.streams.as_ref();
+    let streams = answer((before, "StreamsReady"), outcome, streams, |remarks| streams_match(remarks, draining));
     let verdicts = [
         ("Ready", readiness(outcome, [&streams, &queue])),
         ("Progressing", progress(outcome)),
@@ -264,20 +265,31 @@ fn streams_match(remarks: &[Remark], draining: Option<&str>) -> Verdict {
     Verdict::yes(first.reason(), all.join("; "))
 }
 
-/// What the broker says; before it says anything, what it said to an earlier operator.
+/// What the broker says; before it says anything, what it said to an earlier operator, if it did.
 fn answer<T>(
-    before: &WorkerPoolStatus,
-    type_: &str,
+    (before, type_): (&WorkerPoolStatus, &str),
+    outcome: Result<&Converged, &Error>,
     answer: Option<&Result<T, BrokerError>>,
     fine: impl FnOnce(&T) -> Verdict,
 ) -> Verdict {
     match answer {
         Some(Ok(answer)) => fine(answer),
         Some(Err(error)) => Verdict::no(error.reason(), error.to_string()),
-        None => match before.condition(type_) {
+        None => match before.condition(type_).filter(|before| before.status != "Unknown") {
             Some(before) => Verdict::new(&before.status, &before.reason, &before.message),
-            None => Verdict::new("Unknown", reason::ASKING_NATS, "the broker has not answered yet"),
+            None => unasked(outcome),
         },
+    }
+}
+
+/// Nobody asks a broker for a pool that has never been as it should be.
+fn unasked(outcome: Result<&Converged, &Error>) -> Verdict {
+    match outcome {
+        Ok(_) => Verdict::new("Unknown", reason::ASKING_NATS, "the broker has not answered yet"),
+        Err(error) => {
+            let message = format!("NATS is not asked before this is mended: {error}");
+            Verdict::new("Unknown", error.reason(), message)
+        }
     }
 }
 

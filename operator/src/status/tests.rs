@@ -430,6 +430,23 @@ fn a_quota_is_named_without_the_pod_that_met_it() {
 }
 
 #[test]
+fn a_pool_that_was_never_as_it_should_be_says_that_no_broker_is_asked() {
+    let error = Error::Invalid(InvalidPool::NotStored);
+    let asked = first(&workers(1, 0), &Reading::default());
+    let status = compute(&stored("{}"), &asked, Err(&error), &Reading::default(), at(0));
+    for type_ in ["QueueReadable", "StreamsReady"] {
+        assert_eq!(find(&asked, type_).reason, "AskingNats");
+        let Condition { status, reason, message, .. } = find(&status, type_);
+        assert_eq!((status.as_str(), reason.as_str()), ("Unknown", "InvalidSpec"));
+        assert_eq!(*message, format!("NATS is not asked before this is mended: {error}"));
+    }
+    // An operator that is new knows what an earlier one was told.
+    let told = first(&workers(1, 1), &healthy());
+    let status = compute(&stored("{}"), &told, Err(&error), &Reading::default(), at(1));
+    assert_eq!(find(&status, "QueueReadable").reason, "QueueRead");
+}
+
+#[test]
 fn an_error_is_a_condition_and_keeps_what_was_known() {
     let before = WorkerPoolStatus { ready_replicas: 4, desired_replicas: 5, ..WorkerPoolStatus::default() };
     let error = Error::Invalid(InvalidPool::NotStored);
