@@ -35,6 +35,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often it is asked what nobody waits for.
 const REST_AGE: Duration = Duration::from_secs(2);
 
+/// Fields of a pool that name Secrets.
+const CA: &str = "nats.tls.caSecretRef";
+const CERTIFICATE: &str = "nats.tls.certSecretRef";
+const KEY: &str = "nats.tls.keySecretRef";
+/// What is wrong with what is in one.
+const NO_CERTIFICATE: &str = "no usable PEM certificate";
+const NO_KEY: &str = "no usable PEM private key";
+
 /// A connection that pools share. It closes when the last of them lets go.
 pub struct Broker {
     url: String,
@@ -119,7 +127,7 @@ impl Brokers {
     pub async fn connection(&self, namespace: &str, nats: &Nats) -> Result<Shared, BrokerError> {
         let access = self.access(namespace, nats).await?;
         let shared = self.share(&access).await;
-        shared.get_or_try_init(|| connect(&access, &self.gate, &self.pods)).await?;
+        shared.get_or_try_init(|| connect(&access, nats, &self.gate, &self.pods)).await?;
         Ok(shared)
     }
 
@@ -135,21 +143,22 @@ impl Brokers {
     }
 
     async fn access(&self, namespace: &str, nats: &Nats) -> Result<Access, BrokerError> {
-        let read = async |secret: &Option<SecretKeyRef>| match secret {
-            Some(secret) => secrets::text(&self.kubernetes, namespace, secret).await.map(Some),
-            None => Ok(None),
+        let read = async |field: &'static str, secret: &Option<SecretKeyRef>| {
+            let Some(secret) = secret else { return Ok(None) };
+            let text = secrets::text(&self.kubernetes, namespace, secret).await;
+            text.map(Some).map_err(|source| BrokerError::Secret { field, source })
         };
         Ok(Access {
             url: qualified(&nats.url, namespace),
-            credentials: read(&nats.operator_credentials).await?,
-            ca: read(&nats.tls.ca_secret_ref).await?,
-            certificate: read(&nats.tls.cert_secret_ref).await?,
-            key: read(&nats.tls.key_secret_ref).await?,
+            credentials: read(nats.operator_credentials_field(), &nats.operator_credentials).await?,
+            ca: read(CA, &nats.tls.ca_secret_ref).await?,
+            certificate: read(CERTIFICATE, &nats.tls.cert_secret_ref).await?,
+            key: read(KEY, &nats.tls.key_secret_ref).await?,
         })
     }
 }
 
-async fn connect(access: &Access, gate: &Arc<Gate>, pods: &Store<Pod>) -> Result<Broker, BrokerError> {
+async fn connect(access: &Access, nats: &Nats, gate: &Arc<Gate>, pods: &Store<Pod>) -> Result<Broker, BrokerError> {
     gate.pass(&access.url).await?;
     let mut options = async_nats::ConnectOptions::new()
         .name("beamline-operator")
@@ -168,9 +177,8 @@ async fn connect(access: &Access, gate: &Arc<Gate>, pods: &Store<Pod>) -> Result
         }
     });
     if let Some(credentials) = &access.credentials {
-        options = options.credentials(credentials).map_err(|error| {
-            BrokerError::Credentials(format!("the NATS credentials are not a .creds file: {error}"))
-        })?;
+        let field = nats.operator_credentials_field();
+        options = options.credentials(credentials).map_err(|error| unusable(field, "not a .creds file", &error))?;
     }
     if let Some(tls) = tls(access)? {
         options = options.require_tls(true).tls_client_config(tls);
@@ -199,10 +207,10 @@ fn tls(access: &Access) -> Result<Option<ClientConfig>, BrokerError> {
     let builder = ClientConfig::builder().with_root_certificates(roots(access.ca.as_deref())?);
     let config = match (&access.certificate, &access.key) {
         (Some(certificate), Some(key)) => {
-            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| unusable("private key", &error))?;
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|error| unusable(KEY, NO_KEY, &error))?;
             builder
-                .with_client_auth_cert(certificates(certificate)?, key)
-                .map_err(|error| unusable("client certificate", &error))?
+                .with_client_auth_cert(certificates(CERTIFICATE, certificate)?, key)
+                .map_err(|error| unusable(CERTIFICATE, NO_CERTIFICATE, &error))?
         }
         _ => builder.with_no_client_auth(),
     };
@@ -213,8 +221,8 @@ fn roots(ca: Option<&str>) -> Result<RootCertStore, BrokerError> {
     let mut roots = RootCertStore::empty();
     match ca {
         Some(ca) => {
-            for certificate in certificates(ca)? {
-                roots.add(certificate).map_err(|error| unusable("CA", &error))?;
+            for certificate in certificates(CA, ca)? {
+                roots.add(certificate).map_err(|error| unusable(CA, NO_CERTIFICATE, &error))?;
             }
         }
         None => {
@@ -224,16 +232,16 @@ fn roots(ca: Option<&str>) -> Result<RootCertStore, BrokerError> {
     Ok(roots)
 }
 
-fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> {
+fn certificates(field: &'static str, pem: &str) -> Result<Vec<CertificateDer<'static>>, BrokerError> {
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<_, _>>()
-        .map_err(|error| unusable("certificate", &error))?;
+        .map_err(|error| unusable(field, NO_CERTIFICATE, &error))?;
     if certificates.is_empty() {
-        return Err(BrokerError::Credentials("the NATS TLS certificate holds no PEM certificate".to_owned()));
+        return Err(BrokerError::Credentials { field, why: NO_CERTIFICATE.to_owned() });
     }
     Ok(certificates)
 }
 
-fn unusable(what: &str, error: &dyn std::fmt::Display) -> BrokerError {
-    BrokerError::Credentials(format!("the NATS TLS {what} is unusable: {error}"))
+fn unusable(field: &'static str, what: &str, error: &dyn std::fmt::Display) -> BrokerError {
+    BrokerError::Credentials { field, why: format!("{what}: {error}") }
 }

@@ -16,6 +16,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use beamline_crds::WorkerPool;
 use beamline_operator::broker::{Brokers, Gate};
+use beamline_operator::error::BrokerError;
 use beamline_operator::memory::Memory;
 use beamline_operator::pool::{ValidPool, validate};
 use beamline_operator::scale::as_written;
@@ -528,6 +529,31 @@ fn certified(directory: &Path, name: &str) -> (String, String) {
 async fn connect(nats: &NatsServer, creds: &str, ca: &Path) -> Result<async_nats::Client, async_nats::ConnectError> {
     let options = ConnectOptions::new().credentials(creds).expect("credentials").require_tls(true);
     options.add_root_certificates(ca.to_path_buf()).connect(nats.url()).await
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_secret_is_said_with_the_field_that_names_it() {
+    let key = |key: &str| json!({"name": "nats", "key": key});
+    let own = json!({"credentialsSecretRef": key("worker.creds"), "operatorCredentialsSecretRef": key("none")});
+    for (mut nats, said) in [
+        (json!({"credentialsSecretRef": key("none")}), "nats.credentialsSecretRef: Secret `nats` has no key `none`"),
+        (own, "nats.operatorCredentialsSecretRef: Secret `nats` has no key `none`"),
+        (json!({"credentialsSecretRef": key("text")}), "nats.credentialsSecretRef: not a .creds file: "),
+        (json!({"tls": {"caSecretRef": key("none")}}), "nats.tls.caSecretRef: Secret `nats` has no key `none`"),
+        (json!({"tls": {"caSecretRef": key("text")}}), "nats.tls.caSecretRef: no usable PEM certificate"),
+    ] {
+        nats["url"] = json!("nats://127.0.0.1:4222");
+        let secret = Secret::default();
+        secret.lock().unwrap().insert("text".to_owned(), "nonsense".to_owned());
+        let operator = Listener::follow(json!({"nats": nats}), secret).await;
+        let is_said = |reading: &Reading| {
+            let queue = reading.readable.as_ref().and_then(|queue| queue.as_ref().err());
+            let streams = reading.streams.as_ref().and_then(|streams| streams.as_ref().err());
+            let is_it = |error: &BrokerError| error.reason() == "SecretUnusable" && error.to_string().starts_with(said);
+            queue.is_some_and(is_it) && streams.is_some_and(is_it)
+        };
+        operator.hears(said, is_said).await;
+    }
 }
 
 #[tokio::test]

@@ -10,11 +10,21 @@ use crate::reason;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BrokerError {
     /// Credentials or certificates cannot be had.
-    #[error(transparent)]
-    Secret(#[from] SecretError),
+    #[error("{field}: {source}")]
+    Secret {
+        /// Of the pool's spec.
+        field: &'static str,
+        /// What is wrong with the Secret.
+        source: SecretError,
+    },
     /// They are there, and are not what they should be.
-    #[error("{0}")]
-    Credentials(String),
+    #[error("{field}: {why}")]
+    Credentials {
+        /// Of the pool's spec.
+        field: &'static str,
+        /// What is wrong with them.
+        why: String,
+    },
     /// No connection.
     #[error("no connection to {url}: {why}")]
     Unreachable {
@@ -117,8 +127,8 @@ impl BrokerError {
     /// Reason of a condition: a closed set.
     pub const fn reason(&self) -> &'static str {
         match self {
-            Self::Secret(error) => error.reason(),
-            Self::Credentials(_) => reason::SECRET_UNUSABLE,
+            Self::Secret { source, .. } => source.reason(),
+            Self::Credentials { .. } => reason::SECRET_UNUSABLE,
             Self::Unreachable { .. } | Self::NotAllowed { .. } => reason::NATS_UNREACHABLE,
             Self::Panicked => reason::PANICKED,
             Self::Unanswered { .. } => reason::NATS_NOT_ANSWERING,

@@ -35,6 +35,14 @@ pub struct Nats {
     pub streams: Streams,
 }
 
+impl Nats {
+    /// The field that says what the operator connects with.
+    pub fn operator_credentials_field(&self) -> &'static str {
+        let is_the_workers = self.operator_credentials == self.credentials;
+        if is_the_workers { "nats.credentialsSecretRef" } else { "nats.operatorCredentialsSecretRef" }
+    }
+}
+
 /// How streams are created.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Streams {
