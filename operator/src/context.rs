@@ -17,6 +17,7 @@ use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::signals::Signals;
 use crate::surroundings::Lookout;
+use crate::tenure::Tenure;
 
 /// Every pool is looked at this often even if nothing seems to happen.
 pub const RESYNC: Duration = Duration::from_secs(300);
@@ -25,6 +26,8 @@ pub const RESYNC: Duration = Duration::from_secs(300);
 pub struct Context {
     /// Connection to the API server.
     pub client: Client,
+    /// Whether this operator may still act on workers.
+    pub tenure: Tenure,
     /// What the watches know.
     pub caches: Caches,
     /// What pools refer to.

@@ -30,6 +30,7 @@ use crate::slim::fingerprint;
 use crate::streams::{Neighbours, this_cluster};
 use crate::surroundings::Lookout;
 use crate::telemetry::spans;
+use crate::tenure::Tenure;
 use crate::watched::Watched;
 use crate::watches::Watching;
 
@@ -40,6 +41,7 @@ const DEBOUNCE: Duration = Duration::from_millis(100);
 pub async fn run(
     clients: Clients,
     config: &Config,
+    tenure: Tenure,
     (liveness, readiness): (Liveness, Readiness),
     metrics: Arc<Metrics>,
     stop: CancellationToken,
@@ -73,6 +75,7 @@ pub async fn run(
     let events = Events::new(client.clone());
     let context = Arc::new(Context {
         client,
+        tenure,
         caches,
         lookout,
         signals,

@@ -65,6 +65,9 @@ pub enum Error {
     /// The status cannot be written.
     #[error("the status cannot be written: {}", explain(.0))]
     Publish(kube::Error),
+    /// Another operator acts, or will: it says how the pool is, too.
+    #[error("the Lease is another operator's, or nobody's")]
+    NotLeading,
     /// A bug. Only this pool waits.
     #[error("the reconciler panicked; the log has the details")]
     Panicked,
@@ -88,6 +91,7 @@ impl Error {
             Self::Apply { .. } => reason::APPLY_FAILED,
             Self::Remove { .. } => reason::REMOVE_FAILED,
             Self::Publish(_) => reason::PUBLISH_FAILED,
+            Self::NotLeading => reason::NOT_LEADING,
             Self::Panicked => reason::PANICKED,
         }
     }

@@ -1,4 +1,5 @@
-//! Which of several operators acts: the holder of a Lease. Two that both believe it are harmless, only wasteful.
+//! Which of several operators acts: the holder of a Lease. Two that both believe it are harmless, only
+//! wasteful: what the API server does not see, words to workers, is said by none that has not asked it who leads.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use tokio::task::JoinHandle;
 use crate::clients::in_our_name;
 use crate::error::explain;
 use crate::names;
+use crate::tenure::Tenure;
 
 /// A leader that stops answering is followed by another after this long, and what that needs to see it: 15 s at most.
 const LEASE: Duration = Duration::from_secs(10);
@@ -25,24 +27,26 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct Candidate {
     manager: LeaseManager,
     leases: Api<Lease>,
+    identity: String,
 }
 
 /// A seat that was won. Dropping it gives the lease back.
 pub struct Leadership {
     holds: watch::Receiver<bool>,
     renewal: JoinHandle<()>,
+    tenure: Tenure,
 }
 
 impl Candidate {
     /// Stands for election.
     pub async fn stand(client: Client, namespace: &str) -> anyhow::Result<Self> {
-        let leases = Api::namespaced(client.clone(), namespace);
+        let (leases, identity) = (Api::namespaced(client.clone(), namespace), identity());
         let manager = LeaseManagerBuilder::new(client, names::OPERATOR)
             .with_namespace(namespace)
-            .with_parameters(LeaseParams::new(identity(), LEASE.as_secs(), GRACE.as_secs()))
+            .with_parameters(LeaseParams::new(identity.clone(), LEASE.as_secs(), GRACE.as_secs()))
             .build()
             .await?;
-        Ok(Self { manager, leases })
+        Ok(Self { manager, leases, identity })
     }
 
     /// Waits for the lease. It does not come where the renewing task has ended: then one stands again.
@@ -56,7 +60,8 @@ impl Candidate {
             }
         });
         let has_come = holds.wait_for(|holds| *holds).await.is_ok();
-        has_come.then_some(Leadership { holds, renewal })
+        let tenure = Tenure::of(self.leases, self.identity);
+        has_come.then_some(Leadership { holds, renewal, tenure })
     }
 
     /// Waits until nobody holds the lease. Who has not renewed it for its whole time by our own clock, whatever time it
@@ -100,7 +105,12 @@ fn is_held(lease: &Lease) -> bool {
 }
 
 impl Leadership {
-    /// Waits until another operator may act: the lease is another's, or is not renewed any more.
+    /// For whoever acts: an API server that is away keeps nobody from believing that it still leads.
+    pub fn tenure(&self) -> Tenure {
+        self.tenure.clone()
+    }
+
+    /// Waits until it is known that another operator may act: the lease is another's, or nobody renews it any more here.
     pub async fn lost(&mut self) {
         let _ = self.holds.wait_for(|holds| !*holds).await;
     }

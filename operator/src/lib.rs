@@ -19,6 +19,7 @@ pub mod slim; // what is kept of an object
 pub mod metrics; // what is counted
 pub mod admin; // probes and metrics over HTTP
 pub mod clients; // ways to the API server
+pub mod tenure; // whether this operator still acts
 
 pub mod scale; // how many workers, and why
 pub mod memory; // what is known from the last time

@@ -122,5 +122,7 @@ pub const FORBIDDEN: &str = "Forbidden";
 pub const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
 /// The status cannot be written.
 pub const PUBLISH_FAILED: &str = "PublishFailed";
+/// Only logs and metrics: another operator acts, or will.
+pub const NOT_LEADING: &str = "NotLeading";
 /// A bug.
 pub const PANICKED: &str = "Panicked";

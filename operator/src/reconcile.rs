@@ -32,6 +32,9 @@ pub async fn reconcile(watched: Arc<Watched>, ctx: Arc<Context>) -> Result<Actio
     let reading = ctx.signals.reading(&watched.to_object_ref(()));
     let before = status::current(&ctx, pool);
     let outcome = converge(pool, &ctx, &reading, &before, versions(&ctx, &watched)).await;
+    if matches!(outcome, Err(Error::NotLeading)) {
+        return Err(Error::NotLeading);
+    }
     let after = status::compute(pool, &before, outcome.as_ref(), &reading, now());
     let says = after.condition("Ready").map(|ready| ready.reason.clone());
     let next = step("publish", status::publish(&ctx, pool, &before, after)).await?;
@@ -50,6 +53,9 @@ async fn converge(
     let valid = validate(pool, &ctx.worker_image)?;
     let observed = step("observe", observe(ctx, &valid)).await?;
     let sizing = sizing::size(pool, &valid, ctx, &observed, reading, before).await?;
+    if sizing.moves(&observed) {
+        ctx.tenure.check().await?;
+    }
     let desired = desired(&valid, sizing.replicas(), &observed.surroundings);
     let unmarked = step("retire", retire(ctx, &valid, &sizing)).await?;
     let applied = step("apply", apply(ctx, &valid, &observed, &desired)).await?;

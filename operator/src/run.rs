@@ -16,6 +16,7 @@ use crate::controller;
 use crate::external;
 use crate::leader::{Candidate, Leadership};
 use crate::metrics::Metrics;
+use crate::tenure::Tenure;
 
 /// How long running reconciles may finish after SIGTERM.
 const SHUTDOWN: Duration = Duration::from_secs(10);
@@ -75,16 +76,16 @@ async fn lead(
 ) -> anyhow::Result<()> {
     if !config.leader_election {
         metrics.leads(true);
-        act(clients, config, probes, metrics, stop).await;
+        act(clients, config, Tenure::unlimited(), probes, metrics, stop).await;
         return Ok(());
     }
     let namespace = config.lease_namespace.clone().unwrap_or_else(|| clients.calls.default_namespace().to_owned());
     let Some(mut leadership) = win(&clients.calls, &namespace, &probes.1, stop).await else { return Ok(()) };
     tracing::info!("leading");
     metrics.leads(true);
-    let term = stop.child_token();
+    let (term, tenure) = (stop.child_token(), leadership.tenure());
     let outcome = tokio::select! {
-        () = act(clients, config, probes, Arc::clone(&metrics), &term) => Ok(()),
+        () = act(clients, config, tenure, probes, Arc::clone(&metrics), &term) => Ok(()),
         // Ending is the safest way to stop all that is under way; Kubernetes starts a standby.
         () = leadership.lost() => Err(anyhow::anyhow!("another operator leads")),
     };
@@ -120,12 +121,13 @@ async fn win(client: &Client, namespace: &str, readiness: &Readiness, stop: &Can
 async fn act(
     clients: Clients,
     config: &Config,
+    tenure: Tenure,
     probes: (Liveness, Readiness),
     metrics: Arc<Metrics>,
     stop: &CancellationToken,
 ) {
     // Large: boxed once here, not in every future around it.
-    let controller = Box::pin(controller::run(clients, config, probes, metrics, stop.clone()));
+    let controller = Box::pin(controller::run(clients, config, tenure, probes, metrics, stop.clone()));
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(SHUTDOWN).await;

@@ -34,6 +34,15 @@ impl Sizing {
         Replicas { general: self.general.replicas, gpu: self.gpu.as_ref().map(|gpu| gpu.replicas) }
     }
 
+    /// Whether workers are told something, marked, or become more or fewer than these.
+    pub fn moves(&self, observed: &Observed) -> bool {
+        let moves = |kind, plan: &Plan| {
+            let asked = running(observed, kind).unwrap_or(plan.replicas);
+            *plan != Plan::at_once(asked)
+        };
+        moves(Kind::General, &self.general) || self.gpu.as_ref().is_some_and(|gpu| moves(Kind::Gpu, gpu))
+    }
+
     /// Whether workers may go though nothing but time passes.
     pub fn some_may_go(&self) -> bool {
         let may = |decision: &Decision, plan: &Plan| decision.is_waiting || plan.replicas > decision.desired;

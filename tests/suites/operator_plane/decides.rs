@@ -2,14 +2,17 @@
 //! goes; and what was learned outlives whoever has learned it.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use beamline_tests::apifault::{ApiFault, Fault};
+use beamline_tests::operator::Operator;
 use beamline_tests::pool::merge;
 use beamline_tests::wait::within;
 use serde_json::json;
 
 use super::cast::{Cast, Part};
 use super::modes::{Stage, operator};
-use super::{PATIENCE, calm};
+use super::{PATIENCE, calm, plane};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn from_nothing_to_forty_is_one_write_and_one_event_that_says_why() {
@@ -84,6 +87,27 @@ async fn who_was_told_to_go_goes_on_when_there_is_work_again_and_is_marked_befor
     let marked = |until: usize| since[..until].iter().filter(|one| is_of("pods", one)).collect::<BTreeSet<_>>().len();
     let (first, last) = (lowered[0], lowered[lowered.len() - 1]);
     assert!(marked(first) >= 1 && marked(last) == 4, "{since:?}");
+}
+
+/// Longer than the Lease holds, and than it takes until workers are told where nothing is in the way.
+const CUT_OFF: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn o06_who_cannot_ask_whether_it_still_leads_tells_no_worker_to_go() {
+    let release = plane().install("cut-off", &["watchNamespace=cut-off"]);
+    let proxy = ApiFault::before(&release.kubeconfig).await;
+    let mut stage = Stage::by(Operator::of(proxy.kubeconfig(), "cut-off"), release, operator(9)).await;
+    let cast = Cast::play(&stage.api, &stage.pool, &stage.nats).await;
+    cast.say(Part::Busy(1));
+    stage.fill().await;
+    stage.asks(4).await;
+    proxy.outage(Fault::Answer503);
+    stage.empty().await;
+    tokio::time::sleep(CUT_OFF).await;
+    assert_eq!(cast.told(false), 0, "another operator may lead by now");
+    assert!(stage.operator.is_running());
+    proxy.set(&[]);
+    within(PATIENCE, "all are told", async || (cast.told(false) == 4).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

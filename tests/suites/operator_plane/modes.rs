@@ -210,7 +210,7 @@ impl Stage {
     }
 
     /// The same with this operator.
-    async fn by(operator: Setup, release: Release, spec: Value) -> Self {
+    pub(super) async fn by(operator: Setup, release: Release, spec: Value) -> Self {
         let (api, nats) = (plane().api().await, NatsServer::start());
         let operator = operator.start().await;
         let pool = Pool::new(&release.namespace, "orders", &nats);
