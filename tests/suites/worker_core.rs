@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::Subscriber;
 use beamline_tests::nats::NatsServer;
@@ -279,6 +279,43 @@ async fn no_burst_oversteps_a_ceiling_or_a_budget() {
     assert_eq!(rig.peer.hits("/ok").len(), 5);
     rig.peer.open("ceiling");
     until("all are answered", async || !bounded.iter().any(is_open)).await;
+}
+
+#[tokio::test]
+async fn what_runs_for_longer_than_a_lease_keeps_its_place_below_a_ceiling_and_leaves_it_when_it_ends() {
+    let policy = Policy::new("tenants: {named: [{id: acme, quotas: {concurrent: 1}}]}");
+    let rig = Rig::start(&[CORE, &policy.flag()]).await;
+    let _second = rig.another("worker-2").flag(CORE).flag(policy.flag()).start(&rig.nats).await;
+    let mut job = rig.call("/gate/lease");
+    job["timeout_ms"] = json!(300_000);
+    let long = assignment("acme", "long", job);
+    rig.router.send(&long).await;
+    let holder = rig.router.verdict(&long).await["worker_id"].clone();
+    rig.peer.arrived("/gate/lease", 1).await;
+
+    let mut sent = 0;
+    let mut probe = async || {
+        sent += 1;
+        let probe = assignment("acme", &format!("{sent}"), rig.call("/ok"));
+        rig.router.send(&probe).await;
+        (rig.router.verdict(&probe).await["worker_id"].clone(), rig.router.result(&probe).await)
+    };
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(40) {
+        let (_, result) = probe().await;
+        assert_eq!(result["status"], "error", "after {:?}: {result}", began.elapsed());
+        is_overload(&result["error"]);
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    rig.peer.open("lease");
+    assert_eq!(rig.router.result(&long).await["status"], "success");
+    // It is given back by a worker that has not used it for a while; with every other probe it is used again.
+    within(Duration::from_secs(30), "the other worker has the place", async || {
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        let (worker, result) = probe().await;
+        (worker != holder && result["status"] == "success").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -154,10 +154,10 @@ fn keep_up(ground: &Ground, pipeline: &Arc<Pipeline>, keeper: &Keeper, broker: &
     let pipeline = || Arc::clone(pipeline);
     vital.spawn("observe", pipeline::observe(pipeline(), ended.clone()));
     vital.spawn("settle budgets", pipeline().settle_budgets());
+    vital.spawn("keep ceilings", pipeline().keep_ceilings());
     vital.spawn("follow the policy", pipeline().follow_policy());
     if config.nats_delivery == Mode::JetStream {
         vital.spawn("renew holds", intake::renew(pipeline().intake(), ended.clone()));
-        vital.spawn("keep ceilings", pipeline().keep_ceilings());
         vital.spawn("rebalance", pipeline::rebalance(pipeline(), keeper.watch(), ended.clone()));
     }
     let (identity, broker, health) = (Arc::clone(identity), broker.clone(), health.clone());
