@@ -523,8 +523,10 @@ async fn parked_work_that_waits_for_its_tenants_share_of_slots_holds_up_nobody_e
     };
     let policy = Policy::new(&format!("tenants: {{named: [{}, {}]}}", terms("acme", 40), terms("globex", 2)));
     let rig = Rig::start(&[&policy.flag(), "--io-pool-size=16", "--cpu-pool-size=8"]).await;
+    let mut job = rig.call("/gate/never");
+    job["timeout_ms"] = json!(600_000);
     for number in 0..100 {
-        rig.router.submit(&assignment("acme", &format!("{number}"), rig.call("/gate/never"))).await;
+        rig.router.submit(&assignment("acme", &format!("{number}"), job.clone())).await;
     }
     // Twelve run, which is its share; the others of its first window wait, and as many parked ones as there are slots.
     until("parked work waits for a slot", async || {

@@ -117,6 +117,11 @@ impl Tombstone {
         self.sent.unwrap_or(self.kept)
     }
 
+    /// Whether its time is not over.
+    fn stands(&self) -> bool {
+        self.kept > Timestamp::now() - STANDS
+    }
+
     /// Whether it is about a run that somebody has asked for anew with a message that the broker got at `published`: it was
     /// sent later than that, and not together with it.
     pub fn is_after(&self, published: Timestamp) -> bool {
@@ -148,7 +153,8 @@ struct Standing {
 impl Tombstones {
     /// The cancel of an assignment.
     pub fn get(&self, key: &AssignmentKey) -> Option<Tombstone> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).by_key.get(key).cloned()
+        let standing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        standing.by_key.get(key).filter(|tombstone| tombstone.stands()).cloned()
     }
 
     /// Notes a cancel in the place of an earlier one: whoever keeps it knows what is known of that one.
@@ -161,7 +167,10 @@ impl Tombstones {
     /// Notes a cancel that somebody is about to keep; of one that stands already more is known.
     pub fn expect(&self, key: &AssignmentKey, tombstone: &Tombstone) {
         self.note(key, |entry| {
-            entry.or_insert_with(|| tombstone.clone());
+            let known = entry.or_insert_with(|| tombstone.clone());
+            if !known.stands() {
+                *known = tombstone.clone();
+            }
         });
     }
 

@@ -5,7 +5,7 @@
 //! is no more than that either.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -191,27 +191,27 @@ impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
         let mut free = (self.room)().free;
         // Room for bytes does not come back as fast as slots do.
         let patience = if self.parts.load.is_full() { Duration::ZERO } else { PATIENCE };
-        let mut chunk = Vec::new();
+        let (mut chunk, mut place, now) = (Vec::new(), 0, Instant::now());
+        // None of a chunk waits for a slot before it has been sent on, so that each tenant is asked about once.
+        let mut enough = HashMap::new();
         while chunk.len() < CHUNK
-            && let Some((early, has_room)) = self.next(free, patience)
+            && let Some(early) = self.early.get(place)
         {
-            chunk.push(self.delivery(early, !has_room));
-            free -= usize::from(has_room);
+            let mut ask =
+                |tenant: &TenantId| *enough.entry(tenant.clone()).or_insert_with(|| (self.has_enough_of)(tenant));
+            let has_room = free > 0 && !early.tenant.as_ref().is_some_and(&mut ask);
+            if has_room || now.saturating_duration_since(early.since) >= patience {
+                let Some(early) = self.early.remove(place) else { break };
+                chunk.push(self.delivery(early, !has_room));
+                free -= usize::from(has_room);
+            } else if free > 0 {
+                place += 1;
+            } else {
+                // Whoever came later has waited for less.
+                break;
+            }
         }
         chunk
-    }
-
-    /// The first that goes on, and whether there is room for it. Where there is none at all, only the first can have waited
-    /// for too long.
-    fn next(&mut self, free: usize, patience: Duration) -> Option<(Early, bool)> {
-        let has_room = |early: &Early| free > 0 && !early.tenant.as_ref().is_some_and(self.has_enough_of);
-        let looked_at = if free == 0 { 1 } else { usize::MAX };
-        let mut candidates = self.early.iter().take(looked_at).map(|early| (early, has_room(early)));
-        let goes = |(early, has_room): (&Early, bool)| has_room || early.since.elapsed() >= patience;
-        let place = candidates.position(goes)?;
-        let early = self.early.remove(place)?;
-        let has_room = has_room(&early);
-        Some((early, has_room))
     }
 
     fn delivery(&mut self, early: Early, is_surplus: bool) -> Delivery {

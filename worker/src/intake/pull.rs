@@ -55,9 +55,9 @@ pub async fn take(
             let puller = Puller::new(&parts, source, from.clone());
             if let Err(broken) = puller.run(&room, limits, &out, &stop).await {
                 let what = format!("the consumer {} {broken}", from.consumer);
-                tracing::warn!(what, "cannot take assignments");
                 // Whoever looks at the consumer says more.
                 if !parts.health.is_raised(Concern::StreamsUnavailable) {
+                    tracing::warn!(what, "cannot take assignments");
                     parts.health.raise(Concern::StreamsUnavailable, what);
                 }
                 tokio::time::sleep(TRY_AGAIN).await;
@@ -115,8 +115,8 @@ struct Pulls {
     inbox: String,
     messages: Subscriber,
     outstanding: usize,
-    /// When each pull that may still be open was asked for.
-    open: VecDeque<Instant>,
+    /// When each pull that may still be open was asked for, and for how much.
+    open: VecDeque<(Instant, usize)>,
     last_heard: Instant,
     /// Nothing is asked for before this.
     rests_until: Instant,
@@ -128,7 +128,8 @@ struct Pulls {
 impl Pulls {
     /// Which of several open pulls a delivery served cannot be told, so each counts as open until it has expired.
     fn note(&mut self) {
-        while self.outstanding == 0 || self.open.front().is_some_and(|asked| asked.elapsed() > PULL_EXPIRES + TICK) {
+        while self.outstanding == 0 || self.open.front().is_some_and(|(asked, _)| asked.elapsed() > PULL_EXPIRES + TICK)
+        {
             if self.open.pop_front().is_none() {
                 break;
             }
@@ -258,7 +259,7 @@ impl Puller {
                 pulls.last_heard = Instant::now();
             }
             pulls.outstanding += wanted;
-            pulls.open.push_back(Instant::now());
+            pulls.open.push_back((Instant::now(), wanted));
         }
     }
 
@@ -310,9 +311,12 @@ impl Puller {
         Ok(())
     }
 
-    /// The consumer has no room for more pulls than others have open: what they leave is asked for a little later.
+    /// The consumer has no room for more pulls than are open: what they leave is asked for a little later. It was the last
+    /// one that was refused; earlier ones of ours are still served.
     fn note_crowd(&self, pulls: &mut Pulls) {
-        (pulls.outstanding, pulls.rests_until) = (0, Instant::now() + TRY_AGAIN);
+        let refused = pulls.open.pop_back().map_or(pulls.outstanding, |(_, wanted)| wanted);
+        pulls.outstanding = pulls.outstanding.saturating_sub(refused);
+        pulls.rests_until = Instant::now() + TRY_AGAIN;
         if let Some(count) = self.crowded_out.count() {
             let consumer = &self.from.consumer;
             tracing::warn!(count, consumer, "pulls found no room: raise max_waiting of the consumer");

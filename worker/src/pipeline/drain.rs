@@ -49,11 +49,13 @@ impl Pipeline {
         }
     }
 
-    /// Nothing runs, and each outcome is on the disk: whatever else is here the broker still has, but in core mode.
+    /// Nothing runs, and each outcome is on the disk: whatever else is here the broker still has. In core mode it has
+    /// nothing, so that each task has to have come to an outcome there.
     fn has_nothing_to_lose(&self) -> bool {
         let runs = Pool::ALL.into_iter().any(|pool| self.schedule.busy(pool) > 0);
-        let will_run = !self.hands_back() && self.load.waiting() > 0;
-        !runs && !will_run && self.outcomes.len() == self.on_disk.len()
+        let (will_run, owed) =
+            if self.hands_back() { (false, self.outcomes.len()) } else { (self.load.waiting() > 0, self.tasks.len()) };
+        !runs && !will_run && owed == self.on_disk.len()
     }
 
     /// Ends what still waits or runs.

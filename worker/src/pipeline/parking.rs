@@ -31,6 +31,8 @@ use crate::trace_context::TraceContext;
 
 /// What a message that is pulled has besides its payload, at most.
 const ENVELOPE_BYTES: usize = 8 * 1024;
+/// How long it may take to learn whether parked work may run.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a worker may take to hear of a cancel, and to note what it parks.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -86,8 +88,9 @@ impl Pipeline {
             Some(_) if messages == 0 => 0,
             Some(most) => {
                 let wanted = u64::try_from(messages).unwrap_or(u64::MAX);
-                let available = self.ceilings.available(tenant, most, wanted).await;
-                usize::try_from(available).unwrap_or(usize::MAX)
+                // Others' parked work, and a worker that is told to stop, wait behind this.
+                let available = tokio::time::timeout(PATIENCE, self.ceilings.available(tenant, most, wanted)).await;
+                usize::try_from(available.unwrap_or_default()).unwrap_or(usize::MAX)
             }
         };
         Allowance { messages, bytes: free.map(|free| free.saturating_add(ENVELOPE_BYTES)) }

@@ -25,6 +25,12 @@ impl Silence {
         *self.lock() = None;
     }
 
+    /// How long the next one may take: where none has answered, nobody waits again before one has.
+    fn patience(&self) -> Duration {
+        let is_known = self.lock().is_some_and(|since| since.elapsed() < 4 * ASK_AGAIN);
+        if is_known { Duration::ZERO } else { PATIENCE }
+    }
+
     /// Whether it is too early to ask again.
     fn lasts(&self) -> bool {
         self.lock().is_some_and(|since| since.elapsed() < ASK_AGAIN)
@@ -56,7 +62,7 @@ impl Pipeline {
             }
             taken
         });
-        if let Ok(taken) = tokio::time::timeout(PATIENCE, &mut taking).await {
+        if let Ok(taken) = tokio::time::timeout(self.silence.patience(), &mut taking).await {
             return taken;
         }
         self.silence.begins();
