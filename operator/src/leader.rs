@@ -20,6 +20,8 @@ use crate::tenure::Tenure;
 const LEASE: Duration = Duration::from_secs(10);
 /// How long before its end a lease is renewed.
 const GRACE: Duration = Duration::from_secs(4);
+/// What giving it back may take, also where the API server says nothing.
+const GIVING_BACK: Duration = Duration::from_secs(3);
 /// How often a standby looks whether the lease is held.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -49,10 +51,13 @@ impl Candidate {
         Ok(Self { manager, leases, identity })
     }
 
-    /// Waits for the lease. It does not come where the renewing task has ended: then one stands again.
+    /// Waits for the lease. It does not come where somebody has deleted it, or the renewing task has ended: then one stands again,
+    /// which makes what is missing.
     pub async fn won(self) -> Option<Leadership> {
         // The manager would sleep until the end of the lease that it sees first, given back meanwhile or not.
-        self.vacancy().await;
+        if !self.vacancy().await {
+            return None;
+        }
         let (mut holds, task) = self.manager.watch().await;
         let renewal = tokio::spawn(async move {
             if let Ok(Err(error)) = task.await {
@@ -64,9 +69,9 @@ impl Candidate {
         has_come.then_some(Leadership { holds, renewal, tenure })
     }
 
-    /// Waits until nobody holds the lease. Who has not renewed it for its whole time by our own clock, whatever time it
-    /// says by theirs, loses it.
-    async fn vacancy(&self) {
+    /// Waits until nobody holds the lease; false where there is none. Who has not renewed it for its whole time by our own clock,
+    /// whatever time it says by theirs, loses it.
+    async fn vacancy(&self) -> bool {
         let mut seen = (None, Instant::now());
         loop {
             match self.leases.get_opt(names::OPERATOR).await {
@@ -75,14 +80,14 @@ impl Candidate {
                         seen = (Some(lease), Instant::now());
                     }
                 }
-                Ok(_) => return,
+                Ok(lease) => return lease.is_some(),
                 Err(error) => tracing::warn!("the lease cannot be read: {}", explain(&error)),
             }
             if let (Some(lease), since) = &seen
                 && since.elapsed() >= LEASE
                 && self.takes_away(lease).await
             {
-                return;
+                return true;
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -118,7 +123,9 @@ impl Leadership {
     /// Gives the lease back, so that the next operator need not wait for its end.
     pub async fn resign(self) {
         drop(self.holds);
-        let _ = self.renewal.await;
+        if tokio::time::timeout(GIVING_BACK, self.renewal).await.is_err() {
+            tracing::warn!("the lease was not given back in time");
+        }
     }
 }
 
