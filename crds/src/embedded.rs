@@ -26,6 +26,7 @@ pub(crate) fn count_or_percent(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
         "minimum": 0,
+        "maximum": i32::MAX,
         "maxLength": 4,
         "pattern": "^([0-9]|[1-9][0-9]|100)%$",
     })

@@ -23,7 +23,9 @@ pub struct Nats {
     /// Address of the servers, such as nats://nats.nats.svc:4222 or tls://nats.example.com:4222. No credentials in it.
     #[schemars(
         length(min = 8, max = 512),
-        regex(pattern = "^(nats|tls)://([^/,@]*@)?([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$")
+        regex(
+            pattern = "^(nats|tls)://([^/,@]*@)?([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$"
+        )
     )]
     pub url: String,
 

@@ -12,7 +12,9 @@ pub struct Observability {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(max = 512),
-        regex(pattern = "^https?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?(/[^ ]*)?$")
+        regex(
+            pattern = "^https?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?(/[^ ]*)?$"
+        )
     )]
     pub otlp_endpoint: Option<String>,
 

@@ -303,6 +303,7 @@ fn rest() -> Vec<Row> {
         (json!({"rollout": {"maxSurge": "many"}}), "spec.rollout.maxSurge"),
         // Of a text Kubernetes takes a percentage only.
         (json!({"rollout": {"maxSurge": "1"}}), "spec.rollout.maxSurge"),
+        (json!({"rollout": {"maxSurge": 3_000_000_000_i64}}), "spec.rollout.maxSurge"),
         (json!({"rollout": {"maxSurge": "00%"}}), "spec.rollout.maxSurge"),
         (json!({"disruption": {"minAvailable": "2"}}), "spec.disruption.minAvailable"),
         (json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "rollout: maxSurge and maxUnavailable cannot both"),
