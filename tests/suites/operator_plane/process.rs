@@ -166,6 +166,23 @@ async fn o25_a_wrong_clock_of_the_holder_neither_costs_it_the_lease_nor_keeps_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_somebody_deletes_is_made_anew_by_whoever_waits_for_it() {
+    let (release, api) = (plane().install("deleted", &["watchNamespace=deleted"]), plane().api().await);
+    let lease = "/apis/coordination.k8s.io/v1/namespaces/deleted/leases/beamline-operator";
+    let now = format!("{:.6}", jiff::Timestamp::now());
+    let spec = json!({"holderIdentity": "another", "leaseDurationSeconds": 10, "acquireTime": now, "renewTime": now});
+    let object = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "beamline-operator"}, "spec": spec});
+    api.apply(lease, &object).await;
+    let operator = Operator::of(&release.kubeconfig, "deleted").start().await;
+    assert_eq!(operator.metric(LEADER).await, 0.0);
+    api.delete(lease).await;
+    leads(&operator, PATIENCE).await;
+    let anew = api.get(lease).await.expect("there is a Lease");
+    assert!(!anew["spec"]["holderIdentity"].as_str().unwrap_or_default().is_empty(), "{anew}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn o13_two_operators_that_both_act_write_the_same_and_come_to_rest() {
     let (plane, nats) = (plane(), NatsServer::start());
     let release = plane.install("both", &["watchNamespace=both"]);
