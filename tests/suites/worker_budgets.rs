@@ -218,40 +218,42 @@ async fn what_is_not_used_goes_back_at_the_end_of_the_lease() {
     until("only what was used is charged", async || account(&rig, "acme").await.unwrap()["executions"] == 1).await;
 }
 
-#[tokio::test]
-async fn a_redelivery_is_not_charged_again_nor_refused() {
-    let policy = acme(&format!("executions: 1, window: {LONG}"));
+/// What a worker was at when it was killed.
+async fn killed_at_work(policy: &Policy) -> (Rig, Value) {
     let mut rig = Rig::start(&[&policy.flag()]).await;
     let running = assignment("acme", "running", rig.call("/gate/one"));
     rig.router.submit(&running).await;
     rig.peer.arrived("/gate/one", 1).await;
     rig.worker.kill();
-    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
-    assert_eq!(verdict(&rig, &assignment("acme", "another", rig.call("/ok"))).await, Err(2004), "it is used up");
-    within(LAPSE, "it is accepted again", async || (rig.router.story(&running).verdicts.len() == 2).then_some(()))
+    (rig, running)
+}
+
+async fn is_accepted_again(rig: &Rig, running: &Value, limit: Duration) {
+    within(limit, "it has a verdict again", async || (rig.router.story(running).verdicts.len() == 2).then_some(()))
         .await;
     rig.peer.open("one");
-    assert_eq!(rig.router.result(&running).await["status"], "success");
-    let statuses: Vec<_> = rig.router.story(&running).verdicts.iter().map(outcome).collect();
+    assert_eq!(rig.router.result(running).await["status"], "success");
+    let statuses: Vec<_> = rig.router.story(running).verdicts.iter().map(outcome).collect();
     assert_eq!(statuses, [Ok(()), Ok(())]);
+}
+
+#[tokio::test]
+async fn a_redelivery_is_not_charged_again_nor_refused() {
+    let policy = acme(&format!("executions: 1, window: {LONG}"));
+    let (rig, running) = killed_at_work(&policy).await;
+    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
+    assert_eq!(verdict(&rig, &assignment("acme", "another", rig.call("/ok"))).await, Err(2004), "it is used up");
+    is_accepted_again(&rig, &running, LAPSE).await;
 }
 
 #[tokio::test]
 async fn what_a_broker_has_forgotten_to_have_delivered_is_not_charged_again_nor_refused() {
     let policy = acme(&format!("executions: 1, window: {LONG}"));
-    let mut rig = Rig::start(&[&policy.flag()]).await;
-    let running = assignment("acme", "running", rig.call("/gate/one"));
-    rig.router.submit(&running).await;
-    rig.peer.arrived("/gate/one", 1).await;
-    rig.worker.kill();
+    let (rig, running) = killed_at_work(&policy).await;
     rig.router.stream("CAF_EXEC_ASSIGN").await.delete_consumer("caf-workers").await.expect("it is deleted");
     let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
-    within(SOON, "it has a verdict again", async || (rig.router.story(&running).verdicts.len() == 2).then_some(()))
-        .await;
-    rig.peer.open("one");
-    assert_eq!(rig.router.result(&running).await["status"], "success");
-    let statuses: Vec<_> = rig.router.story(&running).verdicts.iter().map(outcome).collect();
-    assert_eq!(statuses, [Ok(()), Ok(())], "the first delivery of a new consumer");
+    // It is the first delivery of a new consumer.
+    is_accepted_again(&rig, &running, SOON).await;
     assert_eq!(verdict(&rig, &assignment("acme", "another", rig.call("/ok"))).await, Err(2004), "it is used up");
 }
 

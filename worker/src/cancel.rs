@@ -178,8 +178,7 @@ impl Tombstones {
         let mut standing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         note(standing.by_key.entry(key.clone()));
         if standing.by_key.len() >= MANY.max(2 * standing.swept) {
-            let oldest = Timestamp::now() - STANDS;
-            standing.by_key.retain(|_, tombstone| tombstone.kept > oldest);
+            standing.by_key.retain(|_, tombstone| tombstone.stands());
             standing.swept = standing.by_key.len();
         }
     }

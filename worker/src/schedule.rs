@@ -80,14 +80,14 @@ impl Schedule {
         self.pool(pool).held_back()
     }
 
-    /// Whether work of this tenant waits for a pool.
-    pub fn has_waiting(&self, pool: Pool, tenant: &TenantId) -> bool {
-        self.pool(pool).has_waiting(tenant)
-    }
-
     /// How many of these are a tenant's.
     pub fn held_back_of(&self, pool: Pool, tenant: &TenantId) -> usize {
         self.pool(pool).held_back_of(tenant)
+    }
+
+    /// Whether work of this tenant waits for a pool.
+    pub fn has_waiting(&self, pool: Pool, tenant: &TenantId) -> bool {
+        self.pool(pool).has_waiting(tenant)
     }
 
     /// What each tenant has here, over all pools.

@@ -137,18 +137,18 @@ const SKEW: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
 /// Longer than any lease.
 const RENEWED_FOR: Duration = Duration::from_secs(20);
 
+/// The Lease as somebody else has it who renewed it then.
+fn anothers(renewed: jiff::Timestamp) -> Value {
+    let time = format!("{renewed:.6}");
+    let spec = json!({"holderIdentity": "another", "leaseDurationSeconds": 10, "acquireTime": time, "renewTime": time});
+    json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "beamline-operator"}, "spec": spec})
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn o25_a_wrong_clock_of_the_holder_neither_costs_it_the_lease_nor_keeps_it_when_it_is_dead() {
     let (release, api) = (plane().install("skew", &["watchNamespace=skew"]), plane().api().await);
     let lease = "/apis/coordination.k8s.io/v1/namespaces/skew/leases/beamline-operator";
-    let renew = async |skew: jiff::SignedDuration| {
-        let now = format!("{:.6}", jiff::Timestamp::now() + skew);
-        let spec =
-            json!({"holderIdentity": "another", "leaseDurationSeconds": 10, "acquireTime": now, "renewTime": now});
-        let object = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
-            "metadata": {"name": "beamline-operator"}, "spec": spec});
-        api.apply(lease, &object).await;
-    };
+    let renew = async |skew: jiff::SignedDuration| api.apply(lease, &anothers(jiff::Timestamp::now() + skew)).await;
     renew(-SKEW).await;
     let operator = Operator::of(&release.kubeconfig, "skew").start().await;
     let began = Instant::now();
@@ -169,11 +169,7 @@ async fn o25_a_wrong_clock_of_the_holder_neither_costs_it_the_lease_nor_keeps_it
 async fn a_lease_that_somebody_deletes_is_made_anew_by_whoever_waits_for_it() {
     let (release, api) = (plane().install("deleted", &["watchNamespace=deleted"]), plane().api().await);
     let lease = "/apis/coordination.k8s.io/v1/namespaces/deleted/leases/beamline-operator";
-    let now = format!("{:.6}", jiff::Timestamp::now());
-    let spec = json!({"holderIdentity": "another", "leaseDurationSeconds": 10, "acquireTime": now, "renewTime": now});
-    let object = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
-        "metadata": {"name": "beamline-operator"}, "spec": spec});
-    api.apply(lease, &object).await;
+    api.apply(lease, &anothers(jiff::Timestamp::now())).await;
     let operator = Operator::of(&release.kubeconfig, "deleted").start().await;
     assert_eq!(operator.metric(LEADER).await, 0.0);
     api.delete(lease).await;

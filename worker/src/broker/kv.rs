@@ -182,8 +182,8 @@ impl Bucket {
             if let Err(error) = told {
                 tracing::debug!(%error, "watching a bucket anew");
                 // Whoever keeps the streams makes a missing one, once it knows.
-                if failures > 0 && !health.is_raised(Concern::NatsDisconnected) {
-                    health.raise(Concern::StreamsUnavailable, error.to_string());
+                if failures > 0 {
+                    health.raise_unless_away(Concern::StreamsUnavailable, error.to_string());
                 }
                 tokio::time::sleep(backoff::doubling(FIRST_PAUSE, MAX_PAUSE, failures, fastrand::f64())).await;
                 failures += 1;

@@ -40,9 +40,7 @@ pub(super) async fn take(desk: Arc<Desk>) {
             ended = pull(&desk, &places) => {
                 if let Err(error) = ended {
                     tracing::debug!(error, "cannot take control messages");
-                    if !desk.health.is_raised(Concern::NatsDisconnected) {
-                        desk.health.raise(Concern::StreamsUnavailable, error);
-                    }
+                    desk.health.raise_unless_away(Concern::StreamsUnavailable, error);
                 }
                 tokio::time::sleep(TRY_AGAIN).await;
             }

@@ -72,7 +72,7 @@ impl Pipeline {
 
     /// Whether as much of a tenant's waits here for its own slots as there is room for ahead of free ones: more of what the
     /// broker has forgotten would be out of every other worker's reach.
-    pub fn has_enough_of(&self, source: Source, tenant: &TenantId) -> bool {
+    pub(super) fn has_enough_of(&self, source: Source, tenant: &TenantId) -> bool {
         let held_back: usize = pools(source).iter().map(|pool| self.schedule.held_back_of(*pool, tenant)).sum();
         held_back >= self.look_ahead(source)
     }

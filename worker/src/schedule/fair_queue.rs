@@ -106,14 +106,14 @@ impl<T> FairQueue<T> {
         self.held_back
     }
 
-    /// Whether work of this tenant waits.
-    pub fn has_waiting(&self, tenant: &TenantId) -> bool {
-        self.tenants.get(tenant).is_some_and(|holding| holding.waiting > 0)
-    }
-
     /// How many of these are a tenant's.
     pub fn held_back_of(&self, tenant: &TenantId) -> usize {
         self.tenants.get(tenant).filter(|holding| holding.is_at_ceiling()).map_or(0, |holding| holding.waiting)
+    }
+
+    /// Whether work of this tenant waits.
+    pub fn has_waiting(&self, tenant: &TenantId) -> bool {
+        self.tenants.get(tenant).is_some_and(|holding| holding.waiting > 0)
     }
 
     /// Who waits or runs.

@@ -113,12 +113,12 @@ impl Slots {
         self.lock().queue.held_back()
     }
 
-    pub(super) fn has_waiting(&self, tenant: &TenantId) -> bool {
-        self.lock().queue.has_waiting(tenant)
-    }
-
     pub(super) fn held_back_of(&self, tenant: &TenantId) -> usize {
         self.lock().queue.held_back_of(tenant)
+    }
+
+    pub(super) fn has_waiting(&self, tenant: &TenantId) -> bool {
+        self.lock().queue.has_waiting(tenant)
     }
 
     pub(super) fn tenants(&self) -> Vec<(TenantId, Held)> {
