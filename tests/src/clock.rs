@@ -1,4 +1,4 @@
-//! A clock of a program's own, which jumps. Only its time of day does: nobody can set back what time has passed.
+//! A clock of a program's own, which is wrong, or jumps. Only its time of day does: nobody can set back what time has passed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -28,9 +28,20 @@ impl Clock {
         clock
     }
 
+    /// One that is so many seconds ahead of the right time.
+    pub fn ahead(seconds: i64) -> Self {
+        let clock = Self::new();
+        clock.set_ahead(seconds);
+        clock
+    }
+
     /// From now on it is so many hours ahead of the right time.
     pub fn jump(&self, hours: i64) {
-        self.offset.write_all_at(&(hours * 3600).to_ne_bytes(), 0).expect("it is written");
+        self.set_ahead(hours * 3600);
+    }
+
+    fn set_ahead(&self, seconds: i64) {
+        self.offset.write_all_at(&seconds.to_ne_bytes(), 0).expect("it is written");
     }
 
     /// Variables of a program that goes by it.

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::clock::Clock;
 use crate::nats::NatsServer;
 use crate::process::{Process, built, free_port};
 use crate::wait::{SOON, until, within};
@@ -124,6 +125,12 @@ impl Setup {
     pub fn env(mut self, variable: &str, value: &str) -> Self {
         self.command.env(variable, value);
         self
+    }
+
+    /// It goes by this clock.
+    #[must_use]
+    pub fn by(self, clock: &Clock) -> Self {
+        clock.variables().into_iter().fold(self, |setup, (name, value)| setup.env(name, &value))
     }
 
     /// In a mount namespace of its own, where this is the `/etc/resolv.conf`.

@@ -478,9 +478,8 @@ impl Alone {
 
     fn take(&mut self, limit: u64, count: u64) {
         let (budgets, got) = (Arc::clone(&self.budgets), Arc::clone(&self.got));
-        let budget = Budget { executions: Some(limit), cpu_time: None, window: Duration::from_secs(3600) };
         self.tasks.spawn(async move {
-            let taken = budgets.take(&TenantId::parse("acme").unwrap(), budget, count).await;
+            let taken = budgets.take(&TenantId::parse("acme").unwrap(), hourly(limit), count).await;
             got.lock().unwrap().push(taken.grant.count());
         });
     }
@@ -495,6 +494,10 @@ impl Alone {
         self.clock.0.lock().unwrap().now = until;
     }
 
+    fn take_here(&self, limit: u64, count: u64) -> usize {
+        self.budgets.take_here(&TenantId::parse("acme").unwrap(), hourly(limit), count).grant.count()
+    }
+
     fn got(&self) -> Vec<usize> {
         std::mem::take(&mut *self.got.lock().unwrap())
     }
@@ -503,6 +506,10 @@ impl Alone {
         let model = self.model.lock().unwrap();
         (model.reads, model.sent)
     }
+}
+
+fn hourly(limit: u64) -> Budget {
+    Budget { executions: Some(limit), cpu_time: None, window: Duration::from_secs(3600) }
 }
 
 #[test]
@@ -552,6 +559,16 @@ fn a_lease_is_used_while_the_broker_is_away_and_who_needs_more_is_told_so() {
     assert_eq!(worker.got(), [0_usize; 0], "it waits");
     worker.advance(2_000);
     assert_eq!(worker.got(), [0], "but not for ever");
+}
+
+#[test]
+fn whoever_waits_for_no_account_has_what_is_leased_of_it() {
+    let mut worker = Alone::new();
+    assert_eq!(worker.take_here(12_800, 1), 0, "nothing yet");
+    worker.take(12_800, 1);
+    worker.advance(20);
+    *worker.cut.lock().unwrap() = i64::MAX;
+    assert_eq!([60, 60, 1].map(|count| worker.take_here(12_800, count)), [60, 39, 0]);
 }
 
 /// A real bucket and the model are told the same, and say the same.

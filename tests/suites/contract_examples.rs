@@ -12,6 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use beamline_worker::approval::answer::Answer;
 use beamline_worker::approval::request::{Request, State};
 use beamline_worker::assignment::{Addressee, Assignment};
+use beamline_worker::blocks::cpu::CpuTime;
 use beamline_worker::blocks::egress::Policy;
 use beamline_worker::blocks::human::Approval;
 use beamline_worker::blocks::pieces::{Piece, Sink};
@@ -521,7 +522,7 @@ impl Sink for Nowhere {
 
 async fn run(fixture: &Fixture, engine: Engine, job: Value) -> Map<String, Value> {
     let assignment = decode(&around(job));
-    let limits = Limits { cpu_time: Duration::from_secs(60), max_output_bytes: MAX_PAYLOAD };
+    let limits = Limits { cpu_time: CpuTime::new(Duration::from_secs(60)), max_output_bytes: MAX_PAYLOAD };
     let sink = assignment.block.is_streamed().then(|| -> Arc<dyn Sink> { Arc::new(Nowhere) });
     let links = Links { trace: None, sink };
     let ended = execute::execute(&engine, &assignment, limits, links, || true, std::future::pending()).await;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::PullConsumer;
+use beamline_tests::clock::Clock;
 use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
@@ -132,6 +133,36 @@ async fn no_window_accepts_more_than_its_budget_and_nearly_all_of_it_can_be_used
     let whole = windows.iter().filter(|(start, _)| **start > started && **start + WINDOW < started + 4 * WINDOW);
     let whole: Vec<_> = whole.map(|(_, count)| *count).collect();
     assert!(whole.len() >= 2 && whole.iter().all(|count| *count >= 98), "{windows:?}");
+}
+
+#[tokio::test]
+async fn however_clocks_differ_no_window_accepts_more_than_its_budget() {
+    const WINDOW: i64 = 4_000;
+    let (fast, slow) = (Clock::ahead(3), Clock::ahead(-2));
+    let policy = acme("executions: 100, window: 4s");
+    let rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+    let wrong = |name: &str, clock: &Clock| rig.another(name).flag(SANDBOX).flag(policy.flag()).by(clock);
+    let _fast = wrong("worker-2", &fast).start(&rig.nats).await;
+    let _slow = wrong("worker-3", &slow).start(&rig.nats).await;
+    let (started, mut sent) = (Timestamp::now().as_millisecond(), 0);
+    while Timestamp::now().as_millisecond() < started + 2 * WINDOW {
+        for _ in 0..20 {
+            rig.router.submit(&canned("acme", &format!("a-{sent}"))).await;
+            sent += 1;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    rig.router.settled(SOON * 2).await;
+    let mut windows = BTreeMap::<i64, usize>::new();
+    verdicts(&rig).0.values().for_each(|at| *windows.entry(at - at % WINDOW).or_default() += 1);
+    assert!(windows.values().all(|count| *count <= 100), "{windows:?}");
+    // The fast clock begins a window for all.
+    let begun = windows.iter().filter(|(start, _)| (started..started + WINDOW).contains(&(**start - 3_000)));
+    let begun: Vec<_> = begun.map(|(_, count)| *count).collect();
+    assert!(!begun.is_empty() && begun.iter().all(|count| *count >= 98), "{windows:?}");
+    let by_a_slow_one = rig.router.heard().into_iter().filter(|heard| heard.kind == Kind::Verdict);
+    let mut by_a_slow_one = by_a_slow_one.map(|heard| read(&heard.payload));
+    assert!(by_a_slow_one.any(|said| said["worker_id"] == "worker-3" && outcome(&said).is_ok()), "it takes part");
 }
 
 #[tokio::test]
@@ -415,16 +446,21 @@ async fn what_runs_nothing_is_refused_for_no_budget() {
     assert_eq!(rig.peer.hits("/").len(), 1);
 }
 
+/// A query on a file of the tenant's.
+fn query_of(rig: &Rig, tenant: &str, query: &str) -> Value {
+    let directory = rig.file_of(tenant, "");
+    std::fs::create_dir_all(&directory).expect("a file");
+    let file = rusqlite::Connection::open(directory.join("db.sqlite")).expect("a file");
+    file.execute_batch("CREATE TABLE IF NOT EXISTS t (x)").expect("a file");
+    json!({"type": "sql.query", "connection_string": "sqlite://db.sqlite", "query": query})
+}
+
 #[tokio::test]
 async fn cpu_time_is_charged_afterwards() {
     let policy = acme(&format!("cpuTimeMs: 100, window: {LONG}"));
     let rig = Rig::start(&[&policy.flag()]).await;
-    let directory = rig.file_of("acme", "");
-    std::fs::create_dir_all(&directory).unwrap();
-    rusqlite::Connection::open(directory.join("db.sqlite")).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
     let query = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 3000000) SELECT count(*) FROM n";
-    let job = json!({"type": "sql.query", "connection_string": "sqlite://db.sqlite", "query": query});
-    let busy = assignment("acme", "busy", job);
+    let busy = assignment("acme", "busy", query_of(&rig, "acme", query));
     rig.router.submit(&busy).await;
     let result = rig.router.result(&busy).await;
     let used = result["metadata"]["cpu_time_ms"].as_u64().unwrap();
@@ -436,6 +472,79 @@ async fn cpu_time_is_charged_afterwards() {
     assert!(said["message"].as_str().unwrap().starts_with(words), "{said}");
     assert_eq!(account(&rig, "acme").await.unwrap()["cpu_time_ms"], used, "debt and all");
     assert_eq!(verdict(&rig, &assignment("globex", "free", rig.call("/ok"))).await, Ok(()));
+}
+
+/// CPU time that was charged to a tenant.
+async fn charged(rig: &Rig, tenant: &str) -> u64 {
+    account(rig, tenant).await.map_or(0, |account| account["cpu_time_ms"].as_u64().expect("a time"))
+}
+
+const COUNTING: &str = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 100000000000)";
+
+#[tokio::test]
+async fn cpu_time_of_blocks_that_fail_end_late_or_are_cancelled_is_charged() {
+    let terms = ["failing", "late", "cancelled", "files"]
+        .map(|tenant| format!("{{id: {tenant}, quotas: {{cpuTimeMs: 100, window: {LONG}}}}}"));
+    let policy = Policy::new(&format!("tenants: {{named: [{}]}}", terms.join(", ")));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let count = format!("{COUNTING} SELECT count(*) FROM n");
+    let fails = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 1000000) \
+                 SELECT abs(-9223372036854775807 - min(x)) FROM n";
+    let failing = assignment("failing", "one", query_of(&rig, "failing", fails));
+    let mut late = assignment("late", "one", query_of(&rig, "late", &count));
+    late["job"]["timeout_ms"] = json!(600);
+    let cancelled = assignment("cancelled", "one", query_of(&rig, "cancelled", &count));
+    for one in [&failing, &late, &cancelled] {
+        rig.router.submit(one).await;
+    }
+    assert_eq!(rig.router.result(&failing).await["error"]["code"], 2001);
+    assert_eq!(rig.router.result(&late).await["error"]["code"], 5002);
+    rig.router.client().publish(CANCEL, cancel("cancelled", "one").to_string().into()).await.unwrap();
+    assert_eq!(rig.router.result(&cancelled).await["error"]["code"], 5001);
+    for one in [&failing, &late, &cancelled] {
+        let tenant = Key::from(one).tenant;
+        until("it is charged", async || charged(&rig, &tenant).await > 100).await;
+        assert_eq!(verdict(&rig, &assignment(&tenant, "two", rig.call("/ok"))).await, Err(2004), "{tenant}");
+    }
+    // More than a result may have, as it turns out when it is read.
+    std::fs::create_dir_all(rig.file_of("files", "")).unwrap();
+    std::fs::write(rig.file_of("files", "large"), [0xFF; 900_000]).unwrap();
+    for number in 0..20 {
+        let result = rig.run("files", &format!("{number}"), json!({"type": "fs.get", "path": rig.path("large")})).await;
+        assert_eq!(result["error"]["code"], 2002, "{result}");
+    }
+    until("files cost CPU time, too", async || charged(&rig, "files").await > 0).await;
+}
+
+#[tokio::test]
+async fn cpu_time_that_a_thread_uses_after_its_block_has_ended_is_charged() {
+    let policy = acme(&format!("cpuTimeMs: 1500, window: {LONG}"));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    // All columns of one row are computed before anybody looks at the clock.
+    let column = |letter: char| format!("s LIKE '%{}{letter}%'", "0".repeat(90));
+    let columns: Vec<_> = ('a'..='p').map(column).collect();
+    let text = "WITH t(s) AS MATERIALIZED (SELECT hex(zeroblob(500000)))";
+    let slow = format!("{text} SELECT {} FROM t", columns.join(", "));
+    let mut late = assignment("acme", "late", query_of(&rig, "acme", &slow));
+    late["job"]["timeout_ms"] = json!(1000);
+    rig.router.submit(&late).await;
+    assert_eq!(rig.router.result(&late).await["error"]["code"], 5002);
+    let is_charged = async || (charged(&rig, "acme").await > 1500).then_some(());
+    within(SOON * 4, "what it has used since then is charged", is_charged).await;
+    assert_eq!(verdict(&rig, &assignment("acme", "next", rig.call("/ok"))).await, Err(2004));
+}
+
+#[tokio::test]
+async fn cpu_time_of_work_that_a_worker_hands_back_when_it_stops_is_charged() {
+    let policy = acme(&format!("cpuTimeMs: 100, window: {LONG}"));
+    let mut rig = Rig::start(&[&policy.flag(), "--drain-timeout=1s"]).await;
+    let busy = query_of(&rig, "acme", &format!("{COUNTING} SELECT count(*) FROM n"));
+    rig.router.submit(&assignment("acme", "busy", busy)).await;
+    let runs = async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await == 1.0;
+    until("it runs", runs).await;
+    rig.worker.terminate();
+    assert_eq!(rig.worker.ended().await, Some(0));
+    assert!(charged(&rig, "acme").await > 100);
 }
 
 #[tokio::test]

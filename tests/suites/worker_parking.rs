@@ -2,9 +2,10 @@
 #![expect(clippy::indexing_slicing, reason = "tests")]
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
+use beamline_tests::clock::Clock;
 use beamline_tests::failpoint::{self, Trap};
 use beamline_tests::nats::NatsServer;
 use beamline_tests::policy::Policy;
@@ -13,10 +14,13 @@ use beamline_tests::router::{CANCEL, Key, assignment, cancel, json as json_of, r
 use beamline_tests::tcpfault::{Mode, TcpFault};
 use beamline_tests::wait::{SOON, until, within};
 use beamline_tests::worker::Worker;
+use futures::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 
 const PARKED: &str = "worker_assignments_parked_total";
-/// A lease of a ceiling that nobody renews any more, with what clocks may differ by, and a busy machine's time.
+/// How long a lease of a ceiling holds.
+const LEASE: Duration = Duration::from_secs(30);
+/// One that nobody renews any more, with what clocks may differ by, and a busy machine's time.
 const RECLAIMED: Duration = Duration::from_secs(30 + 5 + 25);
 
 /// `acme` has these quotas.
@@ -59,11 +63,11 @@ async fn one_runs_and_others_are_parked(rig: &Rig, others: usize) -> (Value, Vec
 
 #[tokio::test]
 async fn never_more_of_a_tenants_work_runs_at_once_over_all_workers_than_its_ceiling() {
-    let policy = acme("{concurrent: 5}");
+    let (policy, fast, slow) = (acme("{concurrent: 5}"), Clock::ahead(2), Clock::ahead(-2));
     let rig = Rig::start(&[&policy.flag()]).await;
     let _others = [
-        rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await,
-        rig.another("worker-3").flag(policy.flag()).start(&rig.nats).await,
+        rig.another("worker-2").flag(policy.flag()).by(&fast).start(&rig.nats).await,
+        rig.another("worker-3").flag(policy.flag()).by(&slow).start(&rig.nats).await,
     ];
     // The first hold all that the tenant may have until the gate opens.
     let path = |number: usize| if number < 5 { "/gate/first" } else { "/slow/50" };
@@ -142,10 +146,12 @@ async fn parked_work_survives_the_end_of_everything_and_a_policy_that_is_lifted(
 
 #[tokio::test]
 async fn the_units_of_a_worker_that_was_killed_are_given_out_again() {
-    let policy = acme("{concurrent: 1}");
+    // Its lease ends earlier by the clock of whoever wants it.
+    let (policy, fast) = (acme("{concurrent: 1}"), Clock::ahead(4));
     let mut rig = Rig::start(&[&policy.flag()]).await;
+    let before_its_lease = Instant::now();
     let (running, parked) = one_runs_and_others_are_parked(&rig, 1).await;
-    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
+    let _second = rig.another("worker-2").flag(policy.flag()).by(&fast).start(&rig.nats).await;
     rig.worker.kill();
     rig.peer.open("unit");
     assert!(rig.peer.hits("/ok").is_empty(), "its unit is not free yet");
@@ -153,6 +159,7 @@ async fn the_units_of_a_worker_that_was_killed_are_given_out_again() {
         within(RECLAIMED, "it runs", async || (!rig.router.story(one).results.is_empty()).then_some(())).await;
         assert_eq!(rig.router.result(one).await["metadata"]["worker_id"], "worker-2");
     }
+    assert!(rig.peer.hits("/ok")[0].at - before_its_lease >= LEASE, "its lease might have held");
     kept_its_promise(&rig.router, &rig.peer).await;
 }
 
@@ -514,6 +521,81 @@ async fn with_defer_work_over_the_budget_of_a_window_runs_in_the_next_ones_in_or
     for one in &all {
         assert_eq!(rig.router.story(one).verdicts.len(), 1);
     }
+}
+
+/// So many of a month have run; what has come after them is deferred.
+async fn what_comes_after_is_deferred(rig: &Rig, used: usize, after: &[Value]) {
+    for number in 0..used {
+        assert_eq!(rig.run("acme", &format!("used-{number}"), rig.call("/echo")).await["status"], "success");
+    }
+    for one in after {
+        rig.router.submit(one).await;
+        assert_eq!(rig.router.verdict(one).await["status"], "accepted");
+    }
+    all_parked(&rig.worker, after.len()).await;
+}
+
+fn deferring(executions: usize) -> String {
+    format!(
+        "tenants: {{named: [{{id: acme, onExceeded: Defer, quotas: {{executions: {executions}, window: 31days}}}}]}}"
+    )
+}
+
+#[tokio::test]
+async fn with_defer_people_are_asked_when_it_may_be_and_not_before() {
+    let mut policy = Policy::new(&deferring(1));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let mut announced = rig.router.client().subscribe("caf.human.request.v1").await.unwrap();
+    let job = json!({"type": "human.approval", "prompt": "Well?", "approvers": ["ann"]});
+    let [asked, cancelled] = ["asked", "cancelled"].map(|id| assignment("acme", id, job.clone()));
+    what_comes_after_is_deferred(&rig, 1, &[asked.clone(), cancelled.clone()]).await;
+    rig.router.client().publish(CANCEL, cancel("acme", "cancelled").to_string().into()).await.unwrap();
+    assert_eq!(rig.router.result(&cancelled).await["error"]["code"], 5001);
+    assert!(announced.next().now_or_never().is_none(), "nobody was asked");
+    policy.say(&deferring(2));
+    let told = tokio::time::timeout(SOON, announced.next()).await.expect("somebody is asked").unwrap();
+    assert_eq!(json_of(&told.payload)["assignment_id"], "asked");
+    let yes = json!({"assignment_id": "asked", "tenant_id": "acme", "approver": "ann", "approved": true});
+    rig.router.client().publish("caf.human.response.v1", yes.to_string().into()).await.unwrap();
+    assert_eq!(rig.router.result(&asked).await["result"]["approved"], true);
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn with_defer_a_paused_worker_takes_nothing_up() {
+    let mut policy = Policy::new(&deferring(1));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let waits = assignment("acme", "waits", rig.call("/ok"));
+    what_comes_after_is_deferred(&rig, 1, std::slice::from_ref(&waits)).await;
+    policy.say("paused: true");
+    let nobody_pulls = async || rig.router.consumer().await.is_some_and(|consumer| consumer.num_waiting == 0);
+    until("nobody pulls", nobody_pulls).await;
+    policy.say(&format!("paused: true\n{}", deferring(2)));
+    // Longer than what is parked is looked for.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(rig.peer.hits("/ok").is_empty() && rig.router.parked().await == 1);
+    policy.say(&deferring(2));
+    assert_eq!(rig.router.result(&waits).await["status"], "success");
+    kept_its_promise(&rig.router, &rig.peer).await;
+}
+
+#[tokio::test]
+async fn with_defer_whose_accounts_are_lost_has_its_budget_again_and_loses_nothing() {
+    let mut policy = Policy::new(&deferring(2));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let all: Vec<_> =
+        (0..6).map(|number| assignment("acme", &format!("{number}"), rig.call(&format!("/ok?{number}")))).collect();
+    what_comes_after_is_deferred(&rig, 2, &all).await;
+    rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
+    rig.peer.arrived("/ok", 2).await;
+    until("the rest waits", async || rig.router.parked().await == 4).await;
+    policy.say(&deferring(6));
+    for one in &all {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+    kept_its_promise(&rig.router, &rig.peer).await;
+    let order: Vec<_> = rig.peer.hits("/ok").iter().map(|hit| hit.path.replace("/ok?", "")).collect();
+    assert_eq!((order[..2].contains(&"0".into()), order[..2].contains(&"1".into()), order.len()), (true, true, 6));
 }
 
 #[tokio::test]

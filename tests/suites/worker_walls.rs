@@ -1,10 +1,11 @@
 //! What one tenant meets slows no other: each test gives one of them trouble that does not end, and another work that
 //! has to end meanwhile.
-#![expect(clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use beamline_tests::mariadb::MariaDb;
 use beamline_tests::policy::Policy;
 use beamline_tests::postgres::Postgres;
+use beamline_tests::process::free_port;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{Key, Kind, assignment};
 use beamline_tests::wait::until;
@@ -33,6 +34,14 @@ async fn another_works_on(rig: &Rig, run: &str, job: &Value) {
 async fn all_slots_of_acme_are_taken(rig: &Rig) {
     let taken = async || rig.worker.metric(r#"worker_slots_busy{pool="io"}"#).await;
     until("its slots are taken", async || taken().await >= SHARE as f64).await;
+}
+
+/// A database in a file of the tenant's.
+fn sqlite(rig: &Rig, tenant: &str) -> &'static str {
+    std::fs::create_dir_all(rig.file_of(tenant, "")).unwrap();
+    let file = rusqlite::Connection::open(rig.file_of(tenant, "db.sqlite")).unwrap();
+    file.execute_batch("CREATE TABLE t (x)").unwrap();
+    "sqlite://db.sqlite"
 }
 
 /// A job that does not end while a test runs.
@@ -76,6 +85,38 @@ async fn databases_that_never_answer_hold_up_no_other_tenant() {
         all_slots_of_acme_are_taken(&rig).await;
         another_works_on(&rig, "query", &query(good)).await;
     }
+}
+
+#[tokio::test]
+async fn a_database_that_refuses_and_is_tried_again_and_again_holds_up_no_other_tenant() {
+    let policy = Policy::new("tenants: {}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let nobody = free_port();
+    let mut job = patient(json!({"type": "sql.query", "query": "SELECT 1"}));
+    job["retry_config"] = json!({"max_attempts": 100, "base_delay_ms": 200, "multiplier": 1});
+    for number in 0..TROUBLE {
+        job["connection_string"] = json!(format!("postgres://bob:hunter2@127.0.0.1:{nobody}/db{number}"));
+        rig.router.submit(&assignment("acme", &format!("{number}"), job.clone())).await;
+    }
+    all_slots_of_acme_are_taken(&rig).await;
+    let query = json!({"type": "sql.query", "query": "SELECT 1", "connection_string": sqlite(&rig, "globex")});
+    another_works_on(&rig, "query", &query).await;
+    another_works_on(&rig, "call", &rig.call("/ok")).await;
+}
+
+#[tokio::test]
+async fn queries_that_burn_cpu_time_hold_up_no_other_tenant() {
+    let policy = Policy::new("tenants: {}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n";
+    let job = json!({"type": "sql.query", "query": endless, "connection_string": sqlite(&rig, "acme")});
+    for number in 0..TROUBLE {
+        rig.router.submit(&assignment("acme", &format!("{number}"), patient(job.clone()))).await;
+    }
+    all_slots_of_acme_are_taken(&rig).await;
+    another_works_on(&rig, "put", &rig.put("x", "x")).await;
+    let query = json!({"type": "sql.query", "query": "SELECT 1", "connection_string": sqlite(&rig, "globex")});
+    another_works_on(&rig, "query", &query).await;
 }
 
 #[tokio::test]

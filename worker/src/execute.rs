@@ -61,10 +61,10 @@ impl Engine {
 }
 
 /// What bounds every execution.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Limits {
-    /// The most CPU time of one block over all attempts.
-    pub cpu_time: Duration,
+    /// The CPU time of the block over all attempts.
+    pub cpu_time: CpuTime,
     /// The most bytes that an output may have as JSON.
     pub max_output_bytes: usize,
 }
@@ -143,7 +143,7 @@ pub async fn execute(
         sink: links.sink,
         deadline,
         max_output_bytes: limits.max_output_bytes,
-        cpu_time: CpuTime::new(limits.cpu_time),
+        cpu_time: limits.cpu_time,
     };
     let mut failed = Vec::new();
     for attempt in 1.. {

@@ -115,11 +115,16 @@ impl Metrics {
         }
     }
 
-    /// A task ended: how, how long it took and what it used.
-    pub fn finished(&self, kind: BlockKind, status: Status, latency: Duration, cpu_time: Duration) {
+    /// A task ended: how, and how long it took.
+    pub fn finished(&self, kind: BlockKind, status: Status, latency: Duration) {
         self.tasks.of(kind).of(status).inc();
         self.latency.of(kind).observe(millis(latency));
-        self.cpu_time.add(millis(cpu_time));
+    }
+
+    /// A block of the tenant with this label has used so much CPU time.
+    pub fn used_cpu_time(&self, tenant: &str, time: Duration) {
+        self.cpu_time.add(millis(time));
+        self.tenants.used_cpu_time(tenant, time);
     }
 
     /// Accepted tasks of the pool that wait for a slot.
@@ -212,9 +217,9 @@ impl Metrics {
         self.control_dropped.inc();
     }
 
-    /// A task of the tenant with this label ended, and used so much.
-    pub fn tenant_executed(&self, tenant: &str, cpu_time: Duration) {
-        self.tenants.executed(tenant, cpu_time);
+    /// A task of the tenant with this label ended.
+    pub fn tenant_executed(&self, tenant: &str) {
+        self.tenants.executed(tenant);
     }
 
     /// An assignment of the tenant with this label was refused for its budget.

@@ -44,6 +44,7 @@ use crate::approval::Approvals;
 use crate::approval::deadlines::Deadlines;
 use crate::assignment::Assignment;
 use crate::blocks::Block;
+use crate::blocks::cpu::CpuTime;
 use crate::broker::streams::{Mode, Ready};
 use crate::broker::{Broker, Expected};
 use crate::cancel::Tombstones;
@@ -127,6 +128,8 @@ pub struct Pipeline {
     quarantine: Quarantine,
     budgets: Budgets<Kept>,
     silence: charge::Silence,
+    /// Of blocks that have ended.
+    meters: charge::Meters,
     /// Who answers requests without having been asked.
     strangers: Throttle,
     tallies: tenants::Tallies,
@@ -336,7 +339,8 @@ impl Pipeline {
         let begun = Instant::now();
         failpoint::reach(Point::SlotTaken).await;
         let queued = arrival.delivery.received().elapsed();
-        let limits = Limits { cpu_time: self.settings.max_cpu_time, max_output_bytes: self.largest_output() };
+        let cpu_time = CpuTime::new(self.settings.max_cpu_time);
+        let limits = Limits { cpu_time: cpu_time.clone(), max_output_bytes: self.largest_output() };
         let may_start = || !arrival.delivery.is_lapsed() && !self.is_cut_off();
         arrival.delivery.must_end_by(Some(Instant::now() + arrival.assignment.timeout + GRACE));
         let span = telemetry::execute_span(&arrival.span, &self.span_ids(&arrival.assignment));
@@ -351,16 +355,14 @@ impl Pipeline {
             () = self.cut.cancelled(), if self.hands_back() => Ended::Abandoned,
         };
         drop((slot, unit));
+        self.count_cpu_time(&arrival.assignment.key.tenant, cpu_time);
         arrival.delivery.must_end_by(None);
         self.load.flow(arrival.delivery.source()).finished(begun.elapsed());
         if matches!(&ended, Ended::Executed(execution) if execution.outcome.is_err()) {
             [&span, &arrival.span].into_iter().for_each(telemetry::mark_failed);
         }
         match ended {
-            Ended::Executed(execution) => {
-                self.charge_cpu_time(&arrival.assignment.key.tenant, execution.cpu_time);
-                self.finish(arrival, expected, queued, execution).await;
-            }
+            Ended::Executed(execution) => self.finish(arrival, expected, queued, execution).await,
             Ended::Abandoned => self.hand_back(arrival.delivery).await,
         }
     }
@@ -508,9 +510,9 @@ impl Pipeline {
 
     fn note_outcome(&self, assignment: &Assignment, step: &StepResult) {
         let kind = assignment.block.kind();
-        self.metrics.finished(kind, step.status, step.latency, step.cpu_time);
+        self.metrics.finished(kind, step.status, step.latency);
         let tenant = &assignment.key.tenant;
-        self.metrics.tenant_executed(self.gate.policy().label(tenant), step.cpu_time);
+        self.metrics.tenant_executed(self.gate.policy().label(tenant));
         self.tallies.executed(tenant);
         (0..step.retries_used()).for_each(|_| self.metrics.retried(kind));
         tracing::info!(

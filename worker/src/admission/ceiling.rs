@@ -153,11 +153,12 @@ impl Ceilings {
         self.take_here(tenant, most)
     }
 
-    /// How many of these units could be taken now; leases more where fewer than `wanted` are here.
-    pub async fn available(&self, tenant: &TenantId, most: u64, wanted: u64) -> u64 {
+    /// How many of these units could be taken now; leases more where fewer than `wanted` are here, if that does not take
+    /// longer than this.
+    pub async fn available(&self, tenant: &TenantId, most: u64, wanted: u64, patience: Duration) -> u64 {
         let free = |held: &HashMap<TenantId, Held>| held.get(tenant).map_or(0, |held| held.free(most, Instant::now()));
         if free(&self.lock()) < wanted {
-            self.lease(tenant, most, wanted).await;
+            let _ = tokio::time::timeout(patience, self.lease(tenant, most, wanted)).await;
         }
         free(&self.lock()).min(wanted)
     }

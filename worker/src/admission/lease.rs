@@ -186,11 +186,11 @@ impl<A: Accounts> Budgets<A> {
         self.purse(tenant, budget).take(self.accounts.now(), budget, count)
     }
 
-    /// What whoever does not wait for an account has of it.
-    pub fn nothing(&self, tenant: &TenantId, budget: Budget) -> Taken {
-        let (purse, moment) = (self.purse(tenant, budget), self.accounts.now());
-        let charge = Charge { purse, window: Window::at(moment, budget.window), moment };
-        Taken { grant: Grant { units: 0, charge }, short: Some(Short::Unreachable) }
+    /// What there is here for so many executions, where the account is not waited for.
+    pub fn take_here(&self, tenant: &TenantId, budget: Budget, count: u64) -> Taken {
+        let (purse, now) = (self.purse(tenant, budget), self.accounts.now());
+        let taken = purse.lock().take_here(now, budget, count);
+        purse.taken(now, taken)
     }
 
     /// Takes units for so many executions: as many as there are, where there are fewer.
@@ -314,9 +314,13 @@ impl<A: Accounts> Budgets<A> {
 impl Purse {
     /// What can be told without visiting the account.
     fn take(self: &Arc<Self>, now: i64, budget: Budget, count: u64) -> Option<Taken> {
-        let (window, units, short) = self.lock().take(now, budget, count)?;
+        let taken = self.lock().take(now, budget, count)?;
+        Some(self.taken(now, taken))
+    }
+
+    fn taken(self: &Arc<Self>, now: i64, (window, units, short): (Window, u64, Option<Short>)) -> Taken {
         let charge = Charge { purse: Arc::clone(self), window, moment: window.moment(now).unwrap_or(now) };
-        Some(Taken { grant: Grant { units, charge }, short })
+        Taken { grant: Grant { units, charge }, short }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -341,6 +345,35 @@ impl State {
     }
 
     fn take(&mut self, now: i64, budget: Budget, count: u64) -> Option<(Window, u64, Option<Short>)> {
+        let (window, usable) = self.usable(now, budget);
+        if let Some(window) = window.filter(|_| usable >= count) {
+            self.units -= count;
+            return Some((window, count, None));
+        }
+        // A clock that was set back knows nothing.
+        let (short, _, _) = self.known.filter(|(_, since, until)| (*since..*until).contains(&now))?;
+        Some(self.take_what_there_is(now, short))
+    }
+
+    fn take_here(&mut self, now: i64, budget: Budget, count: u64) -> (Window, u64, Option<Short>) {
+        let taken = self.take(now, budget, count);
+        taken.unwrap_or_else(|| self.take_what_there_is(now, Short::Unreachable))
+    }
+
+    /// Fewer than were asked for.
+    fn take_what_there_is(&mut self, now: i64, short: Short) -> (Window, u64, Option<Short>) {
+        let (window, usable) = self.usable(now, self.budget);
+        let window = match short {
+            Short::Spent(_, window) => window,
+            Short::Unreachable => window.unwrap_or_else(|| Window::at(now, self.budget.window)),
+        };
+        let units = if self.window == Some(window) { usable } else { 0 };
+        self.units -= units;
+        (window, units, Some(short))
+    }
+
+    /// How many units may be used at this moment, and of which window.
+    fn usable(&mut self, now: i64, budget: Budget) -> (Option<Window>, u64) {
         self.touched = now;
         if self.budget != budget {
             // What was leased under another one goes back first.
@@ -349,19 +382,7 @@ impl State {
         let window = self.usable_window(now);
         let has_cpu_time = self.cpu_left_ms.is_none_or(|left| contract::millis(self.cpu_time) < left);
         let usable = if window.is_some() && has_cpu_time && !self.is_over { self.units } else { 0 };
-        if let Some(window) = window.filter(|_| usable >= count) {
-            self.units -= count;
-            return Some((window, count, None));
-        }
-        // A clock that was set back knows nothing.
-        let (short, _, _) = self.known.filter(|(_, since, until)| (*since..*until).contains(&now))?;
-        let window = match short {
-            Short::Spent(_, window) => window,
-            Short::Unreachable => window.unwrap_or_else(|| Window::at(now, budget.window)),
-        };
-        let units = if self.window == Some(window) { usable } else { 0 };
-        self.units -= units;
-        Some((window, units, Some(short)))
+        (window, usable)
     }
 
     /// Units that have not been used after all. What belongs to another window is lost.

@@ -45,6 +45,11 @@ impl CpuTime {
         self.used_nanos.fetch_add(u64::try_from(lap.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
+    /// Whether anybody else may still work on it, and count.
+    pub fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.used_nanos).is_none()
+    }
+
     /// What has been counted.
     pub fn used(&self) -> Duration {
         Duration::from_nanos(self.used_nanos.load(Ordering::Relaxed))

@@ -43,9 +43,12 @@ impl TenantSeries {
         series
     }
 
-    pub(super) fn executed(&self, tenant: &str, cpu_time: Duration) {
+    pub(super) fn executed(&self, tenant: &str) {
         self.executions.with_label_values(&[tenant]).inc();
-        self.cpu.with_label_values(&[tenant]).inc_by(cpu_time.as_secs_f64());
+    }
+
+    pub(super) fn used_cpu_time(&self, tenant: &str, time: Duration) {
+        self.cpu.with_label_values(&[tenant]).inc_by(time.as_secs_f64());
     }
 
     pub(super) fn refused(&self, tenant: &str) {

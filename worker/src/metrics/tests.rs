@@ -65,7 +65,8 @@ fn only_tenants_that_are_named_have_series_of_their_own() {
     let metrics = Metrics::new();
     let held = |running, queued| Held { running, queued };
     metrics.set_tenants(&HashMap::from([("acme", held(2, 30)), (OTHER, held(1, 0)), ("quiet", held(0, 0))]));
-    metrics.tenant_executed("acme", Duration::from_millis(250));
+    metrics.tenant_executed("acme");
+    metrics.used_cpu_time("acme", Duration::from_millis(250));
     metrics.tenant_refused("acme");
     metrics.tenant_refused(OTHER);
     let samples = scrape(&metrics);
@@ -85,8 +86,9 @@ fn only_tenants_that_are_named_have_series_of_their_own() {
 #[test]
 fn a_finished_task_is_counted_once_in_each_of_its_series() {
     let metrics = Metrics::new();
-    metrics.finished(BlockKind::Http, Status::Success, Duration::from_millis(150), Duration::from_micros(2500));
-    metrics.finished(BlockKind::Http, Status::Timeout, Duration::from_secs(30), Duration::ZERO);
+    metrics.finished(BlockKind::Http, Status::Success, Duration::from_millis(150));
+    metrics.used_cpu_time("acme", Duration::from_micros(2500));
+    metrics.finished(BlockKind::Http, Status::Timeout, Duration::from_secs(30));
 
     let samples = scrape(&metrics);
     assert_eq!(samples[r#"worker_tasks_total{type="http.request",status="success"}"#], 1.0);

@@ -6,6 +6,7 @@
 
 mod note; // what has been paid for
 mod units; // what it is paid with
+mod meter; // what is paid for afterwards
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -30,6 +31,7 @@ use crate::policy::{OnExceeded, Policy};
 use crate::report;
 use note::{Neighbours, Notes, Paid};
 
+pub(super) use meter::Meters;
 pub(super) use units::Silence;
 
 /// Between two looks for what goes back into accounts, or has to be charged.
@@ -233,8 +235,8 @@ impl Pipeline {
         usize::try_from(taken.grant.units()).unwrap_or(usize::MAX)
     }
 
-    /// Charges CPU time that a block has used, where its tenant's is bounded.
-    pub(super) fn charge_cpu_time(&self, tenant: &TenantId, time: Duration) {
+    /// Charges CPU time, where its tenant's is bounded.
+    fn charge_cpu_time(&self, tenant: &TenantId, time: Duration) {
         let policy = self.gate.policy();
         if let Some((budget, _)) = policy.has_budgets().then(|| budget(&policy, tenant)).flatten() {
             self.budgets.charge_cpu_time(tenant, budget, time);
@@ -245,12 +247,14 @@ impl Pipeline {
     pub async fn settle_budgets(self: Arc<Self>) {
         loop {
             tokio::time::sleep(SETTLE).await;
+            self.count_later_cpu_time();
             self.budgets.settle().await;
         }
     }
 
     /// Gives back all that was leased and not used.
     pub(crate) async fn close_budgets(&self) {
+        self.count_later_cpu_time();
         let _ = tokio::time::timeout(CLOSE, self.budgets.close()).await;
     }
 }

@@ -89,8 +89,8 @@ impl Pipeline {
             Some(most) => {
                 let wanted = u64::try_from(messages).unwrap_or(u64::MAX);
                 // Others' parked work, and a worker that is told to stop, wait behind this.
-                let available = tokio::time::timeout(PATIENCE, self.ceilings.available(tenant, most, wanted)).await;
-                usize::try_from(available.unwrap_or_default()).unwrap_or(usize::MAX)
+                let available = self.ceilings.available(tenant, most, wanted, PATIENCE).await;
+                usize::try_from(available).unwrap_or(usize::MAX)
             }
         };
         Allowance { messages, bytes: free.map(|free| free.saturating_add(ENVELOPE_BYTES)) }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::charge::Silence;
+use super::charge::{Meters, Silence};
 use super::deaths::Deaths;
 use super::in_flight::InFlight;
 use super::quarantine::Quarantine;
@@ -107,6 +107,7 @@ impl Pipeline {
             load: Arc::new(Load::new(settings.max_memory_bytes)),
             budgets: Budgets::new(Kept::new(broker.clone(), streams.clone(), health.clone()), &settings.pool),
             silence: Silence::default(),
+            meters: Meters::default(),
             settings,
             identity,
             broker,

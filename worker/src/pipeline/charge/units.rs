@@ -52,7 +52,7 @@ impl Pipeline {
             return self.budgets.take(tenant, budget, count).await;
         }
         if self.silence.lasts() {
-            return self.budgets.nothing(tenant, budget);
+            return self.budgets.take_here(tenant, budget, count);
         }
         let (pipeline, whose) = (Arc::clone(self), tenant.clone());
         let mut taking = Box::pin(async move {
@@ -68,6 +68,6 @@ impl Pipeline {
         self.silence.begins();
         // What it brings is for those who come next.
         tokio::spawn(taking);
-        self.budgets.nothing(tenant, budget)
+        self.budgets.take_here(tenant, budget, count)
     }
 }
