@@ -671,6 +671,39 @@ async fn accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
 }
 
 #[tokio::test]
+async fn in_core_mode_too_accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
+    let policy = acme(&format!("executions: 1000, window: {LONG}"));
+    let core = "--nats-delivery=core";
+    let mut rig = Rig::start(&[core, SANDBOX, &policy.flag()]).await;
+    rig.worker.kill();
+    let setup =
+        rig.another("worker-2").flag(core).flag(SANDBOX).flag(policy.flag()).flag("--nats-create-streams=false");
+    let worker = setup.start(&rig.nats).await;
+    rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
+    let started = Instant::now();
+    for number in 0..100 {
+        rig.router.send(&canned("acme", &format!("a-{number}"))).await;
+        let other = canned("globex", &format!("g-{number}"));
+        rig.router.send(&other).await;
+        assert_eq!(rig.router.result(&other).await["status"], "success");
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(8), "the others waited for the account: {took:?}");
+    worker.unready("streams unavailable").await;
+    answered(&rig, 200).await;
+    let (accepted, refused) = verdicts(&rig);
+    assert_eq!((accepted.len(), refused), (100, BTreeMap::from([(4002, 100)])), "acme may send it again");
+    // Somebody makes the bucket anew.
+    let _third = rig.another("worker-3").flag(core).flag(SANDBOX).flag(policy.flag()).start(&rig.nats).await;
+    within(SOON, "acme has a budget again", async || {
+        let again = canned("acme", &format!("again-{}", started.elapsed().as_millis()));
+        rig.router.send(&again).await;
+        (rig.router.verdict(&again).await["status"] == "accepted").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn in_core_mode_without_jetstream_each_worker_has_a_budget_of_its_own() {
     let policy = acme(&format!("executions: 3, window: {LONG}"));
     let rig = Rig::at(NatsServer::without_jetstream(), &["--nats-delivery=core", SANDBOX, &policy.flag()]).await;

@@ -47,10 +47,6 @@ impl Pipeline {
         if let Some(taken) = self.budgets.at_hand(tenant, budget, count) {
             return taken;
         }
-        // In core mode nothing comes again.
-        if !self.hands_back() {
-            return self.budgets.take(tenant, budget, count).await;
-        }
         if self.silence.lasts() {
             return self.budgets.take_here(tenant, budget, count);
         }
