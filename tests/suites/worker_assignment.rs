@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{AckPolicy, pull};
@@ -258,27 +259,102 @@ async fn publish_with_headers(rig: &Rig, subject: &str, headers: &[u8], payload:
     }
 }
 
+/// Not on a subject that the Router of a test hears: its client could read them no better.
+const OUT_OF_EARSHOT: &str = "jobs.night.v1";
+
+async fn rig_out_of_earshot(flags: &[&str]) -> Rig {
+    let subject = format!("--nats-subject={OUT_OF_EARSHOT}");
+    let mut rig = Rig::start(&[&[subject.as_str()], flags].concat()).await;
+    rig.router = Router::on(&rig.nats.url(), OUT_OF_EARSHOT).await;
+    rig
+}
+
 #[tokio::test]
 async fn headers_that_nobody_can_read_are_refused_and_cost_one_connection_each() {
-    let rig = Rig::start(&[]).await;
-    let broken: [&[u8]; 3] = [b"NATS/1.0\r\nX-Name: Jos\xe9\r\n\r\n", b"NATS/1.0\r\nno colon\r\n\r\n", b"nonsense"];
-    for (number, headers) in broken.into_iter().enumerate() {
+    let rig = rig_out_of_earshot(&[]).await;
+    let running = assignment("acme", "running", rig.call("/gate/running"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/running", 1).await;
+    for (number, headers) in BROKEN.into_iter().enumerate() {
         let payload = assignment("acme", &format!("broken-{number}"), rig.call("/ok"));
-        publish_with_headers(&rig, ASSIGN, headers, &payload).await;
+        publish_with_headers(&rig, OUT_OF_EARSHOT, headers, &payload).await;
         let verdict = rig.router.verdict(&payload).await;
         assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(1001)), "{verdict}");
         let letter = rig.router.letter(&payload).await;
         assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("decode"), &payload), "{letter}");
     }
-    let cancel = cancel("acme", "unwanted");
-    publish_with_headers(&rig, CANCEL, broken[0], &cancel).await;
-    let control = rig.router.stream("CAF_EXEC_CONTROL").await;
-    until("the cancel is dropped", async || control.get_info().await.is_ok_and(|it| it.state.messages == 0)).await;
+    for headers in BROKEN {
+        publish_with_headers(&rig, "caf.human.response.v1", headers, &json!({})).await;
+        control_is_done(&rig).await;
+    }
     let payload = assignment("acme", "after", rig.call("/ok"));
     rig.router.submit(&payload).await;
     assert_eq!(rig.router.result(&payload).await["status"], "success");
+    let other = assignment("acme", "other", rig.call("/gate/other"));
+    rig.router.submit(&other).await;
+    rig.peer.arrived("/gate/other", 1).await;
+    rig.router.client().publish(CANCEL, cancel("acme", "other").to_string().into()).await.unwrap();
+    assert_eq!(rig.router.result(&other).await["status"], "cancelled", "cancels are heard again");
+    rig.peer.open("running");
+    assert_eq!(rig.router.result(&running).await["status"], "success", "what ran went on");
     rig.router.settled(SOON).await;
-    assert_eq!(rig.peer.hits("/").len(), 1, "nothing that was refused ran");
+    assert_eq!(rig.peer.hits("/").len(), 3, "nothing that was refused ran, and nothing twice");
+    rig.worker.ready().await;
+}
+
+/// Headers that the client of the workers cannot read; over the last ones it panics.
+const BROKEN: [&[u8]; 5] = [
+    b"NATS/1.0\r\nX-Name: Jos\xe9\r\n\r\n",
+    b"NATS/1.0\r\nno colon\r\n\r\n",
+    b"nonsense",
+    b"NATS/1.0\r\nX-Name: Jos\re\r\n\r\n",
+    b"NATS/1.0\r\nX-Name: Jos\r\n \re\r\n\r\n",
+];
+
+async fn control_is_done(rig: &Rig) {
+    let control = rig.router.stream("CAF_EXEC_CONTROL").await;
+    until("nothing waits", async || control.get_info().await.is_ok_and(|it| it.state.messages == 0)).await;
+}
+
+#[tokio::test]
+async fn in_core_mode_headers_that_nobody_can_read_cost_their_own_message() {
+    let rig = rig_out_of_earshot(&["--nats-delivery=core"]).await;
+    let running = assignment("acme", "running", rig.call("/gate/running"));
+    rig.router.send(&running).await;
+    rig.peer.arrived("/gate/running", 1).await;
+    for (number, headers) in BROKEN.into_iter().enumerate() {
+        publish_with_headers(&rig, OUT_OF_EARSHOT, headers, &assignment("acme", "lost", rig.call("/lost"))).await;
+        within(SOON, "work is taken again", async || {
+            let payload = assignment("acme", &format!("after-{number}-{}", Timestamp::now()), rig.call("/ok"));
+            rig.router.send(&payload).await;
+            let verdict = tokio::time::timeout(Duration::from_secs(1), rig.router.verdict(&payload)).await;
+            verdict.is_ok_and(|verdict| verdict["status"] == "accepted").then_some(())
+        })
+        .await;
+    }
+    rig.peer.open("running");
+    assert_eq!(rig.router.result(&running).await["status"], "success");
+    assert!(rig.peer.hits("/lost").is_empty());
+    rig.worker.ready().await;
+}
+
+#[tokio::test]
+async fn a_status_that_a_publisher_has_put_on_a_message_means_nothing() {
+    let rig = Rig::start(&[]).await;
+    let statuses = ["100", "200", "404 No Messages", "408 Request Timeout", "409 Consumer Deleted", "503"];
+    for (number, status) in statuses.into_iter().enumerate() {
+        let headers = format!("NATS/1.0 {status}\r\n\r\n");
+        let payload = assignment("acme", &format!("status-{number}"), rig.call("/ok"));
+        publish_with_headers(&rig, ASSIGN, headers.as_bytes(), &payload).await;
+        assert_eq!(rig.router.result(&payload).await["status"], "success", "{status}");
+        let unwanted = format!("unwanted-{number}");
+        publish_with_headers(&rig, CANCEL, headers.as_bytes(), &cancel("acme", &unwanted)).await;
+        let key = format!("$KV.caf-cancel.acme.{unwanted}");
+        until("the cancel stands", async || rig.router.last("KV_caf-cancel", &key).await.is_some()).await;
+        control_is_done(&rig).await;
+    }
+    rig.router.settled(SOON).await;
+    assert_eq!(rig.worker.metric("worker_redeliveries_total").await, 0.0);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use async_nats::datetime;
 use async_nats::jetstream::consumer::{AckPolicy, PriorityPolicy, ReplayPolicy, pull, push};
 use async_nats::jetstream::stream::Stream;
+use beamline_tests::policy::Policy;
 use beamline_tests::rig::Rig;
 use beamline_tests::router::{ASSIGN, CANCEL, assignment, cancel, json as read};
 use beamline_tests::wait::{SOON, until, within};
@@ -33,6 +34,16 @@ fn good() -> pull::Config {
 fn good_control() -> pull::Config {
     let durable_name = Some("caf-control".to_owned());
     pull::Config { durable_name, filter_subject: String::new(), max_ack_pending: 0, ..good() }
+}
+
+/// Of the tenant acme.
+fn good_parked() -> pull::Config {
+    pull::Config {
+        durable_name: Some("acme".to_owned()),
+        filter_subject: "caf.exec.parked.v1.acme".to_owned(),
+        inactive_threshold: Duration::from_secs(3600),
+        ..good()
+    }
 }
 
 async fn make_anew(stream: &Stream, config: pull::Config) {
@@ -141,6 +152,107 @@ async fn what_is_changed_under_a_running_worker_loses_nothing_until_it_is_mended
     let last = assignment("acme", "last", rig.put("last", "x"));
     rig.router.submit(&last).await;
     is_done(&rig, &last).await;
+}
+
+#[tokio::test]
+async fn what_open_pulls_bring_while_their_consumer_is_closed_is_taken_up() {
+    let rig = Rig::start(&["--sandbox-mode"]).await;
+    let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
+    stream.update_consumer(pull::Config { backoff: vec![Duration::from_secs(10)], ..good() }).await.unwrap();
+    let job = json!({"type": "http.request", "method": "GET", "url": "http://peer.example/ok"});
+    let mut submitted = 0;
+    let is_closed = async || rig.worker.get("/readyz").await.is_some_and(|(_, reasons)| reasons.contains("backoff"));
+    within(SOON, "it is closed", async || {
+        for _ in 0..200 {
+            let payload = assignment("acme", &format!("{submitted}"), job.clone());
+            rig.router.client().publish(ASSIGN, payload.to_string().into()).await.unwrap();
+            submitted += 1;
+        }
+        is_closed().await.then_some(())
+    })
+    .await;
+    let all_is_settled = async || {
+        let info = rig.router.consumer().await?;
+        (info.num_ack_pending == 0 && info.num_redelivered == 0).then_some(())
+    };
+    within(Duration::from_secs(5), "what had come is done, before anybody holds it no more", all_is_settled).await;
+    stream.update_consumer(good()).await.unwrap();
+    rig.worker.ready().await;
+    until("the rest is done", async || rig.router.stream("CAF_EXEC_ASSIGN").await.cached_info().state.messages == 0)
+        .await;
+    assert_eq!(rig.worker.metric("worker_redeliveries_total").await, 0.0);
+    assert_eq!(rig.router.stream("CAF_EXEC_RESULT").await.cached_info().state.messages, submitted);
+}
+
+#[tokio::test]
+async fn a_consumer_of_parked_work_that_is_not_as_it_must_be_is_named_and_holds_up_its_tenant_alone() {
+    let at_one = "quotas: {concurrent: 1}";
+    let policy = Policy::new(&format!("tenants: {{named: [{{id: acme, {at_one}}}, {{id: other, {at_one}}}]}}"));
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let stream = rig.router.stream("CAF_EXEC_PARKED").await;
+    let change = |change: fn(&mut pull::Config)| {
+        let mut config = good_parked();
+        change(&mut config);
+        config
+    };
+    let cases = [
+        // Whoever has just looked would not notice for some seconds.
+        ("ack_wait 2s", change(|config| config.ack_wait = Duration::from_secs(2))),
+        ("headers_only true", change(|config| config.headers_only = true)),
+        ("pause_until 2100", {
+            change(|config| config.pause_until = datetime::parse_rfc3339("2100-01-01T00:00:00Z").ok())
+        }),
+    ];
+    for (number, (setting, config)) in cases.into_iter().enumerate() {
+        let gate = format!("unit-{number}");
+        let of = |tenant: &str, what: &str| {
+            let path = if what == "runs" { format!("/gate/{gate}") } else { "/ok".to_owned() };
+            assignment(tenant, &format!("{what}-{number}"), rig.call(&path))
+        };
+        for tenant in ["acme", "other"] {
+            rig.router.submit(&of(tenant, "runs")).await;
+        }
+        rig.peer.arrived(&format!("/gate/{gate}"), 2).await;
+        make_anew(&stream, config).await;
+        for tenant in ["acme", "other"] {
+            rig.router.submit(&of(tenant, "waits")).await;
+        }
+        until("both are parked", async || rig.router.parked().await == 2).await;
+        rig.peer.open(&gate);
+        names(&rig.worker, "CAF_EXEC_PARKED", "acme", setting).await;
+        is_done(&rig, &of("other", "waits")).await;
+        assert!(rig.router.story(&of("acme", "waits")).results.is_empty(), "{setting}");
+        make_anew(&stream, good_parked()).await;
+        is_done(&rig, &of("acme", "waits")).await;
+        rig.worker.ready().await;
+    }
+}
+
+#[tokio::test]
+async fn parked_work_that_comes_without_its_payload_is_judged_when_it_comes_whole() {
+    let policy = Policy::new("tenants: {named: [{id: acme, quotas: {concurrent: 1}}]}");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let stream = rig.router.stream("CAF_EXEC_PARKED").await;
+    let running = assignment("acme", "running", rig.call("/gate/unit"));
+    rig.router.submit(&running).await;
+    rig.peer.arrived("/gate/unit", 1).await;
+    let parked = ["one", "two"].map(|id| assignment("acme", id, rig.call(&format!("/gate/{id}"))));
+    for payload in &parked {
+        rig.router.submit(payload).await;
+    }
+    until("both are parked", async || rig.router.parked().await == 2).await;
+    // The worker has looked at it and found nothing wrong.
+    rig.peer.open("unit");
+    rig.peer.arrived("/gate/one", 1).await;
+    rig.peer.open("two");
+    stream.update_consumer(pull::Config { headers_only: true, ..good_parked() }).await.unwrap();
+    rig.peer.open("one");
+    names(&rig.worker, "CAF_EXEC_PARKED", "acme", "headers_only true").await;
+    stream.update_consumer(good_parked()).await.unwrap();
+    for payload in &parked {
+        is_done(&rig, payload).await;
+    }
+    rig.worker.ready().await;
 }
 
 #[tokio::test]

@@ -236,6 +236,7 @@ mod tests {
             (Concern::Starting, [200, 503, 200]),
             (Concern::NatsDisconnected, [200, 503, 503]),
             (Concern::StreamsUnavailable, [200, 503, 503]),
+            (Concern::ParkedWorkUnavailable, [200, 503, 503]),
             (Concern::StorageRefused, [200, 503, 503]),
             (Concern::NotPermitted, [200, 503, 503]),
             (Concern::PoolOverloaded, [200, 200, 503]),

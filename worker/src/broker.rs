@@ -7,11 +7,11 @@ pub mod last; // what streams keep of many subjects
 mod patience; // how long an answer is waited for that may be large
 pub mod permissions; // what it does not let this worker do
 pub mod streams; // what the worker needs there, and how it must be set
-mod unreadable; // what the client loses its connection over
+pub mod unreadable; // what the client loses its connection over
 pub mod version; // how old a server may be
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_nats::Subject;
@@ -24,6 +24,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::backoff;
 use crate::health::{Concern, Health};
@@ -73,12 +74,28 @@ pub struct Broker(Arc<Connections>);
 
 #[derive(Debug)]
 struct Connections {
-    client: Client,
+    /// Made anew when its client has failed: work comes on it, and so does whatever others have put on a message.
+    line: RwLock<Arc<Line>>,
     lookups: Client,
-    asked: Asked,
-    jetstream: jetstream::Context,
     connects: watch::Receiver<u64>,
     refusals: Refusals,
+}
+
+/// The connection that everything but look-ups, renewals and settlements uses.
+#[derive(Debug)]
+struct Line {
+    client: Client,
+    asked: Asked,
+    jetstream: jetstream::Context,
+}
+
+impl Line {
+    async fn of(client: Client) -> Result<Self, String> {
+        let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
+        let mut jetstream = jetstream::new(client.clone());
+        jetstream.set_timeout(REQUEST_TIMEOUT);
+        Ok(Self { client, asked, jetstream })
+    }
 }
 
 /// One connection to one server, from its greeting to its end.
@@ -172,18 +189,17 @@ impl Broker {
     /// The connection ended as soon as it had come about; why, for a person.
     pub async fn connect(address: &Address, health: &Health) -> Result<Self, String> {
         let (connected, connects) = watch::channel(0);
-        let connected = Arc::new(connected);
         let refusals = Refusals::new(health.clone(), &address.intake);
         tokio::spawn(refusals.clone().look());
-        let client = open(options(address, "work"), address, health, &refusals, Some(connected)).await;
-        let lookups = open(options(address, "look-ups"), address, health, &refusals, None).await;
-        let mut jetstream = jetstream::new(client.clone());
-        jetstream.set_timeout(REQUEST_TIMEOUT);
+        let lines = Lines { address: address.clone(), health: health.clone(), refusals: refusals.clone(), connected };
+        let (client, failed) = lines.open("work", Some(lines.connected.clone())).await;
+        let (lookups, _) = lines.open("look-ups", None).await;
+        let line = RwLock::new(Arc::new(Line::of(client).await?));
+        let broker = Self(Arc::new(Connections { line, lookups, connects, refusals }));
         if let Some(creds) = address.creds.clone() {
-            tokio::spawn(use_new_credentials(creds, [client.clone(), lookups.clone()], refusals.clone()));
+            tokio::spawn(use_new_credentials(creds, broker.clone()));
         }
-        let asked = Asked::new(client.clone()).await.map_err(|error| error.to_string())?;
-        let broker = Self(Arc::new(Connections { client, lookups, asked, jetstream, connects, refusals }));
+        tokio::spawn(lines.make_anew(broker.clone(), failed));
         if let Some(version) = broker.version().filter(Version::has_known_faults) {
             let recommended = version::RECOMMENDED;
             tracing::warn!(%version, recommended, "this nats-server has known security faults");
@@ -191,9 +207,9 @@ impl Broker {
         Ok(broker)
     }
 
-    /// The connection that everything but look-ups, renewals and settlements uses.
-    pub fn client(&self) -> &Client {
-        &self.0.client
+    /// The connection that everything but look-ups, renewals and settlements uses, as it is at the moment.
+    pub fn client(&self) -> Client {
+        self.line().client.clone()
     }
 
     /// The connection for look-ups, renewals, and the word that a delivery is done.
@@ -202,8 +218,12 @@ impl Broker {
     }
 
     /// JetStream's management API.
-    pub fn jetstream(&self) -> &jetstream::Context {
-        &self.0.jetstream
+    pub fn jetstream(&self) -> jetstream::Context {
+        self.line().jetstream.clone()
+    }
+
+    fn line(&self) -> Arc<Line> {
+        Arc::clone(&self.0.line.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Counts connects: whoever holds state in the broker's session makes it anew when this changes.
@@ -213,7 +233,7 @@ impl Broker {
 
     /// Which session the commands of this moment go to. Unchanged between two looks: no reconnect in between.
     pub fn session(&self) -> Session {
-        let info = self.0.client.server_info();
+        let info = self.line().client.server_info();
         Session { server: info.server_id.into(), connection: info.client_id }
     }
 
@@ -242,12 +262,12 @@ impl Broker {
 
     /// That of the server that is connected; `None` where it has one of its own kind.
     pub fn version(&self) -> Option<Version> {
-        Version::parse(&self.0.client.server_info().version)
+        Version::parse(&self.line().client.server_info().version)
     }
 
     /// The largest message that the broker takes, in bytes, headers included.
     pub fn max_payload(&self) -> usize {
-        self.0.client.max_payload()
+        self.line().client.max_payload()
     }
 
     /// Asks a stream to keep a message, once.
@@ -256,7 +276,7 @@ impl Broker {
     /// Refused for another reason than the precondition, or unknown; see [`StoreError`].
     pub async fn store(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<Stored, StoreError> {
         let unknown = |subject, reason| Err(StoreError::Unknown { subject, reason });
-        let answer = match self.0.asked.ask(subject.as_str().into(), headers, payload).await {
+        let answer = match self.line().asked.ask(subject.as_str().into(), headers, payload).await {
             Ok(Some(answer)) if answer.status == Some(StatusCode::NO_RESPONDERS) => {
                 return Err(StoreError::Refused { subject, reason: "no stream listens there".to_owned() });
             }
@@ -292,8 +312,8 @@ impl Broker {
     /// The same, with the trace that it belongs to.
     pub async fn publish_in(&self, trace: Option<&TraceContext>, subject: impl Into<Subject>, payload: Bytes) {
         let said = match trace {
-            None => self.0.client.publish(subject.into(), payload).await,
-            Some(trace) => self.0.client.publish_with_headers(subject.into(), trace.to_headers(), payload).await,
+            None => self.line().client.publish(subject.into(), payload).await,
+            Some(trace) => self.line().client.publish_with_headers(subject.into(), trace.to_headers(), payload).await,
         };
         if let Err(error) = said {
             tracing::warn!(%error, "cannot publish");
@@ -305,7 +325,7 @@ impl Broker {
     /// # Errors
     /// It is too large, or there is no connection any more.
     pub async fn send(&self, subject: &str, headers: HeaderMap, payload: Bytes) -> Result<(), StoreError> {
-        let sent = self.0.client.publish_with_headers(subject.to_owned(), headers, payload).await;
+        let sent = self.line().client.publish_with_headers(subject.to_owned(), headers, payload).await;
         sent.map_err(|error| match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => StoreError::too_large_for_broker(subject.to_owned()),
             _ => StoreError::Unknown { subject: subject.to_owned(), reason: error.to_string() },
@@ -314,14 +334,15 @@ impl Broker {
 
     /// Waits until what was published has left this process, however long that takes.
     pub async fn flush(&self) {
-        if let Err(error) = self.0.client.flush().await {
+        if let Err(error) = self.line().client.flush().await {
             tracing::warn!(%error, "cannot flush");
         }
     }
 
     /// The same on both connections, but not for longer than `limit`.
     pub async fn flush_within(&self, limit: Duration) {
-        let both = futures::future::join(self.0.client.flush(), self.0.lookups.flush());
+        let client = self.client();
+        let both = futures::future::join(client.flush(), self.0.lookups.flush());
         let _ = tokio::time::timeout(limit, both).await;
     }
 }
@@ -374,46 +395,111 @@ fn reconnect_delay(attempt: usize) -> Duration {
     backoff::doubling(FIRST_RECONNECT_DELAY, MAX_RECONNECT_DELAY, attempt, fastrand::f64())
 }
 
-async fn open(
-    options: ConnectOptions,
-    address: &Address,
-    health: &Health,
-    refusals: &Refusals,
-    connected: Option<Arc<watch::Sender<u64>>>,
-) -> Client {
-    let (watched, deaf) = (health.clone(), Arc::new(Notify::new()));
-    let (refusals, is_deaf) = (refusals.clone(), Arc::clone(&deaf));
-    let options = options.event_callback(move |event| {
-        if !is_refusal(&event, &refusals, &is_deaf) {
-            note(&event, &watched, connected.as_deref());
-        }
-        std::future::ready(())
-    });
-    let mut attempt = 0;
-    loop {
-        match options.clone().connect(address.servers.as_slice()).await {
-            Ok(client) => {
-                tokio::spawn(listen_again(client.clone(), deaf));
-                return client;
+/// What a connection is opened with.
+struct Lines {
+    address: Address,
+    health: Health,
+    refusals: Refusals,
+    connected: watch::Sender<u64>,
+}
+
+impl Lines {
+    /// Connects, however long it takes; the token says that the client has failed and never connects again.
+    async fn open(&self, purpose: &str, connected: Option<watch::Sender<u64>>) -> (Client, CancellationToken) {
+        let (deaf, failed) = (Arc::new(Notify::new()), CancellationToken::new());
+        let ear = Ear {
+            health: self.health.clone(),
+            refusals: self.refusals.clone(),
+            deaf: Arc::clone(&deaf),
+            connected,
+            _last_words: failed.clone().drop_guard(),
+        };
+        let options = options(&self.address, purpose).event_callback(move |event| {
+            ear.hear(&event);
+            std::future::ready(())
+        });
+        let mut attempt = 0;
+        loop {
+            match options.clone().connect(self.address.servers.as_slice()).await {
+                Ok(client) => {
+                    tokio::spawn(failed.clone().run_until_cancelled_owned(listen_again(client.clone(), deaf)));
+                    return (client, failed);
+                }
+                Err(error) => {
+                    self.health.raise(Concern::NatsDisconnected, error.to_string());
+                    tracing::warn!(%error, attempt, "cannot reach NATS yet");
+                }
             }
-            Err(error) => {
-                health.raise(Concern::NatsDisconnected, error.to_string());
-                tracing::warn!(%error, attempt, "cannot reach NATS yet");
+            tokio::time::sleep(reconnect_delay(attempt)).await;
+            attempt += 1;
+        }
+    }
+
+    /// The client panics over some headers that a publisher may send. What was under way is lost as with any connection.
+    async fn make_anew(self, broker: Broker, mut failed: CancellationToken) {
+        loop {
+            failed.cancelled().await;
+            tracing::warn!("the client has failed over what it was sent: connecting to NATS anew");
+            self.health.raise(Concern::NatsDisconnected, "the connection was lost");
+            let (client, fails_again) = self.open("work", Some(self.connected.clone())).await;
+            failed = fails_again;
+            if let Ok(line) = Line::of(client).await {
+                *broker.0.line.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(line);
+                // Whoever has heard of it before has found the old one.
+                self.connected.send_modify(|count| *count += 1);
             }
         }
-        tokio::time::sleep(reconnect_delay(attempt)).await;
-        attempt += 1;
     }
 }
 
-/// Whether it says that something is not permitted that this worker needs. Without its inbox it hears no answer at all.
-fn is_refusal(event: &Event, refusals: &Refusals, deaf: &Notify) -> bool {
-    let Event::ServerError(error) = event else { return false };
-    let Some(permission) = Permission::refused_in(&error.to_string()) else { return false };
-    if permission.is_inbox() {
-        deaf.notify_one();
+/// Hears what the client says of one connection; it lets go of this when it ends.
+struct Ear {
+    health: Health,
+    refusals: Refusals,
+    deaf: Arc<Notify>,
+    /// Counts connects. The connection for look-ups comes and goes with the other one: one of them speaks.
+    connected: Option<watch::Sender<u64>>,
+    _last_words: DropGuard,
+}
+
+impl Ear {
+    fn hear(&self, event: &Event) {
+        if !self.is_refusal(event)
+            && let Some(connected) = &self.connected
+        {
+            self.note(event, connected);
+        }
     }
-    refusals.note(permission)
+
+    /// Whether it says that something is not permitted that this worker needs. Without its inbox it hears no answer at all.
+    fn is_refusal(&self, event: &Event) -> bool {
+        let Event::ServerError(error) = event else { return false };
+        let Some(permission) = Permission::refused_in(&error.to_string()) else { return false };
+        if permission.is_inbox() {
+            self.deaf.notify_one();
+        }
+        self.refusals.note(permission)
+    }
+
+    fn note(&self, event: &Event, connected: &watch::Sender<u64>) {
+        match event {
+            Event::Connected => {
+                tracing::info!("connected to NATS");
+                self.health.clear(Concern::NatsDisconnected);
+                connected.send_modify(|count| *count += 1);
+            }
+            Event::Disconnected | Event::Closed => {
+                let if_again =
+                    "where nothing else explains it, the link is too slow for max_payload: lower that of the broker";
+                tracing::warn!(if_again, "lost the connection to NATS");
+                self.health.raise(Concern::NatsDisconnected, "the connection was lost");
+            }
+            Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {
+                tracing::warn!(event = %event, "NATS reports a problem");
+            }
+            Event::LameDuckMode | Event::Draining => tracing::info!(event = %event, "NATS is going away"),
+        }
+    }
 }
 
 /// The broker forgets a subscription that it refused, also when its administrator allows it later: only a new connection
@@ -428,43 +514,21 @@ async fn listen_again(client: Client, deaf: Arc<Notify>) {
 }
 
 /// What the broker refuses it may permit to other credentials, which only a new connection is asked for.
-async fn use_new_credentials(file: PathBuf, clients: [Client; 2], refusals: Refusals) {
+async fn use_new_credentials(file: PathBuf, broker: Broker) {
     let mut used = tokio::fs::read(&file).await.ok();
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
-        if !refusals.stand() {
+        if !broker.0.refusals.stand() {
             continue;
         }
         let Ok(new) = tokio::fs::read(&file).await else { continue };
         if used.as_ref() != Some(&new) {
             tracing::info!("connecting to NATS with new credentials: the old ones are not permitted all");
             used = Some(new);
-            for client in &clients {
+            for client in [&broker.client(), broker.lookups()] {
                 let _ = client.force_reconnect().await;
             }
         }
-    }
-}
-
-fn note(event: &Event, health: &Health, connected: Option<&watch::Sender<u64>>) {
-    // The connection for look-ups comes and goes with the other one: one of them speaks.
-    let Some(connected) = connected else { return };
-    match event {
-        Event::Connected => {
-            tracing::info!("connected to NATS");
-            health.clear(Concern::NatsDisconnected);
-            connected.send_modify(|count| *count += 1);
-        }
-        Event::Disconnected | Event::Closed => {
-            let if_again =
-                "where nothing else explains it, the link is too slow for max_payload: lower that of the broker";
-            tracing::warn!(if_again, "lost the connection to NATS");
-            health.raise(Concern::NatsDisconnected, "the connection was lost");
-        }
-        Event::SlowConsumer(_) | Event::ServerError(_) | Event::ClientError(_) => {
-            tracing::warn!(event = %event, "NATS reports a problem");
-        }
-        Event::LameDuckMode | Event::Draining => tracing::info!(event = %event, "NATS is going away"),
     }
 }
 

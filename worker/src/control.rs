@@ -168,7 +168,8 @@ async fn hear(desk: Arc<Desk>) {
     let Ok(mut messages) = subscribed.inspect_err(|error| tracing::error!(%error, "cannot hear cancels")) else {
         return;
     };
-    while let Some(message) = messages.next().await {
+    loop {
+        let message = messages.next().await;
         if let Ok(cancel) = Cancel::decode(&message.payload) {
             desk.pipeline.hear_cancel(&cancel.key, &cancel.tombstone(None));
         }

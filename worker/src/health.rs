@@ -12,6 +12,8 @@ pub enum Concern {
     NatsDisconnected,
     /// A stream or consumer is missing or not as it must be.
     StreamsUnavailable,
+    /// A consumer of parked work is not as it must be.
+    ParkedWorkUnavailable,
     /// The broker does not store what is published: its disk or an account limit.
     StorageRefused,
     /// The broker does not let this worker publish or hear something that it needs.
@@ -31,6 +33,7 @@ impl Concern {
             Self::Starting => "starting",
             Self::NatsDisconnected => "NATS disconnected",
             Self::StreamsUnavailable => "streams unavailable",
+            Self::ParkedWorkUnavailable => "parked work unavailable",
             Self::StorageRefused => "storage refused",
             Self::NotPermitted => "not permitted",
             Self::PoolOverloaded => "pool overloaded",
@@ -45,6 +48,7 @@ impl Concern {
             Self::Starting
             | Self::NatsDisconnected
             | Self::StreamsUnavailable
+            | Self::ParkedWorkUnavailable
             | Self::StorageRefused
             | Self::NotPermitted
             | Self::Draining => true,
@@ -57,6 +61,7 @@ impl Concern {
         match self {
             Self::NatsDisconnected
             | Self::StreamsUnavailable
+            | Self::ParkedWorkUnavailable
             | Self::StorageRefused
             | Self::NotPermitted
             | Self::PoolOverloaded => true,

@@ -192,7 +192,8 @@ impl Delivery {
         let Some(reply) = self.held.hold().reply().cloned() else { return };
         // On a slow link, large results would hold it up on the connection that they go out on until the hold has lapsed. What
         // is handed back goes behind the note that says so.
-        let connection = if settlement == Settlement::Done { self.broker.lookups() } else { self.broker.client() };
+        let connection =
+            if settlement == Settlement::Done { self.broker.lookups().clone() } else { self.broker.client() };
         if let Err(error) = connection.publish(reply, kind.into()).await {
             tracing::debug!(%error, ?settlement, "cannot settle");
         }

@@ -65,7 +65,8 @@ impl Presence {
         else {
             return;
         };
-        while let Some(request) = requests.next().await {
+        loop {
+            let request = requests.next().await;
             let presence = self.clone();
             // A stop waits for what it stops; whoever changes their mind must not wait for that.
             tokio::spawn(async move {

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// Begins the last token of a mark's subject; that of an answer is a number alone.
 const MARK: char = 'm';
 
-/// Requests and their answers. The task that hears them ends with the connection.
+/// Requests and their answers. The task that hears them ends with the client.
 #[derive(Debug)]
 pub(super) struct Asked {
     client: Client,
@@ -64,6 +64,8 @@ impl Asked {
                 () = hear(answers, &waiting) => {}
                 () = look(&client, &inbox, &waiting) => {}
             }
+            // Nobody hears answers any more.
+            waiting.lock().by_number.clear();
         });
         Ok(asked)
     }

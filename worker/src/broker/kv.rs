@@ -229,11 +229,11 @@ impl Bucket {
 
     /// The last message of a key, a mark included.
     async fn last(&self, key: &str) -> Result<Option<Kept>, ReadError> {
-        let mut jetstream = self.broker.jetstream().clone();
+        let mut jetstream = self.broker.jetstream();
         jetstream.set_timeout(patience::LONGEST);
         let stream = jetstream.get_stream_no_info(self.stream()).await.map_err(|error| self.unread(&error))?;
         let subject = self.subject(key);
-        let found = patience::wait_for(self.broker.client(), stream.get_last_raw_message_by_subject(&subject)).await;
+        let found = patience::wait_for(&self.broker.client(), stream.get_last_raw_message_by_subject(&subject)).await;
         match found.ok_or_else(|| self.unread(&"no answer"))? {
             Ok(message) => {
                 let stored = Timestamp::from_nanosecond(message.time.unix_timestamp_nanos()).unwrap_or_default();
@@ -322,7 +322,7 @@ impl Follower {
     }
 
     fn change(&mut self, message: async_nats::Message) -> Result<Change, ReadError> {
-        let message = jetstream::Message { message, context: self.bucket.broker.jetstream().clone() };
+        let message = jetstream::Message { message, context: self.bucket.broker.jetstream() };
         let info = message.info().map_err(|error| self.bucket.unread(&error))?;
         if info.consumer_sequence != self.sequence + 1 {
             return Err(self.bucket.unread(&"a message was missed"));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::{Message, SubscribeError, Subscriber};
 use futures::StreamExt;
+use tokio::sync::watch;
 
 use super::{Broker, INBOX};
 use crate::contract;
@@ -194,29 +195,41 @@ pub struct Listener {
     subject: String,
     group: Option<String>,
     messages: Subscriber,
+    connects: watch::Receiver<u64>,
     look: tokio::time::Interval,
 }
 
 impl Listener {
     pub(super) async fn new(broker: Broker, subject: String, group: Option<String>) -> Result<Self, SubscribeError> {
         let messages = subscribe(&broker, &subject, group.as_ref()).await?;
-        let look = tokio::time::interval(ASK_AGAIN);
-        Ok(Self { broker, subject, group, messages, look })
+        let (connects, look) = (broker.connects(), tokio::time::interval(ASK_AGAIN));
+        Ok(Self { broker, subject, group, messages, connects, look })
     }
 
-    /// The next message; `None` where the connection has been closed.
-    pub async fn next(&mut self) -> Option<Message> {
+    /// The next message.
+    pub async fn next(&mut self) -> Message {
         loop {
             tokio::select! {
-                message = self.messages.next() => return message,
+                message = self.messages.next() => match message {
+                    Some(message) => return message,
+                    // The client has failed.
+                    None => {
+                        let _ = self.connects.changed().await;
+                        self.subscribe_anew().await;
+                    }
+                },
                 _ = self.look.tick() => {
-                    if self.broker.may_not_hear(&self.subject)
-                        && let Ok(messages) = subscribe(&self.broker, &self.subject, self.group.as_ref()).await
-                    {
-                        self.messages = messages;
+                    if self.broker.may_not_hear(&self.subject) {
+                        self.subscribe_anew().await;
                     }
                 }
             }
+        }
+    }
+
+    async fn subscribe_anew(&mut self) {
+        if let Ok(messages) = subscribe(&self.broker, &self.subject, self.group.as_ref()).await {
+            self.messages = messages;
         }
     }
 }

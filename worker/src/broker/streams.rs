@@ -15,6 +15,7 @@ use async_nats::jetstream::context::{
 };
 use async_nats::jetstream::stream::{Config, Stream};
 use async_nats::jetstream::{self, ErrorCode};
+use async_nats::{Message, StatusCode};
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::watch;
@@ -337,7 +338,7 @@ pub enum StreamsError {
 /// # Errors
 /// See [`StreamsError`]; a mismatch never heals by waiting.
 async fn ensure(broker: &Broker, needs: &Needs, known: Option<Ready>) -> Result<Ready, StreamsError> {
-    let (js, create) = (broker.jetstream(), needs.create);
+    let (js, create) = (&broker.jetstream(), needs.create);
     if needs.mode == Mode::Core {
         // What has been there once is only away.
         let had_jetstream = known.is_some_and(|known| known.has_jetstream);
@@ -460,23 +461,67 @@ fn explain(what: &str, error: &CreateStreamError) -> StreamsError {
     unavailable(what, error)
 }
 
+/// Finds or makes the consumer of a tenant's parked work; what may be asked of it.
+///
+/// # Errors
+/// See [`StreamsError`]: it is not as it must be, or cannot be looked at.
+pub async fn ensure_parked_consumer(
+    broker: &Broker,
+    stream: &str,
+    wanted: pull::Config,
+) -> Result<Limits, StreamsError> {
+    let found = broker.jetstream().get_stream_no_info(stream).await;
+    let found = found.map_err(|error| unavailable(&format!("stream {stream}"), &error))?;
+    match look_at_consumer(&found, stream, &wanted).await {
+        Ok(Some(limits)) => Ok(limits),
+        Ok(None) => make_consumer(&found, stream, wanted).await,
+        Err(StreamsError::Mismatch { what, differences }) => {
+            let consumer = wanted.durable_name.unwrap_or_default();
+            Err(StreamsError::Unusable { what, consumer, differences })
+        }
+        Err(error) => Err(error),
+    }
+}
+
 async fn ensure_consumer(stream: &Stream, wanted: pull::Config, create: bool) -> Result<Outlet, StreamsError> {
-    let name = wanted.durable_name.clone().unwrap_or_default();
-    let what = format!("consumer {name} of stream {}", stream.cached_info().config.name);
-    let limits = match stream.consumer_info(&name).await {
-        Ok(info) => {
-            compare::consumer(&what, &info.config, &wanted)?;
-            compare::usable(&what, &info)?
-        }
-        Err(error) if is_no_consumer(&error) && create => {
+    let (name, of) = (wanted.durable_name.clone().unwrap_or_default(), &stream.cached_info().config.name);
+    let limits = match look_at_consumer(stream, of, &wanted).await? {
+        Some(limits) => limits,
+        None if create => {
             tracing::info!(consumer = name, "creating a consumer");
-            let made = stream.create_consumer_strict(wanted).await;
-            made.map(|_| Limits::default()).map_err(|error| unavailable(&what, &error))?
+            make_consumer(stream, of, wanted).await?
         }
-        Err(error) if is_no_consumer(&error) => return Err(StreamsError::Missing(what)),
-        Err(error) => return Err(unavailable(&what, &error)),
+        None => return Err(StreamsError::Missing(called(&name, of))),
     };
     Ok(Outlet { name, limits: Some(limits) })
+}
+
+/// What may be asked of it; `None` where there is no such consumer.
+async fn look_at_consumer<I>(
+    stream: &Stream<I>,
+    of: &str,
+    wanted: &pull::Config,
+) -> Result<Option<Limits>, StreamsError> {
+    let name = wanted.durable_name.as_deref().unwrap_or_default();
+    let what = called(name, of);
+    match stream.consumer_info(name).await {
+        Ok(info) => {
+            compare::consumer(&what, &info.config, wanted)?;
+            compare::usable(&what, &info).map(Some)
+        }
+        Err(error) if is_no_consumer(&error) => Ok(None),
+        Err(error) => Err(unavailable(&what, &error)),
+    }
+}
+
+async fn make_consumer<I>(stream: &Stream<I>, of: &str, wanted: pull::Config) -> Result<Limits, StreamsError> {
+    let what = called(wanted.durable_name.as_deref().unwrap_or_default(), of);
+    let made = stream.create_consumer_strict(wanted).await;
+    made.map(|_| Limits::default()).map_err(|error| unavailable(&what, &error))
+}
+
+fn called(consumer: &str, stream: &str) -> String {
+    format!("consumer {consumer} of stream {stream}")
 }
 
 /// The route's consumer, for whoever pulls from it.
@@ -500,7 +545,7 @@ async fn find_route<I>(stream: &Stream<I>, intake: &Intake) -> Result<Option<Out
         Ok(info) if info.config.filter_subject != intake.route_subject() => Ok(None),
         Ok(info) => Ok(Some(Outlet { name, limits: Some(Limits::of(&info.config)) })),
         Err(error) if is_no_consumer(&error) => Ok(None),
-        Err(error) => Err(unavailable(&format!("consumer {name} of stream {}", intake.stream()), &error)),
+        Err(error) => Err(unavailable(&called(&name, &intake.stream()), &error)),
     }
 }
 
@@ -513,6 +558,11 @@ pub async fn withholds_payloads(broker: &Broker, stream: &str, consumer: &str) -
 /// Whether a message may have had a payload that its consumer withholds: then a header says how long it is.
 pub fn may_lack_its_payload(payload: &Bytes, headers: Option<&HeaderMap>) -> bool {
     payload.is_empty() && headers.is_some_and(|headers| headers.get(PAYLOAD_SIZE).is_some())
+}
+
+/// What the broker itself says of a pull. A publisher may have put a status on a message too; that has a reply subject.
+pub fn status_of(message: &Message) -> Option<StatusCode> {
+    message.status.filter(|_| message.reply.is_none())
 }
 
 fn is_no_consumer(error: &ConsumerInfoError) -> bool {

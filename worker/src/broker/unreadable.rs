@@ -1,10 +1,10 @@
-//! Messages whose headers the client cannot read: it drops its connection over each of them, every time that the broker
-//! delivers it again. No standard allows such headers, and yet the broker keeps whatever a publisher sends.
+//! Messages whose headers the client cannot read: it drops its connection over each of them, or even fails, every time that
+//! the broker delivers it again. No standard allows such headers, and yet the broker keeps whatever a publisher sends.
 
 use std::str::FromStr;
 use std::time::Duration;
 
-use async_nats::header::HeaderName;
+use async_nats::header::{HeaderName, HeaderValue};
 use async_nats::jetstream::response::Response;
 use async_nats::{Message, StatusCode};
 use base64::Engine;
@@ -52,31 +52,44 @@ struct Raw {
     time: Timestamp,
 }
 
-impl Broker {
-    /// Of what a consumer has delivered and nobody has settled: what no client of our kind can read. Without its headers,
-    /// and with the subject to settle it on. Empty where the broker cannot be asked: it is asked again after the next loss.
-    pub async fn unreadable(&self, stream: &str, consumer: &str) -> Vec<Message> {
+/// Looks through what a consumer has delivered and nobody has settled. That may be more than one look gets through: the
+/// next one goes on from there.
+#[derive(Debug, Default)]
+pub struct Search {
+    next: u64,
+}
+
+impl Search {
+    /// What no client of our kind can read, without its headers, and with the subject to settle it on. Empty where the
+    /// broker cannot be asked: it is asked again after the next loss.
+    pub async fn look(&mut self, broker: &Broker, stream: &str, consumer: &str) -> Vec<Message> {
         let mut found = Vec::new();
-        match tokio::time::timeout(LIMIT, self.look_through(stream, consumer, &mut found)).await {
-            Ok(Ok(())) => {}
+        match tokio::time::timeout(LIMIT, self.look_through(broker, stream, consumer, &mut found)).await {
+            Ok(Ok(())) => self.next = 0,
             Ok(Err(reason)) => tracing::debug!(stream, reason, "cannot look for unreadable messages"),
-            Err(_) => tracing::debug!(stream, "looking for unreadable messages took too long"),
+            Err(_) => tracing::debug!(stream, self.next, "looking for unreadable messages takes longer"),
         }
         found
     }
 
-    async fn look_through(&self, stream: &str, consumer: &str, found: &mut Vec<Message>) -> Result<(), String> {
+    async fn look_through(
+        &mut self,
+        broker: &Broker,
+        stream: &str,
+        consumer: &str,
+        found: &mut Vec<Message>,
+    ) -> Result<(), String> {
         let info = format!("CONSUMER.INFO.{stream}.{consumer}");
-        let Some(Consumer { config, ack_floor, delivered }) = self.look_up(info, json!({})).await? else {
+        let Some(Consumer { config, ack_floor, delivered }) = broker.look_up(info, json!({})).await? else {
             return Ok(());
         };
         let (api, subject) =
             (format!("STREAM.MSG.GET.{stream}"), config.filter_subject.unwrap_or_else(|| ">".to_owned()));
-        let mut next = ack_floor.stream_seq + 1;
-        while next <= delivered.stream_seq {
-            let asked = json!({ "seq": next, "next_by_subj": subject });
-            let Some(Kept { message }) = self.look_up(api.clone(), asked).await? else { return Ok(()) };
-            next = message.seq + 1;
+        self.next = self.next.max(ack_floor.stream_seq + 1);
+        while self.next <= delivered.stream_seq {
+            let asked = json!({ "seq": self.next, "next_by_subj": subject });
+            let Some(Kept { message }) = broker.look_up(api.clone(), asked).await? else { return Ok(()) };
+            self.next = message.seq + 1;
             let headers = STANDARD.decode(&message.hdrs).map_err(|error| error.to_string())?;
             if message.seq <= delivered.stream_seq && !is_readable(&headers) {
                 found.push(message.without_headers(stream, consumer)?);
@@ -84,7 +97,9 @@ impl Broker {
         }
         Ok(())
     }
+}
 
+impl Broker {
     /// `None` where there is no such thing.
     async fn look_up<T: serde::de::DeserializeOwned>(
         &self,
@@ -114,23 +129,32 @@ impl Raw {
     }
 }
 
-/// Whether the client takes them: UTF-8, the version, and a colon in each line that does not continue another one.
+/// Whether the client takes them: UTF-8, the version, a status or none, and then names with values that may go on in lines
+/// which begin with a space.
 fn is_readable(headers: &[u8]) -> bool {
     if headers.is_empty() {
         return true;
     }
-    let mut lines = std::str::from_utf8(headers).unwrap_or_default().lines();
-    let Some(status) = lines.next().and_then(|line| line.strip_prefix("NATS/1.0")) else { return false };
-    let mut status = status.split_whitespace();
-    if status.next().is_some_and(|code| StatusCode::from_str(code).is_err()) {
+    let mut lines = std::str::from_utf8(headers).unwrap_or_default().lines().peekable();
+    let Some(said) = lines.next().and_then(|line| line.strip_prefix("NATS/1.0")).map(str::trim) else { return false };
+    let status = said.split_once(' ').map_or(said, |(status, _)| status.trim());
+    if !status.is_empty() && StatusCode::from_str(status).is_err() {
         return false;
     }
-    let mut continues = false;
-    lines.filter(|line| !line.is_empty()).all(|line| {
-        let is_continuation = continues && line.starts_with(char::is_whitespace);
-        continues = true;
-        is_continuation || line.split_once(':').is_some_and(|(name, _)| HeaderName::from_str(name).is_ok())
-    })
+    while let Some(line) = lines.next() {
+        if line.is_empty() {
+            continue;
+        }
+        let Some((name, value)) = line.split_once(':') else { return false };
+        let mut value = value.trim_start().to_owned();
+        while let Some(more) = lines.next_if(|line| line.starts_with(char::is_whitespace)) {
+            value.push_str(more);
+        }
+        if HeaderName::from_str(name).is_err() || HeaderValue::from_str(value.trim_end()).is_err() {
+            return false;
+        }
+    }
+    true
 }
 
 #[cfg(test)]
@@ -139,14 +163,25 @@ mod tests {
 
     #[test]
     fn headers_are_readable_where_the_client_reads_them() {
-        for headers in ["", "NATS/1.0\r\n\r\n", "NATS/1.0\r\nA: b\r\nC:\r\n d\r\n\r\n", "NATS/1.0 503\r\n\r\n"] {
+        let whole = [
+            "",
+            "NATS/1.0\r\n\r\n",
+            "NATS/1.0\r\nA: b\r\nC:\r\n d\r\n\r\n",
+            "NATS/1.0 503\r\n\r\n",
+            "NATS/1.0\r\nA: b\r\r\n: c\r\n\r\n",
+        ];
+        for headers in whole {
             assert!(is_readable(headers.as_bytes()), "{headers:?}");
         }
-        let broken: [&[u8]; 6] = [
+        let broken: [&[u8]; 10] = [
             b"NATS/1.0\r\nA: \xe9\r\n\r\n",
             b"NATS/1.0\r\nA\r\n\r\n",
             b"NATS/1.0\r\n b\r\n\r\n",
             b"NATS/1.0 none\r\n\r\n",
+            b"NATS/1.0 503\tgone\r\n\r\n",
+            b"NATS/1.0\r\nA: b\r\n\r\n c\r\n\r\n",
+            b"NATS/1.0\r\nA: b\rc\r\n\r\n",
+            b"NATS/1.0\r\nA: b\r\n \rc\r\n\r\n",
             b"HTTP/1.1\r\n\r\n",
             b"\r\n",
         ];

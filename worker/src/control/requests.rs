@@ -30,7 +30,8 @@ pub(super) async fn answer(desk: Arc<Desk>) {
         return;
     };
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    while let Some(message) = messages.next().await {
+    loop {
+        let message = messages.next().await;
         let Some(reply) = message.reply else { continue };
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let desk_here = Arc::clone(&desk);

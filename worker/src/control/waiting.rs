@@ -4,15 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use async_nats::jetstream::consumer::{Consumer, pull};
+use async_nats::jetstream::consumer::Consumer;
+use async_nats::jetstream::consumer::pull::{self, BatchConfig};
 use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::Desk;
 use crate::broker::kv::Entry;
 use crate::broker::streams::{self, ACK_WAIT, CONTROL_CONSUMER, CONTROL_STREAM, Limits};
+use crate::broker::unreadable::Search;
 use crate::broker::{StoreError, Stored};
 use crate::cancel::{Cancel, Tombstone};
 use crate::contract;
@@ -21,6 +24,8 @@ use crate::health::Concern;
 
 /// A pull ends after this, served or not.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
+/// How much longer the broker's last word on a pull is waited for.
+const LAST_WORD: Duration = Duration::from_secs(5);
 /// Messages of one pull.
 const BATCH: usize = 64;
 /// Messages that are worked on at once.
@@ -34,8 +39,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 pub(super) async fn take(desk: Arc<Desk>) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut connects = desk.broker.connects();
+    connects.mark_unchanged();
+    let mut search = Search::default();
     loop {
-        connects.mark_unchanged();
         tokio::select! {
             ended = pull(&desk, &places) => {
                 if let Err(error) = ended {
@@ -48,7 +54,7 @@ pub(super) async fn take(desk: Arc<Desk>) {
                 if changed.is_err() {
                     return;
                 }
-                for message in desk.broker.unreadable(CONTROL_STREAM, CONTROL_CONSUMER).await {
+                for message in search.look(&desk.broker, CONTROL_STREAM, CONTROL_CONSUMER).await {
                     desk.drop_unreadable(message).await;
                 }
             }
@@ -57,29 +63,51 @@ pub(super) async fn take(desk: Arc<Desk>) {
 }
 
 async fn pull(desk: &Arc<Desk>, places: &Arc<Semaphore>) -> Result<(), String> {
-    let failed = |reason: &dyn std::fmt::Display| format!("cannot pull from {CONTROL_CONSUMER}: {reason}");
-    let jetstream = desk.broker.jetstream();
-    let consumer = jetstream.get_consumer_from_stream(CONTROL_CONSUMER, CONTROL_STREAM).await;
+    let consumer = desk.broker.jetstream().get_consumer_from_stream(CONTROL_CONSUMER, CONTROL_STREAM).await;
     let consumer: Consumer<pull::Config> = consumer.map_err(|error| failed(&error))?;
     let limits = Limits::of(&consumer.cached_info().config);
-    let (most, expires) = (limits.batch(BATCH), limits.expires(PULL_EXPIRES));
     loop {
-        let batch = consumer.batch().max_messages(most).expires(expires).messages().await;
-        let mut batch = batch.map_err(|error| failed(&error))?;
-        while let Some(message) = batch.next().await {
-            let message = message.map_err(|error| failed(&error))?;
-            let place = Arc::clone(places).acquire_owned().await.map_err(|error| failed(&error))?;
-            let desk_here = Arc::clone(desk);
-            desk.tasks.spawn(async move {
-                // What does not get done gives its place to others, and comes back.
-                let _ = tokio::time::timeout(ACK_WAIT, desk_here.serve(message)).await;
-                drop(place);
-            });
-        }
+        pull_once(desk, places, &consumer, limits).await?;
         if let Some(count) = desk.dropped.rest() {
             tracing::warn!(count, "dropped more control messages");
         }
     }
+}
+
+/// The client's own batch would end with a message on which its publisher has put a status.
+async fn pull_once(
+    desk: &Arc<Desk>,
+    places: &Arc<Semaphore>,
+    consumer: &Consumer<pull::Config>,
+    limits: Limits,
+) -> Result<(), String> {
+    let (most, expires) = (limits.batch(BATCH), limits.expires(PULL_EXPIRES));
+    let (client, context) = (desk.broker.client(), desk.broker.jetstream());
+    let (inbox, until) = (client.new_inbox(), Instant::now() + expires + LAST_WORD);
+    let mut messages = client.subscribe(inbox.clone()).await.map_err(|error| failed(&error))?;
+    let wanted = BatchConfig { batch: most, expires: Some(expires), ..BatchConfig::default() };
+    consumer.request_batch(wanted, inbox.into()).await.map_err(|error| failed(&error))?;
+    for _ in 0..most {
+        let Ok(Some(message)) = tokio::time::timeout_at(until, messages.next()).await else { return Ok(()) };
+        match streams::status_of(&message).map(|status| status.as_u16()) {
+            None => {}
+            Some(404 | 408) => return Ok(()),
+            Some(status) => return Err(failed(&format!("{status} {}", message.description.unwrap_or_default()))),
+        }
+        let message = jetstream::Message { message, context: context.clone() };
+        let place = Arc::clone(places).acquire_owned().await.map_err(|error| failed(&error))?;
+        let desk_here = Arc::clone(desk);
+        desk.tasks.spawn(async move {
+            // What does not get done gives its place to others, and comes back.
+            let _ = tokio::time::timeout(ACK_WAIT, desk_here.serve(message)).await;
+            drop(place);
+        });
+    }
+    Ok(())
+}
+
+fn failed(reason: &dyn std::fmt::Display) -> String {
+    format!("cannot pull from {CONTROL_CONSUMER}: {reason}")
 }
 
 impl Desk {

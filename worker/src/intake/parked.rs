@@ -3,6 +3,7 @@
 //! No pull stays open for long: each takes what there is and ends. Which tenants have any is asked of the broker once a second, and
 //! not at all while nothing is parked.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,13 +17,18 @@ use super::load::Flow;
 use super::parking::Lane;
 use super::pull::{Described, Pulled, Puller};
 use super::{CHUNK, Delivery, Parts};
-use crate::broker::streams::{self, Intake, Parked, ParkedWork, Ready, Source};
+use crate::broker::streams::{self, Intake, Limits, Parked, ParkedWork, Ready, Source, StreamsError};
 use crate::contract;
+use crate::health::Concern;
 use crate::ids::TenantId;
 use crate::pulse;
 
 /// Between two questions whose work is parked.
 const LOOK: Duration = Duration::from_secs(1);
+/// Between two looks at a consumer with which nothing seems wrong.
+const LOOK_AT_CONSUMERS: Duration = Duration::from_secs(5);
+/// How long a look at one may take.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Tenants that are looked after in one round.
 const ROUND: usize = 256;
 /// How long a pull waits where the broker may not know what it has.
@@ -56,6 +62,7 @@ pub async fn take_up<F: Future<Output = Allowance>>(
 ) {
     let lane = parts.parking.lane(parked);
     let flow = Arc::clone(parts.load.flow(Source::Parked(parked)));
+    let mut outlets = Outlets::default();
     let mut asked: Option<Instant> = None;
     loop {
         tokio::select! {
@@ -64,6 +71,9 @@ pub async fn take_up<F: Future<Output = Allowance>>(
             () = lane.changed() => {}
             () = flow.freed() => {}
             () = tokio::time::sleep(LOOK) => {}
+        }
+        if outlets.forget_all_but(|tenant| lane.knows(tenant)) {
+            outlets.tell(&parts, lane);
         }
         let work = streams.borrow().assignments.as_ref().map(|assignments| assignments.parked.clone());
         let Some(work) = work.filter(|work| !work.is_empty || !lane.is_empty()) else { continue };
@@ -80,7 +90,7 @@ pub async fn take_up<F: Future<Output = Allowance>>(
             if allowance.messages == 0 {
                 continue;
             }
-            let chunk = shelf.pull(&tenant, allowance).await;
+            let chunk = shelf.pull(&tenant, allowance, &mut outlets).await;
             if !chunk.is_empty() && out.send(chunk).await.is_err() {
                 return;
             }
@@ -98,6 +108,74 @@ struct Shelf<'a> {
     flow: &'a Arc<Flow>,
 }
 
+/// The consumers of parked work, one for each tenant that has some: the broker forgets one that has not been used for long.
+/// Somebody may have made or changed it, so each is looked at from time to time.
+#[derive(Debug, Default)]
+struct Outlets(BTreeMap<TenantId, Outlet>);
+
+#[derive(Debug)]
+struct Outlet {
+    look_at: Instant,
+    /// Or why nothing is pulled from it.
+    limits: Result<Limits, String>,
+}
+
+impl Outlets {
+    fn are_due(&self, tenant: &TenantId) -> bool {
+        self.0.get(tenant).is_none_or(|outlet| Instant::now() >= outlet.look_at)
+    }
+
+    /// Whether there is something else to tell than before.
+    fn note(&mut self, tenant: &TenantId, found: Result<Limits, StreamsError>) -> bool {
+        let known = self.0.remove(tenant).map(|outlet| outlet.limits);
+        let complaint = known.as_ref().and_then(|known| known.as_ref().err()).cloned();
+        let limits = match found {
+            Ok(limits) => Ok(limits),
+            // It may be as it must be.
+            Err(error @ (StreamsError::Unavailable { .. } | StreamsError::Missing(_))) => {
+                tracing::debug!(%error, "cannot look at a consumer of parked work");
+                known.unwrap_or_else(|| Ok(Limits::default()))
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        let is_news = limits.as_ref().err() != complaint.as_ref();
+        if let Err(error) = &limits
+            && is_news
+        {
+            tracing::warn!(error, "a consumer of parked work is not as it must be");
+        }
+        let after = if limits.is_ok() { LOOK_AT_CONSUMERS } else { LOOK };
+        self.0.insert(tenant.clone(), Outlet { look_at: Instant::now() + after, limits });
+        is_news
+    }
+
+    fn limits(&self, tenant: &TenantId) -> Option<Limits> {
+        self.0.get(tenant)?.limits.as_ref().ok().copied()
+    }
+
+    fn look_again_at(&mut self, tenant: &TenantId) {
+        if let Some(outlet) = self.0.get_mut(tenant) {
+            outlet.look_at = Instant::now();
+        }
+    }
+
+    /// Whether one of those that are forgotten was not as it must be.
+    fn forget_all_but(&mut self, is_used: impl Fn(&TenantId) -> bool) -> bool {
+        self.0
+            .extract_if(.., |tenant, _| !is_used(tenant))
+            .fold(false, |any, (_, outlet)| any || outlet.limits.is_err())
+    }
+
+    /// On `/readyz`: the first one that is not as it must be.
+    fn tell(&self, parts: &Parts, lane: &Lane) {
+        lane.set_unusable(self.0.values().find_map(|outlet| outlet.limits.clone().err()));
+        match parts.parking.unusable() {
+            Some(words) => parts.health.raise(Concern::ParkedWorkUnavailable, words),
+            None => parts.health.clear(Concern::ParkedWorkUnavailable),
+        }
+    }
+}
+
 /// How a pull ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -107,8 +185,8 @@ enum End {
     Exhausted,
     /// The rest is too large, or the broker did not say why.
     Early,
-    /// There is no such consumer.
-    NoConsumer,
+    /// Nobody serves such a pull there.
+    Refused,
 }
 
 impl Shelf<'_> {
@@ -127,21 +205,20 @@ impl Shelf<'_> {
         Ok(subjects.map_ok(|(subject, _)| subject).try_collect().await?)
     }
 
-    async fn pull(&self, tenant: &TenantId, allowance: Allowance) -> Vec<Delivery> {
+    async fn pull(&self, tenant: &TenantId, allowance: Allowance, outlets: &mut Outlets) -> Vec<Delivery> {
         let (asked, gaps) = (Instant::now(), pulse::gaps());
+        let Some(limits) = self.limits(tenant, outlets).await else { return Vec::new() };
+        let patience = self.lane.had_better_wait(tenant).then_some(limits.expires(MOMENT));
+        let allowance = Allowance { messages: limits.batch(allowance.messages), ..allowance };
         let consumer = Intake::parked_group(self.parked, tenant);
-        let patience = self.lane.had_better_wait(tenant).then_some(MOMENT);
-        let mut pulled = self.pull_once(&consumer, allowance, patience).await;
-        if pulled.1 == End::NoConsumer && self.make_consumer(tenant).await {
-            pulled = self.pull_once(&consumer, allowance, patience).await;
+        let (messages, end) = self.pull_once(&consumer, allowance, patience).await;
+        let came = messages.len();
+        let whole: Vec<_> = messages.into_iter().filter(is_whole).collect();
+        if whole.len() < came || end == End::Refused {
+            outlets.look_again_at(tenant);
         }
-        let (messages, end) = pulled;
-        self.lane.pulled(
-            tenant,
-            messages.len(),
-            !matches!(end, End::Exhausted | End::Served { more_waits: false }),
-            asked,
-        );
+        let may_have_more = whole.len() < came || !matches!(end, End::Exhausted | End::Served { more_waits: false });
+        self.lane.pulled(tenant, came, may_have_more, asked);
         if gaps != pulse::gaps() {
             tracing::info!("dropping parked work that arrived while this process was stopped");
             return Vec::new();
@@ -149,7 +226,30 @@ impl Shelf<'_> {
         let from =
             Pulled { stream: self.work.stream.as_str().into(), created: self.work.created.as_str().into(), consumer };
         let puller = Puller::new(self.parts, Source::Parked(self.parked), from);
-        messages.into_iter().filter_map(|message| puller.delivery(message, gaps)).collect()
+        whole.into_iter().filter_map(|message| puller.delivery(message, gaps)).collect()
+    }
+
+    /// What may be asked of a tenant's consumer, which is made where there is none; `None` while it is not as it must be.
+    async fn limits(&self, tenant: &TenantId, outlets: &mut Outlets) -> Option<Limits> {
+        if outlets.are_due(tenant) {
+            let wanted = streams::parked_consumer(self.intake, self.parked, tenant);
+            let look = streams::ensure_parked_consumer(&self.parts.broker, &self.work.stream, wanted);
+            // The other tenants wait for this.
+            let found = tokio::time::timeout(PATIENCE, look).await.unwrap_or_else(|_| {
+                Err(StreamsError::Unavailable {
+                    what: "a consumer of parked work".to_owned(),
+                    reason: "no answer".to_owned(),
+                })
+            });
+            if outlets.note(tenant, found) {
+                outlets.tell(self.parts, self.lane);
+            }
+        }
+        let limits = outlets.limits(tenant);
+        if limits.is_none() {
+            self.lane.rests(tenant);
+        }
+        limits
     }
 
     async fn pull_once(
@@ -170,15 +270,6 @@ impl Shelf<'_> {
             return (Vec::new(), End::Early);
         }
         collect(messages, batch).await
-    }
-
-    /// One for each tenant whose work was ever parked; the broker forgets it when it has not been used for long.
-    async fn make_consumer(&self, tenant: &TenantId) -> bool {
-        let wanted = streams::parked_consumer(self.intake, self.parked, tenant);
-        let stream = self.parts.broker.jetstream().get_stream_no_info(&self.work.stream).await;
-        let Ok(stream) = stream else { return false };
-        let made = stream.create_consumer_strict(wanted).await;
-        made.inspect_err(|error| tracing::warn!(%error, "cannot make a consumer of parked work")).is_ok()
     }
 }
 
@@ -203,8 +294,8 @@ async fn collect(mut messages: Subscriber, batch: usize) -> (Vec<async_nats::Mes
     let mut found = Vec::new();
     let until = tokio::time::Instant::now() + ANSWER;
     while let Ok(Some(message)) = tokio::time::timeout_at(until, messages.next()).await {
-        match message.status.map(|status| status.as_u16()) {
-            None | Some(200) => {
+        match streams::status_of(&message).map(|status| status.as_u16()) {
+            None => {
                 let described = message.reply.as_ref().and_then(|reply| Described::parse(reply));
                 let more_waits = described.is_none_or(|described| described.pending > 0);
                 found.push(message);
@@ -214,11 +305,18 @@ async fn collect(mut messages: Subscriber, batch: usize) -> (Vec<async_nats::Mes
             }
             Some(100) => {}
             Some(404 | 408) => return (found, End::Exhausted),
-            Some(503) => return (found, End::NoConsumer),
-            Some(_) => return (found, End::Early),
+            Some(409) if message.description.is_some_and(|reason| reason.contains("Message Size")) => {
+                return (found, End::Early);
+            }
+            Some(_) => return (found, End::Refused),
         }
     }
     (found, End::Early)
+}
+
+/// What is not is left to the broker: none is parked without a payload.
+fn is_whole(message: &async_nats::Message) -> bool {
+    !streams::may_lack_its_payload(&message.payload, message.headers.as_ref())
 }
 
 fn tenant(subject: &str) -> Option<TenantId> {

@@ -29,6 +29,8 @@ pub struct Parking {
 pub struct Lane {
     tenants: Mutex<HashMap<TenantId, Known>>,
     changed: Notify,
+    /// Why some of it cannot be taken up.
+    unusable: Mutex<Option<String>>,
 }
 
 /// What is known of one tenant's parked work.
@@ -51,6 +53,11 @@ impl Parking {
             Parked::General => &self.general,
             Parked::Gpu => &self.gpu,
         }
+    }
+
+    /// Why some of it cannot be taken up, if that is so.
+    pub fn unusable(&self) -> Option<String> {
+        self.general.unusable().or_else(|| self.gpu.unusable())
     }
 
     /// Something has become free: parked work may go on.
@@ -83,6 +90,11 @@ impl Lane {
     pub fn has_work_of(&self, tenant: &TenantId) -> bool {
         let tenants = self.lock();
         !tenants.is_empty() && tenants.get(tenant).is_some_and(|known| known.waits)
+    }
+
+    /// Whether its work was in the stream at the last look, be it waiting or running, or has been parked since.
+    pub fn knows(&self, tenant: &TenantId) -> bool {
+        self.lock().contains_key(tenant)
     }
 
     /// Whether nothing is known to be parked.
@@ -140,6 +152,15 @@ impl Lane {
         if let Some(known) = self.lock().get_mut(tenant) {
             known.rests_until = Some(now + REST);
         }
+    }
+
+    /// Why some of it cannot be taken up; `None` where all can.
+    pub fn set_unusable(&self, why: Option<String>) {
+        *self.unusable.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    fn unusable(&self) -> Option<String> {
+        self.unusable.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn note(&self, tenant: &TenantId, waits: bool, since: Instant) {

@@ -5,6 +5,7 @@
 //! arrived while this process was stopped can be told, and dropped.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use super::load::{Flow, Waiting};
 use super::{CHUNK, Delivery, Holds, Load, Parts, Room, TICK};
 use crate::broker::last::header;
 use crate::broker::streams::{self, ACK_WAIT, Limits, Ready, Source};
+use crate::broker::unreadable::Search;
 use crate::broker::{Broker, Session};
 use crate::health::Concern;
 use crate::publication::{Elsewhere, FirstIdentity, Publication};
@@ -44,16 +46,18 @@ pub async fn take(
     out: mpsc::Sender<Vec<Delivery>>,
     stop: CancellationToken,
 ) {
+    let mut heard = Heard { session: parts.broker.session(), search: Search::default() };
     while !stop.is_cancelled() {
         let from = Pulled::of(&streams.borrow_and_update(), source);
         let limits = {
             let streams = streams.clone();
             move || Pulled::limits(&streams.borrow(), source).unwrap_or_default()
         };
-        let pulls = async {
-            let Some(from) = &from else { return stop.cancelled().await };
+        let ended = stop.child_token();
+        let mut pulls = pin!(async {
+            let Some(from) = &from else { return ended.cancelled().await };
             let puller = Puller::new(&parts, source, from.clone());
-            if let Err(broken) = puller.run(&room, limits, &out, &stop).await {
+            if let Err(broken) = puller.run(&mut heard, &room, limits, &out, &ended).await {
                 let what = format!("the consumer {} {broken}", from.consumer);
                 // Whoever looks at the consumer says more.
                 if !parts.health.is_raised(Concern::StreamsUnavailable) {
@@ -62,14 +66,18 @@ pub async fn take(
                 }
                 tokio::time::sleep(TRY_AGAIN).await;
             }
+        });
+        let now = tokio::select! {
+            () = &mut pulls => continue,
+            changed = streams.wait_for(|now| Pulled::of(now, source) != from) => match changed {
+                Ok(now) => Pulled::of(&now, source),
+                Err(_) => return,
+            },
         };
-        tokio::select! {
-            () = pulls => {}
-            changed = streams.wait_for(|now| Pulled::of(now, source) != from) => {
-                if changed.is_err() {
-                    return;
-                }
-            }
+        if now.is_none() {
+            // Closed, not made anew: what its open pulls still bring is taken up.
+            ended.cancel();
+            pulls.await;
         }
     }
 }
@@ -94,6 +102,12 @@ impl Pulled {
     fn limits(ready: &Ready, source: Source) -> Option<Limits> {
         ready.assignments.as_ref()?.consumer_of(source)?.limits
     }
+}
+
+/// What is known of the broker from one puller to the next.
+struct Heard {
+    session: Session,
+    search: Search,
 }
 
 /// Pulls from a durable consumer.
@@ -161,6 +175,7 @@ impl Puller {
     /// sends to a pull that nobody hears would be out of everybody's reach until its hold has lapsed.
     async fn run(
         &self,
+        heard: &mut Heard,
         room: impl Fn() -> Room,
         limits: impl Fn() -> Limits,
         out: &mpsc::Sender<Vec<Delivery>>,
@@ -168,10 +183,9 @@ impl Puller {
     ) -> Result<(), Broken> {
         let mut connects = self.broker.connects();
         let mut stopped: Option<Instant> = None;
-        let mut session = self.broker.session();
         loop {
             connects.mark_unchanged();
-            let unreadable = self.unreadable(&mut session).await;
+            let unreadable = self.unreadable(heard).await;
             if !unreadable.is_empty() && out.send(unreadable).await.is_err() {
                 return Ok(());
             }
@@ -191,15 +205,23 @@ impl Puller {
                         Err(_) => return Ok(()),
                     },
                     message = pulls.messages.next() => {
-                        let Some(message) = message else { break };
+                        let Some(message) = message else {
+                            // The client has failed.
+                            tokio::select! {
+                                _ = connects.changed() => break,
+                                () = stop.cancelled() => return Ok(()),
+                            }
+                        };
                         if pulls.gaps != pulse::gaps() {
                             tracing::info!("dropping what arrived while this process was stopped: pulling anew");
                             break;
                         }
-                        let chunk = self.chunk(&mut pulls, message).await?;
+                        let mut chunk = Vec::new();
+                        let told = self.fill(&mut chunk, &mut pulls, message).await;
                         if !chunk.is_empty() && out.send(chunk).await.is_err() {
                             return Ok(());
                         }
+                        told?;
                     }
                     () = self.flow.freed() => {}
                     () = tokio::time::sleep(TICK) => {
@@ -214,12 +236,12 @@ impl Puller {
     }
 
     /// What the connection may have been lost over, where its server was there all the time.
-    async fn unreadable(&self, session: &mut Session) -> Vec<Delivery> {
-        let last = std::mem::replace(session, self.broker.session());
-        if *session == last || !session.is_with_the_server_of(&last) {
+    async fn unreadable(&self, heard: &mut Heard) -> Vec<Delivery> {
+        let last = std::mem::replace(&mut heard.session, self.broker.session());
+        if heard.session == last || !heard.session.is_with_the_server_of(&last) {
             return Vec::new();
         }
-        let found = self.broker.unreadable(&self.from.stream, &self.from.consumer).await;
+        let found = heard.search.look(&self.broker, &self.from.stream, &self.from.consumer).await;
         let deliveries = found.into_iter().filter_map(|message| self.delivery(message, pulse::gaps()));
         deliveries.map(|delivery| Delivery { has_unreadable_headers: true, ..delivery }).collect()
     }
@@ -263,14 +285,18 @@ impl Puller {
         }
     }
 
-    /// The message at hand and all that arrived with it.
-    async fn chunk(&self, pulls: &mut Pulls, first: async_nats::Message) -> Result<Vec<Delivery>, Broken> {
-        let mut chunk = Vec::new();
+    /// The message at hand and all that arrived with it, as far as it can be used.
+    async fn fill(
+        &self,
+        chunk: &mut Vec<Delivery>,
+        pulls: &mut Pulls,
+        first: async_nats::Message,
+    ) -> Result<(), Broken> {
         let mut next = Some(first);
         while let Some(message) = next {
             pulls.last_heard = Instant::now();
-            match message.status {
-                None | Some(StatusCode::OK) => {
+            match streams::status_of(&message) {
+                None => {
                     pulls.outstanding = pulls.outstanding.saturating_sub(1);
                     if streams::may_lack_its_payload(&message.payload, message.headers.as_ref())
                         && streams::withholds_payloads(&self.broker, &self.from.stream, &self.from.consumer).await
@@ -286,7 +312,7 @@ impl Puller {
             }
             next = pulls.messages.next().now_or_never().flatten();
         }
-        Ok(chunk)
+        Ok(())
     }
 
     /// A status ends a pull, and says how much of it was not served.

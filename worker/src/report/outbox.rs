@@ -25,6 +25,7 @@ use crate::vital::Vital;
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After the broker refused a message, before the same one is tried again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_millis(100);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
 /// Bytes in one batch, unless a message has more: as many as the largest message usually has. On a slow link the client
@@ -289,7 +290,11 @@ async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result:
 async fn is_read(broker: &Broker, session: &Session) -> bool {
     while broker.session() == *session {
         let inbox = broker.client().new_inbox();
-        let Ok(mut fence) = broker.client().subscribe(inbox.clone()).await else { return false };
+        let Ok(mut fence) = broker.client().subscribe(inbox.clone()).await else {
+            // The client has failed: there is another one in a moment.
+            tokio::time::sleep(MOMENT).await;
+            return false;
+        };
         broker.publish(inbox, Bytes::new()).await;
         if let Ok(back) = tokio::time::timeout(FENCE_TIMEOUT, fence.next()).await {
             return back.is_some() && broker.session() == *session;
