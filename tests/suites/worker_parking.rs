@@ -562,6 +562,24 @@ async fn with_defer_people_are_asked_when_it_may_be_and_not_before() {
 }
 
 #[tokio::test]
+async fn with_defer_no_more_of_a_budget_is_leased_than_the_ceiling_lets_run() {
+    let policy = acme("{concurrent: 1, executions: 100, window: 31days}, onExceeded: Defer");
+    let rig = Rig::start(&[&policy.flag()]).await;
+    let (running, parked) = one_runs_and_others_are_parked(&rig, 20).await;
+    let _second = rig.another("worker-2").flag(policy.flag()).start(&rig.nats).await;
+    // Longer than what is parked is looked for.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let key = "$KV.caf-quota.caf=2Eexec=2Eassign=2Ev1=2Fcaf-workers.acme";
+    let account = json_of(&rig.router.last("KV_caf-quota", key).await.expect("an account").payload);
+    let leased = account["executions"].as_u64().unwrap();
+    assert!(leased <= 21, "the first, and those that came before the first was parked: {account}");
+    rig.peer.open("unit");
+    for one in parked.iter().chain([&running]) {
+        assert_eq!(rig.router.result(one).await["status"], "success");
+    }
+}
+
+#[tokio::test]
 async fn with_defer_a_paused_worker_takes_nothing_up() {
     let mut policy = Policy::new(&deferring(1));
     let rig = Rig::start(&[&policy.flag()]).await;

@@ -226,9 +226,17 @@ impl Pipeline {
         }
     }
 
+    /// Of so many pieces of a tenant's parked work, those that its budget may have units for, as far as that is known without
+    /// asking anybody.
+    pub(super) fn known_to_be_paid_for(&self, tenant: &TenantId, wanted: usize) -> usize {
+        let Some(budget) = deferring_budget(&self.gate.policy(), tenant) else { return wanted };
+        let known = self.budgets.at_hand(tenant, budget, u64::try_from(wanted).unwrap_or(u64::MAX));
+        known.map_or(wanted, |taken| usize::try_from(taken.grant.units()).unwrap_or(usize::MAX))
+    }
+
     /// How much of so many pieces of a tenant's parked work its budget has units for at this moment.
     pub(super) async fn paid_for(self: &Arc<Self>, tenant: &TenantId, wanted: usize) -> usize {
-        let Some(budget) = deferring_budget(&self.gate.policy(), tenant) else { return wanted };
+        let Some(budget) = deferring_budget(&self.gate.policy(), tenant).filter(|_| wanted > 0) else { return wanted };
         let count = u64::try_from(wanted).unwrap_or(u64::MAX);
         // They stay in the purse until what they are for is here.
         let taken = self.units(tenant, budget, count).await;

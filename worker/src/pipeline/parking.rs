@@ -82,18 +82,18 @@ impl Pipeline {
         if free == Some(0) {
             return Allowance::NOTHING;
         }
+        // Units of a budget that could not be used here would be missing elsewhere, and for longer than those of a ceiling.
+        let messages = self.within_the_ceiling(tenant, self.known_to_be_paid_for(tenant, messages)).await;
         let messages = self.paid_for(tenant, messages).await;
-        let messages = match quotas.concurrent {
-            None => messages,
-            Some(_) if messages == 0 => 0,
-            Some(most) => {
-                let wanted = u64::try_from(messages).unwrap_or(u64::MAX);
-                // Others' parked work, and a worker that is told to stop, wait behind this.
-                let available = self.ceilings.available(tenant, most, wanted, PATIENCE).await;
-                usize::try_from(available).unwrap_or(usize::MAX)
-            }
-        };
         Allowance { messages, bytes: free.map(|free| free.saturating_add(ENVELOPE_BYTES)) }
+    }
+
+    async fn within_the_ceiling(&self, tenant: &TenantId, wanted: usize) -> usize {
+        let Some(most) = self.schedule.terms(tenant).quotas.concurrent.filter(|_| wanted > 0) else { return wanted };
+        let wanted = u64::try_from(wanted).unwrap_or(u64::MAX);
+        // Others' parked work, and a worker that is told to stop, wait behind this.
+        let available = self.ceilings.available(tenant, most, wanted, PATIENCE).await;
+        usize::try_from(available).unwrap_or(usize::MAX)
     }
 
     /// Parks it; what was parked already goes back to where it came from.
