@@ -43,7 +43,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// How long a note is kept, in seconds.
 const NOTED: &str = "3600";
 /// Neighbours whose notes are read with one request: the broker answers with at most 1 024.
-const READ: usize = 8;
+const READ: usize = 2;
 
 /// The work of one tenant in a chunk: where it stands there.
 struct Share {

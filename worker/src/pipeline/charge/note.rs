@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use crate::contract;
 use crate::publication::Publication;
 
 /// Publications whose sequences differ by less than this may share a note.
-const NEIGHBOURS: u64 = 64;
+const NEIGHBOURS: u64 = 256;
 
 /// What is to be noted, by where.
 #[derive(Debug, Default)]
@@ -26,8 +27,9 @@ pub(super) struct Paid(HashMap<(Neighbours, u64), i64>);
 /// Publications that may share a note.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Neighbours {
-    /// The stream and when it was made, as a token of a subject.
-    stream: String,
+    stream: Arc<str>,
+    /// When it was made.
+    created: Arc<str>,
     number: u64,
 }
 
@@ -70,9 +72,8 @@ impl Paid {
 
 impl Neighbours {
     pub(super) fn of(publication: &Publication) -> Self {
-        let Publication { stream, created, sequence } = publication;
-        let stream = contract::escape(&format!("{stream},{created}")).into_owned();
-        Self { stream, number: sequence / NEIGHBOURS }
+        let Publication { stream, created, sequence } = publication.clone();
+        Self { stream, created, number: sequence / NEIGHBOURS }
     }
 
     /// Where all of their notes are; not more than there are neighbours.
@@ -86,7 +87,9 @@ impl Neighbours {
     }
 
     fn subject(&self, last: &str) -> String {
-        kv::subject(DELIVERY_BUCKET, &format!("{}.charged.{}.{last}", self.stream, self.number))
+        let Self { stream, created, number } = self;
+        let stream = format!("{stream},{created}");
+        kv::subject(DELIVERY_BUCKET, &format!("{}.charged.{number}.{last}", contract::escape(&stream)))
     }
 }
 
@@ -101,7 +104,7 @@ mod tests {
     #[test]
     fn what_is_noted_is_found_and_nothing_else() {
         let mut notes = Notes::default();
-        for sequence in [63, 64, 70, 127, 128] {
+        for sequence in [255, 256, 270, 511, 512] {
             notes.add(&publication(sequence), 1_000 + i64::try_from(sequence).expect("a moment"));
         }
         let notes: Vec<_> = notes.encode().collect();
@@ -109,20 +112,20 @@ mod tests {
         assert_eq!(
             subjects,
             [0, 1, 2].map(|number| {
-                let first = [63, 64, 128][number];
+                let first = [255, 256, 512][number];
                 format!("$KV.caf-deliveries.S=2Ct0.charged.{number}.{first}")
             })
         );
         let mut paid = Paid::default();
-        for wanted in [70, 128] {
+        for wanted in [270, 512] {
             let neighbours = Neighbours::of(&publication(wanted));
             for (_, note) in notes.iter().filter(|(subject, _)| neighbours.have(subject)) {
                 paid.learn(&neighbours, note);
             }
         }
-        let found = [63, 64, 65, 70, 127, 128, 129].map(|sequence| paid.at(&publication(sequence)));
-        assert_eq!(found, [None, Some(1064), None, Some(1070), Some(1127), Some(1128), None]);
-        let elsewhere = Publication { created: "t1".into(), ..publication(64) };
+        let found = [255, 256, 257, 270, 511, 512, 513].map(|sequence| paid.at(&publication(sequence)));
+        assert_eq!(found, [None, Some(1256), None, Some(1270), Some(1511), Some(1512), None]);
+        let elsewhere = Publication { created: "t1".into(), ..publication(256) };
         assert_eq!(paid.at(&elsewhere), None, "a stream of the same name, made anew");
     }
 
