@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -138,8 +140,9 @@ pub fn built(name: &str) -> PathBuf {
     built.unwrap_or_else(|| panic!("{name} is not built: run `cargo build --workspace --bins`"))
 }
 
-/// A loopback port that nobody listens on. It lies below those that the kernel gives to outgoing connections, so that a
-/// server which is away for a moment finds it free when it comes back.
+/// A loopback port that nobody listens on, nor will: no other process of these tests gets it before this one has ended. It
+/// lies below those that the kernel gives to outgoing connections, so that a server which is away for a moment finds it
+/// free when it comes back.
 pub fn free_port() -> u16 {
     const FIRST: u32 = 12_000;
     const COUNT: u32 = 17_000;
@@ -147,8 +150,28 @@ pub fn free_port() -> u16 {
     loop {
         let next = std::process::id().wrapping_mul(199).wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed));
         let port = u16::try_from(FIRST + next % COUNT).expect("it is below 65536");
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        if claim(port) && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;
         }
+    }
+}
+
+/// Whether nobody has claimed this port: by a name that one process at a time can have, for as long as it runs.
+fn claim(port: u16) -> bool {
+    static CLAIMED: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
+    let name = SocketAddr::from_abstract_name(format!("beamline-tests-port-{port}")).expect("it is short");
+    let claimed = UnixListener::bind_addr(&name);
+    claimed.map(|claim| CLAIMED.lock().unwrap().push(claim)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_was_given_is_not_given_again_though_nobody_listens_there() {
+        let port = free_port();
+        assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok());
+        assert!(!claim(port));
     }
 }
