@@ -215,7 +215,9 @@ impl Blocks {
     /// The fault of this attempt.
     pub async fn run(self: &Arc<Self>, block: &Arc<Block>, scope: &Scope) -> Result<Output, Fault> {
         let (blocks, block, of) = (Arc::clone(self), Arc::clone(block), scope.clone());
-        self.apart(scope, async move { blocks.attempt(&block, &of).await }).await
+        // It is large, and goes into a task through what measures it: it is not moved each time.
+        let attempt = Box::pin(async move { blocks.attempt(&block, &of).await });
+        self.apart(scope, attempt).await
     }
 
     /// How an attempt begins: what it checks itself before it touches anything outside.

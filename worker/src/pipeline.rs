@@ -25,6 +25,7 @@ mod activity; // what this worker does at the moment
 mod tenants; // and for whom
 mod drain; // the steps of a stop
 
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -462,8 +463,9 @@ impl Pipeline {
         }
         failpoint::reach(Point::BeforeResult).await;
         let before = self.before(said.as_ref(), &assignment);
-        let publishing = self.outbox.publish(result.clone(), before, id, trace).instrument(publish);
-        self.spooled(|| self.unrecorded(&delivery, &assignment.key, &result), publishing).await;
+        let publishing = pin!(self.outbox.publish(result.clone(), before, id, trace));
+        let unrecorded = || self.unrecorded(&delivery, &assignment.key, &result);
+        self.spooled(unrecorded, publishing.instrument(publish)).await;
         failpoint::reach(Point::AfterResult).await;
         delivery.settle(Settlement::Done).await;
         failpoint::reach(Point::AfterSettle).await;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,8 +64,10 @@ impl Pipeline {
                 let is_shorter = step.shorten(assignment, result.len());
                 is_shorter.then(|| self.encode(step, assignment))
             };
-            let writing = self.until_it_fits(result.clone(), shorter, write);
-            let (stored, written) = self.spooled(|| outcome(delivery, key, expected, &result), writing).await;
+            let (stored, written) = {
+                let writing = pin!(self.until_it_fits(result.clone(), shorter, write));
+                self.spooled(|| outcome(delivery, key, expected, &result), writing).await
+            };
             result = written;
             if let Stored::At(_) = stored {
                 return Recorded::Ours(result);
@@ -86,7 +89,7 @@ impl Pipeline {
         writing: impl Future<Output = T>,
     ) -> T {
         let Some(spool) = &self.settings.spool else { return writing.await };
-        let mut writing = std::pin::pin!(writing);
+        let mut writing = pin!(writing);
         if let Ok(written) = tokio::time::timeout(SPOOL_AFTER, &mut writing).await {
             return written;
         }
