@@ -18,6 +18,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::runtime::reflector::Store;
 use tokio::sync::{Mutex, OnceCell};
+use tokio_util::sync::CancellationToken;
 
 use crate::approvals::Approvals;
 use crate::error::{BrokerError, chain};
@@ -51,6 +52,8 @@ pub struct Broker {
     reports: Reports,
     approvals: Option<Approvals>,
     rest: Mutex<Option<(Result<Rest, BrokerError>, Instant)>>,
+    /// The client has ended.
+    failed: CancellationToken,
 }
 
 impl Broker {
@@ -115,6 +118,11 @@ struct Access {
 /// A share in a connection.
 pub type Shared = Arc<OnceCell<Broker>>;
 
+/// Not so where its client has ended: it does not connect again.
+pub fn is_of_use(shared: &Shared) -> bool {
+    shared.get().is_none_or(|broker| !broker.failed.is_cancelled())
+}
+
 impl Brokers {
     /// No connection yet. Of the workers, these pods are heard.
     pub fn new(kubernetes: Client, gate: Gate, pods: Store<Pod>) -> Self {
@@ -134,7 +142,7 @@ impl Brokers {
     async fn share(&self, access: &Access) -> Shared {
         let mut all = self.shared.lock().await;
         all.retain(|_, broker| broker.strong_count() > 0);
-        if let Some(existing) = all.get(access).and_then(Weak::upgrade) {
+        if let Some(existing) = all.get(access).and_then(Weak::upgrade).filter(is_of_use) {
             return existing;
         }
         let fresh = Shared::default();
@@ -176,6 +184,13 @@ async fn connect(access: &Access, nats: &Nats, gate: &Arc<Gate>, pods: &Store<Po
             None
         }
     });
+    // It panics over some headers that a publisher may send, and lets go of this then.
+    let failed = CancellationToken::new();
+    let last_words = failed.clone().drop_guard();
+    options = options.event_callback(move |_| {
+        let _last_words = &last_words;
+        std::future::ready(())
+    });
     if let Some(credentials) = &access.credentials {
         let field = nats.operator_credentials_field();
         options = options.credentials(credentials).map_err(|error| unusable(field, "not a .creds file", &error))?;
@@ -189,7 +204,7 @@ async fn connect(access: &Access, nats: &Nats, gate: &Arc<Gate>, pods: &Store<Po
     jetstream.set_timeout(REQUEST_TIMEOUT);
     let approvals = client.server_info().jetstream.then(|| Approvals::follow(jetstream.clone()));
     let reports = Reports::listen(client.clone(), pods.clone());
-    Ok(Broker { url: access.url.clone(), reports, client, jetstream, approvals, rest: Mutex::default() })
+    Ok(Broker { url: access.url.clone(), reports, client, jetstream, approvals, rest: Mutex::default(), failed })
 }
 
 /// A name may lead somewhere else by the time that the client connects again, which it does by itself.

@@ -20,7 +20,7 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broker::{Broker, Brokers, Rest, Shared};
+use crate::broker::{Broker, Brokers, Rest, Shared, is_of_use};
 use crate::error::BrokerError;
 use crate::lock::lock;
 use crate::memory::Memory;
@@ -422,6 +422,7 @@ impl Line {
         if let Some((shared, nats, since)) = &self.current
             && *nats == demand.nats
             && since.elapsed() < SECRETS_AGE
+            && is_of_use(shared)
         {
             return Ok(Arc::clone(shared));
         }

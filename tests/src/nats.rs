@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::process::{Process, free_port};
 use crate::tool;
@@ -71,6 +73,24 @@ impl NatsServer {
     /// What it has written into its log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(log(self.directory.path())).unwrap_or_default()
+    }
+
+    /// Publishes with headers as they are: no client would send these.
+    pub async fn publish_with_headers(&self, subject: &str, headers: &[u8], payload: &Value) {
+        let mut server = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await.expect("a connection");
+        let payload = payload.to_string();
+        let (headers_len, whole) = (headers.len(), headers.len() + payload.len());
+        let head =
+            format!("CONNECT {{\"verbose\":false,\"headers\":true}}\r\nHPUB {subject} {headers_len} {whole}\r\n");
+        let parts = [head.as_bytes(), headers, payload.as_bytes(), b"\r\nPING\r\n"];
+        server.write_all(&parts.concat()).await.expect("it is sent");
+        let mut answers = String::new();
+        while !answers.contains("PONG") {
+            let mut some = [0; 4096];
+            let read = server.read(&mut some).await.expect("an answer");
+            assert!(read > 0 && !answers.contains("-ERR"), "{answers}");
+            answers += &String::from_utf8_lossy(&some[..read]);
+        }
     }
 
     /// `kill -9`.

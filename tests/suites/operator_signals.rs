@@ -220,6 +220,19 @@ async fn the_numbers_are_those_of_the_stream_and_come_to_rest_with_it() {
 }
 
 #[tokio::test]
+async fn a_message_that_the_client_cannot_read_costs_a_connection_and_no_more() {
+    let nats = NatsServer::start();
+    let operator = Listener::follow(json!({"nats": {"url": nats.url()}}), Secret::default()).await;
+    operator.hears("the queue is read", |it| it.queue.is_some()).await;
+    // The client panics over it.
+    let headers = b"NATS/1.0\r\nX-Name: Jos\re\r\n\r\n";
+    nats.publish_with_headers("caf.worker.report.v1.w1", headers, &json!({})).await;
+    let jetstream = jetstream::new(async_nats::connect(nats.url()).await.expect("a connection"));
+    publish(&jetstream, "caf.exec.assign.v1", 7).await;
+    operator.hears("the queue is read again", |it| it.queue.as_ref().is_some_and(|it| it.pending == 7)).await;
+}
+
+#[tokio::test]
 async fn gpus_are_needed_while_work_waits_for_them_and_nobody_else_takes_it() {
     let nats = NatsServer::start();
     let without = json!({"nats": {"url": nats.url()}});

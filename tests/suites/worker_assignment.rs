@@ -21,7 +21,7 @@ use beamline_tests::worker::Worker;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
 // Rules, codes, pointers.
@@ -242,23 +242,6 @@ fn sequence_of(letter: &Value) -> u64 {
     letter["dlq_id"].as_str().and_then(|id| id.split(',').nth(2)?.parse().ok()).expect("a dlq_id has a sequence")
 }
 
-/// Publishes with headers as they are: no client would send these.
-async fn publish_with_headers(rig: &Rig, subject: &str, headers: &[u8], payload: &Value) {
-    let mut server = TcpStream::connect(("127.0.0.1", rig.nats.port())).await.unwrap();
-    let payload = payload.to_string();
-    let (headers_len, whole) = (headers.len(), headers.len() + payload.len());
-    let head = format!("CONNECT {{\"verbose\":false,\"headers\":true}}\r\nHPUB {subject} {headers_len} {whole}\r\n");
-    let parts = [head.as_bytes(), headers, payload.as_bytes(), b"\r\nPING\r\n"];
-    server.write_all(&parts.concat()).await.unwrap();
-    let mut answers = String::new();
-    while !answers.contains("PONG") {
-        let mut some = [0; 4096];
-        let read = server.read(&mut some).await.unwrap();
-        assert!(read > 0 && !answers.contains("-ERR"), "{answers}");
-        answers += &String::from_utf8_lossy(&some[..read]);
-    }
-}
-
 /// Not on a subject that the Router of a test hears: its client could read them no better.
 const OUT_OF_EARSHOT: &str = "jobs.night.v1";
 
@@ -277,14 +260,14 @@ async fn headers_that_nobody_can_read_are_refused_and_cost_one_connection_each()
     rig.peer.arrived("/gate/running", 1).await;
     for (number, headers) in BROKEN.into_iter().enumerate() {
         let payload = assignment("acme", &format!("broken-{number}"), rig.call("/ok"));
-        publish_with_headers(&rig, OUT_OF_EARSHOT, headers, &payload).await;
+        rig.nats.publish_with_headers(OUT_OF_EARSHOT, headers, &payload).await;
         let verdict = rig.router.verdict(&payload).await;
         assert_eq!((&verdict["status"], &verdict["error"]["code"]), (&json!("rejected"), &json!(1001)), "{verdict}");
         let letter = rig.router.letter(&payload).await;
         assert_eq!((&letter["stage"], &letter["assignment"]), (&json!("decode"), &payload), "{letter}");
     }
     for headers in BROKEN {
-        publish_with_headers(&rig, "caf.human.response.v1", headers, &json!({})).await;
+        rig.nats.publish_with_headers("caf.human.response.v1", headers, &json!({})).await;
         control_is_done(&rig).await;
     }
     let payload = assignment("acme", "after", rig.call("/ok"));
@@ -323,7 +306,7 @@ async fn in_core_mode_headers_that_nobody_can_read_cost_their_own_message() {
     rig.router.send(&running).await;
     rig.peer.arrived("/gate/running", 1).await;
     for (number, headers) in BROKEN.into_iter().enumerate() {
-        publish_with_headers(&rig, OUT_OF_EARSHOT, headers, &assignment("acme", "lost", rig.call("/lost"))).await;
+        rig.nats.publish_with_headers(OUT_OF_EARSHOT, headers, &assignment("acme", "lost", rig.call("/lost"))).await;
         within(SOON, "work is taken again", async || {
             let payload = assignment("acme", &format!("after-{number}-{}", Timestamp::now()), rig.call("/ok"));
             rig.router.send(&payload).await;
@@ -345,10 +328,10 @@ async fn a_status_that_a_publisher_has_put_on_a_message_means_nothing() {
     for (number, status) in statuses.into_iter().enumerate() {
         let headers = format!("NATS/1.0 {status}\r\n\r\n");
         let payload = assignment("acme", &format!("status-{number}"), rig.call("/ok"));
-        publish_with_headers(&rig, ASSIGN, headers.as_bytes(), &payload).await;
+        rig.nats.publish_with_headers(ASSIGN, headers.as_bytes(), &payload).await;
         assert_eq!(rig.router.result(&payload).await["status"], "success", "{status}");
         let unwanted = format!("unwanted-{number}");
-        publish_with_headers(&rig, CANCEL, headers.as_bytes(), &cancel("acme", &unwanted)).await;
+        rig.nats.publish_with_headers(CANCEL, headers.as_bytes(), &cancel("acme", &unwanted)).await;
         let key = format!("$KV.caf-cancel.acme.{unwanted}");
         until("the cancel stands", async || rig.router.last("KV_caf-cancel", &key).await.is_some()).await;
         control_is_done(&rig).await;
