@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use beamline_worker::admin;
@@ -35,6 +36,8 @@ use tokio_util::task::TaskTracker;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// How long it may take to become a member of a queue group before this worker says that it is ready.
+const JOIN: Duration = Duration::from_secs(5);
 /// Chunks of deliveries between the socket and the look-up.
 const CHUNKS: usize = 4;
 
@@ -142,6 +145,7 @@ async fn begin(ground: &Ground, policy: watch::Receiver<Arc<Policy>>, blocks: Ha
     let control = Control::start(Arc::clone(&pipeline), broker, health.clone(), vital.clone());
     control.caught_up().await;
     let intake = take_in(ground, &pipeline);
+    pipeline.misses_nothing(JOIN).await;
     health.clear(Concern::Starting);
     let delivery = config.nats_delivery.as_str();
     tracing::info!(subject = config.nats_subject, consumer = config.nats_queue_group, delivery, "taking assignments");

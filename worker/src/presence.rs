@@ -87,9 +87,7 @@ impl Presence {
         self.pipeline.tell(pull);
         let told = Instant::now();
         if pull {
-            while self.pipeline.is_out() && self.pipeline.may_take_work() && told.elapsed() < STOP_LIMIT {
-                tokio::time::sleep(LOOK / 20).await;
-            }
+            self.pipeline.misses_nothing(STOP_LIMIT).await;
         } else {
             tokio::time::sleep(LOOK).await;
             while !self.pipeline.is_still() && !self.pipeline.may_take_work() && told.elapsed() < STOP_LIMIT {

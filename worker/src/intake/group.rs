@@ -27,8 +27,8 @@ use crate::pulse;
 
 /// How long a message waits for room: the time of the look-ahead.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// How long a member that leaves waits for what is still under way to it.
-const LEAVING: Duration = Duration::from_secs(1);
+/// How long a member that comes or leaves waits for the broker.
+const PROMPT: Duration = Duration::from_secs(1);
 /// The broker takes a limit of more than nine digits for none, and unsubscribes at once; the client goes on to hear what
 /// is under way. Its own `drain` drops some of that: it forgets the subscription before the broker's answer is here. A
 /// broker that took the number at its word would lose us only when the subscription is dropped, a moment later.
@@ -51,7 +51,6 @@ pub async fn join(
         Source::Parked(_) => return,
     };
     let mut identities = Identities::new();
-    parts.load.flow(source).set_out(true);
     while !stop.is_cancelled() {
         if parts.gate.is_open() {
             match parts.broker.client().queue_subscribe(subject.clone(), group.clone()).await {
@@ -118,6 +117,7 @@ impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
     async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
         let flow = Arc::clone(self.parts.load.flow(self.source));
         flow.set_asked_for(1, 1);
+        self.is_heard().await;
         flow.set_out(false);
         while !stop.is_cancelled() && self.parts.gate.is_open() && !self.parts.broker.may_not_hear(self.subject) {
             tokio::select! {
@@ -146,15 +146,20 @@ impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
 
     /// Leaves the group, and takes what the broker had given to it before it heard that.
     async fn leave(&mut self) {
-        let client = self.parts.broker.client();
         let _ = self.messages.unsubscribe_after(AT_ONCE).await;
+        self.is_heard().await;
+        while let Some(message) = self.messages.next().now_or_never().flatten() {
+            self.let_in(message);
+        }
+    }
+
+    /// Returns when the broker has heard what it was told last, and this worker what it was given before that.
+    async fn is_heard(&self) {
+        let client = self.parts.broker.client();
         let fence = client.new_inbox();
         if let Ok(mut fence_back) = client.subscribe(fence.clone()).await {
             self.parts.broker.publish(fence, Bytes::new()).await;
-            let _ = tokio::time::timeout(LEAVING, fence_back.next()).await;
-        }
-        while let Some(message) = self.messages.next().now_or_never().flatten() {
-            self.let_in(message);
+            let _ = tokio::time::timeout(PROMPT, fence_back.next()).await;
         }
     }
 

@@ -1,9 +1,12 @@
 //! What this worker does at the moment, for whoever looks after it, and whether they want it to take work.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Pipeline;
 use crate::pool::ByPool;
+
+/// Between two looks at what somebody waits for.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// What a worker does at a moment, and has done until then.
 #[derive(Clone, Copy, Debug)]
@@ -46,9 +49,12 @@ impl Pipeline {
         self.gate.is_open()
     }
 
-    /// Whether a queue group that it belongs to gives it nothing yet, or no more.
-    pub(crate) fn is_out(&self) -> bool {
-        self.load.is_out()
+    /// Returns when nothing that is published from now on is missed, or this worker shall take nothing; not later than this.
+    pub async fn misses_nothing(&self, limit: Duration) {
+        let since = Instant::now();
+        while self.load.is_out() && self.may_take_work() && since.elapsed() < limit {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Whether nothing can begin here before something is pulled.

@@ -24,13 +24,22 @@ impl Pipeline {
     }
 
     /// Takes assignments from there and sends them on, until `stop`.
-    pub async fn take(self: Arc<Self>, source: Source, out: mpsc::Sender<Vec<Delivery>>, stop: CancellationToken) {
-        let (parts, room) = (self.intake(), || self.room(source));
-        match self.settings.mode {
-            Mode::JetStream => intake::take(parts, source, room, self.streams.clone(), out, stop).await,
-            Mode::Core => {
-                let has_enough_of = |tenant: &_| self.has_enough_of(source, tenant);
-                intake::join(parts, source, room, has_enough_of, self.settings.intake.clone(), out, stop).await;
+    pub fn take(
+        self: Arc<Self>,
+        source: Source,
+        out: mpsc::Sender<Vec<Delivery>>,
+        stop: CancellationToken,
+    ) -> impl Future<Output = ()> {
+        // Whoever looks before this has begun finds it so too.
+        self.load.flow(source).set_out(self.settings.mode == Mode::Core);
+        async move {
+            let (parts, room) = (self.intake(), || self.room(source));
+            match self.settings.mode {
+                Mode::JetStream => intake::take(parts, source, room, self.streams.clone(), out, stop).await,
+                Mode::Core => {
+                    let has_enough_of = |tenant: &_| self.has_enough_of(source, tenant);
+                    intake::join(parts, source, room, has_enough_of, self.settings.intake.clone(), out, stop).await;
+                }
             }
         }
     }
