@@ -24,9 +24,9 @@ async fn every_broken_pool_is_refused_with_the_field_and_the_fix() {
 
 #[test]
 fn the_pool_with_budgets_that_a_user_would_copy_is_accepted() {
-    plane().install("refusals", &["watchNamespace=refusals"]);
+    plane().install("copied", &["watchNamespace=copied"]);
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples/tenants.yaml");
-    plane().kubectl(&["apply", "--namespace=refusals", "--dry-run=server", "-f", example], None);
+    plane().kubectl(&["apply", "--namespace=copied", "--dry-run=server", "-f", example], None);
 }
 
 /// Name and spec of a pool, and what must be said about it.
