@@ -21,7 +21,7 @@ use async_nats::{
     Auth, AuthError, Client, ConnectOptions, Event, HeaderMap, PublishErrorKind, ServerAddr, StatusCode, SubscribeError,
 };
 use bytes::Bytes;
-use futures::FutureExt;
+use futures::{FutureExt, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -166,6 +166,15 @@ pub enum StoreError {
         /// What happened.
         reason: String,
     },
+}
+
+/// Why it is not known that the broker has read something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// It has not said so yet.
+    Late,
+    /// Nobody hears it any more: there is another client in a moment.
+    ClientFailed,
 }
 
 impl StoreError {
@@ -344,6 +353,19 @@ impl Broker {
         let client = self.client();
         let both = futures::future::join(client.flush(), self.0.lookups.flush());
         let _ = tokio::time::timeout(limit, both).await;
+    }
+
+    /// Returns when the broker has read what was published before this, and this client has heard what it was sent until then.
+    ///
+    /// # Errors
+    /// It has not said so within `limit`, or will not.
+    pub async fn read_within(&self, limit: Duration) -> Result<(), Unread> {
+        let client = self.client();
+        let fence = client.new_inbox();
+        let mut fence_back = client.subscribe(fence.clone()).await.map_err(|_| Unread::ClientFailed)?;
+        client.publish(fence, Bytes::new()).await.map_err(|_| Unread::ClientFailed)?;
+        let back = tokio::time::timeout(limit, fence_back.next()).await.map_err(|_| Unread::Late)?;
+        back.map(|_| ()).ok_or(Unread::ClientFailed)
     }
 }
 

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_nats::{Message, Subscriber};
-use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -117,7 +116,7 @@ impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
     async fn serve(mut self, out: &mpsc::Sender<Vec<Delivery>>, stop: &CancellationToken) {
         let flow = Arc::clone(self.parts.load.flow(self.source));
         flow.set_asked_for(1, 1);
-        self.is_heard().await;
+        let _ = self.parts.broker.read_within(PROMPT).await;
         flow.set_out(false);
         while !stop.is_cancelled() && self.parts.gate.is_open() && !self.parts.broker.may_not_hear(self.subject) {
             tokio::select! {
@@ -147,19 +146,9 @@ impl<R: Fn() -> Room, T: Fn(&TenantId) -> bool> Member<'_, R, T> {
     /// Leaves the group, and takes what the broker had given to it before it heard that.
     async fn leave(&mut self) {
         let _ = self.messages.unsubscribe_after(AT_ONCE).await;
-        self.is_heard().await;
+        let _ = self.parts.broker.read_within(PROMPT).await;
         while let Some(message) = self.messages.next().now_or_never().flatten() {
             self.let_in(message);
-        }
-    }
-
-    /// Returns when the broker has heard what it was told last, and this worker what it was given before that.
-    async fn is_heard(&self) {
-        let client = self.parts.broker.client();
-        let fence = client.new_inbox();
-        if let Ok(mut fence_back) = client.subscribe(fence.clone()).await {
-            self.parts.broker.publish(fence, Bytes::new()).await;
-            let _ = tokio::time::timeout(PROMPT, fence_back.next()).await;
         }
     }
 

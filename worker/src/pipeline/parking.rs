@@ -83,13 +83,14 @@ impl Pipeline {
             return Allowance::NOTHING;
         }
         // Units of a budget that could not be used here would be missing elsewhere, and for longer than those of a ceiling.
-        let messages = self.within_the_ceiling(tenant, self.known_to_be_paid_for(tenant, messages)).await;
+        let messages = self.known_to_be_paid_for(tenant, messages);
+        let messages = self.within_the_ceiling(tenant, quotas.concurrent, messages).await;
         let messages = self.paid_for(tenant, messages).await;
         Allowance { messages, bytes: free.map(|free| free.saturating_add(ENVELOPE_BYTES)) }
     }
 
-    async fn within_the_ceiling(&self, tenant: &TenantId, wanted: usize) -> usize {
-        let Some(most) = self.schedule.terms(tenant).quotas.concurrent.filter(|_| wanted > 0) else { return wanted };
+    async fn within_the_ceiling(&self, tenant: &TenantId, most: Option<u64>, wanted: usize) -> usize {
+        let Some(most) = most.filter(|_| wanted > 0) else { return wanted };
         let wanted = u64::try_from(wanted).unwrap_or(u64::MAX);
         // Others' parked work, and a worker that is told to stop, wait behind this.
         let available = self.ceilings.available(tenant, most, wanted, PATIENCE).await;

@@ -11,11 +11,10 @@ use std::time::Duration;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
-use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::assignment::Assignment;
-use crate::broker::{Broker, Session};
+use crate::broker::{Broker, Session, Unread};
 use crate::contract;
 use crate::report;
 use crate::trace_context::TraceContext;
@@ -25,6 +24,7 @@ use crate::vital::Vital;
 const FENCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After the broker refused a message, before the same one is tried again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+/// Until there is another client.
 const MOMENT: Duration = Duration::from_millis(100);
 /// Results in one batch; also how many may wait for the next.
 const BATCH: usize = 1024;
@@ -289,15 +289,13 @@ async fn say_as(broker: &Broker, id: &str, trace: Option<&TraceContext>, result:
 /// slow: what is on its way is not sent again behind itself.
 async fn is_read(broker: &Broker, session: &Session) -> bool {
     while broker.session() == *session {
-        let inbox = broker.client().new_inbox();
-        let Ok(mut fence) = broker.client().subscribe(inbox.clone()).await else {
-            // The client has failed: there is another one in a moment.
-            tokio::time::sleep(MOMENT).await;
-            return false;
-        };
-        broker.publish(inbox, Bytes::new()).await;
-        if let Ok(back) = tokio::time::timeout(FENCE_TIMEOUT, fence.next()).await {
-            return back.is_some() && broker.session() == *session;
+        match broker.read_within(FENCE_TIMEOUT).await {
+            Ok(()) => return broker.session() == *session,
+            Err(Unread::Late) => {}
+            Err(Unread::ClientFailed) => {
+                tokio::time::sleep(MOMENT).await;
+                return false;
+            }
         }
     }
     false
