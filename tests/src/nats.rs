@@ -33,16 +33,11 @@ impl NatsServer {
     /// A server with these lines in its configuration.
     pub fn with(settings: &str) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        // Another process may take the port between the look and the start: then another one is tried.
-        for _ in 0..10 {
-            let port = free_port();
-            configure(directory.path(), port, settings);
-            let mut process = run(directory.path());
-            if greets(&mut process, port) {
-                return Self { process, port, directory };
-            }
-        }
-        panic!("nats-server does not start: {}", std::fs::read_to_string(log(directory.path())).unwrap_or_default());
+        let port = free_port();
+        configure(directory.path(), port, settings);
+        let mut server = Self { process: run(directory.path()), port, directory };
+        assert!(greets(&mut server.process, port), "nats-server does not start: {}", server.log());
+        server
     }
 
     /// A server that keeps nothing.
