@@ -72,6 +72,14 @@ impl Rig {
         self.files.path().join(tenant).join(name)
     }
 
+    /// A database of a tenant's, `sqlite://db.sqlite` to it, with what these statements make.
+    pub fn database(&self, tenant: &str, statements: &str) -> rusqlite::Connection {
+        std::fs::create_dir_all(self.file_of(tenant, "")).expect("a directory");
+        let database = rusqlite::Connection::open(self.file_of(tenant, "db.sqlite")).expect("a database");
+        database.execute_batch(statements).expect("it is as wanted");
+        database
+    }
+
     /// Has a job of a tenant done, and returns its result.
     pub async fn run(&self, tenant: &str, id: &str, job: Value) -> Value {
         let payload = assignment(tenant, id, job);

@@ -475,13 +475,9 @@ async fn each_tenant_has_directories_of_its_own() {
 
 /// A database of the tenant `acme` as the published example has it.
 fn database(rig: &Rig) -> rusqlite::Connection {
-    let path = rig.file_of("acme", "db.sqlite");
-    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let database = rusqlite::Connection::open(path).unwrap();
     let schema = "CREATE TABLE users (id TEXT, name TEXT, email TEXT);
                   INSERT INTO users VALUES ('123', 'John', 'john@example.com'), ('124', 'Jane', NULL);";
-    database.execute_batch(schema).unwrap();
-    database
+    rig.database("acme", schema)
 }
 
 fn query(text: &str, parameters: Value) -> Value {

@@ -448,10 +448,7 @@ async fn what_runs_nothing_is_refused_for_no_budget() {
 
 /// A query on a file of the tenant's.
 fn query_of(rig: &Rig, tenant: &str, query: &str) -> Value {
-    let directory = rig.file_of(tenant, "");
-    std::fs::create_dir_all(&directory).expect("a file");
-    let file = rusqlite::Connection::open(directory.join("db.sqlite")).expect("a file");
-    file.execute_batch("CREATE TABLE IF NOT EXISTS t (x)").expect("a file");
+    rig.database(tenant, "CREATE TABLE t (x)");
     json!({"type": "sql.query", "connection_string": "sqlite://db.sqlite", "query": query})
 }
 
@@ -644,24 +641,36 @@ async fn an_account_that_is_lost_or_nonsense_begins_anew() {
     .await;
 }
 
-#[tokio::test]
-async fn accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
-    let policy = acme(&format!("executions: 1000, window: {LONG}"));
-    let mut rig = Rig::start(&[SANDBOX, &policy.flag()]).await;
+/// With a worker whose accounts are gone, and not made anew by it.
+async fn rig_without_accounts(flags: &[&str]) -> (Rig, Worker) {
+    let mut rig = Rig::start(flags).await;
     rig.worker.kill();
-    let setup = rig.another("worker-2").flag(SANDBOX).flag(policy.flag()).flag("--nats-create-streams=false");
-    let worker = setup.start(&rig.nats).await;
+    let setup = flags.iter().fold(rig.another("worker-2"), |setup, flag| setup.flag(*flag));
+    let worker = setup.flag("--nats-create-streams=false").start(&rig.nats).await;
     rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
+    (rig, worker)
+}
+
+/// A hundred of acme's, whose account cannot be asked, each before one of another tenant's, which has no budget.
+async fn others_do_not_wait_for_the_account(rig: &Rig, worker: &Worker, publish: impl AsyncFn(&Value)) {
     let started = Instant::now();
     for number in 0..100 {
-        rig.router.submit(&canned("acme", &format!("a-{number}"))).await;
+        publish(&canned("acme", &format!("a-{number}"))).await;
         let other = canned("globex", &format!("g-{number}"));
-        rig.router.submit(&other).await;
+        publish(&other).await;
         assert_eq!(rig.router.result(&other).await["status"], "success");
     }
     let took = started.elapsed();
     assert!(took < Duration::from_secs(8), "the others waited for the account: {took:?}");
     worker.unready("streams unavailable").await;
+}
+
+#[tokio::test]
+async fn accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
+    let policy = acme(&format!("executions: 1000, window: {LONG}"));
+    let (rig, worker) = rig_without_accounts(&[SANDBOX, &policy.flag()]).await;
+    let publish = async |payload: &Value| _ = rig.router.submit(payload).await;
+    others_do_not_wait_for_the_account(&rig, &worker, publish).await;
     // Somebody makes the bucket anew.
     let _third = another(&rig, "worker-3", &policy).await;
     answered(&rig, 200).await;
@@ -674,29 +683,15 @@ async fn accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
 async fn in_core_mode_too_accounts_that_cannot_be_asked_hold_up_no_tenant_without_a_budget() {
     let policy = acme(&format!("executions: 1000, window: {LONG}"));
     let core = "--nats-delivery=core";
-    let mut rig = Rig::start(&[core, SANDBOX, &policy.flag()]).await;
-    rig.worker.kill();
-    let setup =
-        rig.another("worker-2").flag(core).flag(SANDBOX).flag(policy.flag()).flag("--nats-create-streams=false");
-    let worker = setup.start(&rig.nats).await;
-    rig.router.jetstream().delete_stream("KV_caf-quota").await.expect("it is deleted");
-    let started = Instant::now();
-    for number in 0..100 {
-        rig.router.send(&canned("acme", &format!("a-{number}"))).await;
-        let other = canned("globex", &format!("g-{number}"));
-        rig.router.send(&other).await;
-        assert_eq!(rig.router.result(&other).await["status"], "success");
-    }
-    let took = started.elapsed();
-    assert!(took < Duration::from_secs(8), "the others waited for the account: {took:?}");
-    worker.unready("streams unavailable").await;
+    let (rig, worker) = rig_without_accounts(&[core, SANDBOX, &policy.flag()]).await;
+    others_do_not_wait_for_the_account(&rig, &worker, async |payload| rig.router.send(payload).await).await;
     answered(&rig, 200).await;
     let (accepted, refused) = verdicts(&rig);
     assert_eq!((accepted.len(), refused), (100, BTreeMap::from([(4002, 100)])), "acme may send it again");
     // Somebody makes the bucket anew.
     let _third = rig.another("worker-3").flag(core).flag(SANDBOX).flag(policy.flag()).start(&rig.nats).await;
     within(SOON, "acme has a budget again", async || {
-        let again = canned("acme", &format!("again-{}", started.elapsed().as_millis()));
+        let again = canned("acme", &format!("again-{}", Timestamp::now()));
         rig.router.send(&again).await;
         (rig.router.verdict(&again).await["status"] == "accepted").then_some(())
     })

@@ -46,6 +46,11 @@ fn good_parked() -> pull::Config {
     }
 }
 
+fn changed(mut config: pull::Config, change: fn(&mut pull::Config)) -> pull::Config {
+    change(&mut config);
+    config
+}
+
 async fn make_anew(stream: &Stream, config: pull::Config) {
     let _ = stream.delete_consumer(config.durable_name.as_ref().unwrap()).await;
     stream.create_consumer(config).await.unwrap();
@@ -76,11 +81,7 @@ async fn a_consumer_that_hands_out_nothing_of_use_is_named_and_waited_for() {
     let mut rig = Rig::start(&[]).await;
     rig.worker.kill();
     let stream = rig.router.stream("CAF_EXEC_ASSIGN").await;
-    let change = |change: fn(&mut pull::Config)| {
-        let mut config = good();
-        change(&mut config);
-        config
-    };
+    let change = |change| changed(good(), change);
     let cases = [
         ("headers_only true, but the contract needs false", change(|config| config.headers_only = true)),
         ("pause_until 2100-01-01T00:00:00Z, but the contract needs none", {
@@ -192,11 +193,7 @@ async fn a_consumer_of_parked_work_that_is_not_as_it_must_be_is_named_and_holds_
     let policy = Policy::new(&format!("tenants: {{named: [{{id: acme, {at_one}}}, {{id: other, {at_one}}}]}}"));
     let rig = Rig::start(&[&policy.flag()]).await;
     let stream = rig.router.stream("CAF_EXEC_PARKED").await;
-    let change = |change: fn(&mut pull::Config)| {
-        let mut config = good_parked();
-        change(&mut config);
-        config
-    };
+    let change = |change| changed(good_parked(), change);
     let cases = [
         // Whoever has just looked would not notice for some seconds.
         ("ack_wait 2s", change(|config| config.ack_wait = Duration::from_secs(2))),

@@ -220,8 +220,7 @@ async fn running_work_is_stopped_before_it_would_have_ended() {
 #[tokio::test]
 async fn a_query_on_a_thread_is_stopped() {
     let rig = Rig::start(&[]).await;
-    std::fs::create_dir_all(rig.file_of("acme", "")).unwrap();
-    rusqlite::Connection::open(rig.file_of("acme", "db.sqlite")).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+    rig.database("acme", "CREATE TABLE t (x)");
     let endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c";
     let source = format!("sqlite://{}", rig.path("db.sqlite"));
     let job = json!({"type": "sql.query", "connection_string": source, "query": endless, "timeout_ms": 600_000});

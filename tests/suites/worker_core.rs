@@ -65,10 +65,7 @@ async fn silence(router: &Router) {
 #[tokio::test]
 async fn every_kind_of_block_works_and_no_record_is_kept() {
     let rig = Rig::start(&[CORE]).await;
-    let directory = rig.file_of("acme", "");
-    std::fs::create_dir_all(&directory).unwrap();
-    let database = rusqlite::Connection::open(directory.join("db.sqlite")).unwrap();
-    database.execute_batch("CREATE TABLE t (x TEXT); INSERT INTO t VALUES ('1')").unwrap();
+    rig.database("acme", "CREATE TABLE t (x TEXT); INSERT INTO t VALUES ('1')");
     let connection = format!("sqlite://{}", rig.path("db.sqlite"));
     let put = assignment("acme", "put", rig.put("a.txt", "hello"));
     rig.router.send(&put).await;

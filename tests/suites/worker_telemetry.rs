@@ -281,9 +281,7 @@ async fn what_is_refused_has_the_span_of_its_arrival_marked_as_failed() {
 #[tokio::test]
 async fn metrics_keep_the_rules_of_prometheus_but_for_the_published_name() {
     let rig = Rig::start(&[]).await;
-    let directory = rig.files.path().join("acme");
-    std::fs::create_dir_all(&directory).unwrap();
-    rusqlite::Connection::open(directory.join("db.sqlite")).unwrap().execute_batch("CREATE TABLE t (a)").unwrap();
+    rig.database("acme", "CREATE TABLE t (a)");
     let database = format!("sqlite://{}", rig.path("db.sqlite"));
     let jobs = [
         rig.call("/ok"),

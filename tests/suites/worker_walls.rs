@@ -1,6 +1,6 @@
 //! What one tenant meets slows no other: each test gives one of them trouble that does not end, and another work that
 //! has to end meanwhile.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::indexing_slicing, reason = "tests")]
 
 use beamline_tests::mariadb::MariaDb;
 use beamline_tests::policy::Policy;
@@ -38,9 +38,7 @@ async fn all_slots_of_acme_are_taken(rig: &Rig) {
 
 /// A database in a file of the tenant's.
 fn sqlite(rig: &Rig, tenant: &str) -> &'static str {
-    std::fs::create_dir_all(rig.file_of(tenant, "")).unwrap();
-    let file = rusqlite::Connection::open(rig.file_of(tenant, "db.sqlite")).unwrap();
-    file.execute_batch("CREATE TABLE t (x)").unwrap();
+    rig.database(tenant, "CREATE TABLE t (x)");
     "sqlite://db.sqlite"
 }
 
